@@ -1,0 +1,43 @@
+"""rlhf-recipes: the whole ChatGPT training pipeline as thin recipes on the Hugging Face stack.
+
+Every public name is imported on first touch, so ``import rlhf_recipes`` loads neither torch nor transformers.
+"""
+
+import importlib
+import os
+from typing import Any
+
+# TRL reports each trainer that is built to the Hub. Nothing is sent from here unless the user asks for it.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "arguments": ["UserError", "one_line_errors", "parse_arguments"],
+    "generation": ["generate"],
+    "scoring": ["load_reward", "score"],
+    "ppo.config": ["PPOConfig"],
+    "ppo.trainer": ["PPOTrainer"],
+    "stages.tokenizer": ["TokenizerArguments", "run_tokenizer"],
+    "stages.pretrain": ["PretrainArguments", "PretrainConfig", "build_pretrain_trainer", "run_pretrain"],
+    "stages.sft": ["SFTArguments", "SFTConfig", "build_sft_trainer", "run_sft"],
+    "stages.reward": ["RewardArguments", "RewardConfig", "build_reward_trainer", "run_reward"],
+    "stages.ppo": ["PPOArguments", "build_ppo_trainer", "run_ppo"],
+    "stages.eval": ["EvalArguments", "run_eval"],
+    "stages.quickstart": ["QuickstartArguments", "run_quickstart"],
+}
+_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names} | {"ModelConfig": "trl"}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

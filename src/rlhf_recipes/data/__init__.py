@@ -1,0 +1,30 @@
+"""Datasets: from a folder, a file or a Hub id to rows whose columns have been checked."""
+
+from rlhf_recipes.data.chat import (
+    ROLE_TOKENS,
+    chat_template,
+    ensure_chat_template,
+    is_conversation,
+    prompt_ids,
+    prompt_text,
+    text_of,
+)
+from rlhf_recipes.data.packing import pack_documents
+from rlhf_recipes.data.sources import first_row, has_columns, load_split, load_train_and_test, require_columns, write_rows
+
+__all__ = [
+    "ROLE_TOKENS",
+    "chat_template",
+    "ensure_chat_template",
+    "first_row",
+    "has_columns",
+    "is_conversation",
+    "load_split",
+    "load_train_and_test",
+    "pack_documents",
+    "prompt_ids",
+    "prompt_text",
+    "require_columns",
+    "text_of",
+    "write_rows",
+]

@@ -1,0 +1,81 @@
+"""How a conversation becomes text, in one place.
+
+Every assistant turn ends with the EOS token, so a model that learnt from the template also learnt to stop. The
+generation markers tell TRL which tokens carry loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_recipes.arguments import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+# For a vocabulary without role tokens, such as the released GPT-2's.
+ROLE_WORDS = {"system": "System: ", "user": "User: ", "assistant": "Assistant:"}
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message] | Sequence[int]
+
+
+def chat_template(roles: Mapping[str, str] = ROLE_TOKENS, separator: str = "") -> str:
+    """A Jinja chat template. roles: what stands before each role's turn; separator: what ends a turn that is not the assistant's."""
+    quoted = {role: repr(text) for role, text in roles.items()}
+    return (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}"
+        f"{{{{ {quoted['assistant']} }}}}"
+        "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+        "{% elif message['role'] == 'system' %}"
+        f"{{{{ {quoted['system']} + message['content'] + {separator!r} }}}}"
+        "{% elif message['role'] == 'user' %}"
+        f"{{{{ {quoted['user']} + message['content'] + {separator!r} }}}}"
+        "{% else %}{{ raise_exception('the chat template knows the roles system, user and assistant, not ' + message['role']) }}"
+        "{% endif %}{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {quoted['assistant']} }}}}{{% endif %}}"
+    )
+
+
+def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give a tokenizer that has none the house's chat template, in role tokens where its vocabulary has them."""
+    if getattr(tokenizer, "chat_template", None):
+        return
+    known = set(tokenizer.get_vocab())
+    if set(ROLE_TOKENS.values()) <= known:
+        tokenizer.chat_template = chat_template()
+    else:
+        tokenizer.chat_template = chat_template(ROLE_WORDS, separator="\n")
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a column holds a list of messages rather than text or ids."""
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
+
+
+def text_of(value: Any) -> str:
+    """The plain words of a completion, whether it is text or a list of messages."""
+    return "".join(message["content"] for message in value) if is_conversation(value) else str(value)
+
+
+def prompt_text(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text a model continues: the chat template, applied once, for messages; the text itself otherwise."""
+    if is_conversation(prompt):
+        ensure_chat_template(tokenizer)
+        return str(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True))
+    return str(prompt)
+
+
+def prompt_ids(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a prompt given as text, as messages or as ids; the same prompt gives the same ids in each form.
+
+    Raises:
+        UserError: an empty prompt.
+    """
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], int):
+        return list(prompt)
+    ids = list(tokenizer(prompt_text(prompt, tokenizer), add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise UserError(f"an empty prompt ({prompt!r}) cannot be continued; drop it from the dataset")
+    return ids

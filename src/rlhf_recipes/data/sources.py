@@ -1,0 +1,154 @@
+"""Rows from a folder, a file or a Hub id."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_recipes.arguments import DatasetArguments, UserError
+from rlhf_recipes.artifacts import write_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+# file ending -> builder of the datasets library; each may be followed by .gz
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_split(
+    name: str,
+    split: str,
+    *,
+    config: str | None = None,
+    max_samples: int | None = None,
+    streaming: bool = False,
+) -> "Dataset | IterableDataset":
+    """One split of a dataset, checked not to be empty.
+
+    name: a folder with ``<split>.jsonl`` (or .csv, .parquet, ... also .gz), one such file, or a Hub id.
+
+    Raises:
+        UserError: no such source or split, an unreadable file, an empty split, a Hub id while offline.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        dataset = _load(_builder_of(path), name, split="train", data_files=str(path), streaming=streaming)
+    elif path.is_dir():
+        file = _split_file(path, split)
+        dataset = _load(_builder_of(file), name, split="train", data_files=str(file), streaming=streaming)
+    else:
+        dataset = _from_hub(name, config, split, streaming)
+    if max_samples is not None:
+        dataset = dataset.take(max_samples) if streaming else dataset.select(range(min(max_samples, len(dataset))))
+    if first_row(dataset) is None:
+        raise UserError(f"dataset {name} has no rows in its split {split!r}; give another split or file")
+    return dataset
+
+
+def load_train_and_test(
+    arguments: DatasetArguments, name: str | None = None, streaming: bool = False
+) -> "tuple[Any, Any | None]":
+    """The training split and, where the source has it, the held-out split of `arguments.dataset_name` (or `name`)."""
+    source = name or arguments.dataset_name
+    if not source:
+        raise UserError("no dataset; pass --dataset_name with a folder, a data file or a Hub id")
+    options: dict[str, Any] = {"config": arguments.dataset_config}
+    train = load_split(
+        source, arguments.dataset_train_split, max_samples=arguments.max_train_samples, streaming=streaming, **options
+    )
+    path = Path(source).expanduser()
+    if path.is_file() or (path.is_dir() and arguments.dataset_test_split not in _splits(path)):
+        return train, None
+    try:
+        test = load_split(source, arguments.dataset_test_split, max_samples=arguments.max_test_samples, **options)
+    except UserError:
+        if path.exists():
+            raise
+        return train, None  # a Hub dataset without the split
+    return train, test
+
+
+def first_row(dataset: Any) -> dict[str, Any] | None:
+    """The first row, or None where there is none."""
+    return next(iter(dataset), None)
+
+
+def has_columns(dataset: Any, *columns: str) -> bool:
+    row = first_row(dataset)
+    return row is not None and all(column in row for column in columns)
+
+
+def require_columns(dataset: Any, *choices: Sequence[str], role: str = "dataset") -> Sequence[str]:
+    """The first of `choices` (each a set of column names) that the dataset has.
+
+    Raises:
+        UserError: it has none of them; names the columns that there are.
+    """
+    for columns in choices:
+        if has_columns(dataset, *columns):
+            return columns
+    wanted = " or ".join("+".join(columns) for columns in choices)
+    present = ", ".join(first_row(dataset) or {})
+    raise UserError(f"{role} needs the columns {wanted}, but has {present}; rename them or give another dataset")
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write JSON Lines atomically."""
+    return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _builder_of(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    builder = BUILDERS.get(suffixes[-1]) if suffixes else None
+    if builder is None:
+        raise UserError(f"data file {path} has no known ending; rename it to one of {', '.join(BUILDERS)} (also .gz)")
+    return builder
+
+
+def _splits(folder: Path) -> dict[str, Path]:
+    files = sorted(item for item in folder.iterdir() if item.is_file() and not item.name.startswith("."))
+    data = [item for item in files if any(suffix in BUILDERS for suffix in item.suffixes) and item.name != "metrics.json"]
+    return {item.name.split(".")[0]: item for item in data}
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    splits = _splits(folder)
+    if split not in splits:
+        there = ", ".join(splits) or "no data files"
+        raise UserError(f"dataset folder {folder} has no split {split!r} (it has {there}); name one of them")
+    return splits[split]
+
+
+def _load(builder: str, name: str, **options: Any) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset(builder, **options)
+    except (DatasetGenerationError, OSError, ValueError, UnicodeDecodeError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(f"dataset {name} cannot be read as {builder}: {reason}") from None
+
+
+def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffixes:
+        raise UserError(f"dataset {name}: no such file or folder")
+    try:
+        return load_dataset(name, config, split=split, streaming=streaming)
+    except (OfflineModeIsEnabled, ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
+        reason = "the Hub cannot be asked while HF_HUB_OFFLINE=1" if _offline() else str(error).strip().splitlines()[0]
+        raise UserError(
+            f"dataset {name} is no local file or folder, and as a Hub id it cannot be fetched: {reason}; give a local path"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"dataset {name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)

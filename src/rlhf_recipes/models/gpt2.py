@@ -1,0 +1,43 @@
+"""GPT-2 by named size. The four large shapes are those of Radford et al. 2019; tiny and mini are for a CPU."""
+
+from typing import TYPE_CHECKING
+
+from rlhf_recipes.arguments import UserError
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "mini": {"n_embd": 320, "n_layer": 6, "n_head": 5, "n_positions": 512},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
+    "medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024},
+    "large": {"n_embd": 1280, "n_layer": 36, "n_head": 20, "n_positions": 1024},
+    "xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25, "n_positions": 1024},
+}
+
+
+def build_gpt2(
+    size: str, tokenizer: "PreTrainedTokenizerBase", *, positions: int | None = None, dropout: float = 0.1
+) -> "GPT2LMHeadModel":
+    """A freshly initialised GPT-2 whose vocabulary and special ids are the tokenizer's.
+
+    positions: longest context in tokens, the size's own if None. dropout: of residuals, attention and embeddings alike.
+    """
+    from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+    if size not in SIZES:
+        raise UserError(f"unknown model size {size!r}; choose one of {', '.join(SIZES)}")
+    shape = SIZES[size] | ({"n_positions": positions} if positions else {})
+    special = {
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = GPT2Config(
+        vocab_size=len(tokenizer), resid_pdrop=dropout, attn_pdrop=dropout, embd_pdrop=dropout, **shape, **special
+    )
+    config.loss_type = "ForCausalLM"
+    model = GPT2LMHeadModel(config)
+    model.generation_config = GenerationConfig(**special)
+    return model

@@ -1,0 +1,196 @@
+"""Loading with checks that fail before weights are read, and never with pickles or remote code."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_recipes.arguments import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+# GPT-2 keeps its weights in Conv1D layers; the attention and MLP projections are what LoRA adapts.
+GPT2_LORA_TARGETS = ["c_attn", "c_proj", "c_fc"]
+
+
+def load_config(name: str, role: str = "model", **kwargs: Any) -> "PretrainedConfig":
+    """The configuration alone: cheap, so a wrong path or shape is found before any weights are read."""
+    from transformers import AutoConfig
+
+    _check_source(name, role)
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loadable(name, role, "config.json", error)) from None
+
+
+def load_tokenizer(name: str, role: str = "tokenizer", **kwargs: Any) -> "PreTrainedTokenizerBase":
+    """A tokenizer with an EOS and a pad token.
+
+    Raises:
+        UserError: it cannot be loaded, or lacks EOS or pad (pad may be the same token as EOS).
+    """
+    from transformers import AutoTokenizer
+
+    _check_source(name, role)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise UserError(_not_loadable(name, role, "tokenizer files", error)) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{role} {name} has no EOS token; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{role} {name} has no pad token; set pad_token in its tokenizer_config.json (the EOS token may serve as both)"
+        )
+    return tokenizer
+
+
+def load_causal_lm(name: str, model_config: "ModelConfig | None" = None, **kwargs: Any) -> "PreTrainedModel":
+    """A causal language model from a folder or Hub id; a LoRA folder is merged into the base it names."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, name, "model", model_config, **kwargs)
+
+
+def load_judge(
+    name: str, model_config: "ModelConfig | None" = None, *, labels: int | None = None, **kwargs: Any
+) -> "PreTrainedModel":
+    """A sequence-classification model: one label ranks, two labels classify (label 1 is the good one).
+
+    labels: start a new head of so many labels on `name`'s trunk; None: take the judge as it is.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if labels is not None:
+        kwargs["num_labels"] = labels
+    else:
+        positive_label_count(name)
+    return _load(AutoModelForSequenceClassification, name, "judge", model_config, **kwargs)
+
+
+def positive_label_count(name: str) -> int:
+    """1 for a ranking judge, 2 for a classifier.
+
+    Raises:
+        UserError: `name` is no judge, or has another number of labels.
+    """
+    config = load_config(_base_of(name), "judge")
+    architectures = getattr(config, "architectures", None) or []
+    if not any("SequenceClassification" in architecture for architecture in architectures) and _base_of(name) == name:
+        raise UserError(
+            f"judge {name} is a {'/'.join(architectures) or 'model without a head'}, not a sequence classifier; "
+            "train one with the reward stage"
+        )
+    if config.num_labels not in (1, 2):
+        raise UserError(
+            f"judge {name} has {config.num_labels} labels; a judge has one (a score) or two (bad, good): train it with the reward stage"
+        )
+    return int(config.num_labels)
+
+
+def context_length(config: "PretrainedConfig") -> int | None:
+    """The longest sequence in tokens that the model can read, or None if it has no limit."""
+    for name in ("n_positions", "max_position_embeddings"):
+        length = getattr(config, name, None)
+        if length:
+            return int(length)
+    return None
+
+
+def attach_lora(model_config: "ModelConfig", task: str = "CAUSAL_LM") -> Any | None:
+    """The peft configuration that ``--use_peft`` asks for, or None. GPT-2's Conv1D layers are adapted as such."""
+    if not model_config.use_peft:
+        return None
+    from peft import LoraConfig
+
+    targets = model_config.lora_target_modules or GPT2_LORA_TARGETS
+    return LoraConfig(
+        task_type=task,
+        r=model_config.lora_r,
+        lora_alpha=model_config.lora_alpha,
+        lora_dropout=model_config.lora_dropout,
+        target_modules=targets,
+        modules_to_save=model_config.lora_modules_to_save,
+        use_rslora=model_config.use_rslora,
+        use_dora=model_config.use_dora,
+        fan_in_fan_out=targets == GPT2_LORA_TARGETS,
+    )
+
+
+def _load(auto_class: Any, name: str, role: str, model_config: "ModelConfig | None", **kwargs: Any) -> "PreTrainedModel":
+    _check_source(name, role)
+    options = _options(model_config) | kwargs
+    options.setdefault("use_safetensors", True)  # a pickle can run code while it is read
+    base = _base_of(name)
+    try:
+        model = auto_class.from_pretrained(base, **options)
+        _never_repack_on_cpu(model)
+        if base == name:
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, name, is_trainable=False).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(_not_loadable(name, role, "safetensors weights", error)) from None
+
+
+def _options(model_config: "ModelConfig | None") -> dict[str, Any]:
+    if model_config is None:
+        return {"dtype": "float32"}
+    options: dict[str, Any] = {
+        "dtype": model_config.dtype or "float32",
+        "revision": model_config.model_revision,
+        "trust_remote_code": model_config.trust_remote_code,
+    }
+    if model_config.attn_implementation:
+        options["attn_implementation"] = model_config.attn_implementation
+    from trl import get_kbit_device_map, get_quantization_config
+
+    quantization = get_quantization_config(model_config)
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": get_kbit_device_map() or "cpu"}
+    return options
+
+
+def _never_repack_on_cpu(model: Any) -> None:
+    """bitsandbytes repacks 4-bit weights in place at the first CPU forward; the layer then trains and saves wrongly."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _base_of(name: str) -> str:
+    """A LoRA folder names its base model in adapter_config.json; any other source is its own base."""
+    adapter = Path(name) / "adapter_config.json"
+    if not adapter.is_file():
+        return name
+    import json
+
+    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def _check_source(name: str, role: str) -> None:
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{role} {name} is a file; give the folder that holds config.json, or a Hub id")
+    if path.is_dir():
+        return
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.split("/")[0] == "runs"
+    if looks_like_a_path:
+        raise UserError(f"{role} {name}: no such folder; run the stage that makes it first, or give a Hub id")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise UserError(
+            f"{role} {name} is no local folder, and as a Hub id it cannot be fetched while HF_HUB_OFFLINE=1; "
+            "give a folder, or unset HF_HUB_OFFLINE"
+        )
+
+
+def _not_loadable(name: str, role: str, missing: str, error: Exception) -> str:
+    return f"{role} {name} cannot be loaded ({missing}): {str(error).strip().splitlines()[0]}"

@@ -1,0 +1,219 @@
+"""Completions to rewards. A reward is a model, the path of one, a Python function, or ``package.module:function``.
+
+Functions are called as TRL calls its reward functions: ``f(prompts=..., completions=..., completion_ids=..., **columns)``
+with every other column of the dataset as a list, and return one number a completion. For conversational prompts a
+completion is a list with one assistant message, otherwise it is text.
+"""
+
+import importlib
+import math
+import numbers
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.data import ensure_chat_template, is_conversation, prompt_text, text_of
+from rlhf_recipes.models import context_length, load_judge, load_tokenizer, positive_label_count
+from rlhf_recipes.tensors import pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RewardSource = Any  # nn.Module | str | Callable
+
+
+class Reward(Protocol):
+    """What scores a batch of completions. `name` is how it appears in logs."""
+
+    name: str
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> list[float]: ...
+
+
+class FunctionReward:
+    """A Python function, its answer checked."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name: str = getattr(function, "__name__", type(function).__name__)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> list[float]:
+        """Raises UserError naming the sample for a result of the wrong length, None, NaN or no number."""
+        scores = self.function(
+            prompts=list(prompts), completions=list(completions), completion_ids=list(completion_ids), **columns
+        )
+        scores = scores.tolist() if isinstance(scores, torch.Tensor) else list(scores)
+        if len(scores) != len(completions):
+            raise UserError(
+                f"reward function {self.name} returned {len(scores)} scores for {len(completions)} completions; return one each"
+            )
+        for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+            if not isinstance(score, numbers.Real) or not math.isfinite(score):
+                raise UserError(
+                    f"reward function {self.name} returned {score!r} for the completion {text_of(completion)!r} of the prompt "
+                    f"{text_of(prompt)[:200]!r}; return a finite number"
+                )
+        return [float(score) for score in scores]
+
+
+class ModelReward:
+    """A sequence classifier: one label is the score itself; of two labels it is the log-odds of label 1."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        policy_tokenizer: "PreTrainedTokenizerBase",
+        name: str = "judge",
+        batch_size: int = 64,
+    ) -> None:
+        if getattr(model.config, "num_labels", 1) not in (1, 2):
+            raise UserError(f"judge {name} has {model.config.num_labels} labels; a judge has one (a score) or two (bad, good)")
+        self.model, self.tokenizer, self.name, self.batch_size = model.eval(), tokenizer, name, batch_size
+        self.policy_tokenizer = policy_tokenizer
+        # The same vocabulary reads the policy's ids as they are; another one reads the text.
+        self.shares_ids = tokenizer is policy_tokenizer or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        vocabulary = getattr(model.config, "vocab_size", None)
+        if vocabulary is not None and vocabulary < max(tokenizer.get_vocab().values()) + 1:
+            raise UserError(
+                f"judge {name} has {vocabulary} token embeddings, but its tokenizer has {len(tokenizer)} tokens; "
+                "give the judge its own tokenizer (reward_processing_classes)"
+            )
+        if not self.shares_ids:
+            ensure_chat_template(tokenizer)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> list[float]:
+        if self.shares_ids:
+            return self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
+        return self.score_texts([self._text(p, c) for p, c in zip(prompts, completions, strict=True)])
+
+    def _text(self, prompt: Any, completion: Any) -> str:
+        if is_conversation(prompt):
+            messages = [*prompt, {"role": "assistant", "content": text_of(completion)}]
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        if isinstance(prompt, (list, tuple)):  # token ids
+            prompt = self.policy_tokenizer.decode(prompt, skip_special_tokens=True)
+        return prompt_text(prompt, self.tokenizer) + text_of(completion)
+
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Scores of whole texts, read with the judge's own tokenizer."""
+        return self.score_ids([self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+
+    @torch.no_grad()
+    def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Scores of rows of the judge's token ids; a row longer than its context keeps its end."""
+        limit = context_length(self.model.config)
+        rows = [row[-limit:] if limit else row for row in rows]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            logits = classify(self.model, [rows[index] for index in batch])
+            values = logits[:, 0] if logits.shape[-1] == 1 else logits[:, 1] - logits[:, 0]
+            for index, value in zip(batch, values.tolist(), strict=True):
+                scores[index] = value
+        return scores
+
+
+def classify(model: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits (batch, labels) in float32 of rows of ids, padded on the right with the model's own pad id."""
+    pad_id = model.config.pad_token_id
+    device = next(model.parameters()).device
+    if pad_id is None and len({len(row) for row in rows}) > 1:
+        # Without a pad id such a model cannot tell where a row ends: ask it row by row.
+        return torch.cat([classify(model, [row]) for row in rows])
+    ids, mask = pad(rows, value=pad_id or 0)
+    output = model(input_ids=ids.to(device), attention_mask=mask.long().to(device))
+    return torch.as_tensor(output.logits).float()
+
+
+def load_reward(
+    source: RewardSource,
+    policy_tokenizer: "PreTrainedTokenizerBase",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    device: "torch.device | str | None" = None,
+    batch_size: int = 64,
+) -> Reward:
+    """Make a `Reward` of a model, a folder or Hub id, ``package.module:function``, or a function.
+
+    tokenizer: the judge's own; by default the one in its folder, or the policy's for a model object.
+    """
+    if isinstance(source, str) and is_function_name(source):
+        source = import_function(source)
+    if isinstance(source, str):
+        positive_label_count(source)
+        tokenizer = tokenizer or load_tokenizer(source, "judge")
+        name = os.path.basename(os.path.normpath(source))
+        source = load_judge(source)
+        return ModelReward(source.to(device), tokenizer, policy_tokenizer, name, batch_size)
+    if isinstance(source, nn.Module):
+        name = os.path.basename(os.path.normpath(getattr(source.config, "_name_or_path", "") or "judge"))
+        model = source.to(device) if device is not None else source
+        return ModelReward(model, tokenizer or policy_tokenizer, policy_tokenizer, name, batch_size)
+    if callable(source):
+        return FunctionReward(source)
+    raise TypeError(f"a reward is a model, a path, or a function, not {type(source).__name__}")
+
+
+def is_function_name(source: str) -> bool:
+    """Whether the source reads ``package.module:function``."""
+    module, colon, function = source.partition(":")
+    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def import_function(source: str) -> Callable[..., Any]:
+    """Import ``package.module:function``; modules beside the caller (the working directory) count."""
+    module, _, function = source.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"reward function {source} cannot be imported: {error}") from None
+
+
+def score(
+    reward: Reward,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> list[float]:
+    """Score completions, given as text, in the form their prompts have: as assistant messages for conversations."""
+    shaped = [
+        [{"role": "assistant", "content": completion}] if is_conversation(prompt) else completion
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return reward(prompts, shaped, prompt_ids=prompt_ids, completion_ids=completion_ids, **(columns or {}))
