@@ -1,12 +1,14 @@
 """The rules of the house that are not about imports: lengths, one word, a light entrance, plain words."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -29,7 +31,9 @@ WHERE = set(
 HEAVY = {"accelerate", "datasets", "matplotlib", "numpy", "peft", "sklearn", "torch", "transformers", "trl"}
 
 # Written as patterns that do not match themselves, so that this file needs no exception.
-PRIVATE_WORDS = re.compile(r"/wor[k]/|/tm[p]/|/roo[t]/|/opt/pyp[i]|\bshared/(dat[a]|desig[n]|hook[s])|before-sto[p]")
+PRIVATE_WORDS = re.compile(
+    r"/wor[k]/|/tm[p]/brief|/roo[t]/|/opt/pyp[i]|\bshared/(dat[a]|desig[n]|hook[s])|before-sto[p]"
+)
 TEXT_SUFFIXES = set(".cfg .css .html .jinja .js .json .md .py .svg .toml .txt .yaml .yml".split()) | {""}
 HOUSE_FOLDERS = ("src", "recipes", "tests", "docs", "benchmarks", "accelerate_configs", ".ci", ".github")
 
@@ -98,6 +102,33 @@ def test_a_stage_tells_its_story_under_its_own_name(word: str) -> None:
     assert ast.get_docstring(door), "a door is a plate: In, Out, Launch, Next"
 
 
+def dataclasses_of(word: str) -> list[type]:
+    """The dataclasses that a stage is called with, in order: what its door and `python -m rlhf_recipes` parse."""
+    run = getattr(importlib.import_module(f"rlhf_recipes.stages.{word}"), f"run_{word}")
+    return [hint for name, hint in get_type_hints(run).items() if name != "return"]
+
+
+@pytest.mark.parametrize("word", STAGE_WORDS)
+def test_a_door_parses_what_its_stage_is_called_with(word: str) -> None:
+    door = ast.parse((ROOT / "recipes" / f"{word}.py").read_text(encoding="utf-8"))
+    (parsing,) = [
+        node for node in ast.walk(door) if isinstance(node, ast.Call) and ast.unparse(node.func) == "parse_arguments"
+    ]
+    assert [ast.unparse(argument) for argument in parsing.args] == [kind.__name__ for kind in dataclasses_of(word)]
+
+
+@pytest.mark.parametrize("path", RUN_YAMLS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_yaml_is_understood(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key of each shipped YAML arrives in the dataclasses of its stage; parsing alone leaves nothing behind."""
+    from rlhf_recipes.arguments import asked_for, parse_arguments
+
+    monkeypatch.chdir(tmp_path)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    arguments = parse_arguments(*dataclasses_of(path.stem), argv=["--config", str(path)])
+    assert set(asked_for(*arguments)) == set(written) and len(written) > 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("folder", sorted({path.parent for path in RUN_YAMLS}), ids=lambda folder: folder.name)
 def test_a_run_tells_how_to_repeat_it(folder: Path) -> None:
     """The README beside the YAMLs of a run gives the launch line of each."""
@@ -108,7 +139,9 @@ def test_a_run_tells_how_to_repeat_it(folder: Path) -> None:
 def test_the_package_opens_without_its_libraries() -> None:
     """A fresh interpreter that imports the package has loaded none of the heavy libraries."""
     program = "import json, sys, rlhf_recipes; print(json.dumps(sorted(sys.modules)))"
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=SOURCE.parent, capture_output=True, text=True, check=True
+    )
     loaded = set(json.loads(answer.stdout))
     assert "rlhf_recipes" in loaded
     assert loaded & HEAVY == set()
@@ -121,7 +154,7 @@ def test_the_project_speaks_of_itself_alone() -> None:
     told = {
         f"{path.relative_to(ROOT)}: {match.group()}"
         for path in files
-        for match in PRIVATE_WORDS.finditer(path.read_text(encoding="utf-8"))
+        for match in PRIVATE_WORDS.finditer(path.read_text(encoding="utf-8", errors="replace"))
     }
     assert told == set()
 

@@ -53,6 +53,17 @@ class DatasetArguments(OutputArguments):
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split held out for evaluation; a dataset without it is trained on whole."}
     )
+    extra_dataset_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further datasets (as dataset_name) whose training rows follow; only columns they all have are kept."},
+    )
+    row_filter: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Keep rows whose columns hold these values, as column=value; a column named twice may hold either. "
+            "A dataset without the column is kept whole, as long as another has it."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first so many held-out rows."})
 

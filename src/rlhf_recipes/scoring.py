@@ -6,6 +6,7 @@ completion is a list with one assistant message, otherwise it is text.
 """
 
 import importlib
+import inspect
 import math
 import numbers
 import os
@@ -183,6 +184,30 @@ def load_reward(
     if callable(source):
         return FunctionReward(source)
     raise TypeError(f"a reward is a model, a path, or a function, not {type(source).__name__}")
+
+
+def check_reward(source: str, columns: Sequence[str] = (), role: str = "judge") -> None:
+    """Refuse a folder, Hub id or ``package.module:function`` that cannot score rows with these columns; loads no weights.
+
+    Raises:
+        UserError: no such model or function, a wrong number of labels, no tokenizer, or a function that asks for a
+            column that the dataset lacks.
+    """
+    if not is_function_name(source):
+        positive_label_count(source)
+        load_tokenizer(source, role)
+        return
+    function = import_function(source)
+    given = dict.fromkeys({"prompts", "completions", "completion_ids", *columns})
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        raise UserError(
+            f"{role} {source} does not fit the dataset, whose further columns are {', '.join(columns) or 'none'}: {error}; "
+            "give a dataset with the column, or let the function take **columns"
+        ) from None
+    except ValueError:  # a function without a signature, such as one written in C: it is its own judge of that
+        return
 
 
 def is_function_name(source: str) -> bool:

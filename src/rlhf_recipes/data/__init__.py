@@ -7,8 +7,10 @@ from rlhf_recipes.data.chat import (
     is_conversation,
     prompt_ids,
     prompt_text,
+    split_ids,
     text_of,
 )
+from rlhf_recipes.data.checks import fit_prompts, require_batch, require_texts
 from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.sources import first_row, has_columns, load_split, load_train_and_test, require_columns, write_rows
 
@@ -17,6 +19,7 @@ __all__ = [
     "chat_template",
     "ensure_chat_template",
     "first_row",
+    "fit_prompts",
     "has_columns",
     "is_conversation",
     "load_split",
@@ -24,7 +27,10 @@ __all__ = [
     "pack_documents",
     "prompt_ids",
     "prompt_text",
+    "require_batch",
     "require_columns",
+    "require_texts",
+    "split_ids",
     "text_of",
     "write_rows",
 ]

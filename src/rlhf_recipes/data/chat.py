@@ -79,3 +79,21 @@ def prompt_ids(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if not ids:
         raise UserError(f"an empty prompt ({prompt!r}) cannot be continued; drop it from the dataset")
     return ids
+
+
+def split_ids(prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """(prompt ids, completion ids with their EOS), tokenized as one text and parted where the prompt's own ids end.
+
+    An empty prompt is allowed: the whole of `completion` (text, or messages of any roles) is then the second part.
+    """
+    if is_conversation(completion):
+        ensure_chat_template(tokenizer)
+        whole = str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+    else:
+        whole = prompt + completion
+        whole += "" if whole.endswith(tokenizer.eos_token) else tokenizer.eos_token
+    ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+    first = prompt_ids(prompt, tokenizer) if prompt else []
+    # Letters may merge across the boundary; the completion begins where the two part.
+    shared = next((index for index, pair in enumerate(zip(first, ids, strict=False)) if pair[0] != pair[1]), len(first))
+    return ids[:shared], ids[shared:]

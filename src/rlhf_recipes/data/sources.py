@@ -38,34 +38,112 @@ def load_split(
         dataset = _load(_builder_of(file), name, split="train", data_files=str(file), streaming=streaming)
     else:
         dataset = _from_hub(name, config, split, streaming)
-    if max_samples is not None:
-        dataset = dataset.take(max_samples) if streaming else dataset.select(range(min(max_samples, len(dataset))))
     if first_row(dataset) is None:
         raise UserError(f"dataset {name} has no rows in its split {split!r}; give another split or file")
-    return dataset
+    return _first(dataset, max_samples)
 
 
 def load_train_and_test(
     arguments: DatasetArguments, name: str | None = None, streaming: bool = False
 ) -> "tuple[Any, Any | None]":
-    """The training split and, where the source has it, the held-out split of `arguments.dataset_name` (or `name`)."""
+    """The training split and, where the source has it, the held-out split of `arguments.dataset_name` (or `name`).
+
+    `arguments.row_filter` holds for both, `arguments.extra_dataset_names` lengthens the training split, and the limits
+    on samples count what is left after that.
+    """
     source = name or arguments.dataset_name
     if not source:
         raise UserError("no dataset; pass --dataset_name with a folder, a data file or a Hub id")
-    options: dict[str, Any] = {"config": arguments.dataset_config}
-    train = load_split(
-        source, arguments.dataset_train_split, max_samples=arguments.max_train_samples, streaming=streaming, **options
-    )
+    sources = [source, *(arguments.extra_dataset_names or [])]
+    rules = parse_row_filter(arguments.row_filter or [])
+    split, config = arguments.dataset_train_split, arguments.dataset_config
+    parts = [load_split(part, split, config=config, streaming=streaming) for part in sources]
+    _require_filtered_columns(parts, rules)
+    parts = [filter_rows(part, rules, f"{one} ({split})") for part, one in zip(parts, sources, strict=True)]
+    train = _first(_joined(parts), arguments.max_train_samples)
+    test = _load_test(arguments, source)
+    if test is not None:
+        test = _first(filter_rows(test, rules, f"{source} ({arguments.dataset_test_split})"), arguments.max_test_samples)
+    return train, test
+
+
+def _load_test(arguments: DatasetArguments, source: str) -> "Any | None":
     path = Path(source).expanduser()
-    if path.is_file() or (path.is_dir() and arguments.dataset_test_split not in _splits(path)):
-        return train, None
+    split = arguments.dataset_test_split
+    if path.is_file() or (path.is_dir() and split not in _splits(path)):
+        return None
     try:
-        test = load_split(source, arguments.dataset_test_split, max_samples=arguments.max_test_samples, **options)
+        return load_split(source, split, config=arguments.dataset_config)
     except UserError:
         if path.exists():
             raise
-        return train, None  # a Hub dataset without the split
-    return train, test
+        return None  # a Hub dataset without the split
+
+
+def parse_row_filter(conditions: Sequence[str]) -> dict[str, set[str]]:
+    """``["source=imdb", "source=web"]`` -> ``{"source": {"imdb", "web"}}``: column -> the values it may hold."""
+    rules: dict[str, set[str]] = {}
+    for condition in conditions:
+        column, equals, value = condition.partition("=")
+        if not column or not equals:
+            raise UserError(f"row_filter {condition!r} is not of the form column=value")
+        rules.setdefault(column, set()).add(value)
+    return rules
+
+
+def filter_rows(dataset: Any, rules: Mapping[str, set[str]], name: str = "dataset") -> Any:
+    """The rows whose columns hold one of the values allowed (compared as text); rules on absent columns do nothing.
+
+    Raises:
+        UserError: no row is left.
+    """
+    present = first_row(dataset) or {}
+    for column, allowed in rules.items():
+        if column in present:
+            dataset = dataset.filter(lambda value, allowed=allowed: str(value) in allowed, input_columns=[column])
+    if first_row(dataset) is None:
+        wanted = ", ".join(f"{column} in {sorted(allowed)}" for column, allowed in rules.items())
+        raise UserError(f"{name} has no row with {wanted}; change --row_filter")
+    return dataset
+
+
+def _require_filtered_columns(parts: Sequence[Any], rules: Mapping[str, set[str]]) -> None:
+    for column in rules:
+        if not any(has_columns(part, column) for part in parts):
+            present = ", ".join(first_row(parts[0]) or {})
+            raise UserError(f"row_filter names the column {column}, but the dataset has {present}")
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The parts one after the other, in the columns that they share."""
+    if len(parts) == 1:
+        return parts[0]
+    from datasets import concatenate_datasets
+
+    rows = [first_row(part) or {} for part in parts]
+    common = [column for column in rows[0] if all(column in row for row in rows)]
+    if not common:
+        raise UserError(f"the datasets share no column ({'; '.join(', '.join(row) for row in rows)}); rename them")
+    try:
+        return concatenate_datasets([part.select_columns(common) for part in parts])
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the datasets hold different types in {', '.join(common)}: {reason}") from None
+
+
+def _first(dataset: Any, count: int | None) -> Any:
+    """The first `count` rows, or all."""
+    if count is None:
+        return dataset
+    if count < 1:
+        raise UserError(f"a limit of {count} samples leaves no rows; give at least 1")
+    return dataset.take(count) if _streams(dataset) else dataset.select(range(min(count, len(dataset))))
+
+
+def _streams(dataset: Any) -> bool:
+    from datasets import IterableDataset
+
+    return isinstance(dataset, IterableDataset)
 
 
 def first_row(dataset: Any) -> dict[str, Any] | None:

@@ -5,22 +5,37 @@ from rlhf_recipes.models.hardware import fit_to_hardware
 from rlhf_recipes.models.loading import (
     attach_lora,
     context_length,
+    is_adapter,
+    is_judge,
+    is_quantized,
     load_causal_lm,
     load_config,
     load_judge,
     load_tokenizer,
     positive_label_count,
+    prepare_for_lora,
+    save_judge_config,
+    trainable_to_float32,
 )
+from rlhf_recipes.models.start import Start, check_start
 
 __all__ = [
     "SIZES",
+    "Start",
     "attach_lora",
     "build_gpt2",
+    "check_start",
     "context_length",
     "fit_to_hardware",
+    "is_adapter",
+    "is_judge",
+    "is_quantized",
     "load_causal_lm",
     "load_config",
     "load_judge",
     "load_tokenizer",
     "positive_label_count",
+    "prepare_for_lora",
+    "save_judge_config",
+    "trainable_to_float32",
 ]

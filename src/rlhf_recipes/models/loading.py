@@ -1,5 +1,6 @@
 """Loading with checks that fail before weights are read, and never with pickles or remote code."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 # GPT-2 keeps its weights in Conv1D layers; the attention and MLP projections are what LoRA adapts.
 GPT2_LORA_TARGETS = ["c_attn", "c_proj", "c_fc"]
+GENERATION_FILE = "generation_config.json"
 
 
 def load_config(name: str, role: str = "model", **kwargs: Any) -> "PretrainedConfig":
@@ -19,7 +21,7 @@ def load_config(name: str, role: str = "model", **kwargs: Any) -> "PretrainedCon
 
     _check_source(name, role)
     try:
-        return AutoConfig.from_pretrained(name, **kwargs)
+        return AutoConfig.from_pretrained(_config_source(name), **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(_not_loadable(name, role, "config.json", error)) from None
 
@@ -58,14 +60,22 @@ def load_judge(
 ) -> "PreTrainedModel":
     """A sequence-classification model: one label ranks, two labels classify (label 1 is the good one).
 
-    labels: start a new head of so many labels on `name`'s trunk; None: take the judge as it is.
+    labels: start a new head of so many labels on `name`'s trunk, or go on with the head of a judge that has as many;
+    None: take the judge as it is.
     """
     from transformers import AutoModelForSequenceClassification
 
-    if labels is not None:
-        kwargs["num_labels"] = labels
+    if labels is None:
+        labels = positive_label_count(name)
+    elif is_judge(name) and load_config(name, "judge").num_labels != labels:
+        raise UserError(
+            f"judge {name} has another number of labels than {labels}, so its head cannot be trained on; "
+            "start from a language model"
+        )
+    if _base_of(name) != name and is_judge(name):
+        kwargs["config"] = load_config(name, "judge")  # a LoRA folder's own: its base may have any number of labels
     else:
-        positive_label_count(name)
+        kwargs["num_labels"] = labels
     return _load(AutoModelForSequenceClassification, name, "judge", model_config, **kwargs)
 
 
@@ -75,18 +85,23 @@ def positive_label_count(name: str) -> int:
     Raises:
         UserError: `name` is no judge, or has another number of labels.
     """
-    config = load_config(_base_of(name), "judge")
-    architectures = getattr(config, "architectures", None) or []
-    if not any("SequenceClassification" in architecture for architecture in architectures) and _base_of(name) == name:
+    config = load_config(name, "judge")
+    if not is_judge(name):
         raise UserError(
-            f"judge {name} is a {'/'.join(architectures) or 'model without a head'}, not a sequence classifier; "
-            "train one with the reward stage"
+            f"judge {name} is a {'/'.join(config.architectures or []) or 'model without a head'}, not a sequence "
+            "classifier; train one with the reward stage"
         )
     if config.num_labels not in (1, 2):
         raise UserError(
             f"judge {name} has {config.num_labels} labels; a judge has one (a score) or two (bad, good): train it with the reward stage"
         )
     return int(config.num_labels)
+
+
+def is_judge(name: str) -> bool:
+    """Whether a folder or Hub id holds a sequence classifier rather than a language model."""
+    architectures = load_config(name, "judge").architectures or []
+    return any("SequenceClassification" in architecture for architecture in architectures)
 
 
 def context_length(config: "PretrainedConfig") -> int | None:
@@ -118,21 +133,70 @@ def attach_lora(model_config: "ModelConfig", task: str = "CAUSAL_LM") -> Any | N
     )
 
 
+def prepare_for_lora(model: "PreTrainedModel", gradient_checkpointing: bool = False) -> "PreTrainedModel":
+    """Freeze a quantized model and bring what is not quantized to float32 (QLoRA); any other model is left as it is."""
+    if not is_quantized(model):
+        return model
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+
+
+def is_quantized(model: "PreTrainedModel") -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def trainable_to_float32(model: Any) -> None:
+    """Adapters of a quantized model, which TRL rounds to bfloat16: at usual learning rates Adam's steps would be lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def save_judge_config(model: Any, folder: str | Path) -> None:
+    """Leave a judge's config.json beside its weights, which LoRA leaves out: labels and pad id are not the base's."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model.get_base_model() if is_peft(model) else model).__name__]
+    config.__dict__.pop("quantization_config", None)
+    config.save_pretrained(folder)
+
+
+def is_peft(model: Any) -> bool:
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds LoRA weights on another model's."""
+    return _base_of(name) != name
+
+
 def _load(auto_class: Any, name: str, role: str, model_config: "ModelConfig | None", **kwargs: Any) -> "PreTrainedModel":
     _check_source(name, role)
     options = _options(model_config) | kwargs
     options.setdefault("use_safetensors", True)  # a pickle can run code while it is read
-    base = _base_of(name)
+    if "quantization_config" in options and role == "judge":
+        options["quantization_config"].llm_int8_skip_modules = ["score"]  # the head is trained, so it stays as it is
     try:
-        model = auto_class.from_pretrained(base, **options)
+        model = auto_class.from_pretrained(_base_of(name), **options)
         _never_repack_on_cpu(model)
-        if base == name:
-            return model
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, name, is_trainable=False).merge_and_unload()
+        return _merge_adapter(model, name) if is_adapter(name) else model
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(_not_loadable(name, role, "safetensors weights", error)) from None
+
+
+def _merge_adapter(model: "PreTrainedModel", name: str) -> "PreTrainedModel":
+    from peft import PeftConfig, PeftModel
+    from transformers import GenerationConfig
+
+    config = PeftConfig.from_pretrained(name)
+    if config.task_type == "CAUSAL_LM" and "SequenceClassification" in type(model).__name__:
+        config.task_type = None  # the trunk of a language model, which peft would ask how it generates
+    merged = PeftModel.from_pretrained(model, name, config=config, is_trainable=False).merge_and_unload()
+    if (Path(name) / GENERATION_FILE).is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(name)
+    return merged
 
 
 def _options(model_config: "ModelConfig | None") -> dict[str, Any]:
@@ -162,6 +226,10 @@ def _never_repack_on_cpu(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _config_source(name: str) -> str:
+    return name if (Path(name) / "config.json").is_file() else _base_of(name)
 
 
 def _base_of(name: str) -> str:

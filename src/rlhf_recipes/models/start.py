@@ -1,0 +1,54 @@
+"""The model that fine-tuning starts from, checked from what is small to read."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.models.loading import context_length, is_adapter, load_config, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+
+class Start(NamedTuple):
+    """`max_length` is the longest row in tokens: what was asked for, else the model's context, else None."""
+
+    name: str
+    config: "PretrainedConfig"
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int | None
+
+
+def check_start(
+    model_config: "ModelConfig", max_length: int | None, *, eos_token: str | None = None, pad_token: str | None = None
+) -> Start:
+    """Read the configuration and tokenizer of ``--model_name_or_path``. No weights are read.
+
+    Raises:
+        UserError: no model, one that cannot be read, a tokenizer without EOS or pad or with more tokens than the model,
+            rows longer than the context, quantized weights without LoRA, LoRA on top of LoRA.
+    """
+    name = model_config.model_name_or_path
+    if not name:
+        raise UserError("no model; pass --model_name_or_path with a folder that an earlier stage left, or a Hub id")
+    config = load_config(name, revision=model_config.model_revision)
+    tokens = {key: value for key, value in (("eos_token", eos_token), ("pad_token", pad_token)) if value is not None}
+    tokenizer = load_tokenizer(name, "tokenizer of the model", revision=model_config.model_revision, **tokens)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"model {name} has embeddings for {config.vocab_size} tokens, but its tokenizer has {len(tokenizer)}; "
+            "give the model the tokenizer it was trained with"
+        )
+    limit = context_length(config)
+    if max_length is not None and max_length < 2:
+        raise UserError(f"max_length is {max_length}; give at least 2 tokens")
+    if max_length is not None and limit is not None and max_length > limit:
+        raise UserError(f"max_length {max_length} is beyond the {limit} tokens that {name} reads; lower it")
+    if (model_config.load_in_4bit or model_config.load_in_8bit) and not model_config.use_peft:
+        raise UserError("quantized weights cannot be trained themselves; add --use_peft true, or leave load_in_*bit out")
+    if model_config.use_peft and is_adapter(name):
+        raise UserError(
+            f"model {name} is itself a LoRA adapter; start from its base model, or go on without --use_peft (the adapter "
+            "is then merged)"
+        )
+    return Start(name, config, tokenizer, max_length or limit)

@@ -1,0 +1,109 @@
+"""One update's worth of episodes: what was asked, what was answered, and what it was worth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rlhf_recipes.ppo.advantages import generalized_advantages
+from rlhf_recipes.ppo.rewards import kl_estimates, penalize_missing_eos, token_rewards
+from rlhf_recipes.tensors import Reduce, alone, length_mask, masked_mean, masked_whiten, pad
+
+
+@dataclass
+class Rollout:
+    """Tensors of one process's episodes. Queries are padded on the left, answers on the right.
+
+    All episodes of a rollout keep its width in every minibatch: a bfloat16 forward pass rounds differently at another
+    width, and the probability ratio would start off 1.
+    """
+
+    input_ids: Tensor  # (batch, query + tokens) long
+    attention_mask: Tensor  # (batch, query + tokens) long
+    response_mask: Tensor  # (batch, tokens) bool: generated tokens, the stop token among them
+    stopped: Tensor  # (batch,) bool: ended by a stop token
+    scores: Tensor  # (batch,) float32: the reward of the whole answer, missing-EOS penalty included
+    log_probs: Tensor  # (batch, tokens) float32, like all below
+    reference_log_probs: Tensor
+    values: Tensor
+    kl: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def select(self, rows: Tensor) -> dict[str, Tensor]:
+        """The episodes of one micro-batch, as the mapping that `compute_loss` takes."""
+        return {item.name: getattr(self, item.name)[rows] for item in fields(self)}
+
+    def episode_metrics(self, kl_coef: float) -> dict[str, Tensor]:
+        """What the field logs of each episode, (batch,) each, under TRL's names."""
+        penalty = kl_coef * self.kl.sum(1)
+        return {
+            "objective/kl": self.kl.sum(1),
+            "objective/entropy": -self.log_probs.sum(1),
+            "objective/non_score_reward": -penalty,
+            "objective/rlhf_reward": self.scores - penalty,
+            "objective/scores": self.scores,
+            "completions/mean_length": self.response_mask.sum(1).float(),
+            "completions/eos_share": self.stopped.float(),
+        }
+
+    def explained_variance(self, reduce: Reduce = alone) -> float:
+        """Share of the returns' variance that the values foresaw, over the tokens of all processes; 1 is perfect."""
+        mask = self.response_mask
+        spread = masked_mean((self.returns - masked_mean(self.returns, mask, reduce)) ** 2, mask, reduce)
+        error = masked_mean((self.returns - self.values) ** 2, mask, reduce)
+        return float(1.0 - error / spread.clamp(min=1e-8))
+
+
+@dataclass(frozen=True)
+class RewardShape:
+    """The numbers that turn scores into advantages."""
+
+    kl_coef: float
+    kl_estimator: str
+    gamma: float
+    lam: float
+    whiten_rewards: bool
+    missing_eos_penalty: float | None
+
+
+def pack_episodes(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids, attention_mask (batch, query + tokens) and response_mask (batch, tokens) of episodes given as ids.
+
+    pad_id fills the gaps and is looked at by nobody: the masks come from the lengths.
+    """
+    query_ids, query_mask = pad(queries, pad_id, side="left")
+    answer_ids, _ = pad(answers, pad_id)
+    response_mask = length_mask(torch.tensor([len(answer) for answer in answers]), answer_ids.shape[1])
+    input_ids = torch.cat([query_ids, answer_ids], dim=1)
+    return input_ids, torch.cat([query_mask, response_mask], dim=1).long(), response_mask
+
+
+def finish_rollout(
+    episodes: tuple[Tensor, Tensor, Tensor],
+    stopped: Tensor,
+    scores: Tensor,
+    log_probs: Tensor,
+    reference_log_probs: Tensor,
+    values: Tensor,
+    shape: RewardShape,
+    reduce: Reduce = alone,
+) -> Rollout:
+    """Shape rewards, estimate advantages, whiten them over the episodes of all processes, and put it all together."""
+    input_ids, attention_mask, mask = episodes
+    kl = torch.where(mask, kl_estimates(log_probs, reference_log_probs, shape.kl_estimator), torch.zeros_like(log_probs))
+    scores = penalize_missing_eos(scores, stopped, shape.missing_eos_penalty)
+    rewards = token_rewards(scores, kl, mask, shape.kl_coef)
+    if shape.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
+    raw = generalized_advantages(rewards, values, mask, shape.gamma, shape.lam)
+    advantages = torch.where(mask, masked_whiten(raw, mask, reduce=reduce), torch.zeros_like(raw))
+    return Rollout(
+        input_ids, attention_mask, mask, stopped, scores, log_probs, reference_log_probs, values, kl, rewards, advantages,
+        returns=raw + values,
+    )  # fmt: skip

@@ -1,0 +1,164 @@
+"""Policy and value as one module, so that one optimizer, one wrapper and one backward pass serve both."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_recipes.tensors import entropy, positions, token_log_probs
+
+
+class TokenOutputs(NamedTuple):
+    """Each (batch, tokens) in float32, at the generated tokens only; zero where the mask is False."""
+
+    log_probs: Tensor
+    entropies: Tensor
+    values: Tensor
+
+
+class ValueHead(nn.Module):
+    """One number a state, read from the policy's last hidden state. It starts at zero: no opinion yet."""
+
+    FILE = "value_head.safetensors"
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., hidden_size) -> (...)."""
+        return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1).float()
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        state = {key: value.contiguous() for key, value in (state_dict or self.state_dict()).items()}
+        save_file(state, Path(folder) / self.FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ValueHead":
+        state = load_file(Path(folder) / cls.FILE)
+        head = cls(state["score.weight"].shape[1])
+        head.load_state_dict(state)
+        return head
+
+
+class PolicyAndValue(nn.Module):
+    """A causal language model and its value: a head on the policy's trunk, or a model of its own.
+
+    Raises:
+        TypeError: value_model is no sequence classifier with one label.
+    """
+
+    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.policy: Any = policy
+        self.value_model: Any = check_value_model(value_model) if value_model is not None else ValueHead(hidden_size(policy))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+    ) -> TokenOutputs:
+        """Log-probabilities, entropies and values of the generated tokens.
+
+        input_ids, attention_mask: (batch, query + tokens), queries padded on the left and answers on the right.
+        response_mask: (batch, tokens).
+        """
+        hidden, log_probs, entropies = policy_outputs(self.policy, input_ids, attention_mask, response_mask, temperature)
+        if isinstance(self.value_model, ValueHead):
+            values = self.value_model(hidden)
+        else:
+            states = response_states(self.value_model, input_ids, attention_mask, response_mask)
+            score = self.value_model.score
+            values = score(states.to(score.weight.dtype)).squeeze(-1).float()
+        return TokenOutputs(log_probs, entropies, scatter(values, response_mask))
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in the backward pass; what Trainer calls for ``gradient_checkpointing``."""
+        for module in (self.policy, self.value_model):
+            if not isinstance(module, ValueHead):
+                module.activation_checkpointing_enable(**options)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The policy in `folder`, loadable as any causal language model (or adapter), and the value in ``value_model/``."""
+        parts = {"policy": Path(folder), "value_model": Path(folder) / "value_model"}
+        for name, path in parts.items():
+            state = None
+            if state_dict is not None:
+                state = {key.removeprefix(f"{name}."): value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+            getattr(self, name).save_pretrained(path, state_dict=state)
+
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Read back the weights that `save_pretrained` left, in place."""
+        for module, path in ((self.policy, Path(folder)), (self.value_model, Path(folder) / "value_model")):
+            adapter = path / "adapter_model.safetensors"
+            if adapter.is_file():
+                from peft import set_peft_model_state_dict
+
+                set_peft_model_state_dict(module, load_file(adapter))
+            elif isinstance(module, ValueHead):
+                module.load_state_dict(load_file(path / ValueHead.FILE))
+            else:
+                module.load_state_dict(type(module).from_pretrained(path, dtype=module.dtype).state_dict())
+
+
+def check_value_model(model: nn.Module) -> nn.Module:
+    """A `ValueHead`, or a sequence classifier with one label and its head under ``score``; else a TypeError that says so."""
+    score = getattr(model, "score", None)
+    outputs = getattr(score, "out_features", None)
+    if isinstance(model, ValueHead) or (isinstance(score, nn.Module) and outputs == 1):
+        return model
+    raise TypeError(
+        f"value_model is a {type(model).__name__}"
+        + (f" with {outputs} labels" if outputs else "")
+        + "; give AutoModelForSequenceClassification with num_labels=1, or None for a value head on the policy"
+    )
+
+
+def response_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """The hidden state in which each generated token was chosen. Returns (generated tokens, hidden_size).
+
+    A token is chosen in the state of the position before it. Positions that generated nothing are left out here, so
+    that no logits are ever computed for prompts or padding.
+    """
+    states = trunk(model)(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
+    ).last_hidden_state
+    tokens = response_mask.shape[1]
+    return states[:, -tokens - 1 : -1][response_mask]
+
+
+def policy_outputs(
+    policy: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of the generated tokens."""
+    hidden = response_states(policy, input_ids, attention_mask, response_mask)
+    logits = base_model(policy).get_output_embeddings()(hidden)
+    chosen = input_ids[:, -response_mask.shape[1] :][response_mask]
+    log_probs = token_log_probs(logits, chosen, temperature)
+    with torch.no_grad():
+        entropies = entropy(logits, temperature)
+    return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Put one value a True position back into the shape of the mask; zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside an adapter wrapper, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
+
+
+def trunk(model: nn.Module) -> Any:
+    """The transformer without its head."""
+    base = base_model(model)
+    return getattr(base, base.base_model_prefix)
+
+
+def hidden_size(model: nn.Module) -> int:
+    return int(base_model(model).config.get_text_config().hidden_size)

@@ -1,0 +1,102 @@
+"""What pretraining adds to `Trainer`: an L1 penalty, a collator for packed blocks, continuations while it trains."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.artifacts import write_text
+from rlhf_recipes.generation import Sampling, row_seed, sample, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLES = "samples.md"
+
+
+def collate_blocks(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+    """Blocks of equal length -> ids and labels, both (batch, block). The labels are the ids; the model shifts them."""
+    ids = torch.tensor([list(row["input_ids"]) for row in rows], dtype=torch.long)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+class PretrainTrainer(Trainer):
+    """`Trainer` with `l1_penalty` times the sum of |w| over the weights that weight decay also shrinks.
+
+    The penalty is part of the training loss and of its gradient once per optimizer step, however many micro-batches or
+    processes the step is made of; the evaluation loss is the language model's alone.
+    """
+
+    def __init__(self, *args: Any, l1_penalty: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.l1_penalty = l1_penalty
+        decayed = set(self.get_decay_parameter_names(self.model))
+        self._penalised = [weight for name, weight in self.model.named_parameters() if name in decayed]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.l1_penalty and model.training:
+            # With a count of items the loss is a share of the whole step's, and the shares are summed: so is this one.
+            # Without it Trainer divides by the number of micro-batches itself.
+            shares = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.l1_penalty / shares * self.absolute_weights()
+        return (loss, outputs) if return_outputs else loss
+
+    def absolute_weights(self) -> Tensor:
+        """Sum of |w| over the decayed weights, biases and layer norms left out. A tied weight counts once."""
+        return torch.stack([weight.abs().sum(dtype=torch.float32) for weight in self._penalised]).sum()
+
+
+class SampleContinuations(TrainerCallback):
+    """Continues the same prompts at every evaluation and at the end, and keeps the texts in samples.md.
+
+    The random numbers are the same each time, so that what changes between two samples is the model. Like a document of
+    the training stream, every prompt follows an EOS; an empty prompt starts a document.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", tokens: int, context: int, seed: int = 0
+    ) -> None:
+        self.prompts, self.tokenizer, self.tokens, self.seed = list(prompts), tokenizer, tokens, seed
+        self.sections: list[str] = []
+        self.last_step = -1
+        start = [tokenizer.eos_token_id]
+        self.rows = [start + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        for prompt, row in zip(prompts, self.rows, strict=True):
+            if len(row) + tokens > context:
+                raise UserError(
+                    f"sample prompt {prompt[:40]!r} has {len(row) - 1} tokens, and with {tokens} sampled ones it does not "
+                    f"fit the context of {context}; shorten it or lower --sample_tokens"
+                )
+
+    def continuations(self, model: "PreTrainedModel") -> list[str]:
+        """One continuation a prompt."""
+        sampling = Sampling(self.tokens, stop_ids=stop_ids(model, self.tokenizer))
+        seeds = [row_seed(self.seed, index) for index in range(len(self.rows))]
+        return sample(model, self.rows, sampling, seeds).texts(self.tokenizer)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(Path(args.output_dir), state, kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(Path(args.output_dir), state, kwargs["model"])
+
+    def _write(self, folder: Path, state: Any, model: "PreTrainedModel") -> None:
+        if not state.is_world_process_zero or not self.rows or state.global_step == self.last_step:
+            return
+        self.last_step = state.global_step
+        pairs = list(zip(self.prompts, self.continuations(model), strict=True))
+        lines = [f"- **{_one_line(prompt)}**{_one_line(text)}" for prompt, text in pairs]
+        self.sections.append("\n".join([f"## Step {state.global_step}", "", *lines]))
+        write_text(folder / SAMPLES, "\n\n".join(["# Continuations", *self.sections]) + "\n")
+        print(f"\nstep {state.global_step}: " + " | ".join(prompt + text for prompt, text in pairs[:2]), flush=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split("\n"))

@@ -1,0 +1,289 @@
+"""Several models side by side, on the same prompts and with the same random numbers.
+
+Perplexity says how well a model knows a text; a judge, gold and their win rates say how good its answers are; the KL
+to a reference, the lengths and the repetition say what that cost.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_recipes.arguments import OutputArguments, UserError
+from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.data import load_split, prompt_ids, require_columns, text_of, write_rows
+from rlhf_recipes.generation import Sampling, stop_ids
+from rlhf_recipes.metrics.models import METRICS, Evaluation, compare, evaluate_model
+from rlhf_recipes.models import context_length, is_judge, load_causal_lm, load_config, load_tokenizer
+from rlhf_recipes.plots import plot_ladder
+from rlhf_recipes.report.markdown import plain, table
+from rlhf_recipes.scoring import check_reward, load_reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IN_PICTURE = ("gold_score", "judge_positive", "judge_score", "perplexity", "kl", "length", "distinct_2")
+SAMPLES_ON_CARD = 3
+COUNTS = ("max_new_tokens", "completions_per_prompt", "batch_size", "num_prompts", "num_texts", "prompt_tokens")
+
+
+@dataclass
+class EvalArguments(OutputArguments):
+    """Which models, asked what, judged by whom."""
+
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Models to compare, folders or Hub ids; win rates are over the first."},
+    )
+    output_dir: str = field(default="runs/eval", metadata={"help": "Folder for the report."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Prompts: a folder, a data file or a Hub id."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
+    dataset_split: str = field(default="test", metadata={"help": "Split of the prompts and of the texts."})
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column with a prompt: text, messages or ids. The other columns go to gold."},
+    )
+    prompt_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Ask with the first so many tokens of a prompt (the first model's tokens)."},
+    )
+    num_prompts: int | None = field(
+        default=256, metadata={"help": "Use so many prompts, evenly spaced over the dataset."}
+    )
+    text_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Texts for perplexity: a folder, a file or a Hub id. Unset: not measured."},
+    )
+    text_column: str = field(default="text", metadata={"help": "Column with a text."})
+    num_texts: int | None = field(default=256, metadata={"help": "Use so many texts, evenly spaced over the dataset."})
+    judge: str | None = field(
+        default=None, metadata={"help": "What scores answers: a judge's folder, a Hub id or package.module:function."}
+    )
+    gold: str | None = field(
+        default=None,
+        metadata={"help": "The truth, where it is known, such as rlhf_recipes.world:gold_score."},
+    )
+    reference: str | None = field(
+        default=None, metadata={"help": "Model that KL is measured to. Unset: the first model."}
+    )
+    max_new_tokens: int = field(default=53, metadata={"help": "Longest answer in tokens."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature; 0 takes the likeliest token (and leaves KL out)."}
+    )
+    completions_per_prompt: int = field(default=1, metadata={"help": "Answers sampled for each prompt."})
+    batch_size: int = field(default=64, metadata={"help": "Answers sampled at once; changes no number."})
+    seed: int = field(default=0, metadata={"help": "Seed of the answers, the same for every model."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where there is a GPU."})
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 or more")
+
+
+@dataclass
+class Questions:
+    """What every model is asked. columns: what else the dataset says of each prompt."""
+
+    prompts: list[Any]
+    columns: dict[str, list[Any]]
+    texts: list[str]
+
+
+def run_eval(arguments: EvalArguments) -> Path:
+    """Measure every model, compare each with the first, and leave a report folder; returns its path."""
+    datasets = [arguments.dataset_name, arguments.text_dataset_name]
+    inputs = [*arguments.models, *datasets, arguments.judge, arguments.reference]
+    folder = check_output_folder(arguments.output_dir, arguments.overwrite, inputs)
+    tokenizers = load_tokenizers(arguments)
+    questions = load_questions(arguments, tokenizers)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return folder  # one process measures; the others have nothing to add
+    start = time.perf_counter()
+    names = name_models(arguments.models)
+    evaluations = evaluate_all(arguments, names, tokenizers, questions)
+    measured = {name: dict(evaluation.metrics) for name, evaluation in evaluations.items()}
+    for name in names[1:]:
+        measured[name] |= compare(evaluations[name], evaluations[names[0]])
+    prepare_output_folder(folder)
+    write_rows(
+        folder / "completions.jsonl", [{"model": name} | row for name in names for row in evaluations[name].rows]
+    )
+    keys = [key for key in IN_PICTURE if any(key in metrics for metrics in measured.values())]
+    plot_ladder(measured, keys, folder / "models.png", title="Models side by side")
+    facts = {"prompts": len(questions.prompts), "seconds": round(time.perf_counter() - start, 1)}
+    return leave_folder(
+        folder,
+        stage="eval",
+        title="Models side by side: " + ", ".join(names),
+        parents={
+            **dict(zip(names, arguments.models, strict=True)),
+            "prompts": arguments.dataset_name,
+            "judge": arguments.judge,
+        },
+        metrics={"models": measured, **facts, **(measured[names[0]] if len(names) == 1 else {})},
+        arguments=[arguments],
+        images=["models.png"],
+        notes=_card(measured, evaluations),
+    )
+
+
+def load_tokenizers(arguments: EvalArguments) -> "list[PreTrainedTokenizerBase]":
+    """The tokenizer of each model, once everything that can be checked without weights has been.
+
+    Raises:
+        UserError: no models, a model or reference that cannot be read or is no language model, a reference that reads
+            other token ids.
+    """
+    if not arguments.models:
+        raise UserError("no models; pass --models with one or more folders or Hub ids")
+    sources = [*arguments.models, *([arguments.reference] if arguments.reference else [])]
+    for name in sources:
+        load_config(name)
+        if is_judge(name):
+            raise UserError(f"model {name} is a judge; give a language model, and pass this one as --judge")
+    tokenizers = [load_tokenizer(name, "model") for name in sources]
+    if arguments.reference:
+        reference = tokenizers.pop()
+        for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
+            if tokenizer.get_vocab() != reference.get_vocab():
+                raise UserError(
+                    f"reference {arguments.reference} has another vocabulary than model {name}, so there is no KL "
+                    "between them; leave --reference out or give one of the same family"
+                )
+    return tokenizers
+
+
+def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokenizerBase]") -> Questions:
+    """The prompts, checked to fit every model, and the texts; judge and gold are checked against the columns.
+
+    Raises:
+        UserError: no dataset, a missing column, a prompt too long for a context, a judge that cannot be used.
+    """
+    if not arguments.dataset_name:
+        raise UserError("no prompts; pass --dataset_name with a folder, a data file or a Hub id")
+    options: dict[str, Any] = {"config": arguments.dataset_config}
+    rows = _spaced(load_split(arguments.dataset_name, arguments.dataset_split, **options), arguments.num_prompts)
+    require_columns(rows, (arguments.prompt_column,), role=f"dataset {arguments.dataset_name}")
+    prompts = list(rows[arguments.prompt_column])
+    if arguments.prompt_tokens:
+        prompts = [_beginning(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
+    columns = {name: list(rows[name]) for name in rows.column_names if name != arguments.prompt_column}
+    for role, source in (("judge", arguments.judge), ("gold", arguments.gold)):
+        if source:
+            check_reward(source, list(columns), role)
+    texts: list[str] = []
+    if arguments.text_dataset_name:
+        found = _spaced(load_split(arguments.text_dataset_name, arguments.dataset_split), arguments.num_texts)
+        require_columns(found, (arguments.text_column,), role=f"dataset {arguments.text_dataset_name}")
+        texts = [text for text in found[arguments.text_column] if text]
+    for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
+        _check_lengths(name, tokenizer, prompts, arguments.max_new_tokens)
+    return Questions(prompts, columns, texts)
+
+
+def evaluate_all(
+    arguments: EvalArguments,
+    names: Sequence[str],
+    tokenizers: "Sequence[PreTrainedTokenizerBase]",
+    questions: Questions,
+) -> dict[str, Evaluation]:
+    """Each model by its name, in order; one at a time is in memory, beside the reference and the judge."""
+    import torch
+
+    device = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not arguments.use_cpu else None
+    )
+    device = device or torch.device("cpu")
+    reference = load_causal_lm(arguments.reference or arguments.models[0]).to(device)
+    evaluations = {}
+    for name, source, tokenizer in zip(names, arguments.models, tokenizers, strict=True):
+        logger.info("measuring %s", name)
+        is_reference = source == (arguments.reference or arguments.models[0])
+        model = reference if is_reference else load_causal_lm(source).to(device)
+        comparable = tokenizer.get_vocab() == tokenizers[0].get_vocab()  # an explicit reference has been checked
+        if not comparable:
+            logger.warning("%s has another vocabulary than %s, so its KL is left out", name, names[0])
+        evaluations[name] = evaluate_model(
+            model,
+            tokenizer,
+            questions.prompts,
+            sampling=Sampling(arguments.max_new_tokens, arguments.temperature, stop_ids=stop_ids(model, tokenizer)),
+            seed=arguments.seed,
+            completions_per_prompt=arguments.completions_per_prompt,
+            columns=questions.columns,
+            judge=load_reward(arguments.judge, tokenizer, device=device) if arguments.judge else None,
+            gold=load_reward(arguments.gold, tokenizer, device=device) if arguments.gold else None,
+            reference=reference if comparable else None,
+            texts=questions.texts,
+            batch_size=arguments.batch_size,
+            progress=True,
+        )
+    return evaluations
+
+
+def name_models(sources: Sequence[str]) -> list[str]:
+    """A short name for each model: its last folder, the whole source where two share that; numbered if repeated."""
+    short = [os.path.basename(os.path.normpath(source)) for source in sources]
+    names = [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]
+    before = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
+
+
+def _spaced(rows: Any, count: int | None) -> Any:
+    """Rows from all over a dataset: many are sorted by label, and their first rows would be all of one kind."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select([place * len(rows) // count for place in range(count)])
+
+
+def _beginning(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> str:
+    if not isinstance(prompt, str):
+        raise UserError("prompt_tokens cuts text; the prompts are messages or ids, so leave it out")
+    return str(tokenizer.decode(prompt_ids(prompt, tokenizer)[:tokens]))
+
+
+def _check_lengths(name: str, tokenizer: "PreTrainedTokenizerBase", prompts: list[Any], max_new_tokens: int) -> None:
+    limit = context_length(load_config(name))
+    longest = max(len(prompt_ids(prompt, tokenizer)) for prompt in prompts)
+    if limit and longest + max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit the context of model {name} "
+            f"({limit} tokens); drop long prompts or lower --max_new_tokens"
+        )
+
+
+def _card(measured: dict[str, dict[str, float]], evaluations: dict[str, Evaluation]) -> str:
+    """What was measured, one column a model, and the first prompts as each model answers them."""
+    names = [plain(name) for name in measured]
+    numbers = [
+        [plain(key), *(_shown(metrics, key) for metrics in measured.values()), plain(meaning)]
+        for key, meaning in METRICS.items()
+        if any(key in metrics for metrics in measured.values())
+    ]
+    asked = next(iter(evaluations.values())).rows
+    first = {row["index"]: place for place, row in reversed(list(enumerate(asked)))}  # each prompt's first answer
+    answers = [
+        [
+            plain(text_of(asked[place]["prompt"])),
+            *(plain(one.rows[place]["completion"]) for one in evaluations.values()),
+        ]
+        for place in sorted(first.values())[:SAMPLES_ON_CARD]
+    ]
+    columns = range(1, len(names) + 1)
+    return f"{table(['', *names, 'what it is'], numbers, columns)}\n\n{table(['prompt', *names], answers)}"
+
+
+def _shown(metrics: dict[str, float], key: str) -> str:
+    if key not in metrics:
+        return ""
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    return f"{metrics[key]:.4g}" + (f" ({low:.2f} to {high:.2f})" if low is not None and high is not None else "")

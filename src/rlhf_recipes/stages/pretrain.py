@@ -1,0 +1,252 @@
+"""Text and a tokenizer -> a GPT-2 language model, from scratch by named size or continued from a checkpoint."""
+
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from transformers import TrainingArguments
+from trl import ModelConfig
+
+from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
+from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.data import load_train_and_test, pack_documents, require_columns
+from rlhf_recipes.metrics import perplexity
+from rlhf_recipes.models import (
+    SIZES,
+    build_gpt2,
+    context_length,
+    fit_to_hardware,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+)
+from rlhf_recipes.plots import plot_curves
+from rlhf_recipes.pretraining import PretrainTrainer, SampleContinuations, collate_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Size = Literal["tiny", "mini", "gpt2", "medium", "large", "xl"]
+NEW_MODEL_DROPOUT = 0.1  # as GPT-2 was trained
+
+
+@dataclass
+class PretrainArguments(DatasetArguments):
+    """What text is learnt, in which tokens, and by how large a model."""
+
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer: a folder or Hub id. Unset: the one beside model_name_or_path."}
+    )
+    model_size: Size | None = field(
+        default=None,
+        metadata={
+            "help": "Size of a new GPT-2: tiny (about 1M parameters), mini (10M), gpt2 (124M), medium, large or xl. "
+            "Leave it unset to go on from model_name_or_path."
+        },
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Context in tokens; documents are packed to it. Unset: the model's own."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    dropout: float | None = field(
+        default=None, metadata={"help": "Dropout. Unset: 0.1 for a new model, the checkpoint's own otherwise."}
+    )
+    l1_penalty: float = field(
+        default=0.0, metadata={"help": "Adds this times the sum of |w|, over the weights under weight decay, to the loss."}
+    )
+    sample_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Texts to continue at each evaluation and at the end (samples.md)."}
+    )
+    sample_tokens: int = field(default=48, metadata={"help": "Tokens of each continuation."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read and pack the rows as they come; needs max_steps."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_size is not None and self.model_size not in get_args(Size):
+            raise UserError(f"unknown model_size {self.model_size!r}; choose one of {', '.join(SIZES)}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; give a share from 0 up to, not including, 1")
+        if self.l1_penalty < 0:
+            raise UserError(f"l1_penalty is {self.l1_penalty}; give 0 or more")
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"max_length is {self.max_length}; give at least 2 tokens")
+        if self.sample_tokens < 1:
+            raise UserError(f"sample_tokens is {self.sample_tokens}; give at least 1")
+
+
+@dataclass
+class PretrainConfig(TrainingDefaults, TrainingArguments):
+    """`TrainingArguments` with the values GPT-2-sized models are pretrained with (Brown et al. 2020, table 2.1)."""
+
+    output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder to leave the model in."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the text."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine, linear, ... from the peak down."})
+    warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or a share of all steps, up to the peak."})
+    weight_decay: float = field(default=0.1, metadata={"help": "L2 pull on weights; biases and layer norms are spared."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Decay of Adam's second moment."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients longer than this are scaled down to it."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "adamw_torch_fused, sgd, adamw_8bit, ..."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the final model."})
+
+
+def build_pretrain_trainer(
+    arguments: PretrainArguments, model_config: ModelConfig, training: PretrainConfig
+) -> PretrainTrainer:
+    """Assemble the trainer. Everything that the caller can get wrong is found before weights are read or made."""
+    tokenizer, context = _check_model(arguments, model_config)
+    train, test = _load_texts(arguments, training)
+    callbacks = []
+    if arguments.sample_prompts:
+        prompts, tokens = arguments.sample_prompts, arguments.sample_tokens
+        callbacks.append(SampleContinuations(prompts, tokenizer, tokens, context, training.seed))
+    blocks = pack_documents(train, tokenizer, context, arguments.text_column)
+    _require_one_step(blocks, training, context)
+    held_out = pack_documents(test, tokenizer, context, arguments.text_column) if test is not None else None
+    if training.eval_strategy != "no" and not held_out:
+        raise UserError(
+            f"eval_strategy is {training.eval_strategy.value}, but the dataset has no split "
+            f"{arguments.dataset_test_split!r} of at least {context} tokens; add one or pass --eval_strategy no"
+        )
+    model = _make_model(arguments, model_config, tokenizer, context, training.seed)
+    return PretrainTrainer(
+        model=model,
+        args=fit_to_hardware(training, model.config.hidden_size),
+        train_dataset=blocks,
+        eval_dataset=held_out or None,
+        data_collator=collate_blocks,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        l1_penalty=arguments.l1_penalty,
+    )
+
+
+def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, training: PretrainConfig) -> Path:
+    """Pretrain and leave a folder with the model, its tokenizer and what was measured on the held-out text."""
+    inputs = [arguments.dataset_name, *(arguments.extra_dataset_names or []), arguments.tokenizer_name]
+    resuming = bool(training.resume_from_checkpoint)
+    folder = check_output_folder(
+        training.output_dir, arguments.overwrite, [*inputs, model_config.model_name_or_path], resuming
+    )
+    trainer = build_pretrain_trainer(arguments, model_config, training)
+    writes = trainer.is_world_process_zero()
+    if writes and not resuming:
+        prepare_output_folder(folder)
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    seconds = time.perf_counter() - started
+    if writes:
+        metrics = {"train_loss": result.training_loss, "seconds": seconds, "steps": result.global_step}
+        metrics |= {"parameters": trainer.model.num_parameters()} | _held_out(trainer, arguments)
+        trainer.save_model(str(folder))
+        plot_curves(trainer.state.log_history, folder / "curves.png", title="Pretraining")
+        leave_folder(
+            folder,
+            stage="pretrain",
+            title="GPT-2 language model",
+            parents={
+                "text": arguments.dataset_name,
+                "tokenizer": arguments.tokenizer_name,
+                "model": model_config.model_name_or_path,
+            },
+            metrics=metrics,
+            arguments=[arguments, model_config, training],
+            images=["curves.png"],
+        )
+    return folder
+
+
+def _check_model(arguments: PretrainArguments, model_config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, int]":
+    """The tokenizer and the context in tokens, from what is small to read."""
+    checkpoint = model_config.model_name_or_path
+    if (arguments.model_size is None) == (checkpoint is None):
+        raise UserError("give one of --model_size (a new model) and --model_name_or_path (go on from a checkpoint)")
+    if model_config.use_peft or model_config.load_in_4bit or model_config.load_in_8bit:
+        raise UserError("pretrain trains all weights; for LoRA and quantized models use the sft stage")
+    name = arguments.tokenizer_name or checkpoint
+    if name is None:
+        raise UserError("no tokenizer; pass --tokenizer_name with a folder that the tokenizer stage left, or a Hub id")
+    if checkpoint is None:
+        return load_tokenizer(name), arguments.max_length or SIZES[str(arguments.model_size)]["n_positions"]
+    config = load_config(checkpoint, revision=model_config.model_revision)
+    tokenizer = load_tokenizer(name)
+    if len(tokenizer) > config.vocab_size or _another_vocabulary(tokenizer, checkpoint, arguments.tokenizer_name):
+        raise UserError(
+            f"tokenizer {name} has another vocabulary than the model {checkpoint} was trained with; "
+            "leave --tokenizer_name out, or start a new model with --model_size"
+        )
+    limit = context_length(config) or arguments.max_length
+    context = arguments.max_length or limit
+    if context is None:
+        raise UserError(f"model {checkpoint} states no context length; pass --max_length")
+    if limit is not None and context > limit:
+        raise UserError(f"max_length {context} is beyond the {limit} tokens that {checkpoint} reads; lower it")
+    return tokenizer, context
+
+
+def _another_vocabulary(tokenizer: "PreTrainedTokenizerBase", checkpoint: str, name: str | None) -> bool:
+    if name is None or name == checkpoint:
+        return False
+    try:
+        own = load_tokenizer(checkpoint)
+    except UserError:
+        return False  # a checkpoint without tokenizer files: the number of tokens is all there is to compare
+    return bool(own.get_vocab() != tokenizer.get_vocab())
+
+
+def _load_texts(arguments: PretrainArguments, training: PretrainConfig) -> "tuple[Any, Any | None]":
+    if arguments.dataset_streaming and training.max_steps <= 0:
+        raise UserError("a streamed dataset has no known length; pass --max_steps")
+    train, test = load_train_and_test(arguments, streaming=arguments.dataset_streaming)
+    for split, dataset in (("training", train), ("held-out", test)):
+        if dataset is not None:
+            require_columns(dataset, (arguments.text_column,), role=f"the {split} text")
+    return train, test
+
+
+def _require_one_step(blocks: Any, training: PretrainConfig, context: int) -> None:
+    needed = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    there = sum(1 for _ in islice(blocks, needed))
+    if there < needed:
+        raise UserError(
+            f"the text fills {there} blocks of {context} tokens, but one step takes {needed} (batch x accumulation x "
+            "processes); give more text, or lower --max_length, --per_device_train_batch_size or "
+            "--gradient_accumulation_steps"
+        )
+
+
+def _make_model(
+    arguments: PretrainArguments,
+    model_config: ModelConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    context: int,
+    seed: int,
+) -> "PreTrainedModel":
+    from transformers import set_seed
+
+    set_seed(seed)
+    if model_config.model_name_or_path is not None:
+        rates = {} if arguments.dropout is None else _dropout_rates(arguments.dropout)
+        return load_causal_lm(model_config.model_name_or_path, model_config, **rates)
+    dropout = NEW_MODEL_DROPOUT if arguments.dropout is None else arguments.dropout
+    return build_gpt2(str(arguments.model_size), tokenizer, positions=context, dropout=dropout)
+
+
+def _dropout_rates(rate: float) -> dict[str, float]:
+    return {"resid_pdrop": rate, "attn_pdrop": rate, "embd_pdrop": rate}
+
+
+def _held_out(trainer: PretrainTrainer, arguments: PretrainArguments) -> dict[str, float]:
+    """Perplexity and bits per byte on the test split's whole documents; nothing where there is no such split."""
+    _, test = load_train_and_test(arguments, streaming=arguments.dataset_streaming)
+    if test is None:
+        return {}
+    texts = [text for text in test[arguments.text_column] if text]
+    batch = trainer.args.per_device_eval_batch_size
+    measured = perplexity(trainer.model, trainer.processing_class, texts, batch_size=batch, progress=True)
+    return {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")} | {
+        "held_out_tokens": measured["tokens"]
+    }

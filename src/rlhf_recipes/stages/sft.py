@@ -1,0 +1,193 @@
+"""A language model and demonstrations -> a model that answers, by supervised fine-tuning (Ouyang et al. 2022)."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trl
+from trl import ModelConfig, SFTTrainer
+
+from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
+from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.data import (
+    fit_prompts,
+    load_train_and_test,
+    require_batch,
+    require_columns,
+    require_texts,
+)
+from rlhf_recipes.metrics import completion_perplexity
+from rlhf_recipes.models import (
+    Start,
+    attach_lora,
+    check_start,
+    fit_to_hardware,
+    is_judge,
+    is_quantized,
+    load_causal_lm,
+    prepare_for_lora,
+    trainable_to_float32,
+)
+from rlhf_recipes.plots import plot_curves
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
+IGNORED = -100  # the label of a token without loss
+
+
+@dataclass
+class SFTArguments(DatasetArguments):
+    """What demonstrations are learnt from. Their columns say which tokens carry loss.
+
+    prompt and completion (text or messages): the completion; messages: every assistant turn; text: every token.
+    """
+
+    drop_long_prompts: bool = field(
+        default=False, metadata={"help": "Leave out rows whose prompt fills max_length, rather than stop."}
+    )
+
+
+@dataclass
+class SFTConfig(TrainingDefaults, trl.SFTConfig):
+    """TRL's `SFTConfig`; lengths default to the model's context and the loss to the assistant's words."""
+
+    output_dir: str = field(default="runs/sft", metadata={"help": "Folder to leave the model in."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row in tokens; more is cut off. Unset: the model's context."}
+    )
+    assistant_only_loss: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Loss on assistant turns only. Unset: on where the rows are messages."}
+    )
+    eval_packing: bool | None = field(default=False, metadata={"help": "Pack held-out rows as well."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the final model."})
+
+
+def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, training: SFTConfig) -> SFTTrainer:
+    """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
+    from transformers import set_seed
+
+    start = check_start(model_config, training.max_length, eos_token=training.eos_token, pad_token=training.pad_token)
+    if is_judge(start.name):
+        raise UserError(f"model {start.name} is a judge, which cannot answer; start from a language model")
+    train, test = load_demonstrations(arguments, start, training.dataset_text_field)
+    require_batch(len(train), training)
+    training = fit_to_hardware(training, start.config.hidden_size)
+    training.max_length = start.max_length
+    if training.assistant_only_loss is None:
+        training.assistant_only_loss = train.column_names == list(MESSAGES)
+    set_seed(training.seed)
+    model = load_causal_lm(start.name, model_config)
+    _stop_at_eos(model, start.tokenizer)
+    trainer = SFTTrainer(
+        model=prepare_for_lora(model, training.gradient_checkpointing),
+        args=training,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=start.tokenizer,
+        peft_config=attach_lora(model_config),
+    )
+    if is_quantized(model):
+        trainable_to_float32(trainer.model)
+    require_batch(len(trainer.train_dataset), training, "after cutting and packing, the training split")
+    return trainer
+
+
+def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTConfig) -> Path:
+    """Fine-tune and leave a folder with the model (or its LoRA adapter), its tokenizer and what was measured."""
+    inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
+    resuming = bool(training.resume_from_checkpoint)
+    folder = check_output_folder(training.output_dir, arguments.overwrite, inputs, resuming)
+    trainer = build_sft_trainer(arguments, model_config, training)
+    writes = trainer.is_world_process_zero()
+    if writes and not resuming:
+        prepare_output_folder(folder)
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    metrics = {"train_loss": result.training_loss, "seconds": time.perf_counter() - started, "steps": result.global_step}
+    if trainer.eval_dataset is not None:
+        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+    if writes:
+        metrics |= _held_out(trainer)
+        trainer.save_model(str(folder))
+        trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(folder)
+        plot_curves(trainer.state.log_history, folder / "curves.png", title="Supervised fine-tuning")
+        leave_folder(
+            folder,
+            stage="sft",
+            title="A model that answers",
+            parents={"model": model_config.model_name_or_path, "demonstrations": arguments.dataset_name},
+            metrics=metrics,
+            arguments=[arguments, model_config, training],
+            images=["curves.png"],
+        )
+    return folder
+
+
+def load_demonstrations(arguments: SFTArguments, start: Start, text_column: str = "text") -> "tuple[Any, Any | None]":
+    """The training and held-out rows, in the columns that are learnt from, each row checked."""
+    train, test = load_train_and_test(arguments)
+    columns = list(require_columns(train, PROMPT_COMPLETION, MESSAGES, (text_column,), role="the training split"))
+    splits = []
+    for dataset, name in ((train, "the training split"), (test, "the held-out split")):
+        if dataset is None:
+            splits.append(None)
+            continue
+        require_columns(dataset, columns, role=name)
+        dataset = dataset.select_columns(columns)
+        require_texts(dataset, columns, start.tokenizer, name)
+        if "prompt" in columns:
+            dataset = fit_prompts(
+                dataset, start.tokenizer, start.max_length, drop=arguments.drop_long_prompts, name=name
+            )
+        if "messages" in columns:
+            _require_assistant(dataset, name)
+        splits.append(dataset)
+    return splits[0], splits[1]
+
+
+def trained_runs(dataset: Any) -> list[tuple[list[int], list[int]]]:
+    """(ids before, ids with loss) of every unbroken run of tokens that carry loss, in rows of ``input_ids, labels``."""
+    runs = []
+    for row in dataset:
+        ids, learnt = row["input_ids"], [label != IGNORED for label in row["labels"]]
+        starts = [index for index in range(len(ids)) if learnt[index] and not (index and learnt[index - 1])]
+        for start in starts:
+            end = next((index for index in range(start, len(ids)) if not learnt[index]), len(ids))
+            runs.append((ids[:start], ids[start:end]))
+    return runs
+
+
+def _held_out(trainer: SFTTrainer) -> dict[str, float]:
+    """Perplexity of the held-out words that are answered, or of all of a text; nothing without a held-out split."""
+    if trainer.eval_dataset is None:
+        return {}
+    measured = completion_perplexity(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        trained_runs(trainer.eval_dataset),
+        batch_size=trainer.args.per_device_eval_batch_size,
+        progress=True,
+    )
+    return {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")} | {
+        "held_out_tokens": measured["tokens"]
+    }
+
+
+def _stop_at_eos(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Name the tokenizer's EOS and pad in both configurations, so that whoever loads the model stops where it learnt to."""
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else list(stops) if isinstance(stops, (list, tuple)) else [stops]
+    if tokenizer.eos_token_id not in stops:
+        stops = [tokenizer.eos_token_id, *stops]
+    model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _require_assistant(dataset: Any, name: str) -> None:
+    for index, row in enumerate(dataset):
+        if not any(message["role"] == "assistant" for message in row["messages"]):
+            raise UserError(f"{name}, row {index}: no assistant turn to learn from; drop the row")
