@@ -1,6 +1,5 @@
 """The eval stage: its numbers against independent computations, its pairing, and what it refuses."""
 
-import dataclasses
 import json
 import math
 import os
@@ -23,6 +22,7 @@ PROMPTS = [
     {"prompt": "Hm?", "answer": "z"},
     {"prompt": "What <b>now</b> | then?", "answer": "t"},
 ]
+STOPS = list(range(30))  # ids that end an answer: enough of them for an untrained model to meet one now and then
 TEXTS = ["The mill stands by the river.", "Nobody was seen there; nobody."]
 
 
@@ -43,7 +43,7 @@ def world(
     tokenizer = make_tokenizer()
     for name, seed in (("first", 0), ("second", 1)):
         model = make_model(seed, initializer_range=0.2)
-        model.lm_head.weight.data[256] += 0.3 * model.lm_head.weight.data.std()
+        model.generation_config.eos_token_id = STOPS
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for name, labels in (("ranker", 1), ("classifier", 2)):
@@ -132,7 +132,7 @@ def test_the_numbers_equal_those_computed_by_hand(world: Path, pair_report: Path
     kls, k3, positive, lengths, stops = [], [], [], [], []
     for place, row in enumerate(rows):
         prompt = list(row["prompt"].encode())
-        sampling = Sampling(12, 0.8, stop_ids=(256,))
+        sampling = Sampling(12, 0.8, stop_ids=tuple(STOPS))
         [answer] = sample(models["second"], [prompt], sampling, [row_seed(0, place)]).ids
         ids = torch.tensor([[*prompt, *answer]])
         ratios = [
@@ -149,7 +149,7 @@ def test_the_numbers_equal_those_computed_by_hand(world: Path, pair_report: Path
         assert row["judge"] == pytest.approx(float(odds[1] - odds[0]), abs=1e-4)
         assert row["gold"] == row["completion"].count(PROMPTS[row["index"]]["answer"]) / 10
         lengths.append(len(answer))
-        stops.append(answer[-1] == 256)
+        stops.append(answer[-1] in STOPS)
     assert second["kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-4)
     assert second["kl_per_token"] == pytest.approx(sum(k3) / len(k3), rel=1e-4)
     assert second["judge_positive"] == pytest.approx(sum(positive) / len(positive), abs=1e-5)
@@ -217,11 +217,8 @@ def test_the_folder_tells_what_was_asked(pair_report: Path) -> None:
     assert f"{numbers['second']['perplexity']:.4g}" in table
     assert "What \\<b\\>now\\</b\\> \\| then?" not in table, "only three prompts stand on the card"
     again = parse_arguments(EvalArguments, argv=["--config", str(pair_report / "recipe.yaml")])[0]
-    assert dataclasses.asdict(again) | {"overwrite": False} == {
-        **dataclasses.asdict(again),
-        "completions_per_prompt": 2,
-        "temperature": 0.8,
-    }
+    assert (again.completions_per_prompt, again.temperature, again.max_new_tokens) == (2, 0.8, 12)
+    assert [Path(model).name for model in again.models] == ["first", "second"]
 
 
 def test_names_are_short_and_never_shared() -> None:

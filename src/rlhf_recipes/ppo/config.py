@@ -21,18 +21,24 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the episodes of each update."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in one pass."})
     total_episodes: int | None = field(
-        default=None, metadata={"help": "Train on so many episodes, rounded up to whole updates; unset: num_train_epochs."}
+        default=None,
+        metadata={"help": "Train on so many episodes, rounded up to whole updates; unset: num_train_epochs."},
     )
     response_length: int = field(default=53, metadata={"help": "Longest answer in tokens."})
     stop_token: Literal["eos"] | None = field(
-        default=None, metadata={"help": "'eos': stop at the tokenizer's EOS. Unset: at every EOS of the generation config."}
+        default=None,
+        metadata={"help": "'eos': stop at the tokenizer's EOS. Unset: at every EOS of the generation config."},
     )
     stop_token_id: int | None = field(default=None, metadata={"help": "Stop at this token id instead."})
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; log-probabilities are taken at it too."})
+    temperature: float = field(
+        default=0.7, metadata={"help": "Sampling temperature; log-probabilities are taken at it too."}
+    )
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Subtract this from the score of an answer that no stop token ended."}
     )
-    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the per-token KL penalty towards the reference."})
+    kl_coef: float = field(
+        default=0.05, metadata={"help": "Weight of the per-token KL penalty towards the reference."}
+    )
     kl_estimator: Literal["k1", "k3"] = field(default="k1", metadata={"help": "Estimator of that KL (Schulman 2020)."})
     cliprange: float = field(default=0.2, metadata={"help": "Clip range of the probability ratio."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
@@ -41,18 +47,31 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale token rewards to unit variance."})
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward, 1 if unset; a reward of weight 0 is logged and not learnt from."}
+        default=None,
+        metadata={"help": "Weight of each reward, 1 if unset; a reward of weight 0 is logged and not learnt from."},
     )
-    local_rollout_forward_batch_size: int = field(default=64, metadata={"help": "Rows per forward pass without gradient."})
-    num_sample_generations: int = field(default=10, metadata={"help": "How many times in a run sample answers are logged."})
+    local_rollout_forward_batch_size: int = field(
+        default=64, metadata={"help": "Rows per forward pass without gradient."}
+    )
+    num_sample_generations: int = field(
+        default=10, metadata={"help": "How many times in a run sample answers are logged."}
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize prompts."})
-    sft_model_path: str | None = field(default=None, metadata={"help": "The supervised model, for scripts that load it."})
-    reward_model_path: str | None = field(default=None, metadata={"help": "The reward model, for scripts that load it."})
+    sft_model_path: str | None = field(
+        default=None, metadata={"help": "The supervised model, for scripts that load it."}
+    )
+    reward_model_path: str | None = field(
+        default=None, metadata={"help": "The reward model, for scripts that load it."}
+    )
     model_adapter_name: str | None = field(default=None, metadata={"help": "Name of the adapter that is trained."})
     ref_adapter_name: str | None = field(default=None, metadata={"help": "Name of the adapter that is the reference."})
-    ds3_gather_for_generation: bool = field(default=True, metadata={"help": "ZeRO-3: gather weights while generating."})
+    ds3_gather_for_generation: bool = field(
+        default=True, metadata={"help": "ZeRO-3: gather weights while generating."}
+    )
     # A rollout cannot be skipped like a batch of rows; the loader goes on from global_step by itself.
-    ignore_data_skip: bool = field(default=True, metadata={"help": "Leave it on: rollouts resume by the step counter."})
+    ignore_data_skip: bool = field(
+        default=True, metadata={"help": "Leave it on: rollouts resume by the step counter."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns reach the reward functions."})
 
     def __post_init__(self) -> None:
@@ -72,7 +91,9 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}; it must be above 0, since PPO learns from what it samples")
+            raise UserError(
+                f"temperature is {self.temperature}; it must be above 0, since PPO learns from what it samples"
+            )
         episodes = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if episodes % self.num_mini_batches:
             raise UserError(

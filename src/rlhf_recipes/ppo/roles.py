@@ -43,7 +43,9 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
 def frozen_reference(model: nn.Module, ref_model: nn.Module | None, peft_config: Any) -> nn.Module | None:
     """The frozen reference; None where the policy without its adapter is the reference."""
     if ref_model is model:
-        raise UserError("ref_model is the policy itself, and would move with it; pass a copy, or None to have one made")
+        raise UserError(
+            "ref_model is the policy itself, and would move with it; pass a copy, or None to have one made"
+        )
     if ref_model is None and (peft_config is not None or "disable_adapter" in dir(model)):
         return None
     reference = copy.deepcopy(model) if ref_model is None else ref_model
@@ -52,11 +54,15 @@ def frozen_reference(model: nn.Module, ref_model: nn.Module | None, peft_config:
 
 def load_rewards(sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig) -> list[Reward]:
     if sources is None:
-        raise UserError("PPOTrainer needs something that scores answers; pass reward_funcs (a model, a path or a function)")
+        raise UserError(
+            "PPOTrainer needs something that scores answers; pass reward_funcs (a model, a path or a function)"
+        )
     sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
     own = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers] * len(sources)
     if len(own) != len(sources) or (args.reward_weights is not None and len(args.reward_weights) != len(sources)):
-        raise UserError(f"there are {len(sources)} rewards; reward_weights and reward_processing_classes need one entry each")
+        raise UserError(
+            f"there are {len(sources)} rewards; reward_weights and reward_processing_classes need one entry each"
+        )
     batch = args.local_rollout_forward_batch_size
     rewards = [
         load_reward(source, tokenizer, tokenizer=each, device=args.device, batch_size=batch)

@@ -72,7 +72,9 @@ class RewardShape:
     missing_eos_penalty: float | None
 
 
-def pack_episodes(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def pack_episodes(
+    queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """input_ids, attention_mask (batch, query + tokens) and response_mask (batch, tokens) of episodes given as ids.
 
     pad_id fills the gaps and is looked at by nobody: the masks come from the lengths.
@@ -96,7 +98,9 @@ def finish_rollout(
 ) -> Rollout:
     """Shape rewards, estimate advantages, whiten them over the episodes of all processes, and put it all together."""
     input_ids, attention_mask, mask = episodes
-    kl = torch.where(mask, kl_estimates(log_probs, reference_log_probs, shape.kl_estimator), torch.zeros_like(log_probs))
+    kl = torch.where(
+        mask, kl_estimates(log_probs, reference_log_probs, shape.kl_estimator), torch.zeros_like(log_probs)
+    )
     scores = penalize_missing_eos(scores, stopped, shape.missing_eos_penalty)
     rewards = token_rewards(scores, kl, mask, shape.kl_coef)
     if shape.whiten_rewards:

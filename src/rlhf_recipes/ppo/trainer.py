@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Completions, Sampling, row_seed, sample
 from rlhf_recipes.models import load_causal_lm, load_tokenizer
+from rlhf_recipes.ppo.callbacks import UpdateEnd
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.loader import RolloutLoader
 from rlhf_recipes.ppo.losses import policy_losses, value_losses
@@ -26,8 +28,8 @@ from rlhf_recipes.ppo.roles import (
     without_dropout,
 )
 from rlhf_recipes.ppo.rollout import RewardShape, Rollout, finish_rollout, pack_episodes
-from rlhf_recipes.ppo.tally import Tally
-from rlhf_recipes.ppo.value_head import PolicyAndValue, base_model, policy_outputs
+from rlhf_recipes.ppo.tally import Tally, UpdateLog
+from rlhf_recipes.ppo.value_head import PolicyAndValue, base_model, in_chunks, policy_outputs
 from rlhf_recipes.scoring import RewardSource, score
 from rlhf_recipes.tensors import Reduce, alone
 
@@ -79,7 +81,9 @@ class PPOTrainer(Trainer):
         args = args or PPOConfig(output_dir="ppo")
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
-            model = load_causal_lm(model, **({"quantization_config": quantization_config} if quantization_config else {}))
+            model = load_causal_lm(
+                model, **({"quantization_config": quantization_config} if quantization_config else {})
+            )
         self.prompts, self.eval_prompts = checked_prompts(model, processing_class, train_dataset, eval_dataset, args)
         reference = frozen_reference(model, ref_model, peft_config)
         policy = with_adapter(model, peft_config)
@@ -93,19 +97,18 @@ class PPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.add_callback(_UpdateEnd(self))
+        self.add_callback(UpdateEnd(lambda: self.updates.end(self._reduce)))
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
         self.reference = None if reference is None else reference.to(args.device)
         for module in (self.model, self.reference):
             without_dropout(module)
         sources = reward_funcs if reward_funcs is not None else reward_model
         self.rewards = load_rewards(sources, processing_class, reward_processing_classes, args)
-        self.sampling = Sampling(args.response_length, args.temperature, stop_ids=chosen_stop_ids(model, processing_class, args))
-        self._tally = Tally()  # of the optimizer steps since the rollout
-        self._rollout_metrics: dict[str, float] = {}
-        self._finished: list[dict[str, float]] = []  # metrics of the updates since the last log
+        self.sampling = Sampling(
+            args.response_length, args.temperature, stop_ids=chosen_stop_ids(model, processing_class, args)
+        )
+        self.updates = UpdateLog(args.episodes_per_update)
         self._not_finite, self._skipped_steps = False, 0
-        self._update_started = 0.0
         self.last_samples: list[dict[str, Any]] = []
 
     # What a subclass may replace.
@@ -144,7 +147,7 @@ class PPOTrainer(Trainer):
             "val/ratio": ratio,
             "val/ratio_var": ratio**2,  # less the squared mean, once that is known
         }
-        self._tally.add(metrics, mask)
+        self.updates.steps.add(metrics, mask)
         return (loss, outputs) if return_outputs else loss
 
     # The rollout as a data source.
@@ -183,12 +186,12 @@ class PPOTrainer(Trainer):
         asked = self.prompts.rows(rows[offset : offset + share])
         seeds = [row_seed(self.args.seed, first_episode + offset + index) for index in range(share)]
         rollout, scores, completions = self._play(asked, seeds, self._reduce)
-        metrics = self._means(rollout.episode_metrics(self.args.kl_coef) | _as_tensors(scores, rollout.scores))
+        metrics = self._means(rollout, scores)
         metrics["val/num_eos_tokens"] = round(metrics["completions/eos_share"] * self.args.episodes_per_update)
         metrics["val/explained_variance"] = rollout.explained_variance(self._reduce)
         metrics["episode"] = float(first_episode + self.args.episodes_per_update)
         metrics["time/rollout"] = time.perf_counter() - started
-        self._rollout_metrics, self._update_started = metrics, time.perf_counter()
+        self.updates.begin(metrics)
         texts = completions.texts(self.processing_class)
         self.last_samples = [
             {"prompt": prompt, "completion": text, **{name: values[row] for name, values in scores.items()}}
@@ -215,7 +218,7 @@ class PPOTrainer(Trainer):
             args.kl_coef, args.kl_estimator, args.gamma, args.lam, args.whiten_rewards, args.missing_eos_penalty
         )
         log_probs, _, values = self._token_outputs(self.model, input_ids, attention_mask, mask)
-        reference_log_probs, _ = self._reference_outputs(input_ids, attention_mask, mask)
+        _, reference_log_probs, _ = self._reference_outputs(input_ids, attention_mask, mask)
         stopped = torch.tensor(completions.stopped, device=device)
         totals = torch.tensor(scores, device=device, dtype=torch.float32)
         packed = (input_ids, attention_mask, mask)
@@ -223,18 +226,15 @@ class PPOTrainer(Trainer):
 
     def _reference_outputs(self, *episodes: Tensor) -> Any:
         if self.reference is not None:
-            return self._token_outputs(lambda *piece, **kw: policy_outputs(self.reference, *piece, **kw)[1:], *episodes)
+            return self._token_outputs(partial(policy_outputs, self.reference), *episodes)
         with self.model.policy.disable_adapter():
-            return self._token_outputs(lambda *piece, **kw: policy_outputs(self.model.policy, *piece, **kw)[1:], *episodes)
+            return self._token_outputs(partial(policy_outputs, self.model.policy), *episodes)
 
-    @torch.no_grad()
     def _token_outputs(self, module: Any, *episodes: Tensor) -> Any:
-        """`module` over the episodes, a chunk at a time, in eval mode and in the precision that trains."""
+        """In eval mode and in the precision that trains."""
         self.model.eval()
-        chunks = zip(*(tensor.split(self.args.local_rollout_forward_batch_size) for tensor in episodes), strict=True)
         with self.accelerator.autocast():
-            outputs = [module(*chunk, temperature=self.args.temperature) for chunk in chunks]
-        return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+            return in_chunks(module, episodes, self.args.local_rollout_forward_batch_size, self.args.temperature)
 
     # One optimizer step.
 
@@ -254,24 +254,16 @@ class PPOTrainer(Trainer):
 
     # What is logged.
 
-    def finish_update(self) -> None:
-        """Join what the optimizer steps of an update showed with what its rollout showed."""
-        means = self._tally.means(self._reduce)
-        means["val/ratio_var"] = max(0.0, means["val/ratio_var"] - means["val/ratio"] ** 2)
-        means["time/update"] = time.perf_counter() - self._update_started
-        means["eps"] = self.args.episodes_per_update / (self._rollout_metrics["time/rollout"] + means["time/update"])
-        self._finished.append(self._rollout_metrics | means)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the mean of each metric over the updates that ended since the last one."""
-        if "loss" in logs and self._finished:
-            updates, self._finished = self._finished, []
-            logs |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[-1]}
-            logs |= {"episode": updates[-1]["episode"], "lr": logs["learning_rate"]}
-            logs["val/skipped_steps"] = float(self._skipped_steps)
+        updates = self.updates.drain() if "loss" in logs else {}
+        if updates:
+            logs |= updates | {"lr": logs["learning_rate"], "val/skipped_steps": float(self._skipped_steps)}
         super().log(logs, start_time)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Answer each held-out prompt once; returns means of score, KL, length and EOS share over all processes."""
         prompts = self.eval_prompts
         if eval_dataset is not None:
@@ -280,16 +272,19 @@ class PPOTrainer(Trainer):
         if prompts is None or len(prompts) < self.args.world_size:
             raise UserError("there are too few held-out prompts to evaluate on; pass eval_dataset")
         indices = range(self.args.process_index, len(prompts), self.args.world_size)
-        rollout, scores, _ = self._play(prompts.rows(indices), [row_seed(self.args.seed + 1, row) for row in indices], alone)
-        means = self._means(rollout.episode_metrics(self.args.kl_coef) | _as_tensors(scores, rollout.scores))
+        rollout, scores, _ = self._play(
+            prompts.rows(indices), [row_seed(self.args.seed + 1, row) for row in indices], alone
+        )
+        means = self._means(rollout, scores)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _means(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        tally = Tally()
-        tally.add(values, torch.ones_like(next(iter(values.values())), dtype=torch.bool))
+    def _means(self, rollout: Rollout, scores: Mapping[str, list[float]]) -> dict[str, float]:
+        tally, device = Tally(), rollout.scores.device
+        rewards = {f"rewards/{name}": torch.tensor(values, device=device) for name, values in scores.items()}
+        tally.add(rollout.episode_metrics(self.args.kl_coef) | rewards, torch.ones_like(rollout.stopped))
         return tally.means(self._reduce)
 
     def _reduce(self, tensor: Tensor) -> Tensor:
@@ -307,20 +302,3 @@ class PPOTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.model.load_pretrained(self.state.best_model_checkpoint)
-
-
-class _UpdateEnd(TrainerCallback):
-    """Closes an update after its last optimizer step; the first and the last update are always logged."""
-
-    def __init__(self, trainer: PPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        last = state.global_step >= state.max_steps
-        if state.global_step % args.steps_per_update == 0 or last:
-            self.trainer.finish_update()
-            control.should_log |= last or state.global_step == args.steps_per_update
-
-
-def _as_tensors(scores: Mapping[str, list[float]], like: Tensor) -> dict[str, Tensor]:
-    return {f"rewards/{name}": torch.tensor(values, device=like.device) for name, values in scores.items()}

@@ -56,7 +56,9 @@ class PolicyAndValue(nn.Module):
     def __init__(self, policy: nn.Module, value_model: nn.Module | None = None) -> None:
         super().__init__()
         self.policy: Any = policy
-        self.value_model: Any = check_value_model(value_model) if value_model is not None else ValueHead(hidden_size(policy))
+        self.value_model: Any = (
+            check_value_model(value_model) if value_model is not None else ValueHead(hidden_size(policy))
+        )
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
@@ -66,7 +68,9 @@ class PolicyAndValue(nn.Module):
         input_ids, attention_mask: (batch, query + tokens), queries padded on the left and answers on the right.
         response_mask: (batch, tokens).
         """
-        hidden, log_probs, entropies = policy_outputs(self.policy, input_ids, attention_mask, response_mask, temperature)
+        hidden, log_probs, entropies = policy_outputs(
+            self.policy, input_ids, attention_mask, response_mask, temperature
+        )
         if isinstance(self.value_model, ValueHead):
             values = self.value_model(hidden)
         else:
@@ -87,7 +91,11 @@ class PolicyAndValue(nn.Module):
         for name, path in parts.items():
             state = None
             if state_dict is not None:
-                state = {key.removeprefix(f"{name}."): value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+                state = {
+                    key.removeprefix(f"{name}."): value
+                    for key, value in state_dict.items()
+                    if key.startswith(f"{name}.")
+                }
             getattr(self, name).save_pretrained(path, state_dict=state)
 
     def load_pretrained(self, folder: str | Path) -> None:
@@ -141,6 +149,14 @@ def policy_outputs(
     with torch.no_grad():
         entropies = entropy(logits, temperature)
     return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)
+
+
+@torch.no_grad()
+def in_chunks(module: Any, episodes: tuple[Tensor, ...], rows: int, temperature: float) -> list[Tensor]:
+    """`module` over the episodes' tensors, so many rows at a time, without gradient; its outputs, joined again."""
+    chunks = zip(*(tensor.split(rows) for tensor in episodes), strict=True)
+    outputs = [module(*chunk, temperature=temperature) for chunk in chunks]
+    return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

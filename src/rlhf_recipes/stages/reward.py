@@ -181,3 +181,121 @@ def _check_labels(dataset: Any, start: Start, name: str) -> Any:
             "label, leave out --max_train_samples and --max_test_samples or shuffle the file"
         )
     return dataset
+
+
+def _ranking_trainer(
+    model: "PreTrainedModel", start: Start, model_config: ModelConfig, training: RewardConfig, train: Any, test: Any
+) -> RewardTrainer:
+    trainer = RewardTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=start.tokenizer,
+        peft_config=attach_lora(model_config, "SEQ_CLS"),
+    )
+    for rows, kept, name in ((train, trainer.train_dataset, "training"), (test, trainer.eval_dataset, "held-out")):
+        if rows is not None and len(kept) < len(rows):
+            logger.warning(
+                "%d of %d %s pairs are longer than %s tokens and are left out",
+                len(rows) - len(kept), len(rows), name, training.max_length,
+            )  # fmt: skip
+    require_batch(len(trainer.train_dataset), training, "without the pairs that are too long, the training split")
+    if test is not None and not len(trainer.eval_dataset):
+        raise UserError(f"every held-out pair is longer than {training.max_length} tokens; raise --max_length")
+    return trainer
+
+
+def _classifier_trainer(
+    model: "PreTrainedModel", start: Start, model_config: ModelConfig, training: RewardConfig, train: Any, test: Any
+) -> Trainer:
+    from trl.trainer.utils import disable_dropout_in_model
+
+    model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
+    adapters = attach_lora(model_config, "SEQ_CLS")
+    if adapters is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, adapters)
+    if training.disable_dropout:
+        disable_dropout_in_model(model)
+    encode = partial(encode_labelled, tokenizer=start.tokenizer, max_length=start.max_length)
+    return Trainer(
+        model=model,
+        args=training,
+        train_dataset=train.map(encode, batched=True, remove_columns=train.column_names, desc="Tokenizing"),
+        eval_dataset=test and test.map(encode, batched=True, remove_columns=test.column_names, desc="Tokenizing"),
+        data_collator=partial(collate_labelled, pad_id=start.tokenizer.pad_token_id),
+        processing_class=start.tokenizer,
+        compute_metrics=compute_classification_metrics,
+        compute_loss_func=mean_cross_entropy,
+    )
+
+
+def encode_labelled(
+    batch: Mapping[str, Sequence[Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
+) -> dict[str, list[Any]]:
+    """Rows of ids, cut to `max_length`; one that was not cut ends with EOS, as an answer that is complete does."""
+    rows = tokenizer(list(batch["text"]), add_special_tokens=False, verbose=False)["input_ids"]
+    ended = [[*row, tokenizer.eos_token_id][:max_length] for row in rows]
+    return {"input_ids": ended, "labels": [int(label) for label in batch["label"]]}
+
+
+def collate_labelled(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad to the longest row of the batch, on the right, where the model looks for the last token."""
+    ids, mask = pad([row["input_ids"] for row in rows], value=pad_id)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def mean_cross_entropy(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Mean over the rows of a whole optimizer step, accumulated and over all processes.
+
+    The classifiers of transformers accept `num_items_in_batch` and ignore it, so their own loss would be summed over
+    the accumulated batches rather than averaged.
+    """
+    loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def measure_judge(trainer: RewardTrainer | Trainer, test: Any) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Metrics on held-out rows and the rows of their reliability plot, from scores as ppo asks for them."""
+    tokenizer, limit = trainer.processing_class, trainer.args.max_length
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    judge = load_reward(model, tokenizer, batch_size=trainer.args.per_device_eval_batch_size)
+    if isinstance(trainer, RewardTrainer):
+        return _measure_pairs(judge, test, tokenizer, limit)
+    encoded = encode_labelled(test[:], tokenizer, limit)
+    labels = np.array(encoded["labels"])
+    nothing = [[]] * len(labels)
+    scores = judge(nothing, test["text"], prompt_ids=nothing, completion_ids=encoded["input_ids"])
+    odds = np.stack([np.zeros(len(labels)), np.array(scores)], axis=1)  # log-odds of label 0 (by definition 0) and of 1
+    metrics = compute_classification_metrics(EvalPrediction(odds, labels))
+    # The label that is right against the one that is wrong is a pair as well: its margin are the signed log-odds.
+    margins = np.where(labels == 1, scores, np.negative(scores)).tolist()
+    zeros = [0.0] * len(labels)
+    paired = preference_metrics(margins, zeros, zeros, zeros)
+    kept = {key: paired[key] for key in ("margin", "calibration_error", "brier")}
+    return metrics | {"judge_accuracy": metrics["accuracy"]} | kept, calibration_table(margins, zeros)
+
+
+def _measure_pairs(
+    judge: Reward, test: Any, tokenizer: "PreTrainedTokenizerBase", limit: int | None
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    scores: dict[str, list[float]] = {}
+    prompts = test["prompt"] if "prompt" in test.column_names else [""] * len(test)
+    pairs = {side: [split_ids(p, c, tokenizer) for p, c in zip(prompts, test[side], strict=True)] for side in PAIR}
+    fits = [
+        limit is None or all(len(ids[0]) + len(ids[1]) <= limit for ids in both)
+        for both in zip(*pairs.values(), strict=True)
+    ]
+    kept = {side: [row for row, fit in zip(rows, fits, strict=True) if fit] for side, rows in pairs.items()}
+    for side in PAIR:
+        ids, answers = kept[side], [answer for answer, fit in zip(test[side], fits, strict=True) if fit]
+        asked = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+        scores[side] = judge(asked, answers, prompt_ids=[row[0] for row in ids], completion_ids=[row[1] for row in ids])
+    lengths = {side: [len(row[1]) for row in kept[side]] for side in PAIR}
+    measured = preference_metrics(scores["chosen"], scores["rejected"], lengths["chosen"], lengths["rejected"])
+    metrics = {"judge_accuracy": measured.pop("accuracy"), **measured, "pairs": float(sum(fits))}
+    return metrics, calibration_table(scores["chosen"], scores["rejected"])
