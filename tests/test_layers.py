@@ -17,7 +17,12 @@ GROUND = ("arguments", "artifacts", "tensors", "models", "data")
 FLOOR_OF = {**dict.fromkeys(GROUND, 0), "generation": 1, "scoring": 1, "stages": 3}
 ROOM_FLOOR = 2  # whatever has no line above is a room
 STAGES_THAT_CHAIN = {"quickstart", "improve"}
-PPO_SIBLINGS = {"rollout": {"rewards", "advantages"}, "trainer": None}  # None: all; a file without a line: none
+PPO_SIBLINGS = {
+    "rollout": {"rewards", "advantages"},
+    "callbacks": {"config"},
+    "roles": {"config", "prompts", "value_head"},
+    "trainer": None,
+}  # None: all; a file without a line: none
 ARITHMETIC = {"rlhf_recipes.ppo.advantages", "rlhf_recipes.ppo.losses"}
 ARITHMETIC_MAY_IMPORT = {"torch", "rlhf_recipes.tensors"}
 

@@ -36,9 +36,7 @@ def one_line_errors() -> Iterator[None]:
 class OutputArguments:
     """What every stage accepts about the folder it leaves."""
 
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace what an earlier run left in the output folder."}
-    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in the output folder."})
 
 
 @dataclass
@@ -46,7 +44,8 @@ class DatasetArguments(OutputArguments):
     """Where the rows come from. Any stage takes a folder, a data file or a Hub id."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset: a folder, a file (.jsonl, .json, .csv, .parquet, .txt, also .gz) or a Hub id."}
+        default=None,
+        metadata={"help": "Dataset: a folder, a file (.jsonl, .json, .csv, .parquet, .txt, also .gz) or a Hub id."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -55,7 +54,9 @@ class DatasetArguments(OutputArguments):
     )
     extra_dataset_names: list[str] | None = field(
         default=None,
-        metadata={"help": "Further datasets (as dataset_name) whose training rows follow; only columns they all have are kept."},
+        metadata={
+            "help": "Further datasets (as dataset_name) whose training rows follow; only columns they all have are kept."
+        },
     )
     row_filter: list[str] | None = field(
         default=None,
@@ -130,7 +131,7 @@ def _is_plain(value: Any) -> bool:
 def _parser(dataclass_types: Sequence[type]) -> Any:
     from trl import TrlParser
 
-    class Parser(TrlParser):  # type: ignore[misc]
+    class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
             raise UserError(f"{message}; run with --help to see what is accepted")
 
@@ -139,7 +140,9 @@ def _parser(dataclass_types: Sequence[type]) -> Any:
         allow_abbrev=False,
         usage="%(prog)s [--config FILE.yaml] [--flag value ...]",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with any of the values below; flags win over it.")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="YAML file with any of the values below; flags win over it."
+    )
     for dataclass_type in dataclass_types:
         title = getattr(dataclass_type, "_argument_group_name", dataclass_type.__name__)
         group = parser.add_argument_group(title)
@@ -147,7 +150,7 @@ def _parser(dataclass_types: Sequence[type]) -> Any:
         for item in dataclasses.fields(dataclass_type):
             if item.init:
                 item.type = hints[item.name]
-                parser._parse_dataclass_field(group, item)
+                parser._parse_dataclass_field(group, item)  # type: ignore[arg-type]
     return parser
 
 
@@ -248,7 +251,8 @@ class TrainingDefaults:
     """
 
     bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 autocast. Unset: on where the hardware gains by it, for the model's size."}
+        default=None,
+        metadata={"help": "bfloat16 autocast. Unset: on where the hardware gains by it, for the model's size."},
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
@@ -259,6 +263,8 @@ class TrainingDefaults:
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not getattr(self, "fp16", False)
+            self.bf16 = (
+                torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not getattr(self, "fp16", False)
+            )
             self.__dict__["_bf16_by_hardware"] = True
         super().__post_init__()  # type: ignore[misc]

@@ -22,7 +22,7 @@ PROMPTS = [
     {"prompt": "Hm?", "answer": "z"},
     {"prompt": "What <b>now</b> | then?", "answer": "t"},
 ]
-STOPS = list(range(30))  # ids that end an answer: enough of them for an untrained model to meet one now and then
+STOPS = list(range(12))  # ids that end an answer: enough of them for an untrained model to meet one now and then
 TEXTS = ["The mill stands by the river.", "Nobody was seen there; nobody."]
 
 

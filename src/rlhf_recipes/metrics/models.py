@@ -148,7 +148,7 @@ def completion_log_probs(
         position_ids=positions(mask).to(device),
         use_cache=False,
         logits_to_keep=width + 1,
-    ).logits[:, -width:]
+    ).logits[:, -width - 1 : -1]
     return token_log_probs(logits, after.to(device), temperature).cpu(), after_mask
 
 

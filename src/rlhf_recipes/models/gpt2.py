@@ -1,5 +1,6 @@
 """GPT-2 by named size. The four large shapes are those of Radford et al. 2019; tiny and mini are for a CPU."""
 
+import math
 from typing import TYPE_CHECKING
 
 from rlhf_recipes.arguments import UserError
@@ -29,13 +30,22 @@ def build_gpt2(
     if size not in SIZES:
         raise UserError(f"unknown model size {size!r}; choose one of {', '.join(SIZES)}")
     shape = SIZES[size] | ({"n_positions": positions} if positions else {})
+    # The 0.02 of Radford et al. is for 768 units; narrower layers need wider weights for the same spread of activations.
+    spread = 0.02 * math.sqrt(768 / shape["n_embd"])
     special = {
         "bos_token_id": tokenizer.eos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = GPT2Config(
-        vocab_size=len(tokenizer), resid_pdrop=dropout, attn_pdrop=dropout, embd_pdrop=dropout, **shape, **special
+        vocab_size=len(tokenizer),
+        initializer_range=spread,
+        activation_function="gelu_pytorch_tanh",  # gelu_new, in one fused operation
+        resid_pdrop=dropout,
+        attn_pdrop=dropout,
+        embd_pdrop=dropout,
+        **shape,
+        **special,
     )
     config.loss_type = "ForCausalLM"
     model = GPT2LMHeadModel(config)

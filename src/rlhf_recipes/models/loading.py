@@ -205,16 +205,22 @@ def _options(model_config: "ModelConfig | None") -> dict[str, Any]:
     options: dict[str, Any] = {
         "dtype": model_config.dtype or "float32",
         "revision": model_config.model_revision,
-        "trust_remote_code": model_config.trust_remote_code,
     }
     if model_config.attn_implementation:
         options["attn_implementation"] = model_config.attn_implementation
-    from trl import get_kbit_device_map, get_quantization_config
+    from trl import get_quantization_config
 
     quantization = get_quantization_config(model_config)
     if quantization is not None:
-        options |= {"quantization_config": quantization, "device_map": get_kbit_device_map() or "cpu"}
+        options |= {"quantization_config": quantization, "device_map": _device()}
     return options
+
+
+def _device() -> str:
+    """Where quantized weights go: this process's GPU, or the CPU."""
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def _never_repack_on_cpu(model: Any) -> None:

@@ -7,8 +7,8 @@ from torch import Tensor
 def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), computed from the last token back.
 
-    All tensors are (batch, tokens); mask is True on generated tokens, which come first. values[:, t] is the value of the
-    state that token t was chosen in. After its last token an episode is over: nothing is bootstrapped beyond it.
+    All tensors are (batch, tokens); mask is True on generated tokens, which come first. values[:, t] is the value of
+    the state that token t was chosen in. After its last token an episode is over: nothing is bootstrapped beyond it.
     """
     values = torch.where(mask, values, torch.zeros_like(values))
     rewards = torch.where(mask, rewards, torch.zeros_like(rewards))

@@ -14,7 +14,7 @@ class UpdateEnd(TrainerCallback):
     def __init__(self, ended: Callable[[], None]) -> None:
         self.ended = ended
 
-    def on_step_end(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def on_step_end(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
         if state.global_step % args.steps_per_update == 0 or last:
             self.ended()

@@ -36,8 +36,8 @@ class Prompts:
         longest = max(range(len(self.ids)), key=lambda index: len(self.ids[index]))
         if limit is not None and len(self.ids[longest]) + response_length > limit:
             raise UserError(
-                f"{role} row {longest} has a prompt of {len(self.ids[longest])} tokens; with an answer of {response_length} "
-                f"it does not fit the model's context of {limit}; shorten the prompt or response_length "
+                f"{role} row {longest} has a prompt of {len(self.ids[longest])} tokens; with an answer of "
+                f"{response_length} it does not fit the model's context of {limit}; shorten one of them "
                 f"({text_of(self.dataset[longest][self.column])[:60]!r}...)"
             )
 

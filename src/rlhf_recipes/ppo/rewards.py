@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def kl_estimates(log_probs: Tensor, reference_log_probs: Tensor, estimator: str = "k1") -> Tensor:
-    """Per-token estimates of KL(policy || reference) at tokens drawn from the policy. (batch, tokens) -> (batch, tokens).
+    """Per-token estimates of KL(policy || reference) at tokens drawn from the policy. All (batch, tokens).
 
     ``k1`` is the log-ratio: unbiased, of either sign. ``k3`` is unbiased too and never negative (Schulman 2020,
     "Approximating KL divergence").

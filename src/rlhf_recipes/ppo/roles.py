@@ -7,25 +7,34 @@ from torch import nn
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import stop_ids
+from rlhf_recipes.models import load_causal_lm, load_tokenizer
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import Prompts
 from rlhf_recipes.ppo.value_head import base_model
 from rlhf_recipes.scoring import Reward, load_reward
 
 
+def loaded_policy(model: nn.Module | str, tokenizer: Any, quantization: Any) -> tuple[nn.Module, Any]:
+    """The policy and its tokenizer, read from the folder or Hub id where a name is given."""
+    if not isinstance(model, str):
+        return model, tokenizer
+    tokenizer = tokenizer or load_tokenizer(model)
+    return load_causal_lm(model, **({"quantization_config": quantization} if quantization else {})), tokenizer
+
+
 def checked_prompts(
-    model: nn.Module, tokenizer: Any, train_dataset: Any, eval_dataset: Any, args: PPOConfig
+    config: Any, tokenizer: Any, train_dataset: Any, eval_dataset: Any, args: PPOConfig
 ) -> tuple[Prompts, Prompts | None]:
+    """The training and the held-out prompts, if the policy (its config and tokenizer) can answer every one of them."""
     if tokenizer is None:
         raise UserError("PPOTrainer needs the policy's tokenizer; pass processing_class")
     if tokenizer.eos_token_id is None:
         raise UserError("the policy's tokenizer has no EOS token, so no answer could end; set tokenizer.eos_token")
-    config = base_model(model).config
     train = Prompts(train_dataset, tokenizer, config, args.response_length, "train_dataset")
     if len(train) < args.episodes_per_update:
         raise UserError(
-            f"train_dataset has {len(train)} prompts, fewer than the {args.episodes_per_update} episodes of one update "
-            "(per_device_train_batch_size x gradient_accumulation_steps x processes); lower the batch or add prompts"
+            f"train_dataset has {len(train)} prompts, fewer than the {args.episodes_per_update} episodes of one "
+            "update (per_device_train_batch_size x gradient_accumulation_steps x processes); lower the batch"
         )
     if eval_dataset is None:
         return train, None
@@ -37,7 +46,7 @@ def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         return model
     from peft import get_peft_model
 
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    return get_peft_model(model, peft_config)
 
 
 def frozen_reference(model: nn.Module, ref_model: nn.Module | None, peft_config: Any) -> nn.Module | None:
@@ -81,7 +90,7 @@ def chosen_stop_ids(model: nn.Module, tokenizer: Any, args: PPOConfig) -> tuple[
 
 
 def without_dropout(module: nn.Module | None) -> None:
-    """With dropout the probabilities of the update would not be those of the rollout, and the ratio would start off 1."""
+    """With dropout the update's probabilities would not be the rollout's, and the ratio would start off 1."""
     for part in module.modules() if module is not None else ():
         if isinstance(part, nn.Dropout):
             part.p = 0.0

@@ -108,6 +108,6 @@ def finish_rollout(
     raw = generalized_advantages(rewards, values, mask, shape.gamma, shape.lam)
     advantages = torch.where(mask, masked_whiten(raw, mask, reduce=reduce), torch.zeros_like(raw))
     return Rollout(
-        input_ids, attention_mask, mask, stopped, scores, log_probs, reference_log_probs, values, kl, rewards, advantages,
-        returns=raw + values,
+        input_ids, attention_mask, mask, stopped, scores, log_probs, reference_log_probs, values, kl,
+        rewards, advantages, returns=raw + values,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from rlhf_recipes.tensors import Reduce, alone, masked_sum
 
 
 class Tally:
-    """Collects masked values under a name; `means` gives each name's mean over all that was added, in all processes."""
+    """Collects masked values by name; `means` gives each name's mean over all that was added, in all processes."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,7 +14,6 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Completions, Sampling, row_seed, sample
-from rlhf_recipes.models import load_causal_lm, load_tokenizer
 from rlhf_recipes.ppo.callbacks import UpdateEnd
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.loader import RolloutLoader
@@ -24,6 +24,7 @@ from rlhf_recipes.ppo.roles import (
     chosen_stop_ids,
     frozen_reference,
     load_rewards,
+    loaded_policy,
     with_adapter,
     without_dropout,
 )
@@ -42,8 +43,8 @@ class PPOTrainer(Trainer):
     Args:
         model: the policy, or the folder or Hub id of one.
         reward_funcs: what scores an answer, or a list whose scores are added up by `args.reward_weights`: a sequence
-            classifier, the path of one, a function ``f(prompts, completions, **columns) -> list[float]``, or its name as
-            ``package.module:function``. `reward_model` is the older name of the same argument.
+            classifier, the path of one, a function ``f(prompts, completions, **columns) -> list[float]``, or its name
+            as ``package.module:function``. `reward_model` is the older name of the same argument.
         train_dataset: rows with a `prompt` (text, messages or ids) or `input_ids`; other columns reach the functions.
         processing_class: the policy's tokenizer.
         ref_model: what the KL penalty holds the policy near; by default a frozen copy of the policy as it arrived, or
@@ -58,6 +59,7 @@ class PPOTrainer(Trainer):
     """
 
     args: PPOConfig
+    control: Any
 
     def __init__(
         self,
@@ -79,12 +81,9 @@ class PPOTrainer(Trainer):
         quantization_config: Any = None,
     ) -> None:
         args = args or PPOConfig(output_dir="ppo")
-        if isinstance(model, str):
-            processing_class = processing_class or load_tokenizer(model)
-            model = load_causal_lm(
-                model, **({"quantization_config": quantization_config} if quantization_config else {})
-            )
-        self.prompts, self.eval_prompts = checked_prompts(model, processing_class, train_dataset, eval_dataset, args)
+        model, processing_class = loaded_policy(model, processing_class, quantization_config)
+        config = base_model(model).config
+        self.prompts, self.eval_prompts = checked_prompts(config, processing_class, train_dataset, eval_dataset, args)
         reference = frozen_reference(model, ref_model, peft_config)
         policy = with_adapter(model, peft_config)
         super().__init__(
@@ -104,9 +103,8 @@ class PPOTrainer(Trainer):
             without_dropout(module)
         sources = reward_funcs if reward_funcs is not None else reward_model
         self.rewards = load_rewards(sources, processing_class, reward_processing_classes, args)
-        self.sampling = Sampling(
-            args.response_length, args.temperature, stop_ids=chosen_stop_ids(model, processing_class, args)
-        )
+        stops = chosen_stop_ids(model, processing_class, args)
+        self.sampling = Sampling(args.response_length, args.temperature, stop_ids=stops)
         self.updates = UpdateLog(args.episodes_per_update)
         self._not_finite, self._skipped_steps = False, 0
         self.last_samples: list[dict[str, Any]] = []
@@ -152,7 +150,7 @@ class PPOTrainer(Trainer):
 
     # The rollout as a data source.
 
-    def get_train_dataloader(self) -> RolloutLoader:  # type: ignore[override]
+    def get_train_dataloader(self) -> Any:
         args = self.args
         return RolloutLoader(
             len(self.prompts),
@@ -169,8 +167,9 @@ class PPOTrainer(Trainer):
     def set_initial_training_values(self, args: PPOConfig, dataloader: Any) -> Any:
         """Trainer's own arithmetic; `total_episodes`, where given, stands for max_steps."""
         if args.total_episodes is not None and args.max_steps <= 0:
+            updates = math.ceil(args.total_episodes / args.episodes_per_update)
             args = copy.copy(args)
-            args.max_steps = -(-args.total_episodes // args.episodes_per_update) * args.steps_per_update
+            args.max_steps = updates * args.steps_per_update
         return super().set_initial_training_values(args, dataloader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -239,7 +238,7 @@ class PPOTrainer(Trainer):
     # One optimizer step.
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's step. A step whose loss is not finite, on any process, changes no weight; it is counted and named."""
+        """Trainer's step. One whose loss is not finite, on any process, changes no weight; it is counted and named."""
         if not inputs:  # a minibatch that needs fewer micro-batches than Trainer counts
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)

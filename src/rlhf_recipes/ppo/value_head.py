@@ -86,7 +86,7 @@ class PolicyAndValue(nn.Module):
                 module.activation_checkpointing_enable(**options)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The policy in `folder`, loadable as any causal language model (or adapter), and the value in ``value_model/``."""
+        """The policy in `folder`, loadable as any causal language model or adapter; the value in ``value_model/``."""
         parts = {"policy": Path(folder), "value_model": Path(folder) / "value_model"}
         for name, path in parts.items():
             state = None
@@ -113,7 +113,7 @@ class PolicyAndValue(nn.Module):
 
 
 def check_value_model(model: nn.Module) -> nn.Module:
-    """A `ValueHead`, or a sequence classifier with one label and its head under ``score``; else a TypeError that says so."""
+    """A `ValueHead`, or a sequence classifier with one label and its head under ``score``; else a TypeError."""
     score = getattr(model, "score", None)
     outputs = getattr(score, "out_features", None)
     if isinstance(model, ValueHead) or (isinstance(score, nn.Module) and outputs == 1):
@@ -141,7 +141,7 @@ def response_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor,
 def policy_outputs(
     policy: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of the generated tokens."""
+    """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of those tokens."""
     hidden = response_states(policy, input_ids, attention_mask, response_mask)
     logits = base_model(policy).get_output_embeddings()(hidden)
     chosen = input_ids[:, -response_mask.shape[1] :][response_mask]

@@ -7,11 +7,13 @@
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import trl
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 from trl import ModelConfig, RewardTrainer
 
 from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
@@ -24,6 +26,7 @@ from rlhf_recipes.data import (
     require_texts,
     split_ids,
 )
+from rlhf_recipes.judging import collate_labelled, encode_labelled, mean_cross_entropy
 from rlhf_recipes.metrics import calibration_table, compute_classification_metrics, preference_metrics
 from rlhf_recipes.models import (
     Start,
@@ -37,8 +40,7 @@ from rlhf_recipes.models import (
     trainable_to_float32,
 )
 from rlhf_recipes.plots import plot_curves, plot_reliability
-from rlhf_recipes.scoring import load_reward
-from rlhf_recipes.tensors import pad
+from rlhf_recipes.scoring import Reward, load_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,7 +129,7 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         images = ["curves.png"]
         plot_curves(trainer.state.log_history, folder / "curves.png", title="Reward model")
         if trainer.eval_dataset is not None:
-            measured, table = measure_judge(trainer)
+            measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
             metrics |= measured
             plot_reliability(table, folder / "reliability.png")
             images.append("reliability.png")
@@ -232,33 +234,6 @@ def _classifier_trainer(
     )
 
 
-def encode_labelled(
-    batch: Mapping[str, Sequence[Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
-) -> dict[str, list[Any]]:
-    """Rows of ids, cut to `max_length`; one that was not cut ends with EOS, as an answer that is complete does."""
-    rows = tokenizer(list(batch["text"]), add_special_tokens=False, verbose=False)["input_ids"]
-    ended = [[*row, tokenizer.eos_token_id][:max_length] for row in rows]
-    return {"input_ids": ended, "labels": [int(label) for label in batch["label"]]}
-
-
-def collate_labelled(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad to the longest row of the batch, on the right, where the model looks for the last token."""
-    ids, mask = pad([row["input_ids"] for row in rows], value=pad_id)
-    return {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([row["labels"] for row in rows])}
-
-
-def mean_cross_entropy(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Mean over the rows of a whole optimizer step, accumulated and over all processes.
-
-    The classifiers of transformers accept `num_items_in_batch` and ignore it, so their own loss would be summed over
-    the accumulated batches rather than averaged.
-    """
-    loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
-    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
 def measure_judge(trainer: RewardTrainer | Trainer, test: Any) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Metrics on held-out rows and the rows of their reliability plot, from scores as ppo asks for them."""
     tokenizer, limit = trainer.processing_class, trainer.args.max_length
@@ -283,19 +258,17 @@ def measure_judge(trainer: RewardTrainer | Trainer, test: Any) -> tuple[dict[str
 def _measure_pairs(
     judge: Reward, test: Any, tokenizer: "PreTrainedTokenizerBase", limit: int | None
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    scores: dict[str, list[float]] = {}
-    prompts = test["prompt"] if "prompt" in test.column_names else [""] * len(test)
-    pairs = {side: [split_ids(p, c, tokenizer) for p, c in zip(prompts, test[side], strict=True)] for side in PAIR}
-    fits = [
-        limit is None or all(len(ids[0]) + len(ids[1]) <= limit for ids in both)
-        for both in zip(*pairs.values(), strict=True)
+    sides = [
+        [(row.get("prompt", ""), row[side], *split_ids(row.get("prompt", ""), row[side], tokenizer)) for row in test]
+        for side in PAIR
     ]
-    kept = {side: [row for row, fit in zip(rows, fits, strict=True) if fit] for side, rows in pairs.items()}
-    for side in PAIR:
-        ids, answers = kept[side], [answer for answer, fit in zip(test[side], fits, strict=True) if fit]
-        asked = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
-        scores[side] = judge(asked, answers, prompt_ids=[row[0] for row in ids], completion_ids=[row[1] for row in ids])
-    lengths = {side: [len(row[1]) for row in kept[side]] for side in PAIR}
-    measured = preference_metrics(scores["chosen"], scores["rejected"], lengths["chosen"], lengths["rejected"])
-    metrics = {"judge_accuracy": measured.pop("accuracy"), **measured, "pairs": float(sum(fits))}
-    return metrics, calibration_table(scores["chosen"], scores["rejected"])
+    fitting = [
+        both for both in zip(*sides, strict=True) if limit is None or all(len(p) + len(c) <= limit for *_, p, c in both)
+    ]
+    scores, lengths = [], []
+    for answers in zip(*fitting, strict=True):  # the chosen ones, then the rejected ones
+        prompts, completions, prompt_ids, completion_ids = zip(*answers, strict=True)
+        scores.append(judge(prompts, completions, prompt_ids=prompt_ids, completion_ids=completion_ids))
+        lengths.append([len(ids) for ids in completion_ids])
+    measured = preference_metrics(*scores, *lengths)
+    return {"judge_accuracy": measured.pop("accuracy"), **measured, "pairs": len(fitting)}, calibration_table(*scores)

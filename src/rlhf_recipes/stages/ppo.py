@@ -1,0 +1,159 @@
+"""A model that answers, something that scores answers, and prompts -> a model that answers better."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig
+
+from rlhf_recipes.arguments import DatasetArguments, UserError
+from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.data import load_train_and_test, require_columns, write_rows
+from rlhf_recipes.models import (
+    attach_lora,
+    fit_to_hardware,
+    load_causal_lm,
+    load_config,
+    load_judge,
+    load_tokenizer,
+    positive_label_count,
+)
+from rlhf_recipes.plots import plot_curves
+from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.roles import checked_prompts
+from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.scoring import import_function, is_function_name
+
+CURVES = [
+    ("Score", ["objective/scores", "objective/rlhf_reward", "eval_objective/scores"]),
+    ("KL to the reference (nats an answer)", ["objective/kl", "eval_objective/kl"]),
+    ("Answer length (tokens)", ["completions/mean_length", "eval_completions/mean_length"]),
+    ("Ended by a stop token", ["completions/eos_share", "eval_completions/eos_share"]),
+    ("Entropy (nats a token)", ["policy/entropy_avg"]),
+    ("Losses", ["loss/policy_avg", "loss/value_avg"]),
+    ("Ratio clipped", ["policy/clipfrac_avg"]),
+    ("Variance the values explain", ["val/explained_variance"]),
+]
+
+
+@dataclass
+class PPOArguments(DatasetArguments):
+    """Prompts (column `prompt`: text, messages or ids) and what scores their answers."""
+
+    reward: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What scores answers: judges' folders or Hub ids, or package.module:function; several add up."
+        },
+    )
+    reference_model: str | None = field(
+        default=None, metadata={"help": "What the KL penalty holds the policy near. Unset: the model as it starts."}
+    )
+    value_model: str | None = field(
+        default=None,
+        metadata={"help": "A ranking judge to start a separate value model from. Unset: a value head on the policy."},
+    )
+    prompt_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Take the first so many tokens of the column `text` as the prompt, for plain-text data."},
+    )
+
+
+def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> PPOTrainer:
+    """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
+    name = model_config.model_name_or_path
+    if not name:
+        raise UserError(
+            "no model to train; pass --model_name_or_path with a folder (the sft stage leaves one) or Hub id"
+        )
+    rewards = list(arguments.reward or [])
+    if not rewards:
+        raise UserError("nothing scores the answers; pass --reward with a judge's folder or package.module:function")
+    config, tokenizer = load_config(name), load_tokenizer(name)
+    for reward in rewards:
+        import_function(reward) if is_function_name(reward) else positive_label_count(reward)
+    if arguments.value_model and positive_label_count(arguments.value_model) != 1:
+        raise UserError(f"value model {arguments.value_model} has two labels; give a ranking judge, which has one")
+    splits = load_train_and_test(arguments)
+    train, test = (with_prompts(split, tokenizer, arguments.prompt_tokens) for split in splits)
+    checked_prompts(config, tokenizer, train, test, training)
+    training = fit_to_hardware(training, config.get_text_config().hidden_size)
+    return PPOTrainer(
+        load_causal_lm(name, model_config),
+        rewards,
+        training,
+        train,
+        test,
+        tokenizer,
+        ref_model=load_causal_lm(arguments.reference_model) if arguments.reference_model else None,
+        value_model=load_judge(arguments.value_model) if arguments.value_model else None,
+        peft_config=attach_lora(model_config),
+    )
+
+
+def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> Path:
+    """Train and leave a folder with the policy, its value model, its tokenizer and what was measured."""
+    inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.reward or [])]
+    resuming = bool(training.resume_from_checkpoint)
+    folder = check_output_folder(str(training.output_dir), arguments.overwrite, inputs, resuming)
+    trainer = build_ppo_trainer(arguments, model_config, training)
+    writes = trainer.is_world_process_zero()
+    if writes and not resuming:
+        prepare_output_folder(folder)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    metrics: dict[str, Any] = {"seconds": time.perf_counter() - started, "steps": trainer.state.global_step}
+    held_out = trainer.evaluate() if trainer.eval_prompts is not None else {}
+    metrics |= ppo_metrics(trainer.state.log_history) | held_out
+    trainer.save_model(str(folder))
+    if writes:
+        write_rows(folder / "samples.jsonl", trainer.last_samples)
+        plot_curves(trainer.state.log_history, folder / "curves.png", CURVES, title="PPO")
+        leave_folder(
+            folder,
+            stage="ppo",
+            title="A model that answers better",
+            parents={
+                "model": model_config.model_name_or_path,
+                "reward": ", ".join(arguments.reward or []),
+                "prompts": arguments.dataset_name,
+            },
+            metrics=metrics,
+            arguments=[arguments, model_config, training],
+            images=["curves.png"],
+        )
+    return folder
+
+
+def with_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int | None) -> Any:
+    """The dataset as it is, or with the first `prompt_tokens` tokens of its column `text` as the column `prompt`.
+
+    Raises:
+        UserError: neither a prompt nor a text to take it from; names the columns there are.
+    """
+    if dataset is None or prompt_tokens is None:
+        return dataset
+    require_columns(dataset, ["text"], role="with prompt_tokens, the dataset")
+    dataset = dataset.filter(lambda row: bool(row["text"].strip()))
+
+    def start(row: dict[str, Any]) -> dict[str, str]:
+        ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"][:prompt_tokens]
+        return {"prompt": tokenizer.decode(ids)}
+
+    return dataset.map(start, remove_columns=["text"])
+
+
+def ppo_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:
+    """Score, KL, length and EOS share of the first and of the last logged update."""
+    updates = [entry for entry in log_history if "objective/scores" in entry]
+    if not updates:
+        return {}
+    names = {
+        "score": "objective/scores",
+        "kl": "objective/kl",
+        "length": "completions/mean_length",
+        "eos_share": "completions/eos_share",
+    }
+    first = {f"{name}_before": updates[0][key] for name, key in names.items()}
+    return first | {name: updates[-1][key] for name, key in names.items()} | {"episodes": updates[-1]["episode"]}
