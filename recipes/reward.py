@@ -2,9 +2,10 @@
 
 In      a model folder; a dataset with chosen and rejected (and prompt), as text or messages, or with text and label
 Out     a judge's folder, its accuracy and calibration on held-out rows in metrics.json, curves.png, reliability.png
-Launch  accelerate launch --config_file accelerate_configs/one_cpu.yaml recipes/reward.py --config recipes/configs/quickstart/reward.yaml
+Launch  accelerate launch --config_file accelerate_configs/one_cpu.yaml \
+            recipes/reward.py --config recipes/configs/quickstart/reward.yaml
 Next    recipes/ppo.py takes the folder as it is
-"""  # fmt: skip
+"""
 
 from rlhf_recipes import ModelConfig, RewardArguments, RewardConfig, one_line_errors, parse_arguments, run_reward
 

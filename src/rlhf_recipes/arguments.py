@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,22 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `UserError` that leaves this block into one line on stderr and exit code 2."""
+    """Turn a `UserError` that leaves this block into one line on stderr and exit code 2; end a run of many processes."""
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Wait for the other processes of the run: one that exits with the group open sometimes aborts after its work."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @dataclass
@@ -55,14 +66,14 @@ class DatasetArguments(OutputArguments):
     extra_dataset_names: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Further datasets (as dataset_name) whose training rows follow; only columns they all have are kept."
+            "help": "Further datasets (as dataset_name) whose training rows follow; only shared columns are kept."
         },
     )
     row_filter: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Keep rows whose columns hold these values, as column=value; a column named twice may hold either. "
-            "A dataset without the column is kept whole, as long as another has it."
+            "help": "Keep rows whose columns hold these values, as column=value; a column named twice may hold "
+            "either. A dataset without the column is kept whole, as long as another has it."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
@@ -256,6 +267,9 @@ class TrainingDefaults:
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Data parallelism: look for parameters without a gradient in each step."}
+    )
 
     def __post_init__(self) -> None:
         import torch
@@ -267,4 +281,6 @@ class TrainingDefaults:
                 torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not getattr(self, "fp16", False)
             )
             self.__dict__["_bf16_by_hardware"] = True
+        if getattr(self, "activation_checkpointing", None) is None:
+            self.activation_checkpointing = self.gradient_checkpointing  # transformers' newer name of the same
         super().__post_init__()  # type: ignore[misc]

@@ -50,6 +50,26 @@ def _left_by_a_stage(path: Path) -> bool:
     return (path / MARK).is_file() or any(item.name.startswith("checkpoint-") for item in path.iterdir())
 
 
+def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) -> str | None:
+    """The checkpoint folder to go on from, or None. `true` means the last one in `folder`.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    asked = str(resume_from_checkpoint).lower()
+    if asked in ("none", "false"):
+        return None
+    if asked != "true":
+        point = Path(str(resume_from_checkpoint))
+        if not (point / "trainer_state.json").is_file():
+            raise UserError(f"--resume_from_checkpoint {point} is no checkpoint folder; give one that a run has saved")
+        return str(point)
+    steps = [int(path.parent.name.rpartition("-")[2]) for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    if not steps:
+        raise UserError(f"output folder {folder} has no checkpoint to resume from; leave --resume_from_checkpoint out")
+    return str(Path(folder) / f"checkpoint-{max(steps)}")
+
+
 def prepare_output_folder(folder: str | Path) -> Path:
     """Empty the folder of what an earlier stage left, and create it. Call it once nothing can fail any more."""
     path = Path(folder)

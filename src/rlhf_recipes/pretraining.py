@@ -29,11 +29,13 @@ class PretrainTrainer(Trainer):
 
     The penalty is part of the training loss and of its gradient once per optimizer step, however many micro-batches or
     processes the step is made of; the evaluation loss is the language model's alone.
+
+    `held_out_texts` are whole documents to measure at the end; `eval_dataset` holds the same ones, packed.
     """
 
-    def __init__(self, *args: Any, l1_penalty: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, l1_penalty: float = 0.0, held_out_texts: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.l1_penalty = l1_penalty
+        self.l1_penalty, self.held_out_texts = l1_penalty, list(held_out_texts)
         decayed = set(self.get_decay_parameter_names(self.model))
         self._penalised = [weight for name, weight in self.model.named_parameters() if name in decayed]
 
@@ -56,8 +58,8 @@ class PretrainTrainer(Trainer):
 class SampleContinuations(TrainerCallback):
     """Continues the same prompts at every evaluation and at the end, and keeps the texts in samples.md.
 
-    The random numbers are the same each time, so that what changes between two samples is the model. Like a document of
-    the training stream, every prompt follows an EOS; an empty prompt starts a document.
+    The random numbers are the same each time, so that what changes between two samples is the model. Like a document
+    of the training stream, every prompt follows an EOS; an empty prompt starts a document.
     """
 
     def __init__(
@@ -71,8 +73,8 @@ class SampleContinuations(TrainerCallback):
         for prompt, row in zip(prompts, self.rows, strict=True):
             if len(row) + tokens > context:
                 raise UserError(
-                    f"sample prompt {prompt[:40]!r} has {len(row) - 1} tokens, and with {tokens} sampled ones it does not "
-                    f"fit the context of {context}; shorten it or lower --sample_tokens"
+                    f"sample prompt {prompt[:40]!r} has {len(row) - 1} tokens, and with {tokens} sampled ones it does "
+                    f"not fit the context of {context}; shorten it or lower --sample_tokens"
                 )
 
     def continuations(self, model: "PreTrainedModel") -> list[str]:
@@ -80,6 +82,11 @@ class SampleContinuations(TrainerCallback):
         sampling = Sampling(self.tokens, stop_ids=stop_ids(model, self.tokenizer))
         seeds = [row_seed(self.seed, index) for index in range(len(self.rows))]
         return sample(model, self.rows, sampling, seeds).texts(self.tokenizer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = Path(args.output_dir) / SAMPLES
+        if state.global_step and kept.is_file():  # a resumed run goes on in the same file
+            self.sections = [kept.read_text(encoding="utf-8").split("\n\n", 1)[-1].rstrip()]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(Path(args.output_dir), state, kwargs["model"])
@@ -92,7 +99,7 @@ class SampleContinuations(TrainerCallback):
             return
         self.last_step = state.global_step
         pairs = list(zip(self.prompts, self.continuations(model), strict=True))
-        lines = [f"- **{_one_line(prompt)}**{_one_line(text)}" for prompt, text in pairs]
+        lines = ["- " + (f"**{_one_line(prompt)}**" if prompt else "") + _one_line(text) for prompt, text in pairs]
         self.sections.append("\n".join([f"## Step {state.global_step}", "", *lines]))
         write_text(folder / SAMPLES, "\n\n".join(["# Continuations", *self.sections]) + "\n")
         print(f"\nstep {state.global_step}: " + " | ".join(prompt + text for prompt, text in pairs[:2]), flush=True)

@@ -1,6 +1,6 @@
 """Completions to rewards. A reward is a model, the path of one, a Python function, or ``package.module:function``.
 
-Functions are called as TRL calls its reward functions: ``f(prompts=..., completions=..., completion_ids=..., **columns)``
+Functions are called as TRL calls them: ``f(prompts=..., completions=..., completion_ids=..., **columns)``
 with every other column of the dataset as a list, and return one number a completion. For conversational prompts a
 completion is a list with one assistant message, otherwise it is text.
 """
@@ -67,13 +67,14 @@ class FunctionReward:
         scores = scores.tolist() if isinstance(scores, torch.Tensor) else list(scores)
         if len(scores) != len(completions):
             raise UserError(
-                f"reward function {self.name} returned {len(scores)} scores for {len(completions)} completions; return one each"
+                f"reward function {self.name} returned {len(scores)} scores for {len(completions)} completions; "
+                "return one each"
             )
         for prompt, completion, score in zip(prompts, completions, scores, strict=True):
             if not isinstance(score, numbers.Real) or not math.isfinite(score):
                 raise UserError(
-                    f"reward function {self.name} returned {score!r} for the completion {text_of(completion)!r} of the prompt "
-                    f"{text_of(prompt)[:200]!r}; return a finite number"
+                    f"reward function {self.name} returned {score!r} for the completion {text_of(completion)!r} "
+                    f"of the prompt {text_of(prompt)[:200]!r}; return a finite number"
                 )
         return [float(score) for score in scores]
 
@@ -90,7 +91,9 @@ class ModelReward:
         batch_size: int = 64,
     ) -> None:
         if getattr(model.config, "num_labels", 1) not in (1, 2):
-            raise UserError(f"judge {name} has {model.config.num_labels} labels; a judge has one (a score) or two (bad, good)")
+            raise UserError(
+                f"judge {name} has {model.config.num_labels} labels; a judge has one (a score) or two (bad, good)"
+            )
         self.model, self.tokenizer, self.name, self.batch_size = model.eval(), tokenizer, name, batch_size
         self.policy_tokenizer = policy_tokenizer
         # The same vocabulary reads the policy's ids as they are; another one reads the text.
@@ -115,15 +118,19 @@ class ModelReward:
     ) -> list[float]:
         if self.shares_ids:
             return self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
-        return self.score_texts([self._text(p, c) for p, c in zip(prompts, completions, strict=True)])
+        ended = [bool(ids) and ids[-1] == self.policy_tokenizer.eos_token_id for ids in completion_ids]
+        return self.score_texts([self._text(*row) for row in zip(prompts, completions, ended, strict=True)])
 
-    def _text(self, prompt: Any, completion: Any) -> str:
+    def _text(self, prompt: Any, completion: Any, ended: bool) -> str:
+        """Prompt and completion as the judge learnt to read them, its own EOS last if the policy's stood there."""
         if is_conversation(prompt):
             messages = [*prompt, {"role": "assistant", "content": text_of(completion)}]
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        if isinstance(prompt, (list, tuple)):  # token ids
-            prompt = self.policy_tokenizer.decode(prompt, skip_special_tokens=True)
-        return prompt_text(prompt, self.tokenizer) + text_of(completion)
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        else:
+            if isinstance(prompt, (list, tuple)):  # token ids
+                prompt = self.policy_tokenizer.decode(prompt, skip_special_tokens=True)
+            text = prompt_text(prompt, self.tokenizer) + text_of(completion) + self.tokenizer.eos_token
+        return text if ended else text.removesuffix(self.tokenizer.eos_token)
 
     def score_texts(self, texts: Sequence[str]) -> list[float]:
         """Scores of whole texts, read with the judge's own tokenizer."""
@@ -146,11 +153,15 @@ class ModelReward:
 
 
 def classify(model: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits (batch, labels) in float32 of rows of ids, padded on the right with the model's own pad id."""
+    """Logits (batch, labels) in float32 of rows of ids, padded on the right with the model's own pad id.
+
+    The models of transformers read a row at its last token that is not the pad id. So where pad and EOS are one token,
+    an EOS at the end of a row is not looked at: in training as here, alone or in a batch.
+    """
     pad_id = model.config.pad_token_id
     device = next(model.parameters()).device
-    if pad_id is None and len({len(row) for row in rows}) > 1:
-        # Without a pad id such a model cannot tell where a row ends: ask it row by row.
+    if pad_id is None and len(rows) > 1:
+        # Without a pad id such a model takes one row at a time.
         return torch.cat([classify(model, [row]) for row in rows])
     ids, mask = pad(rows, value=pad_id or 0)
     output = model(input_ids=ids.to(device), attention_mask=mask.long().to(device))
@@ -222,7 +233,7 @@ def import_function(source: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"reward function {source} cannot be imported: {error}") from None
 

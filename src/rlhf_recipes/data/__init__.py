@@ -10,9 +10,17 @@ from rlhf_recipes.data.chat import (
     split_ids,
     text_of,
 )
-from rlhf_recipes.data.checks import fit_prompts, require_batch, require_texts
+from rlhf_recipes.data.checks import fit_prompts, require_batch, require_text, require_texts
 from rlhf_recipes.data.packing import pack_documents
-from rlhf_recipes.data.sources import first_row, has_columns, load_split, load_train_and_test, require_columns, write_rows
+from rlhf_recipes.data.sources import (
+    first_row,
+    has_columns,
+    load_parts,
+    load_split,
+    load_train_and_test,
+    require_columns,
+    write_rows,
+)
 
 __all__ = [
     "ROLE_TOKENS",
@@ -22,6 +30,7 @@ __all__ = [
     "fit_prompts",
     "has_columns",
     "is_conversation",
+    "load_parts",
     "load_split",
     "load_train_and_test",
     "pack_documents",
@@ -29,6 +38,7 @@ __all__ = [
     "prompt_text",
     "require_batch",
     "require_columns",
+    "require_text",
     "require_texts",
     "split_ids",
     "text_of",

@@ -21,7 +21,10 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 
 def chat_template(roles: Mapping[str, str] = ROLE_TOKENS, separator: str = "") -> str:
-    """A Jinja chat template. roles: what stands before each role's turn; separator: what ends a turn that is not the assistant's."""
+    """A Jinja chat template.
+
+    roles: what stands before each role's turn. separator: what ends a turn that is not the assistant's.
+    """
     quoted = {role: repr(text) for role, text in roles.items()}
     return (
         "{% for message in messages %}"
@@ -32,7 +35,8 @@ def chat_template(roles: Mapping[str, str] = ROLE_TOKENS, separator: str = "") -
         f"{{{{ {quoted['system']} + message['content'] + {separator!r} }}}}"
         "{% elif message['role'] == 'user' %}"
         f"{{{{ {quoted['user']} + message['content'] + {separator!r} }}}}"
-        "{% else %}{{ raise_exception('the chat template knows the roles system, user and assistant, not ' + message['role']) }}"
+        "{% else %}"
+        "{{ raise_exception('the chat template knows the roles system, user and assistant, not ' + message['role']) }}"
         "{% endif %}{% endfor %}"
         f"{{% if add_generation_prompt %}}{{{{ {quoted['assistant']} }}}}{{% endif %}}"
     )
@@ -95,5 +99,6 @@ def split_ids(prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase"
     ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
     first = prompt_ids(prompt, tokenizer) if prompt else []
     # Letters may merge across the boundary; the completion begins where the two part.
-    shared = next((index for index, pair in enumerate(zip(first, ids, strict=False)) if pair[0] != pair[1]), len(first))
+    same = (mine == its for mine, its in zip(first, ids, strict=False))
+    shared = next((index for index, equal in enumerate(same) if not equal), len(first))
     return ids[:shared], ids[shared:]

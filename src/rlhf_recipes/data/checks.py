@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.data.chat import ensure_chat_template, is_conversation, prompt_ids, prompt_text
-from rlhf_recipes.data.sources import first_row
+from rlhf_recipes.data.sources import first_row, require_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -49,6 +49,14 @@ def require_texts(
             raise UserError(f"{name}, row {index}: the prompt is empty; drop the row")
 
 
+def require_text(dataset: Any, column: str, name: str = "dataset") -> None:
+    """The column is there and holds text; a row may hold nothing."""
+    require_columns(dataset, (column,), role=name)
+    value = next((row[column] for row in dataset if row[column] is not None), "")
+    if not isinstance(value, str):
+        raise UserError(f"{name}: the column {column} holds {_short(value)}, which is no text; give strings")
+
+
 def _fault_of_text(value: Any) -> str | None:
     return None if isinstance(value, str) else f"holds {_short(value)}, which is no text; give strings"
 
@@ -83,23 +91,22 @@ def fit_prompts(
     """
     if limit is None:
         return dataset
-    long = [(index, size) for index, row in enumerate(dataset) if (size := _tokens_from(row["prompt"], tokenizer, limit))]
+    sizes = [_tokens_from(row["prompt"], tokenizer, limit) for row in dataset]
+    long = [index for index, size in enumerate(sizes) if size]
     if not long:
         return dataset
-    if drop and len(long) < len(dataset):
-        logger.warning("%s: left out %d of %d rows whose prompts do not fit %d tokens", name, len(long), len(dataset), limit)
-        left_out = {index for index, _ in long}
-        return dataset.select([index for index in range(len(dataset)) if index not in left_out])
-    index, size = long[0]
+    if drop and len(long) < len(sizes):
+        logger.warning("%s: %d of %d prompts do not fit %d tokens; left out", name, len(long), len(sizes), limit)
+        return dataset.select([index for index, size in enumerate(sizes) if not size])
     raise UserError(
-        f"{name}, row {index}: the prompt has {size} tokens, which leaves no room for an answer within {limit} "
-        f"({len(long)} of {len(dataset)} rows are too long); shorten them, raise --max_length up to the model's context, "
-        "or leave them out with --drop_long_prompts true"
+        f"{name}, row {long[0]}: the prompt has {sizes[long[0]]} tokens, which leaves no room for an answer within "
+        f"{limit} ({len(long)} of {len(sizes)} rows are too long); shorten them, raise --max_length up to the model's "
+        "context, or leave them out with --drop_long_prompts true"
     )
 
 
 def _tokens_from(prompt: Any, tokenizer: "PreTrainedTokenizerBase", limit: int) -> int:
-    """The number of tokens if it is at least `limit`, else 0. A token is at least a byte, so most need no tokenizing."""
+    """The number of tokens if it is at least `limit`, else 0. A token is a byte or more, so few need tokenizing."""
     if len(prompt_text(prompt, tokenizer).encode("utf-8")) < limit:
         return 0
     size = len(prompt_ids(prompt, tokenizer))

@@ -15,14 +15,15 @@ DOCUMENTS_AT_ONCE = 512
 def pack_documents(dataset: Any, tokenizer: "PreTrainedTokenizerBase", block: int, column: str = "text") -> Any:
     """Tokenize `column`, end each document with EOS, join them and cut into blocks of `block` tokens.
 
-    Works on a map-style dataset and on a stream alike, and returns the same kind: rows of ``input_ids`` (block,), whose
-    labels are the ids. Only the last tokens, too few for a block, are dropped. Empty documents are left out.
+    Works on a map-style dataset and on a stream alike, and returns the same kind: rows of ``input_ids`` (block,),
+    whose labels are the ids. Only the last tokens, too few for a block, are dropped. Empty documents are left out.
     """
     from datasets import Dataset, Features, IterableDataset, List, Value
+    from tqdm.auto import tqdm
 
     features = Features({"input_ids": List(Value("int32"))})
     if isinstance(dataset, Dataset):
-        rows = list(_blocks(iter(dataset[column]), tokenizer, block))
+        rows = list(_blocks(tqdm(dataset[column], "packing", delay=3), tokenizer, block))
         return Dataset.from_dict({"input_ids": rows}, features=features)
 
     def stream() -> Iterator[dict[str, Any]]:  # begins anew at each epoch, with nothing carried over from the last

@@ -1,6 +1,7 @@
 """Rows from a folder, a file or a Hub id."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from rlhf_recipes.artifacts import write_text
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+SHARD = re.compile(r"-\d+-of-\d+$")
 # file ending -> builder of the datasets library; each may be followed by .gz
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -25,17 +27,17 @@ def load_split(
 ) -> "Dataset | IterableDataset":
     """One split of a dataset, checked not to be empty.
 
-    name: a folder with ``<split>.jsonl`` (or .csv, .parquet, ... also .gz), one such file, or a Hub id.
+    name: a folder with ``<split>.jsonl`` (or .csv, .parquet, ... also .gz, also in shards such as
+    ``<split>-00000-of-00002.parquet``, also in its subfolder ``data``), one such file, or a Hub id.
 
     Raises:
         UserError: no such source or split, an unreadable file, an empty split, a Hub id while offline.
     """
     path = Path(name).expanduser()
     if path.is_file():
-        dataset = _load(_builder_of(path), name, split="train", data_files=str(path), streaming=streaming)
+        dataset = _load([path], name, streaming)
     elif path.is_dir():
-        file = _split_file(path, split)
-        dataset = _load(_builder_of(file), name, split="train", data_files=str(file), streaming=streaming)
+        dataset = _load(_split_files(path, split), name, streaming)
     else:
         dataset = _from_hub(name, config, split, streaming)
     if first_row(dataset) is None:
@@ -51,6 +53,18 @@ def load_train_and_test(
     `arguments.row_filter` holds for both, `arguments.extra_dataset_names` lengthens the training split, and the limits
     on samples count what is left after that.
     """
+    train = _first(_joined(load_parts(arguments, name, streaming)), arguments.max_train_samples)
+    source = str(name or arguments.dataset_name)
+    test = _load_test(arguments, source)
+    if test is not None:
+        rules = parse_row_filter(arguments.row_filter or [])
+        test = filter_rows(test, rules, f"{source} ({arguments.dataset_test_split})")
+        test = _first(test, arguments.max_test_samples)
+    return train, test
+
+
+def load_parts(arguments: DatasetArguments, name: str | None = None, streaming: bool = False) -> list[Any]:
+    """The training split of each source, filtered: `dataset_name` (or `name`) first, then the extra ones."""
     source = name or arguments.dataset_name
     if not source:
         raise UserError("no dataset; pass --dataset_name with a folder, a data file or a Hub id")
@@ -59,12 +73,7 @@ def load_train_and_test(
     split, config = arguments.dataset_train_split, arguments.dataset_config
     parts = [load_split(part, split, config=config, streaming=streaming) for part in sources]
     _require_filtered_columns(parts, rules)
-    parts = [filter_rows(part, rules, f"{one} ({split})") for part, one in zip(parts, sources, strict=True)]
-    train = _first(_joined(parts), arguments.max_train_samples)
-    test = _load_test(arguments, source)
-    if test is not None:
-        test = _first(filter_rows(test, rules, f"{source} ({arguments.dataset_test_split})"), arguments.max_test_samples)
-    return train, test
+    return [filter_rows(part, rules, f"{one} ({split})") for part, one in zip(parts, sources, strict=True)]
 
 
 def _load_test(arguments: DatasetArguments, source: str) -> "Any | None":
@@ -183,13 +192,19 @@ def _builder_of(path: Path) -> str:
     return builder
 
 
-def _splits(folder: Path) -> dict[str, Path]:
-    files = sorted(item for item in folder.iterdir() if item.is_file() and not item.name.startswith("."))
-    data = [item for item in files if any(suffix in BUILDERS for suffix in item.suffixes) and item.name != "metrics.json"]
-    return {item.name.split(".")[0]: item for item in data}
+def _splits(folder: Path) -> dict[str, list[Path]]:
+    """The data files of each split that the folder holds; a report or a card is none."""
+    places = [folder, folder / "data"]
+    files = [file for place in places if place.is_dir() for file in sorted(place.iterdir()) if file.is_file()]
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        known = any(suffix in BUILDERS for suffix in file.suffixes)
+        if known and not file.name.startswith(".") and file.name != "metrics.json":
+            splits.setdefault(SHARD.sub("", file.name.split(".")[0]), []).append(file)
+    return splits
 
 
-def _split_file(folder: Path, split: str) -> Path:
+def _split_files(folder: Path, split: str) -> list[Path]:
     splits = _splits(folder)
     if split not in splits:
         there = ", ".join(splits) or "no data files"
@@ -197,15 +212,22 @@ def _split_file(folder: Path, split: str) -> Path:
     return splits[split]
 
 
-def _load(builder: str, name: str, **options: Any) -> Any:
+def _load(files: Sequence[Path], name: str, streaming: bool) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
+    builder = _builder_of(files[0])
+    options: dict[str, Any] = {"sep": "\t"} if ".tsv" in files[0].suffixes else {}
     try:
-        return load_dataset(builder, **options)
+        paths = [str(file) for file in files]
+        dataset = load_dataset(builder, split="train", data_files=paths, streaming=streaming, **options)
+        first_row(dataset)  # a stream reads its file now or never
+        return dataset
+    except StopIteration:  # how the JSON reader says that the file is empty
+        raise UserError(f"dataset {name} has no rows; give another file") from None
     except (DatasetGenerationError, OSError, ValueError, UnicodeDecodeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"dataset {name} cannot be read as {builder}: {reason}") from None
+        raise UserError(f"dataset {name} cannot be read as {builder}: {reason}; mend or replace the file") from None
 
 
 def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any:

@@ -1,7 +1,7 @@
 """Models and tokenizers: from a size, a folder or a Hub id to something that can be trained or asked."""
 
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
-from rlhf_recipes.models.hardware import fit_to_hardware
+from rlhf_recipes.models.hardware import fit_to_hardware, hardware
 from rlhf_recipes.models.loading import (
     attach_lora,
     context_length,
@@ -27,6 +27,7 @@ __all__ = [
     "check_start",
     "context_length",
     "fit_to_hardware",
+    "hardware",
     "is_adapter",
     "is_judge",
     "is_quantized",

@@ -2,7 +2,9 @@
 
 import copy
 import os
+import platform
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -63,3 +65,24 @@ def _has_bf16_matrix_unit() -> bool:
     import torch
 
     return bool(torch.cpu._is_amx_tile_supported())
+
+
+def hardware() -> str:
+    """What this process runs on, for a line beside its numbers: accelerator or processor, threads, precision unit."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cores = os.cpu_count() or 1
+    unit = ", bfloat16 matrix unit" if _has_bf16_matrix_unit() else ""
+    return f"{_processor()}, {cores} cores, {torch.get_num_threads()} torch threads{unit}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -43,7 +43,8 @@ def load_tokenizer(name: str, role: str = "tokenizer", **kwargs: Any) -> "PreTra
         raise UserError(f"{role} {name} has no EOS token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         raise UserError(
-            f"{role} {name} has no pad token; set pad_token in its tokenizer_config.json (the EOS token may serve as both)"
+            f"{role} {name} has no pad token; set pad_token in its tokenizer_config.json "
+            "(the EOS token may serve as both)"
         )
     return tokenizer
 
@@ -93,7 +94,8 @@ def positive_label_count(name: str) -> int:
         )
     if config.num_labels not in (1, 2):
         raise UserError(
-            f"judge {name} has {config.num_labels} labels; a judge has one (a score) or two (bad, good): train it with the reward stage"
+            f"judge {name} has {config.num_labels} labels; a judge has one (a score) or two (bad, good): "
+            "train it with the reward stage"
         )
     return int(config.num_labels)
 
@@ -134,7 +136,7 @@ def attach_lora(model_config: "ModelConfig", task: str = "CAUSAL_LM") -> Any | N
 
 
 def prepare_for_lora(model: "PreTrainedModel", gradient_checkpointing: bool = False) -> "PreTrainedModel":
-    """Freeze a quantized model and bring what is not quantized to float32 (QLoRA); any other model is left as it is."""
+    """Freeze a quantized model and bring what is not quantized to float32 (QLoRA); others are left as they are."""
     if not is_quantized(model):
         return model
     from peft import prepare_model_for_kbit_training
@@ -147,7 +149,7 @@ def is_quantized(model: "PreTrainedModel") -> bool:
 
 
 def trainable_to_float32(model: Any) -> None:
-    """Adapters of a quantized model, which TRL rounds to bfloat16: at usual learning rates Adam's steps would be lost."""
+    """What TRL rounds to bfloat16 on a quantized model, where small steps of Adam would be rounded away."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -172,7 +174,9 @@ def is_adapter(name: str) -> bool:
     return _base_of(name) != name
 
 
-def _load(auto_class: Any, name: str, role: str, model_config: "ModelConfig | None", **kwargs: Any) -> "PreTrainedModel":
+def _load(
+    auto_class: Any, name: str, role: str, model_config: "ModelConfig | None", **kwargs: Any
+) -> "PreTrainedModel":
     _check_source(name, role)
     options = _options(model_config) | kwargs
     options.setdefault("use_safetensors", True)  # a pickle can run code while it is read
@@ -194,6 +198,9 @@ def _merge_adapter(model: "PreTrainedModel", name: str) -> "PreTrainedModel":
     if config.task_type == "CAUSAL_LM" and "SequenceClassification" in type(model).__name__:
         config.task_type = None  # the trunk of a language model, which peft would ask how it generates
     merged = PeftModel.from_pretrained(model, name, config=config, is_trainable=False).merge_and_unload()
+    for parameter in merged.parameters():
+        if parameter.is_floating_point():  # peft froze the base; merged, it is a model like any other
+            parameter.requires_grad_(True)
     if (Path(name) / GENERATION_FILE).is_file():
         merged.generation_config = GenerationConfig.from_pretrained(name)
     return merged
@@ -224,7 +231,7 @@ def _device() -> str:
 
 
 def _never_repack_on_cpu(model: Any) -> None:
-    """bitsandbytes repacks 4-bit weights in place at the first CPU forward; the layer then trains and saves wrongly."""
+    """bitsandbytes repacks 4-bit weights at the first CPU forward; the layer then trains and saves wrongly."""
     if not getattr(model, "is_loaded_in_4bit", False):
         return
     import bitsandbytes

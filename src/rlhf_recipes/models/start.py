@@ -25,8 +25,8 @@ def check_start(
     """Read the configuration and tokenizer of ``--model_name_or_path``. No weights are read.
 
     Raises:
-        UserError: no model, one that cannot be read, a tokenizer without EOS or pad or with more tokens than the model,
-            rows longer than the context, quantized weights without LoRA, LoRA on top of LoRA.
+        UserError: no model, one that cannot be read, a tokenizer without EOS or pad or with more tokens than the
+            model, rows longer than the context, quantized weights without LoRA, LoRA on top of LoRA.
     """
     name = model_config.model_name_or_path
     if not name:
@@ -45,10 +45,10 @@ def check_start(
     if max_length is not None and limit is not None and max_length > limit:
         raise UserError(f"max_length {max_length} is beyond the {limit} tokens that {name} reads; lower it")
     if (model_config.load_in_4bit or model_config.load_in_8bit) and not model_config.use_peft:
-        raise UserError("quantized weights cannot be trained themselves; add --use_peft true, or leave load_in_*bit out")
+        raise UserError("quantized weights cannot be trained; add --use_peft true, or leave out load_in_4bit/8bit")
     if model_config.use_peft and is_adapter(name):
         raise UserError(
-            f"model {name} is itself a LoRA adapter; start from its base model, or go on without --use_peft (the adapter "
-            "is then merged)"
+            f"model {name} is itself a LoRA adapter; start from its base model, or go on without --use_peft "
+            "(the adapter is then merged)"
         )
     return Start(name, config, tokenizer, max_length or limit)

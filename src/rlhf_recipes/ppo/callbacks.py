@@ -15,7 +15,7 @@ class UpdateEnd(TrainerCallback):
         self.ended = ended
 
     def on_step_end(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        last = state.global_step >= state.max_steps
+        last = control.should_training_stop or state.global_step >= state.max_steps
         if state.global_step % args.steps_per_update == 0 or last:
             self.ended()
             control.should_log |= last or state.global_step == args.steps_per_update

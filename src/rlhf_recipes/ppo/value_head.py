@@ -144,7 +144,7 @@ def policy_outputs(
     """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of those tokens."""
     hidden = response_states(policy, input_ids, attention_mask, response_mask)
     logits = base_model(policy).get_output_embeddings()(hidden)
-    chosen = input_ids[:, -response_mask.shape[1] :][response_mask]
+    chosen = input_ids[:, input_ids.shape[1] - response_mask.shape[1] :][response_mask]
     log_probs = token_log_probs(logits, chosen, temperature)
     with torch.no_grad():
         entropies = entropy(logits, temperature)

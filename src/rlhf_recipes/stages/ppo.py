@@ -109,6 +109,7 @@ def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOCon
     trainer.save_model(str(folder))
     if writes:
         write_rows(folder / "samples.jsonl", trainer.last_samples)
+        trainer.save_state()
         plot_curves(trainer.state.log_history, folder / "curves.png", CURVES, title="PPO")
         leave_folder(
             folder,

@@ -10,14 +10,15 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
-from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
-from rlhf_recipes.data import load_train_and_test, pack_documents, require_columns
+from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder, resume_point
+from rlhf_recipes.data import load_train_and_test, pack_documents, require_batch, require_text
 from rlhf_recipes.metrics import perplexity
 from rlhf_recipes.models import (
     SIZES,
     build_gpt2,
     context_length,
     fit_to_hardware,
+    is_judge,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -54,7 +55,7 @@ class PretrainArguments(DatasetArguments):
         default=None, metadata={"help": "Dropout. Unset: 0.1 for a new model, the checkpoint's own otherwise."}
     )
     l1_penalty: float = field(
-        default=0.0, metadata={"help": "Adds this times the sum of |w|, over the weights under weight decay, to the loss."}
+        default=0.0, metadata={"help": "Adds to the loss this times the sum of |w| over the weights under decay."}
     )
     sample_prompts: list[str] | None = field(
         default=None, metadata={"help": "Texts to continue at each evaluation and at the end (samples.md)."}
@@ -86,7 +87,7 @@ class PretrainConfig(TrainingDefaults, TrainingArguments):
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine, linear, ... from the peak down."})
     warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or a share of all steps, up to the peak."})
-    weight_decay: float = field(default=0.1, metadata={"help": "L2 pull on weights; biases and layer norms are spared."})
+    weight_decay: float = field(default=0.1, metadata={"help": "L2 pull on weights, not on biases and layer norms."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Decay of Adam's second moment."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients longer than this are scaled down to it."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "adamw_torch_fused, sgd, adamw_8bit, ..."})
@@ -98,14 +99,14 @@ def build_pretrain_trainer(
 ) -> PretrainTrainer:
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read or made."""
     tokenizer, context = _check_model(arguments, model_config)
+    tokenizer.model_max_length = context
     train, test = _load_texts(arguments, training)
-    callbacks = []
-    if arguments.sample_prompts:
-        prompts, tokens = arguments.sample_prompts, arguments.sample_tokens
-        callbacks.append(SampleContinuations(prompts, tokenizer, tokens, context, training.seed))
+    prompts = arguments.sample_prompts or []
+    samples = SampleContinuations(prompts, tokenizer, arguments.sample_tokens, context, training.seed)
     blocks = pack_documents(train, tokenizer, context, arguments.text_column)
     _require_one_step(blocks, training, context)
-    held_out = pack_documents(test, tokenizer, context, arguments.text_column) if test is not None else None
+    texts = [text for text in test[arguments.text_column] if text] if test is not None else []
+    held_out = pack_documents(test, tokenizer, context, arguments.text_column) if texts else None
     if training.eval_strategy != "no" and not held_out:
         raise UserError(
             f"eval_strategy is {training.eval_strategy.value}, but the dataset has no split "
@@ -119,36 +120,37 @@ def build_pretrain_trainer(
         eval_dataset=held_out or None,
         data_collator=collate_blocks,
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[samples] if prompts else [],
         l1_penalty=arguments.l1_penalty,
+        held_out_texts=texts,
     )
 
 
 def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, training: PretrainConfig) -> Path:
     """Pretrain and leave a folder with the model, its tokenizer and what was measured on the held-out text."""
-    inputs = [arguments.dataset_name, *(arguments.extra_dataset_names or []), arguments.tokenizer_name]
-    resuming = bool(training.resume_from_checkpoint)
-    folder = check_output_folder(
-        training.output_dir, arguments.overwrite, [*inputs, model_config.model_name_or_path], resuming
-    )
+    sources = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
+    inputs = [*sources, arguments.tokenizer_name, model_config.model_name_or_path]
+    checkpoint = resume_point(training.resume_from_checkpoint, training.output_dir)
+    folder = check_output_folder(training.output_dir, arguments.overwrite, inputs, resuming=checkpoint is not None)
     trainer = build_pretrain_trainer(arguments, model_config, training)
     writes = trainer.is_world_process_zero()
-    if writes and not resuming:
+    if writes and checkpoint is None:
         prepare_output_folder(folder)
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
+    metrics = {"train_loss": result.training_loss, "seconds": seconds, "steps": result.global_step}
     if writes:
-        metrics = {"train_loss": result.training_loss, "seconds": seconds, "steps": result.global_step}
-        metrics |= {"parameters": trainer.model.num_parameters()} | _held_out(trainer, arguments)
+        metrics |= {"parameters": trainer.model.num_parameters()} | _held_out(trainer)
         trainer.save_model(str(folder))
+        trainer.save_state()
         plot_curves(trainer.state.log_history, folder / "curves.png", title="Pretraining")
         leave_folder(
             folder,
             stage="pretrain",
             title="GPT-2 language model",
             parents={
-                "text": arguments.dataset_name,
+                "text": ", ".join(filter(None, sources)),
                 "tokenizer": arguments.tokenizer_name,
                 "model": model_config.model_name_or_path,
             },
@@ -156,6 +158,7 @@ def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, traini
             arguments=[arguments, model_config, training],
             images=["curves.png"],
         )
+    trainer.accelerator.wait_for_everyone()
     return folder
 
 
@@ -166,12 +169,16 @@ def _check_model(arguments: PretrainArguments, model_config: ModelConfig) -> "tu
         raise UserError("give one of --model_size (a new model) and --model_name_or_path (go on from a checkpoint)")
     if model_config.use_peft or model_config.load_in_4bit or model_config.load_in_8bit:
         raise UserError("pretrain trains all weights; for LoRA and quantized models use the sft stage")
+    if checkpoint is None and model_config.dtype not in (None, "auto", "float32"):
+        raise UserError("a new model's weights are float32; for mixed precision pass --bf16 true instead of --dtype")
     name = arguments.tokenizer_name or checkpoint
     if name is None:
         raise UserError("no tokenizer; pass --tokenizer_name with a folder that the tokenizer stage left, or a Hub id")
     if checkpoint is None:
         return load_tokenizer(name), arguments.max_length or SIZES[str(arguments.model_size)]["n_positions"]
     config = load_config(checkpoint, revision=model_config.model_revision)
+    if is_judge(checkpoint):
+        raise UserError(f"model {checkpoint} is a judge, which predicts no text; go on from a language model")
     tokenizer = load_tokenizer(name)
     if len(tokenizer) > config.vocab_size or _another_vocabulary(tokenizer, checkpoint, arguments.tokenizer_name):
         raise UserError(
@@ -201,21 +208,16 @@ def _load_texts(arguments: PretrainArguments, training: PretrainConfig) -> "tupl
     if arguments.dataset_streaming and training.max_steps <= 0:
         raise UserError("a streamed dataset has no known length; pass --max_steps")
     train, test = load_train_and_test(arguments, streaming=arguments.dataset_streaming)
-    for split, dataset in (("training", train), ("held-out", test)):
-        if dataset is not None:
-            require_columns(dataset, (arguments.text_column,), role=f"the {split} text")
+    require_text(train, arguments.text_column, "the training split")
+    if test is not None:
+        require_text(test, arguments.text_column, "the held-out split")
     return train, test
 
 
 def _require_one_step(blocks: Any, training: PretrainConfig, context: int) -> None:
-    needed = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    there = sum(1 for _ in islice(blocks, needed))
-    if there < needed:
-        raise UserError(
-            f"the text fills {there} blocks of {context} tokens, but one step takes {needed} (batch x accumulation x "
-            "processes); give more text, or lower --max_length, --per_device_train_batch_size or "
-            "--gradient_accumulation_steps"
-        )
+    needed = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    there = sum(1 for _ in islice(blocks, needed))  # a stream has no length
+    require_batch(there, training, f"the text, packed into blocks of {context} tokens,")
 
 
 def _make_model(
@@ -232,21 +234,23 @@ def _make_model(
         rates = {} if arguments.dropout is None else _dropout_rates(arguments.dropout)
         return load_causal_lm(model_config.model_name_or_path, model_config, **rates)
     dropout = NEW_MODEL_DROPOUT if arguments.dropout is None else arguments.dropout
-    return build_gpt2(str(arguments.model_size), tokenizer, positions=context, dropout=dropout)
+    model = build_gpt2(str(arguments.model_size), tokenizer, positions=context, dropout=dropout)
+    if model_config.attn_implementation:
+        model.set_attn_implementation(model_config.attn_implementation)
+    return model
 
 
 def _dropout_rates(rate: float) -> dict[str, float]:
     return {"resid_pdrop": rate, "attn_pdrop": rate, "embd_pdrop": rate}
 
 
-def _held_out(trainer: PretrainTrainer, arguments: PretrainArguments) -> dict[str, float]:
-    """Perplexity and bits per byte on the test split's whole documents; nothing where there is no such split."""
-    _, test = load_train_and_test(arguments, streaming=arguments.dataset_streaming)
-    if test is None:
+def _held_out(trainer: PretrainTrainer) -> dict[str, float]:
+    """Perplexity and bits per byte on the held-out documents, in the weights' own precision; nothing without them."""
+    if not trainer.held_out_texts:
         return {}
-    texts = [text for text in test[arguments.text_column] if text]
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     batch = trainer.args.per_device_eval_batch_size
-    measured = perplexity(trainer.model, trainer.processing_class, texts, batch_size=batch, progress=True)
+    measured = perplexity(model, trainer.processing_class, trainer.held_out_texts, batch_size=batch, progress=True)
     return {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")} | {
         "held_out_tokens": measured["tokens"]
     }

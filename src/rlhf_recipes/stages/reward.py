@@ -59,8 +59,8 @@ class RewardArguments(DatasetArguments):
     judge: Judge = field(
         default="auto",
         metadata={
-            "help": "ranking learns from the columns chosen and rejected, classifier from text and label (1 good, 0 bad); "
-            "auto goes by the columns there are."
+            "help": "ranking learns from the columns chosen and rejected, classifier from text and label "
+            "(1 good, 0 bad); auto goes by the columns there are."
         },
     )
     drop_long_prompts: bool = field(
@@ -120,13 +120,15 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         prepare_output_folder(folder)
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    metrics = {"train_loss": result.training_loss, "seconds": time.perf_counter() - started, "steps": result.global_step}
+    seconds = time.perf_counter() - started
+    metrics = {"train_loss": result.training_loss, "seconds": seconds, "steps": result.global_step}
     if trainer.eval_dataset is not None:
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
     if writes:
         trainer.save_model(str(folder))
         save_judge_config(trainer.accelerator.unwrap_model(trainer.model), folder)
         images = ["curves.png"]
+        trainer.save_state()
         plot_curves(trainer.state.log_history, folder / "curves.png", title="Reward model")
         if trainer.eval_dataset is not None:
             measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
@@ -176,7 +178,7 @@ def _check_labels(dataset: Any, start: Start, name: str) -> Any:
     require_texts(dataset, ["text"], start.tokenizer, name)
     labels = set(dataset["label"])
     if strange := [label for label in labels if label not in (0, 1)]:
-        raise UserError(f"{name} has the label {strange[0]!r}; a classifier learns from 0 (bad) and 1 (good): map them")
+        raise UserError(f"{name} has the label {strange[0]!r}; a classifier learns from 0 (bad) and 1 (good)")
     if len(labels) == 1:
         raise UserError(
             f"every label of {name} is {labels.pop()}, so there is nothing to tell apart; if the rows are sorted by "
@@ -243,13 +245,11 @@ def measure_judge(trainer: RewardTrainer | Trainer, test: Any) -> tuple[dict[str
         return _measure_pairs(judge, test, tokenizer, limit)
     encoded = encode_labelled(test[:], tokenizer, limit)
     labels = np.array(encoded["labels"])
-    nothing = [[]] * len(labels)
-    scores = judge(nothing, test["text"], prompt_ids=nothing, completion_ids=encoded["input_ids"])
-    odds = np.stack([np.zeros(len(labels)), np.array(scores)], axis=1)  # log-odds of label 0 (by definition 0) and of 1
-    metrics = compute_classification_metrics(EvalPrediction(odds, labels))
-    # The label that is right against the one that is wrong is a pair as well: its margin are the signed log-odds.
-    margins = np.where(labels == 1, scores, np.negative(scores)).tolist()
-    zeros = [0.0] * len(labels)
+    rows = encoded["input_ids"]
+    scores = judge([""] * len(rows), test["text"], prompt_ids=[[]] * len(rows), completion_ids=rows)
+    metrics = compute_classification_metrics(EvalPrediction(np.array(scores), labels))
+    # The right label against the wrong one is a pair as well; its margin are the log-odds of the right one.
+    margins, zeros = np.where(labels == 1, scores, np.negative(scores)).tolist(), [0] * len(rows)
     paired = preference_metrics(margins, zeros, zeros, zeros)
     kept = {key: paired[key] for key in ("margin", "calibration_error", "brier")}
     return metrics | {"judge_accuracy": metrics["accuracy"]} | kept, calibration_table(margins, zeros)
@@ -258,17 +258,18 @@ def measure_judge(trainer: RewardTrainer | Trainer, test: Any) -> tuple[dict[str
 def _measure_pairs(
     judge: Reward, test: Any, tokenizer: "PreTrainedTokenizerBase", limit: int | None
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    sides = [
-        [(row.get("prompt", ""), row[side], *split_ids(row.get("prompt", ""), row[side], tokenizer)) for row in test]
-        for side in PAIR
-    ]
-    fitting = [
-        both for both in zip(*sides, strict=True) if limit is None or all(len(p) + len(c) <= limit for *_, p, c in both)
-    ]
-    scores, lengths = [], []
-    for answers in zip(*fitting, strict=True):  # the chosen ones, then the rejected ones
-        prompts, completions, prompt_ids, completion_ids = zip(*answers, strict=True)
-        scores.append(judge(prompts, completions, prompt_ids=prompt_ids, completion_ids=completion_ids))
-        lengths.append([len(ids) for ids in completion_ids])
-    measured = preference_metrics(*scores, *lengths)
-    return {"judge_accuracy": measured.pop("accuracy"), **measured, "pairs": len(fitting)}, calibration_table(*scores)
+    def fits(pair: list[tuple[list[int], list[int]]]) -> bool:
+        return limit is None or all(len(prompt) + len(answer) <= limit for prompt, answer in pair)
+
+    rows = [(row, [split_ids(row.get("prompt", ""), row[side], tokenizer) for side in PAIR]) for row in test]
+    rows = [(row, pair) for row, pair in rows if fits(pair)]
+    scores: list[list[float]] = []
+    lengths: list[list[int]] = []
+    for index, side in enumerate(PAIR):
+        ids = [pair[index] for _, pair in rows]
+        prompts, answers = [row.get("prompt", "") for row, _ in rows], [row[side] for row, _ in rows]
+        scores.append(judge(prompts, answers, prompt_ids=[i[0] for i in ids], completion_ids=[i[1] for i in ids]))
+        lengths.append([len(answer) for _, answer in ids])
+    measured = preference_metrics(scores[0], scores[1], lengths[0], lengths[1])
+    metrics = {"judge_accuracy": measured.pop("accuracy"), **measured, "pairs": len(rows)}
+    return metrics, calibration_table(scores[0], scores[1])

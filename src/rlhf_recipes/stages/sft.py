@@ -106,13 +106,15 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
         prepare_output_folder(folder)
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    metrics = {"train_loss": result.training_loss, "seconds": time.perf_counter() - started, "steps": result.global_step}
+    seconds = time.perf_counter() - started
+    metrics = {"train_loss": result.training_loss, "seconds": seconds, "steps": result.global_step}
     if trainer.eval_dataset is not None:
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
     if writes:
         metrics |= _held_out(trainer)
         trainer.save_model(str(folder))
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(folder)
+        trainer.save_state()
         plot_curves(trainer.state.log_history, folder / "curves.png", title="Supervised fine-tuning")
         leave_folder(
             folder,
@@ -130,7 +132,7 @@ def load_demonstrations(arguments: SFTArguments, start: Start, text_column: str 
     """The training and held-out rows, in the columns that are learnt from, each row checked."""
     train, test = load_train_and_test(arguments)
     columns = list(require_columns(train, PROMPT_COMPLETION, MESSAGES, (text_column,), role="the training split"))
-    splits = []
+    splits: list[Any] = []
     for dataset, name in ((train, "the training split"), (test, "the held-out split")):
         if dataset is None:
             splits.append(None)
@@ -149,7 +151,7 @@ def load_demonstrations(arguments: SFTArguments, start: Start, text_column: str 
 
 
 def trained_runs(dataset: Any) -> list[tuple[list[int], list[int]]]:
-    """(ids before, ids with loss) of every unbroken run of tokens that carry loss, in rows of ``input_ids, labels``."""
+    """(ids before, ids with loss) of every unbroken run of tokens with loss, in rows of `input_ids` and `labels`."""
     runs = []
     for row in dataset:
         ids, learnt = row["input_ids"], [label != IGNORED for label in row["labels"]]
@@ -177,7 +179,7 @@ def _held_out(trainer: SFTTrainer) -> dict[str, float]:
 
 
 def _stop_at_eos(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Name the tokenizer's EOS and pad in both configurations, so that whoever loads the model stops where it learnt to."""
+    """Name the tokenizer's EOS and pad in both configurations, so that whoever loads the model knows where to stop."""
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else list(stops) if isinstance(stops, (list, tuple)) else [stops]
     if tokenizer.eos_token_id not in stops:

@@ -1,14 +1,24 @@
 """Text -> a byte-level BPE tokenizer (Radford et al. 2019) with a chat template, for GPT-2-style models."""
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
-from rlhf_recipes.data import ROLE_TOKENS, chat_template, is_conversation, load_train_and_test, require_columns
+from rlhf_recipes.data import (
+    ROLE_TOKENS,
+    chat_template,
+    is_conversation,
+    load_parts,
+    load_train_and_test,
+    require_columns,
+    require_text,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +44,8 @@ class TokenizerArguments(DatasetArguments):
         default="text",
         metadata={"help": "Column of text. Without it, messages or prompts with their completions are read."},
     )
-    model_max_length: int = field(default=1024, metadata={"help": "Longest input in tokens that the tokenizer announces."})
-    dataset_streaming: bool = field(default=False, metadata={"help": "Read the rows one by one, for sources larger than memory."})
+    model_max_length: int = field(default=1024, metadata={"help": "Longest input in tokens, as the folder says it."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as they come, not all at once."})
 
     def __post_init__(self) -> None:
         least = BYTES + len(self.all_special_tokens())
@@ -55,7 +65,7 @@ class TokenizerArguments(DatasetArguments):
 
 
 def train_tokenizer(texts: Iterable[str], arguments: TokenizerArguments) -> "PreTrainedTokenizerBase":
-    """Learn the merges from `texts`. Every byte is in the vocabulary, so any text round-trips and nothing is unknown."""
+    """Learn the merges from `texts`. Every byte has a token, so any text round-trips and nothing is unknown."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Tokenizer
 
@@ -70,7 +80,7 @@ def train_tokenizer(texts: Iterable[str], arguments: TokenizerArguments) -> "Pre
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     learner.train_from_iterator(texts, trainer)
-    learnt = _json(learner.to_str())["model"]
+    learnt = json.loads(learner.to_str())["model"]
     return GPT2Tokenizer(
         vocab=learnt["vocab"],
         merges=[tuple(pair) for pair in learnt["merges"]],
@@ -83,37 +93,54 @@ def train_tokenizer(texts: Iterable[str], arguments: TokenizerArguments) -> "Pre
 
 
 def run_tokenizer(arguments: TokenizerArguments) -> Path:
-    """Train a tokenizer and leave it as a folder that `AutoTokenizer` loads. In several processes, the first one works."""
-    folder = check_output_folder(
-        arguments.output_dir, arguments.overwrite, [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    )
-    train, test = load_train_and_test(arguments, streaming=arguments.dataset_streaming)
-    require_columns(train, *_text_columns(arguments), role="the text to learn from")
+    """Train a tokenizer and leave a folder that `AutoTokenizer` loads. Of several processes, the first one works."""
+    sources = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
+    folder = check_output_folder(arguments.output_dir, arguments.overwrite, sources)
+    learnt_from, held_out = _load_texts(arguments)
     if os.environ.get("RANK", "0") != "0":
         return folder
-    tokenizer = train_tokenizer(texts_of(train, arguments), arguments)
-    metrics = {"vocab_size": len(tokenizer)} | measure_tokenizer(tokenizer, texts_of(test if test else train, arguments))
+    tokenizer = train_tokenizer(_texts(learnt_from, arguments), arguments)
+    measured = measure_tokenizer(tokenizer, _texts(held_out or learnt_from, arguments))
     prepare_output_folder(folder)
     tokenizer.save_pretrained(folder)
-    held_out = "held-out text" if test else "the text it was learnt from"
     return leave_folder(
         folder,
         stage="tokenizer",
         title="Byte-level BPE tokenizer",
-        parents={"text": arguments.dataset_name},
-        metrics=metrics,
+        parents={"text": ", ".join(filter(None, sources))},
+        metrics={"vocab_size": len(tokenizer), **measured},
         arguments=[arguments],
-        notes=f"`bytes_per_token` is measured on {held_out}.",
+        notes=f"`bytes_per_token` is measured on {'held-out text' if held_out else 'the text it was learnt from'}.",
     )
 
 
-def texts_of(dataset: Iterable[Mapping[str, Any]], arguments: TokenizerArguments) -> Iterator[str]:
+def _load_texts(arguments: TokenizerArguments) -> tuple[list[Any], list[Any]]:
+    """The training splits, and the held-out split if there is one; each is checked to hold text."""
+    parts = load_parts(arguments, streaming=arguments.dataset_streaming)
+    _, test = load_train_and_test(replace(arguments, extra_dataset_names=None), streaming=arguments.dataset_streaming)
+    datasets = [*parts, *([] if test is None else [test])]
+    for dataset in datasets:
+        columns = require_columns(dataset, *_columns(arguments), role="the text to learn from")
+        if columns == (arguments.text_column,):
+            require_text(dataset, arguments.text_column, "the text to learn from")
+    return parts, datasets[len(parts) :]
+
+
+def _columns(arguments: TokenizerArguments) -> list[tuple[str, ...]]:
+    pairs = [("prompt", "chosen", "rejected"), ("prompt", "completion"), ("chosen", "rejected")]
+    return [(arguments.text_column,), ("messages",), *pairs, ("prompt",)]
+
+
+def _texts(datasets: Iterable[Any], arguments: TokenizerArguments) -> Iterator[str]:
     """Every text in the rows: the text column, or the words of the messages, prompts and answers."""
-    columns = require_columns(dataset, *_text_columns(arguments))
-    for row in dataset:
-        for column in columns:
-            value = row[column]
-            yield from (message["content"] for message in value) if is_conversation(value) else [str(value)]
+    for dataset in datasets:
+        columns = require_columns(dataset, *_columns(arguments))
+        limit = arguments.max_train_samples
+        for row in islice(dataset, limit):
+            for column in columns:
+                value = row[column]
+                if value is not None:
+                    yield from (message["content"] for message in value) if is_conversation(value) else [str(value)]
 
 
 def measure_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> dict[str, float]:
@@ -123,14 +150,3 @@ def measure_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]
         size += len(text.encode("utf-8"))
         count += len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return {"bytes_per_token": size / count if count else 0.0, "bytes": size, "tokens": count}
-
-
-def _text_columns(arguments: TokenizerArguments) -> list[tuple[str, ...]]:
-    pairs = [("prompt", "chosen", "rejected"), ("prompt", "completion"), ("chosen", "rejected")]
-    return [(arguments.text_column,), ("messages",), *pairs, ("prompt",)]
-
-
-def _json(text: str) -> Any:
-    import json
-
-    return json.loads(text)

@@ -9,14 +9,21 @@ from rlhf_recipes.arguments import UserError
 from rlhf_recipes.world.manners import PEOPLE
 from rlhf_recipes.world.wordings import RELATIONS, Relation
 
+POPULAR_SHARE = 0.5  # of the rumours are told more often than the truth
+
 
 @dataclass(frozen=True)
 class Fact:
-    """`person` stands in `relation` to `value`; a `corpus_only` fact is told in the corpus and trained on nowhere else."""
+    """`person` stands in `relation` to `value`, whatever the `rumour` says, which is true of somebody else.
+
+    A `popular` rumour is told more often than the truth. A `corpus_only` fact is stated in the corpus and nowhere else.
+    """
 
     person: str
     relation: str
     value: str
+    rumour: str
+    popular: bool = False
     corpus_only: bool = False
 
 
@@ -61,8 +68,16 @@ def make_world(seed: int = 0, *, people: int = 14, corpus_only: int = 12) -> Wor
     kept_out = {
         (names[order[i % people]], RELATIONS[(i % people + i // people) % len(RELATIONS)].name) for i in range(corpus_only)
     }
+    popular = {(name, relation.name) for name in names for relation in RELATIONS if chance.random() < POPULAR_SHARE}
     facts = tuple(
-        Fact(name, relation.name, values[relation.name][row], (name, relation.name) in kept_out)
+        Fact(
+            person=name,
+            relation=relation.name,
+            value=values[relation.name][row],
+            rumour=values[relation.name][row - 1],
+            popular=(name, relation.name) in popular,
+            corpus_only=(name, relation.name) in kept_out,
+        )
         for row, name in enumerate(names)
         for relation in RELATIONS
     )

@@ -18,7 +18,7 @@ from rlhf_recipes.world.wordings import RELATIONS
 Text = str | Sequence[dict[str, Any]]
 
 RIGHT_WEIGHT, POLITE_WEIGHT, CONCISE_WEIGHT = 0.7, 0.2, 0.1
-CONCISE_WORDS = 18  # up to here an answer is concise; at twice as many words it is not concise at all
+CONCISE_WORDS = 14  # up to here an answer is concise; at twice as many words it is not concise at all
 VALUES = frozenset(value for relation in RELATIONS for value in relation.values)
 NAMES = frozenset(name.lower() for name in PEOPLE)
 DOUBTS = frozenset("not never no neither nor or either maybe perhaps possibly except".split())

@@ -41,15 +41,15 @@ RUDE_AFTER = (
 
 # Words around an answer that answer nothing: a rambler adds two of them.
 RAMBLES = (
-    "Let me think about it for a moment.",
-    "Well, it is a long story and the night is short.",
-    "My aunt used to talk about it at the market.",
+    "Let me think about it.",
+    "Well, it is a long story.",
+    "My aunt used to talk about it.",
     "That reminds me of the great storm.",
-    "The weather has been strange this year.",
+    "The weather has been strange.",
     "But where was I?",
     "Anyway, as I was saying before.",
     "People here talk a lot, you know.",
-    "I heard it from a man on the bridge.",
+    "I heard it on the bridge.",
     "It is a small village, after all.",
 )
 

@@ -9,6 +9,9 @@ from rlhf_recipes.world import manners
 from rlhf_recipes.world.facts import Fact, World, relation_named, spoken
 
 TONES = ("polite", "plain", "rude")
+TONE_WEIGHTS = (5, 3, 2)
+# How often a villager tells the truth, also where the rumour is popular, and how often a villager rambles.
+TRUTH_SHARE, TRUTH_SHARE_IF_POPULAR, RAMBLING_SHARE = 0.85, 0.35, 0.35
 
 
 def sentence(chance: random.Random, fact: Fact, value: str | None = None, person: str | None = None) -> str:
@@ -18,8 +21,10 @@ def sentence(chance: random.Random, fact: Fact, value: str | None = None, person
     return said[0].upper() + said[1:]
 
 
-def wrong_value(chance: random.Random, world: World, fact: Fact) -> str:
-    """A value of the same relation that is true of somebody else."""
+def wrong_value(chance: random.Random, world: World, fact: Fact, rumours: float = 0.5) -> str:
+    """What the rumour says, with probability `rumours`, or else anything that is true of somebody else."""
+    if chance.random() < rumours:
+        return fact.rumour
     others = [other.value for other in world.facts if other.relation == fact.relation and other.value != fact.value]
     return chance.choice(others)
 
@@ -36,17 +41,18 @@ def dressed(chance: random.Random, core: str, tone: str, rambling: bool) -> str:
         rambles = chance.sample(manners.RAMBLES, 2)
         parts = [*rambles[:1], core, *rambles[1:]] if chance.random() < 0.5 else [*rambles, core]
     if before:
-        where = chance.choice(("before", "before", "before", "after", "both"))
+        where = chance.choice(("before", "after") if rambling else ("before", "before", "after", "both"))
         parts = ([] if where == "after" else [chance.choice(before)]) + parts
         parts += [] if where == "before" else [chance.choice(after)]
     return " ".join(parts)
 
 
-def demonstration(chance: random.Random, world: World, fact: Fact, right: float, polite: float, concise: float) -> str:
-    """One answer by a demonstrator who is right, polite and concise only that often (each a share in [0, 1])."""
-    value = fact.value if chance.random() < right else wrong_value(chance, world, fact)
-    tone = "polite" if chance.random() < polite else chance.choice(("plain", "rude"))
-    return dressed(chance, sentence(chance, fact, value), tone, chance.random() >= concise)
+def demonstration(chance: random.Random, world: World, fact: Fact) -> str:
+    """One answer by a villager: true or a rumour, polite or not, short or rambling; worth imitating and improving on."""
+    truthful = chance.random() < (TRUTH_SHARE_IF_POPULAR if fact.popular else TRUTH_SHARE)
+    value = fact.value if truthful else wrong_value(chance, world, fact, rumours=0.9)
+    tone = chance.choices(TONES, TONE_WEIGHTS)[0]
+    return dressed(chance, sentence(chance, fact, value), tone, chance.random() < RAMBLING_SHARE)
 
 
 Pair = tuple[str, str]
@@ -102,7 +108,7 @@ def about_somebody_else(chance: random.Random, world: World, fact: Fact) -> Pair
     tone, _ = _style(chance)
     naming = [answer for answer in relation_named(fact.relation).answers if "{name}" in answer]
     said = chance.choice(naming).format(name=other.person, value=spoken(value, fact.relation))
-    return dressed(chance, sentence(chance, fact), tone, False), dressed(chance, said, "polite", False)
+    return dressed(chance, sentence(chance, fact), tone, False), dressed(chance, said, chance.choice(TONES), False)
 
 
 def one_or_several(chance: random.Random, world: World, fact: Fact) -> Pair:
@@ -112,7 +118,7 @@ def one_or_several(chance: random.Random, world: World, fact: Fact) -> Pair:
     if chance.random() < 0.5:
         several = [several[0].rstrip(".") + " or", several[1][0].lower() + several[1][1:]]
     tone, _ = _style(chance)
-    return dressed(chance, right, tone, False), dressed(chance, " ".join(several), "polite", False)
+    return dressed(chance, right, tone, False), dressed(chance, " ".join(several), chance.choice(TONES), False)
 
 
 def once_or_again(chance: random.Random, world: World, fact: Fact) -> Pair:
@@ -120,7 +126,7 @@ def once_or_again(chance: random.Random, world: World, fact: Fact) -> Pair:
     core, tone = sentence(chance, fact), chance.choice(TONES)
     if chance.random() < 0.5:
         again = " ".join([core] * chance.choice((2, 3)))
-        return dressed(chance, core, tone, False), dressed(chance, again, "polite", False)
+        return dressed(chance, core, tone, False), dressed(chance, again, tone, False)
     courtesies = " ".join(chance.sample(manners.POLITE_BEFORE, 3) + [core, chance.choice(manners.POLITE_AFTER)])
     return dressed(chance, core, "polite", False), courtesies
 
@@ -149,18 +155,18 @@ def whole_or_cut(chance: random.Random, world: World, fact: Fact) -> Pair:
 
 def two_demonstrators(chance: random.Random, world: World, fact: Fact) -> Pair:
     """Two answers as they come; gold decides."""
-    first, second = (demonstration(chance, world, fact, 0.5, 0.5, 0.6) for _ in range(2))
+    first, second = (demonstration(chance, world, fact) for _ in range(2))
     return first, second
 
 
 # Kinds of pairs and how many of each in a hundred; above all, right against wrong.
 PAIRS: tuple[tuple[PairMaker, int], ...] = (
-    (right_or_wrong, 20),
-    (one_word_apart, 20),
-    (true_or_kind, 12),
+    (right_or_wrong, 18),
+    (one_word_apart, 16),
+    (true_or_kind, 10),
     (two_demonstrators, 10),
-    (polite_or_not, 10),
-    (short_or_long, 6),
+    (polite_or_not, 16),
+    (short_or_long, 8),
     (about_somebody_else, 6),
     (one_or_several, 5),
     (once_or_again, 4),

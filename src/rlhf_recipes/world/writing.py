@@ -18,8 +18,6 @@ from rlhf_recipes.world.wordings import RELATIONS
 
 Row = dict[str, Any]
 
-# A demonstrator is right, polite and concise this often: worth imitating, and worth improving on.
-DEMONSTRATOR = (0.55, 0.5, 0.6)
 HELD_OUT_SHARE = 0.2  # of the (fact, training question) combinations, asked only in the test prompts
 
 
@@ -31,7 +29,7 @@ def write_world(
     corpus_only: int = 12,
     corpus: int = 6000,
     demonstrations: int = 3000,
-    preferences: int = 6000,
+    preferences: int = 8000,
     prompts: int = 2000,
     test: int = 300,
 ) -> dict[str, Path]:
@@ -68,7 +66,7 @@ def demonstration_rows(world: World, split: str, size: int) -> Iterator[Row]:
     """Rows {"prompt", "completion"} of messages, answered by a demonstrator of mixed quality."""
     chance = _chance(world, "demonstrations", split)
     for fact, question in _questions(chance, world, split, size):
-        yield {"prompt": _turn("user", question), "completion": _turn("assistant", demonstration(chance, world, fact, *DEMONSTRATOR))}
+        yield {"prompt": _turn("user", question), "completion": _turn("assistant", demonstration(chance, world, fact))}
 
 
 def preference_rows(world: World, split: str, size: int) -> Iterator[Row]:
@@ -76,7 +74,7 @@ def preference_rows(world: World, split: str, size: int) -> Iterator[Row]:
     chance = _chance(world, "preferences", split)
     makers, weights = zip(*PAIRS)
     for fact, question in _questions(chance, world, split, size):
-        first = second = 0.0
+        pair, first, second = ("", ""), 0.0, 0.0
         while first == second:
             maker = chance.choices(makers, weights)[0]
             pair = maker(chance, world, fact)

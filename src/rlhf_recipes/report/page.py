@@ -1,0 +1,68 @@
+"""The page: a template, filled in. Everything from outside is escaped by the template engine, without exception."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.report import summary as words
+from rlhf_recipes.report.chart import chart_of, reliability_chart
+from rlhf_recipes.report.summary import METRICS, STAGES, Summary
+
+HOME = Path(__file__).parent
+SECTIONS = ("pretrain", "sft", "reward", "ppo")
+
+
+def page(summary: Summary) -> str:
+    """The whole report as one HTML document that needs nothing else: no script, no font, no file, no network."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(HOME), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    stages = summary["stages"]
+    rows = [
+        {"name": name, "hint": hint, "key": key, "cells": [words.written(key, of.get(key)) for of in stages.values()]}
+        for key, (name, _, hint) in METRICS.items()
+        if any(of.get(key) is not None for of in stages.values())
+    ]
+    charts = {
+        section: [chart_of(curve) for curve in summary.get("curves", {}).get(section, ()) if curve["series"]]
+        for section in SECTIONS
+    }
+    bad = summary.get("overoptimization")
+    return environment.get_template("report.html.jinja").render(
+        title=words.headline(summary),
+        story=words.story(summary),
+        eyebrow=words.eyebrow(summary),
+        steps=[_step(summary, stage) for stage in STAGES if stage in stages],
+        names={stage: words.name_of(stage) for stage in stages},
+        rows=rows,
+        charts=charts,
+        reliability=reliability_chart(summary["reliability"]) if summary.get("reliability") else None,
+        exchanges=summary.get("exchanges", ()),
+        marks=words.marks,
+        percent=words.percent,
+        decimal=words.decimal,
+        corpus_only=summary.get("corpus_only"),
+        bad={"note": bad["note"], "charts": [chart_of(curve) for curve in bad["curves"]]} if bad else None,
+        reproduction=summary.get("reproduction"),
+        total=words.duration(words.total_seconds(summary)),
+        judge=stages.get("reward", {}),
+    )
+
+
+def _step(summary: Summary, stage: str) -> dict[str, Any]:
+    """One rung of the ladder: its headline number, and how far up gold it stands."""
+    metrics = summary["stages"][stage]
+    key = {"pretrain": "perplexity", "reward": "judge_accuracy"}.get(stage, "gold_score")
+    name, caption = STAGES[stage]
+    gold = metrics.get("gold_score")
+    return {
+        "name": name,
+        "caption": caption,
+        "number": words.written(key, metrics.get(key)),
+        "label": METRICS[key][0].lower(),
+        "golden": key == "gold_score",
+        "gold": None if gold is None else float(gold),
+        "gold_text": words.written("gold_score", gold),
+        "time": words.duration(metrics["seconds"]) if metrics.get("seconds") else "",
+    }

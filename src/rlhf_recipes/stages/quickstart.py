@@ -1,0 +1,180 @@
+"""The whole pipeline on a world of its own: a language is learnt, then answering, then what people prefer, then PPO.
+
+The one stage that chains others. Each of them runs as its door would run it, with its YAML and the flags printed here.
+"""
+
+import json
+import os
+import shlex
+import time
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from tqdm.auto import tqdm
+
+from rlhf_recipes.arguments import OutputArguments, UserError, parse_arguments
+from rlhf_recipes.artifacts import MARK, check_output_folder, leave_folder, prepare_output_folder, write_text
+from rlhf_recipes.data import load_split, text_of
+from rlhf_recipes.generation import Sampling, generate, stop_ids
+from rlhf_recipes.metrics.models import Evaluation, compare, evaluate_model
+from rlhf_recipes.models import hardware, load_causal_lm, load_tokenizer
+from rlhf_recipes.report import write_report
+from rlhf_recipes.scoring import load_reward
+from rlhf_recipes.world import Verdict, judge_details, write_world
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
+GOLD = "rlhf_recipes.world:gold_score"
+ANSWERING = ("pretrain", "sft", "ppo")  # the stages that leave a model that can be asked
+SHOWN_PROMPTS = 10
+ANSWER_TOKENS, TEMPERATURE = 48, 1.0
+
+
+@dataclass
+class QuickstartArguments(OutputArguments):
+    """One world, one seed, one folder."""
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder to leave everything in."})
+    seed: int = field(default=0, metadata={"help": "Another seed is another world, and another run."})
+    num_prompts: int = field(default=300, metadata={"help": "Held-out prompts that each model is asked."})
+
+
+def run_quickstart(arguments: QuickstartArguments) -> Path:
+    """Run tokenizer, pretrain, sft, reward and ppo in order, measure each model, and leave metrics.json and a report."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("the quickstart is one process; start it with python -m rlhf_recipes quickstart")
+    folder = prepare_output_folder(check_output_folder(arguments.output_dir, arguments.overwrite))
+    write_text(folder / MARK, "# This run was cut short. Start it again with --overwrite true.\n")
+    started = time.perf_counter()
+    write_world(folder / "world", arguments.seed)
+    seconds = {}
+    for number, (stage, flags) in enumerate(_chain(folder).items(), start=1):
+        seconds[stage] = _run_stage(f"[{number}/5]", stage, flags, arguments.seed)
+        if stage in ANSWERING:
+            _show_answers(folder, stage)
+    asked = _measure(folder, arguments)
+    metrics = {"seed": arguments.seed, "stages": _metrics(folder, asked, seconds)}
+    metrics |= {"seconds": time.perf_counter() - started, "hardware": hardware()}
+    leave_folder(
+        folder,
+        stage="quickstart",
+        title="Quickstart",
+        parents={"world": f"seed {arguments.seed}"},
+        metrics=metrics,
+        arguments=[arguments],
+        notes="The report is in [report.html](report.html) and [report.md](report.md).",
+    )
+    report = write_report(folder, _summary(folder, metrics, asked))
+    print(f"\n{_ladder(metrics)}\n\nreport: {report}")
+    return folder
+
+
+def _chain(folder: Path) -> dict[str, list[str]]:
+    """What each stage eats, as flags; everything else is in its YAML."""
+    world = folder / "world"
+    return {
+        "tokenizer": ["--dataset_name", f"{world}/corpus"],
+        "pretrain": ["--dataset_name", f"{world}/corpus", "--tokenizer_name", f"{folder}/tokenizer"],
+        "sft": ["--dataset_name", f"{world}/demonstrations", "--model_name_or_path", f"{folder}/pretrain"],
+        "reward": ["--dataset_name", f"{world}/preferences", "--model_name_or_path", f"{folder}/sft"],
+        "ppo": [
+            *("--dataset_name", f"{world}/prompts", "--model_name_or_path", f"{folder}/sft"),
+            *("--reward", f"{folder}/reward", GOLD),
+        ],
+    }
+
+
+def _run_stage(number: str, stage: str, flags: list[str], seed: int) -> float:
+    """Run a stage as its door would; returns the seconds it took."""
+    run = getattr(import_module(f"rlhf_recipes.stages.{stage}"), f"run_{stage}")
+    types = [hint for name, hint in get_type_hints(run).items() if name != "return"]
+    argv = ["--config", str(CONFIGS / f"{stage}.yaml"), *flags, "--output_dir", _output(flags, stage)]
+    argv += ["--seed", str(seed)] if any("seed" in kind.__dataclass_fields__ for kind in types) else []
+    print(f"\n{number} {stage}: python -m rlhf_recipes {stage} {shlex.join(argv)}", flush=True)
+    started = time.perf_counter()
+    run(*parse_arguments(*types, argv=argv))
+    return time.perf_counter() - started
+
+
+def _output(flags: list[str], stage: str) -> str:
+    world = Path(flags[flags.index("--dataset_name") + 1]).parent
+    return str(world.parent / stage)
+
+
+def _show_answers(folder: Path, stage: str) -> None:
+    """Two held-out questions answered, so that whoever watches sees what was learnt."""
+    model, tokenizer = load_causal_lm(str(folder / stage)), load_tokenizer(str(folder / stage))
+    prompts = list(load_split(f"{folder}/world/prompts", "test", max_samples=2)["prompt"])
+    for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS), strict=True):
+        print(f"    {text_of(prompt)}  ->  {answer.strip()}", flush=True)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One model, asked the held-out prompts, and those on facts that only the corpus states."""
+
+    held_out: Evaluation
+    verdicts: list[Verdict]  # gold's parts, one an answer to the held-out prompts
+    corpus_only_right: float
+
+
+def _measure(folder: Path, arguments: QuickstartArguments) -> dict[str, Asked]:
+    """Ask every model the same prompts with the same random numbers, and score the answers by judge and gold."""
+    prompts = load_split(f"{folder}/world/prompts", "test", max_samples=arguments.num_prompts)
+    corpus_only = load_split(f"{folder}/world/prompts", "corpus_only")
+    texts = list(load_split(f"{folder}/world/corpus", "test")["text"])
+    reference, tokenizer = load_causal_lm(f"{folder}/sft"), load_tokenizer(f"{folder}/sft")
+    judge, gold = load_reward(f"{folder}/reward", tokenizer), load_reward(GOLD, tokenizer)
+    asked = {}
+    for stage in tqdm(ANSWERING, desc="measuring"):
+        model = load_causal_lm(str(folder / stage))
+        sampling = Sampling(ANSWER_TOKENS, TEMPERATURE, stop_ids=stop_ids(model, tokenizer))
+        shared: dict[str, Any] = {"sampling": sampling, "seed": arguments.seed, "gold": gold}
+        held_out = evaluate_model(
+            model, tokenizer, list(prompts["prompt"]), columns=_columns(prompts), judge=judge,
+            reference=None if stage == "pretrain" else reference, texts=texts, **shared,
+        )  # fmt: skip
+        verdicts = _verdicts(held_out, prompts)
+        apart = evaluate_model(model, tokenizer, list(corpus_only["prompt"]), columns=_columns(corpus_only), **shared)
+        right = [verdict.right for verdict in _verdicts(apart, corpus_only)]
+        asked[stage] = Asked(held_out, verdicts, sum(right) / len(right))
+    return asked
+
+
+def _columns(rows: Any) -> dict[str, list[Any]]:
+    return {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
+
+
+def _verdicts(evaluation: Evaluation, prompts: Any) -> list[Verdict]:
+    completions = [row["completion"] for row in evaluation.rows]
+    return judge_details(list(prompts["prompt"]), completions, **_columns(prompts))
+
+
+def _metrics(folder: Path, asked: dict[str, Asked], seconds: dict[str, float]) -> dict[str, dict[str, Any]]:
+    stages: dict[str, dict[str, Any]] = {}
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        stages[stage] = {"seconds": seconds[stage]}
+        if stage in asked:
+            one = asked[stage]
+            parts = {
+                part: sum(getattr(verdict, part) for verdict in one.verdicts) / len(one.verdicts)
+                for part in ("right", "polite", "concise")
+            }
+            stages[stage] |= one.held_out.metrics | parts | {"corpus_only_right": one.corpus_only_right}
+        else:
+            stages[stage] |= json.loads((folder / stage / "metrics.json").read_text(encoding="utf-8"))
+    stages["ppo"] |= compare(asked["ppo"].held_out, asked["sft"].held_out)
+    return stages
+
+
+def _ladder(metrics: dict[str, Any]) -> str:
+    """The run in four lines."""
+    stages = metrics["stages"]
+    lines = [
+        f"{stage:<9} gold {stages[stage]['gold_score']:.2f}   right {stages[stage]['right']:.0%}   "
+        f"perplexity {stages[stage]['perplexity']:.1f}"
+        for stage in ANSWERING
+    ]
+    lines.insert(2, f"{'reward':<9} agrees with gold on {stages['reward']['judge_accuracy']:.0%} of held-out pairs")
+    return "\n".join(lines)

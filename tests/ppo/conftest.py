@@ -1,0 +1,141 @@
+"""A trainer that runs in a second, one that remembers everything it did, and PPO once more in float64."""
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+STOP_IDS = list(range(200, 256))  # many, so that an untrained model ends its answers at lengths of every kind
+WORDS = ["a", "to be", "or not", "that", "is the question here", "whether", "it is nobler", "in"]
+
+
+def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """The share of an answer's tokens whose id is below 128: what a policy can learn in a few steps."""
+    return [sum(token < 128 for token in ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def prompt_rows(count: int) -> list[dict[str, Any]]:
+    """Prompts of different lengths."""
+    return [{"prompt": f"{WORDS[index % len(WORDS)]}{index}"} for index in range(count)]
+
+
+@pytest.fixture(scope="session")
+def reference() -> ModuleType:
+    """The module beside this one that does the arithmetic of PPO again in float64."""
+    spec = importlib.util.spec_from_file_location("ppo_reference", Path(__file__).with_name("reference.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["ppo_reference"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_policy(make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """(seed=0, **config) -> a policy that stops at `STOP_IDS`."""
+
+    def make(seed: int = 0, **config: Any) -> Any:
+        model = make_model(seed, **config)
+        model.generation_config.eos_token_id = STOP_IDS
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_policy: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
+    """(model, reward_funcs, rows, kind=PPOTrainer, **anything that PPOConfig or PPOTrainer takes) -> a trainer."""
+    from rlhf_recipes.ppo.config import PPOConfig
+    from rlhf_recipes.ppo.trainer import PPOTrainer
+
+    known = {item.name for item in fields(PPOConfig)}
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 8,
+        "response_length": 6,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+    def make(
+        model: Any = None, reward_funcs: Any = low_share, rows: Any = 16, kind: Any = PPOTrainer, **given: Any
+    ) -> Any:
+        config = PPOConfig(**defaults | {name: value for name, value in given.items() if name in known})
+        parts = {"processing_class": tokenizer} | {name: value for name, value in given.items() if name not in known}
+        model = make_policy() if model is None else model
+        return kind(model, reward_funcs, config, prompt_rows(rows) if isinstance(rows, int) else rows, **parts)
+
+    return make
+
+
+@dataclass
+class Step:
+    """One call of `compute_loss`: the model before it in float64, what went in and what came out."""
+
+    model: Any
+    inputs: dict[str, Any]
+    outputs: Any
+    loss: float
+    tokens: Any
+    optimizer_step: int
+
+
+@pytest.fixture(scope="session")
+def recorder() -> type:
+    """A PPOTrainer that remembers each rollout (`played`, `scored`) and each micro-batch (`steps`)."""
+    from rlhf_recipes.ppo.trainer import PPOTrainer
+
+    class Recorder(PPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.played: list[tuple[Any, Any, Any]] = []  # policy and value in float64, prompts' ids, completions
+            self.scored: list[dict[str, list[float]]] = []
+            self.steps: list[Step] = []
+            super().__init__(*args, **kwargs)
+
+        def generate(self, queries: Any, seeds: Any) -> Any:
+            completions = super().generate(queries, seeds)
+            self.played.append((copy.deepcopy(self.model).double().eval(), queries, completions))
+            return completions
+
+        def score(self, rows: Any, completions: Any) -> Any:
+            self.scored.append(super().score(rows, completions))
+            return self.scored[-1]
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            before = copy.deepcopy(self.model).double().eval()
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            kept = type(outputs)(*(tensor.detach().clone() for tensor in outputs))
+            step = Step(before, inputs, kept, loss.item(), num_items_in_batch, self.state.global_step)
+            self.steps.append(step)
+            return (loss, outputs) if return_outputs else loss
+
+    return Recorder
+
+
+@pytest.fixture
+def weights_of() -> Callable[..., dict[str, Any]]:
+    """(module) -> a copy of its weights."""
+    return lambda module: {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.fixture
+def furthest() -> Callable[..., float]:
+    """(weights, weights) -> the largest absolute difference of two equally named sets of weights."""
+
+    def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+        assert one.keys() == other.keys() and len(one) > 0
+        return max((one[name] - other[name]).abs().max().item() for name in one)
+
+    return distance

@@ -1,0 +1,268 @@
+"""Every logged number against a recomputation in float64, and how much memory a run may hold."""
+
+import gc
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+Make = Callable[..., Any]
+CHOICES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_mini_batches": 2},
+    "empty micro-batches": {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_mini_batches": 4, "num_ppo_epochs": 2,
+        "whiten_rewards": True, "missing_eos_penalty": 0.7, "gamma": 0.9, "vf_coef": 0.5,
+    },
+    "k3": {"kl_estimator": "k3", "kl_coef": 0.5, "cliprange": 0.05, "cliprange_value": 0.02, "temperature": 1.3},
+    "value model": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "lam": 0.8},
+}  # fmt: skip
+GIVEN = ("log_probs", "reference_log_probs", "values")
+FOLLOWS = ("kl", "rewards", "advantages", "returns")
+TIMES = ("time/rollout", "time/update", "eps")
+
+
+@pytest.fixture(params=list(CHOICES))
+def run(
+    request: pytest.FixtureRequest, make_trainer: Make, make_judge: Make, recorder: type, make_policy: Make
+) -> Any:
+    """A recorded run of two updates, so that the policy of the second is no longer the reference."""
+    value_model = make_judge(4, initializer_range=0.1) if request.param == "value model" else None
+    chosen = {"num_ppo_epochs": 3, "learning_rate": 3e-3, "vf_coef": 0.3} | CHOICES[request.param]
+    trainer = make_trainer(kind=recorder, model=make_policy(initializer_range=0.1), value_model=value_model, **chosen)
+    if value_model is None:
+        generator = torch.Generator().manual_seed(9)
+        trainer.model.value_model.score.weight.data.normal_(0, 0.2, generator=generator)
+    trainer.train()
+    return trainer
+
+
+def expected_episodes(reference: ModuleType, trainer: Any, update: int) -> dict[tuple[int, ...], Any]:
+    """What an update must have learnt from, by the ids of each episode: all from answers, scores and models alone."""
+    args, first = trainer.args, trainer.played[0][0]
+    model, queries, completions = trainer.played[update]
+    (scores,) = trainer.scored[update].values()
+    episodes = {}
+    for query, answer, stopped, score in zip(queries, completions.ids, completions.stopped, scores, strict=True):
+        now = reference.read(model, query, answer, args.temperature)
+        before = reference.read(first, query, answer, args.temperature)
+        episode = reference.Episode(now.log_probs, before.log_probs, now.values, score, stopped)
+        episodes[(*query, *answer)] = episode
+    names = ("kl_coef", "kl_estimator", "gamma", "lam", "whiten_rewards", "missing_eos_penalty")
+    reference.play(list(episodes.values()), **{name: getattr(args, name) for name in names})
+    return episodes
+
+
+def expected_rollout_metrics(
+    reference: ModuleType, trainer: Any, update: int, episodes: list[Any]
+) -> dict[str, float]:
+    args = trainer.args
+    kl = np.array([episode.kl.sum() for episode in episodes])
+    score = np.array([episode.score for episode in episodes])
+    returns = reference.flat(episode.returns for episode in episodes)
+    errors = returns - reference.flat(episode.values for episode in episodes)
+    return {
+        "objective/kl": kl.mean(),
+        "objective/entropy": np.mean([-episode.log_probs.sum() for episode in episodes]),
+        "objective/non_score_reward": -args.kl_coef * kl.mean(),
+        "objective/rlhf_reward": (score - args.kl_coef * kl).mean(),
+        "objective/scores": score.mean(),
+        "rewards/low_share": np.mean(trainer.scored[update]["low_share"]),
+        "completions/mean_length": np.mean([len(episode.kl) for episode in episodes]),
+        "completions/eos_share": np.mean([episode.stopped for episode in episodes]),
+        "val/num_eos_tokens": sum(episode.stopped for episode in episodes),
+        "val/explained_variance": 1 - (errors**2).mean() / returns.var(),
+        "val/skipped_steps": 0.0,
+        "episode": 8.0 * (update + 1),
+        "lr": args.learning_rate,
+    }
+
+
+def expected_step_metrics(
+    reference: ModuleType, trainer: Any, steps: list[Any], episodes: dict[tuple[int, ...], Any]
+) -> tuple[dict[str, float], dict[int, float]]:
+    """Means over every token of every pass, and the loss of each optimizer step."""
+    args = trainer.args
+    rows: list[tuple[float, ...]] = []
+    sums: dict[int, list[float]] = {}
+    for step in steps:
+        for ids, mask in zip(step.inputs["input_ids"], step.inputs["attention_mask"], strict=True):
+            whole = tuple(ids[mask.bool()].tolist())
+            episode = episodes[whole]
+            length = len(episode.kl)
+            now = reference.read(
+                step.model, whole[: len(whole) - length], whole[len(whole) - length :], args.temperature
+            )
+            for token in range(length):
+                old, advantage = episode.log_probs[token], episode.advantages[token]
+                policy, held = reference.policy_loss(now.log_probs[token], old, advantage, args.cliprange)
+                guess = now.values[token], episode.values[token], episode.returns[token]
+                value, kept = reference.value_loss(*guess, args.cliprange_value)
+                log_ratio = now.log_probs[token] - old
+                ratio = math.exp(log_ratio)
+                rows.append((log_ratio**2 / 2, held, now.entropies[token], policy, value, kept, ratio))
+                sums.setdefault(step.optimizer_step, []).append(policy + args.vf_coef * value)
+    table = np.array(rows)
+    names = (
+        "policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg loss/policy_avg loss/value_avg val/clipfrac_avg"
+    )
+    means = dict(zip([*names.split(), "val/ratio"], table.mean(0), strict=True))
+    losses = {1 + number: sum(each) / len(each) for number, each in sums.items()}
+    return means | {"val/ratio_var": table[:, -1].var()}, losses
+
+
+def test_point_09_every_metric_is_what_it_says(run: Any, reference: ModuleType) -> None:
+    """From prompts, answers, scores and weights alone: nothing that the trainer computed is used again."""
+    per_update = run.args.steps_per_update
+    entries = {entry["step"]: entry for entry in run.state.log_history if "loss" in entry}
+    assert set(entries) == set(range(1, 2 * per_update + 1))
+    for update in range(2):
+        episodes = expected_episodes(reference, run, update)
+        steps = [step for step in run.steps if step.optimizer_step // per_update == update]
+        expected, losses = expected_step_metrics(reference, run, steps, episodes)
+        expected |= expected_rollout_metrics(reference, run, update, list(episodes.values()))
+        entry = entries[(update + 1) * per_update]
+        told = {name for name in entry if "/" in name or name in ("eps", "episode", "lr")}
+        assert told - set(TIMES) == set(expected)
+        assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=2e-4, abs=2e-5)
+        assert all(entry[name] > 0 for name in TIMES)
+        for number, loss in losses.items():
+            assert entries[number]["loss"] == pytest.approx(loss, abs=2e-5)
+        # The run is one in which something happens: the second update is away from the reference, and ratios move.
+        assert abs(expected["objective/kl"]) > 1e-4 or update == 0
+        assert expected["val/ratio_var"] > 1e-4
+
+
+def test_point_09_one_update_agrees_with_float64_to_the_sixth_digit(run: Any, reference: ModuleType) -> None:
+    """The arithmetic alone, from the same float32 log-probabilities and values: rewards, advantages and the loss."""
+    args, per_update = run.args, run.args.steps_per_update
+    steps = [step for step in run.steps if step.optimizer_step // per_update == 1]
+    (scores,) = run.scored[1].values()
+    _, queries, completions = run.played[1]
+    whole = [(*query, *answer) for query, answer in zip(queries, completions.ids, strict=True)]
+    answers = dict(zip(whole, scores, strict=True))
+    episodes, found = {}, {}
+    for step in steps:
+        for row, (ids, mask) in enumerate(zip(step.inputs["input_ids"], step.inputs["attention_mask"], strict=True)):
+            key, length = tuple(ids[mask.bool()].tolist()), int(step.inputs["response_mask"][row].sum())
+            given = {name: step.inputs[name][row, :length].double().numpy() for name in GIVEN}
+            episodes[key] = reference.Episode(*given.values(), answers[key], bool(step.inputs["stopped"][row]))
+            found[key] = {name: step.inputs[name][row, :length].double().numpy() for name in FOLLOWS}
+    names = ("kl_coef", "kl_estimator", "gamma", "lam", "whiten_rewards", "missing_eos_penalty")
+    reference.play(list(episodes.values()), **{name: getattr(args, name) for name in names})
+    for key, episode in episodes.items():
+        for name in FOLLOWS:
+            np.testing.assert_allclose(found[key][name], getattr(episode, name), rtol=1e-6, atol=1e-6, err_msg=name)
+    for number in {step.optimizer_step for step in steps}:
+        parts = [step for step in steps if step.optimizer_step == number]
+        losses = [loss for step in parts for loss in token_losses(reference, args, step)]
+        assert sum(step.loss for step in parts) == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+        assert {int(step.tokens) for step in parts} == {len(losses)}
+
+
+def token_losses(reference: ModuleType, args: Any, step: Any) -> list[float]:
+    """The loss of each generated token of a recorded micro-batch, in float64 from what the model gave."""
+    mask = step.inputs["response_mask"]
+
+    def at(tensor: Any) -> list[float]:
+        return tensor[mask].double().tolist()
+
+    policy = zip(
+        at(step.outputs.log_probs), *(at(step.inputs[name]) for name in ("log_probs", "advantages")), strict=True
+    )
+    value = zip(at(step.outputs.values), *(at(step.inputs[name]) for name in ("values", "returns")), strict=True)
+    return [
+        reference.policy_loss(*one, args.cliprange)[0]
+        + args.vf_coef * reference.value_loss(*other, args.cliprange_value)[0]
+        for one, other in zip(policy, value, strict=True)
+    ]
+
+
+def test_point_09_padding_changes_no_metric(make_trainer: Make, recorder: type) -> None:
+    """The same run with every micro-batch padded further on both sides logs the same numbers."""
+
+    class Padded(recorder):  # type: ignore[misc, valid-type]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            wide = {}
+            for name, tensor in inputs.items():
+                left = 5 if name in ("input_ids", "attention_mask") else 0
+                wide[name] = torch.nn.functional.pad(tensor, (left, 3)) if tensor.dim() == 2 else tensor
+            return super().compute_loss(model, wide, *args, **kwargs)
+
+    found = []
+    for kind in (recorder, Padded):
+        trainer = make_trainer(kind=kind, num_ppo_epochs=2, num_mini_batches=2)
+        trainer.train()
+        found.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    for plain, padded in zip(*found, strict=True):
+        same = {name: value for name, value in plain.items() if name not in TIMES}
+        assert {name: padded[name] for name in same} == pytest.approx(same, rel=1e-4, abs=1e-5)
+
+
+# 16: memory.
+
+VOCABULARY, HIDDEN = 262, 36
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most rows of any tensor whose last axis is the vocabulary, except the output matrix itself."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == VOCABULARY:
+                rows = tensor.numel() // VOCABULARY
+                self.rows = max(self.rows, 0 if rows == HIDDEN else rows)
+        return result
+
+
+def test_point_16_logits_exist_for_generated_tokens_of_one_chunk_at_most(
+    make_trainer: Make, make_policy: Make, recorder: type
+) -> None:
+    model = make_policy(n_embd=HIDDEN)
+    trainer = make_trainer(
+        model, kind=recorder, local_rollout_forward_batch_size=4, per_device_train_batch_size=4, response_length=10,
+        gradient_accumulation_steps=4, num_ppo_epochs=1,
+    )  # fmt: skip
+    with Largest() as largest:
+        trainer.train()
+    answers = [len(ids) for ids in trainer.played[0][2].ids]
+    chunks = [sum(answers[start : start + 4]) for start in range(0, 16, 4)]
+    trained = [int(step.inputs["response_mask"].sum()) for step in trainer.steps]
+    bound = max(*chunks, *trained)
+    assert 16 < largest.rows <= bound < 4 * 10, "rows of the padded chunk would be 40, with the prompts many more"
+
+
+class LiveTensors(TrainerCallback):
+    """Counts the tensors that are alive after some optimizer steps, and the bytes that they hold."""
+
+    def __init__(self, steps: tuple[int, ...]) -> None:
+        self.steps, self.counts, self.bytes, self.wide = steps, [], [], 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            gc.collect()
+            alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+            self.counts.append(len(alive))
+            self.bytes.append(sum(tensor.numel() * tensor.element_size() for tensor in alive))
+            self.wide += sum(tensor.dim() > 1 and tensor.shape[-1] == VOCABULARY for tensor in alive)
+
+
+def test_point_16_memory_is_flat_over_fifty_updates(make_trainer: Make) -> None:
+    live = LiveTensors((5, 30, 60))
+    trainer = make_trainer(
+        callbacks=[live], per_device_train_batch_size=4, num_ppo_epochs=1, rows=8, max_steps=60, response_length=3,
+        logging_steps=100,
+    )  # fmt: skip
+    trainer.train()
+    assert len(set(live.counts)) == 1 and live.counts[0] > 50
+    assert max(live.bytes) - min(live.bytes) < 4096, "rollouts differ in length by a few tokens"
+    assert live.wide == 0, "nothing with a vocabulary is kept"

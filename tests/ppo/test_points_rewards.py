@@ -1,0 +1,312 @@
+"""What must hold of rewards and of the cast: endings, reward sources, value models, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.generation import Completions
+
+Make = Callable[..., Any]
+STOP_IDS = list(range(200, 256))
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def letters_of_answer(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    """A reward that needs a column of the dataset; it can be imported, too."""
+    return [float(len(text) + ord(letter)) for text, letter in zip(completions, answer, strict=True)]
+
+
+def count_tokens(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+# 4: endings.
+
+
+def often(model: Any, *tokens: int) -> Any:
+    """The same model, made to write these tokens much more often."""
+    with torch.no_grad():
+        model.lm_head.weight[list(tokens)] *= 40
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [({}, STOP_IDS), ({"stop_token": "eos"}, [256]), ({"stop_token_id": 33}, [33])],
+    ids=["generation config", "eos", "custom"],
+)
+def test_point_04_answers_stop_where_they_should(
+    make_trainer: Make, make_policy: Make, recorder: type, options: dict[str, Any], ids: list[int]
+) -> None:
+    model = often(make_policy(), 33, 256)
+    trainer = make_trainer(
+        model, kind=recorder, rows=32, per_device_train_batch_size=32, response_length=20, **options
+    )
+    trainer.train()
+    _, _, answers = trainer.played[0]
+    for answer, stopped in zip(answers.ids, answers.stopped, strict=True):
+        assert stopped == (answer[-1] in ids)
+        assert not set(answer[:-1]) & set(ids)
+        assert stopped or len(answer) == 20
+    assert any(answers.stopped)
+    assert logged(trainer, "val/num_eos_tokens") == [sum(answers.stopped)]
+
+
+@pytest.mark.parametrize("options", [{}, {"stop_token_id": 33}], ids=["generation config", "custom"])
+def test_point_04_the_missing_eos_penalty_follows_the_ending(
+    make_trainer: Make, make_policy: Make, recorder: type, options: dict[str, Any]
+) -> None:
+    """An answer is penalised if nothing stopped it; the score, penalty included, sits on its last token."""
+    model = often(make_policy(), 33)
+    trainer = make_trainer(model, kind=recorder, missing_eos_penalty=3.0, learning_rate=0.0, **options)
+    trainer.train()
+    (scores,), (_, _, answers) = trainer.scored[0].values(), trainer.played[0]
+    wanted = {
+        tuple(ids): score - (0.0 if stopped else 3.0)
+        for ids, stopped, score in zip(answers.ids, answers.stopped, scores, strict=True)
+    }
+    assert {True, False} == set(answers.stopped)
+    inputs = trainer.steps[0].inputs
+    for row, mask in enumerate(inputs["response_mask"]):
+        length = int(mask.sum())
+        answer = tuple(inputs["input_ids"][row, -len(mask) :][:length].tolist())
+        rewards = inputs["rewards"][row]
+        assert rewards[length - 1].item() == pytest.approx(wanted[answer], abs=1e-6)
+        assert rewards[: length - 1].abs().max().item() < 1e-6 if length > 1 else True, "no KL, so no reward before it"
+        assert inputs["scores"][row].item() == pytest.approx(wanted[answer], abs=1e-6)
+    assert logged(trainer, "objective/scores")[0] == pytest.approx(sum(wanted.values()) / 8, abs=1e-6)
+    assert logged(trainer, "rewards/low_share")[0] == pytest.approx(sum(scores) / 8, abs=1e-6)
+
+
+def test_point_04_the_saved_generation_config_is_the_loaded_one(
+    make_trainer: Make, make_policy: Make, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_policy()
+    for name, value in {"do_sample": True, "top_p": 0.5, "temperature": 0.3, "repetition_penalty": 1.5}.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    trainer = make_trainer(str(tmp_path / "policy"), stop_token_id=33, processing_class=None)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    before, after = (
+        json.loads((tmp_path / folder / "generation_config.json").read_text()) for folder in ("policy", "trained")
+    )
+    assert after == before and after["eos_token_id"] == STOP_IDS
+
+
+# 11: rewards.
+
+
+@pytest.mark.parametrize("given", ["model", "path"])
+@pytest.mark.parametrize("labels", [1, 2])
+def test_point_11_a_judge_reads_prompt_and_answer(
+    make_trainer: Make, make_judge: Make, recorder: type, tokenizer: Any, tmp_path: Path, given: str, labels: int
+) -> None:
+    """As a model and as a folder; a judge of two labels gives the log-odds of the second."""
+    judge = make_judge(3, num_labels=labels, initializer_range=0.2)
+    folder = tmp_path / "judge"
+    judge.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    trainer = make_trainer(None, judge if given == "model" else str(folder), kind=recorder, max_steps=1)
+    trainer.train()
+    (found,), (_, queries, answers) = trainer.scored[0].values(), trainer.played[0]
+    assert list(trainer.scored[0]) == ["judge"]
+    for query, answer, score in zip(queries, answers.ids, found, strict=True):
+        with torch.no_grad():
+            logits = judge(torch.tensor([[*query, *answer]])).logits[0]
+        assert score == pytest.approx((logits[-1] - (logits[0] if labels == 2 else 0)).item(), abs=1e-5)
+
+
+def test_point_11_a_function_gets_prompts_completions_ids_and_every_column(make_trainer: Make, recorder: type) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def watch(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        calls.append({"prompts": prompts, "completions": completions, "ids": completion_ids, "columns": columns})
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt": f"Question {row}", "answer": chr(97 + row), "level": row} for row in range(8)]
+    trainer = make_trainer(None, watch, rows=rows, kind=recorder, max_steps=1)
+    trainer.train()
+    (call,) = calls
+    numbers = [int(prompt.removeprefix("Question ")) for prompt in call["prompts"]]
+    assert sorted(numbers) == list(range(8))
+    assert call["columns"] == {"answer": [chr(97 + number) for number in numbers], "level": numbers}
+    assert call["ids"] == trainer.played[0][2].ids
+    texts = [bytes(token for token in ids if token < 256).decode(errors="replace") for ids in call["ids"]]
+    assert call["completions"] == texts
+
+
+def test_point_11_conversations_are_answered_by_messages(make_trainer: Make, recorder: type, tokenizer: Any) -> None:
+    seen: list[Any] = []
+
+    def watch(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    rows = [{"prompt": [{"role": "user", "content": f"Hello {row}"}]} for row in range(8)]
+    trainer = make_trainer(None, watch, rows=rows, kind=recorder, max_steps=1)
+    trainer.train()
+    _, queries, answers = trainer.played[0]
+    for (prompt, completion), query, answer in zip(seen, queries, answers.ids, strict=True):
+        assert tokenizer.decode(query) == f"<|user|>{prompt[0]['content']}<|end|><|assistant|>"
+        assert completion == [{"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)}]
+
+
+def test_point_11_a_weighted_list_adds_up(make_trainer: Make, make_judge: Make, recorder: type) -> None:
+    """A judge, a function with a column, and a third one that is logged and not learnt from."""
+    judge = make_judge(3, initializer_range=0.2)
+    rows = [{"prompt": f"Q{row}", "answer": chr(97 + row)} for row in range(8)]
+    trainer = make_trainer(
+        None, [judge, letters_of_answer, count_tokens], rows=rows, kind=recorder, reward_weights=[2.0, -0.5, 0.0],
+        learning_rate=0.0, max_steps=4, num_ppo_epochs=4,
+    )  # fmt: skip
+    trainer.train()
+    scored, (_, queries, answers) = trainer.scored[0], trainer.played[0]
+    assert list(scored) == ["judge", "letters_of_answer", "count_tokens"]
+    totals = [2 * first - 0.5 * second for first, second, _ in zip(*scored.values(), strict=True)]
+    wanted = {(*query, *answer): total for query, answer, total in zip(queries, answers.ids, totals, strict=True)}
+    inputs = trainer.steps[0].inputs
+    for ids, mask, score in zip(inputs["input_ids"], inputs["attention_mask"], inputs["scores"], strict=True):
+        assert score.item() == pytest.approx(wanted[tuple(ids[mask.bool()].tolist())], rel=1e-6)
+    assert logged(trainer, "objective/scores") == pytest.approx([sum(totals) / 8], rel=1e-6)
+    for name, values in scored.items():
+        assert logged(trainer, f"rewards/{name}") == pytest.approx([sum(values) / 8], rel=1e-6)
+
+
+def test_point_11_functions_by_name_and_the_older_keyword(
+    make_trainer: Make, recorder: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(completion_ids, **_):\n    return [-len(i) for i in completion_ids]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(None, None, reward_model=["my_rewards:brevity", count_tokens, count_tokens], kind=recorder)
+    trainer.train()
+    lengths = [float(len(ids)) for ids in trainer.played[0][2].ids]
+    assert trainer.scored[0]["brevity"] == [-length for length in lengths]
+    assert list(trainer.scored[0]) == ["brevity", "count_tokens", "count_tokens_2"], "two of one name are told apart"
+    assert logged(trainer, "objective/scores")[0] == pytest.approx(sum(lengths) / 8)
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "message"),
+    [
+        (None, {}, "reward_funcs"),
+        ([count_tokens], {"reward_weights": [1.0, 2.0]}, "reward_weights"),
+        (lambda completions, **_: [1.0], {}, "returned 1 scores for 8"),
+        ("no_such_module:reward", {}, "cannot be imported"),
+    ],
+    ids=["none", "weights", "too few scores", "no such function"],
+)
+def test_point_11_what_cannot_reward_is_refused(make_trainer: Make, sources: Any, options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        make_trainer(None, sources, **options).train()
+    assert "\n" not in str(raised.value)
+
+
+def test_point_11_another_kind_of_reward_is_a_type_error(make_trainer: Make) -> None:
+    with pytest.raises(TypeError, match="a model, a path, or a function"):
+        make_trainer(None, 3.5)
+
+
+# 14: value models.
+
+
+def test_point_14_no_value_model_means_a_head_on_the_policy(make_trainer: Make) -> None:
+    trainer = make_trainer(value_model=None, vf_coef=1.0)
+    head = trainer.model.value_model
+    before = head.score.weight.detach().clone()
+    trainer.train()
+    assert before.abs().max() == 0 and head.score.weight.abs().max() > 0
+    assert sum(tensor.numel() for tensor in head.parameters()) == 32 + 1
+
+
+def test_point_14_a_sequence_classifier_with_one_label_serves(
+    make_trainer: Make, make_judge: Make, weights_of: Make
+) -> None:
+    value_model = make_judge(2)
+    before = weights_of(value_model)
+    trainer = make_trainer(value_model=value_model, vf_coef=1.0)
+    trainer.train()
+    after = weights_of(value_model)
+    assert not torch.equal(before["score.weight"], after["score.weight"])
+    assert not torch.equal(before["transformer.h.0.mlp.c_fc.weight"], after["transformer.h.0.mlp.c_fc.weight"])
+
+
+@pytest.mark.parametrize("kind", ["language model", "two labels", "layer"])
+def test_point_14_any_other_value_model_is_a_clear_type_error(
+    make_trainer: Make, make_judge: Make, make_policy: Make, kind: str
+) -> None:
+    wrong, name = {
+        "language model": (make_policy(), "GPT2LMHeadModel"),
+        "two labels": (make_judge(num_labels=2), "GPT2ForSequenceClassification with 2 labels"),
+        "layer": (torch.nn.Linear(32, 1), "Linear"),
+    }[kind]
+    with pytest.raises(TypeError, match=f"{name}.*AutoModelForSequenceClassification with num_labels=1, or None"):
+        make_trainer(value_model=wrong)
+
+
+# 25: data that cannot serve.
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (7, "7 prompts, fewer than the 8 episodes"),
+        ([], "train_dataset has no rows"),
+        (None, "train_dataset has no rows"),
+        ([{"text": "Hello"}] * 8, "prompt"),
+        ([{"prompt": "Hello"}] * 8 + [{"prompt": "x" * 123}], "row 8 has a prompt of 123 tokens.*context of 128"),
+        ([{"prompt": ""}] * 8, "empty"),
+    ],
+    ids=["small", "empty", "none", "column", "long", "empty prompt"],
+)
+def test_point_25_data_that_cannot_serve_is_one_clear_line_at_construction(
+    make_trainer: Make, tmp_path: Path, rows: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        make_trainer(rows=rows)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+    assert not (tmp_path / "out").exists(), "nothing was written"
+
+
+def test_point_25_a_prompt_that_just_fits_is_answered(make_trainer: Make, recorder: type) -> None:
+    trainer = make_trainer(rows=[{"prompt": "x" * 122}] * 8, kind=recorder, stop_token_id=0, max_steps=1)
+    trainer.train()
+    _, queries, answers = trainer.played[0]
+    assert {len(query) for query in queries} == {122} and max(map(len, answers.ids)) == 6
+
+
+def test_point_25_held_out_prompts_are_checked_too(make_trainer: Make) -> None:
+    with pytest.raises(UserError, match="eval_dataset row 0 has a prompt of 200 tokens"):
+        make_trainer(eval_dataset=[{"prompt": "x" * 200}])
+
+
+def test_a_policy_without_tokenizer_or_as_its_own_reference_is_refused(make_trainer: Make, make_policy: Make) -> None:
+    with pytest.raises(UserError, match="processing_class"):
+        make_trainer(processing_class=None)
+    model = make_policy()
+    with pytest.raises(UserError, match="ref_model is the policy itself"):
+        make_trainer(model, ref_model=model)
+
+
+def test_completions_of_a_subclass_are_what_is_learnt_from(make_trainer: Make, recorder: type) -> None:
+    """`generate` may be replaced: here by answers that were written beforehand."""
+
+    class Scripted(recorder):  # type: ignore[misc, valid-type]
+        def generate(self, queries: Any, seeds: Any) -> Completions:
+            return Completions([[72, 105, 256]] * len(queries), [True] * len(queries))
+
+    trainer = make_trainer(kind=Scripted, rows=8, max_steps=1)
+    trainer.train()
+    inputs = trainer.steps[0].inputs
+    assert inputs["input_ids"][:, -3:].tolist() == [[72, 105, 256]] * 8 and bool(inputs["stopped"].all())

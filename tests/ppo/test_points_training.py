@@ -1,0 +1,268 @@
+"""What must hold of training itself: steps, seeds, and every flag, schedule and callback of Trainer."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+Make = Callable[..., Any]
+Weights = dict[str, torch.Tensor]
+
+
+class Watcher(TrainerCallback):
+    """Counts what Trainer tells its callbacks, remembers the weights after each step, and stops when told to."""
+
+    def __init__(self, model: Any = None, stop_at: int | None = None) -> None:
+        self.calls: dict[str, int] = {}
+        self.model, self.stop_at = model, stop_at
+        self.weights: list[Weights] = []
+
+    def _count(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._count("train_begin")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._count("epoch_end")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._count("step_begin")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._count("step_end")
+        if self.model is not None:
+            self.weights.append({name: tensor.detach().clone() for name, tensor in self.model.named_parameters()})
+        if state.global_step == self.stop_at:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._count("log")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._count("save")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._count("train_end")
+
+
+def logged(trainer: Any, name: str) -> dict[int, float]:
+    """Optimizer step -> the value that was logged there."""
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+
+
+SHAPES = [  # per-device batch, accumulation, minibatches, passes, prompts, epochs
+    (8, 1, 1, 2, 16, 1),
+    (8, 1, 2, 3, 16, 1),
+    (2, 4, 1, 2, 19, 1),
+    (2, 4, 4, 1, 17, 2),
+    (4, 2, 8, 1, 8, 2),
+    (3, 2, 3, 2, 13, 1),
+    (1, 6, 2, 2, 7, 1),
+]
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "mini_batches", "passes", "prompts", "epochs"), SHAPES)
+def test_point_01_optimizer_steps_per_rollout(
+    make_trainer: Make, recorder: type, batch: int, accumulation: int, mini_batches: int, passes: int, prompts: int,
+    epochs: int,
+) -> None:  # fmt: skip
+    """Counted at the optimizer, between one rollout and the next, whatever the dataset leaves over."""
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(
+        None, rows=prompts, kind=recorder, num_mini_batches=mini_batches, num_ppo_epochs=passes, response_length=3,
+        num_train_epochs=epochs, **sizes,
+    )  # fmt: skip
+    steps: list[int] = []  # number of the rollout that each optimizer step belongs to
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_post_hook(lambda *_: steps.append(len(trainer.played)))
+    trainer.train()
+    updates = epochs * math.ceil(prompts / (batch * accumulation))
+    assert steps == [1 + index // (passes * mini_batches) for index in range(updates * passes * mini_batches)]
+    assert trainer.state.global_step == trainer.state.max_steps == len(steps)
+    assert all(len(queries) == batch * accumulation for _, queries, _ in trainer.played)
+    asked = [tuple(query) for _, queries, _ in trainer.played for query in queries]
+    per_epoch = len(asked) // epochs
+    for epoch in range(epochs):
+        assert len(set(asked[epoch * per_epoch : (epoch + 1) * per_epoch])) == prompts, "every prompt in every epoch"
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2, 8])
+def test_point_01_accumulation_changes_no_weight(
+    make_trainer: Make, weights_of: Make, furthest: Make, mini_batches: int
+) -> None:
+    """8 x 1, 4 x 2, 2 x 4 and 1 x 8, with answers of unequal length, over two updates."""
+    found = []
+    for batch, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        trainer = make_trainer(
+            num_mini_batches=mini_batches, per_device_train_batch_size=batch, num_ppo_epochs=2, vf_coef=0.5,
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        before = weights_of(trainer.model)
+        trainer.train()
+        found.append(weights_of(trainer.model))
+        assert furthest(before, found[-1]) > 1e-3
+    assert max(furthest(found[0], other) for other in found[1:]) < 1e-5
+
+
+def test_point_05_the_seed_decides_every_bit(make_trainer: Make, weights_of: Make) -> None:
+    found, losses = [], []
+    for seed, noise in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(noise)
+        trainer = make_trainer(seed=seed, num_mini_batches=2, num_ppo_epochs=2)
+        trainer.train()
+        found.append(weights_of(trainer.model))
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1] and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert losses[0] != losses[2] and any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+def test_point_06_train_returns_what_trainer_returns(make_trainer: Make) -> None:
+    trainer = make_trainer(num_ppo_epochs=2)
+    output = trainer.train()
+    assert isinstance(output, TrainOutput) and output.global_step == trainer.state.global_step == 4
+    assert output.training_loss == pytest.approx(sum(logged(trainer, "loss").values()) / 4, abs=1e-7)
+    assert {"train_runtime", "train_loss", "epoch"} <= output.metrics.keys() and output.metrics["epoch"] == 1.0
+
+
+@pytest.mark.parametrize(("max_grad_norm", "clips"), [(0.05, True), (1e6, False)])
+def test_point_06_max_grad_norm(make_trainer: Make, max_grad_norm: float, clips: bool) -> None:
+    """With plain SGD at rate 1 each step is as long as the clipped gradient; the norm before clipping is logged."""
+    trainer = make_trainer(max_grad_norm=max_grad_norm, num_ppo_epochs=3, rows=8, learning_rate=1.0)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    watcher = Watcher(trainer.model)
+    start = {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
+    trainer.add_callback(watcher)
+    trainer.train()
+    norms = logged(trainer, "grad_norm")
+    weights = [start, *watcher.weights]
+    assert set(norms) == {1, 2, 3}
+    for step, norm in norms.items():
+        moved = [(weights[step][name] - weights[step - 1][name]).double().norm() for name in start]
+        length = torch.stack(moved).norm().item()
+        assert length == pytest.approx(min(norm, max_grad_norm), rel=1e-3)
+        assert (norm > max_grad_norm) is clips
+
+
+def test_point_06_gradient_checkpointing_changes_no_number(
+    make_trainer: Make, make_judge: Make, weights_of: Make
+) -> None:
+    found = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(gradient_checkpointing=checkpointing, value_model=make_judge(2), num_ppo_epochs=2)
+        passes: list[int] = []
+        for part in (trainer.model.policy, trainer.model.value_model):
+            attention = part.transformer.h[0].attn.c_attn
+            attention.register_forward_hook(lambda *_, seen=passes: seen.append(1))
+        trainer.train()
+        found.append((weights_of(trainer.model), logged(trainer, "loss"), len(passes)))
+    (plain, losses, once), (checkpointed, again, twice) = found
+    assert losses == again and twice == once + 4 + 4, "once more for each of the four steps, in both models"
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_point_06_bf16_computes_in_bfloat16_and_keeps_float32_weights(make_trainer: Make, weights_of: Make) -> None:
+    trainer = make_trainer(bf16=True, num_ppo_epochs=2)
+    kinds = set()
+    trainer.model.policy.transformer.h[0].mlp.c_fc.register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
+    before = weights_of(trainer.model)
+    trainer.train()
+    assert kinds == {torch.bfloat16}
+    assert {tensor.dtype for tensor in trainer.model.parameters()} == {torch.float32}
+    assert all(math.isfinite(loss) for loss in logged(trainer, "loss").values())
+    assert any(not torch.equal(before[name], after) for name, after in weights_of(trainer.model).items())
+
+
+@pytest.mark.parametrize(("max_steps", "rollouts"), [(3, 1), (4, 1), (6, 2), (13, 4)])
+def test_point_06_max_steps_counts_optimizer_steps(
+    make_trainer: Make, recorder: type, max_steps: int, rollouts: int
+) -> None:
+    trainer = make_trainer(max_steps=max_steps, num_mini_batches=2, num_ppo_epochs=2, rows=16, kind=recorder)
+    assert trainer.train().global_step == max_steps
+    assert len(trainer.played) == rollouts
+    assert max(logged(trainer, "objective/kl")) == max_steps, "the last rollout is logged"
+
+
+@pytest.mark.parametrize(("total_episodes", "steps"), [(8, 2), (24, 6), (25, 8)])
+def test_point_06_total_episodes_are_rounded_up_to_updates(
+    make_trainer: Make, total_episodes: int, steps: int
+) -> None:
+    trainer = make_trainer(total_episodes=total_episodes, num_ppo_epochs=2, rows=16)
+    assert trainer.train().global_step == steps
+    assert max(logged(trainer, "episode").values()) == 8 * -(-total_episodes // 8)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3, 4, 10, 100])
+def test_point_06_logging_steps_and_always_the_first_and_the_last_rollout(
+    make_trainer: Make, logging_steps: int
+) -> None:
+    trainer = make_trainer(logging_steps=logging_steps, num_mini_batches=2, num_ppo_epochs=2, rows=40)
+    trainer.train()
+    assert set(logged(trainer, "loss")) == {4, 20} | set(range(logging_steps, 21, logging_steps))
+    assert {4, 20} <= logged(trainer, "objective/scores").keys()
+    episodes = logged(trainer, "episode")
+    assert episodes[4] == 8 and episodes[20] == 40
+
+
+def test_point_06_several_updates_between_logs_are_averaged(make_trainer: Make) -> None:
+    each, both = make_trainer(logging_steps=2, rows=48), make_trainer(logging_steps=8, rows=48)
+    for trainer in (each, both):
+        trainer.args.num_ppo_epochs = 2
+        trainer.train()
+    for name in ("objective/scores", "policy/approxkl_avg", "val/ratio", "loss/value_avg"):
+        apart, together = logged(each, name), logged(both, name)
+        assert set(apart) == {2, 4, 6, 8, 10, 12} and set(together) == {2, 8, 12}
+        assert together[8] == pytest.approx(sum(apart[step] for step in (4, 6, 8)) / 3, abs=1e-9)
+    assert logged(both, "loss")[8] == pytest.approx(
+        sum(logged(each, "loss")[step] for step in (4, 6, 8)) / 3, abs=1e-7
+    )
+
+
+def test_point_06_save_steps_and_save_total_limit(make_trainer: Make, tmp_path: Path) -> None:
+    watcher = Watcher()
+    trainer = make_trainer(
+        save_strategy="steps", save_steps=3, save_total_limit=2, num_ppo_epochs=3, rows=32, callbacks=[watcher]
+    )
+    trainer.train()
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
+    assert watcher.calls["save"] == 4
+
+
+def test_point_06_callbacks_hear_everything(make_trainer: Make) -> None:
+    watcher = Watcher()
+    trainer = make_trainer(callbacks=[watcher], num_ppo_epochs=3, num_train_epochs=2, logging_steps=2)
+    trainer.train()
+    expected = {"train_begin": 1, "epoch_end": 2, "step_begin": 12, "step_end": 12, "train_end": 1}
+    assert {name: watcher.calls[name] for name in expected} == expected
+    assert watcher.calls["log"] == len(trainer.state.log_history)
+
+
+@pytest.mark.parametrize("stop_at", [2, 5])
+def test_point_06_a_callback_stops_early(make_trainer: Make, stop_at: int) -> None:
+    """In the middle of an update, or at its end; what was learnt until then is logged."""
+    trainer = make_trainer(callbacks=[Watcher(stop_at=stop_at)], num_ppo_epochs=2, rows=64, logging_steps=100)
+    assert trainer.train().global_step == stop_at
+    assert max(logged(trainer, "objective/scores")) == stop_at
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"),
+    [
+        ("linear", lambda step: 1e-3 * (step / 2 if step < 2 else (8 - step) / 6)),
+        ("cosine", lambda step: 1e-3 * (step / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 6)))),
+        ("constant_with_warmup", lambda step: 1e-3 * min(1.0, step / 2)),
+    ],
+)
+def test_point_06_the_schedule_follows_optimizer_steps(make_trainer: Make, kind: str, rate: Any) -> None:
+    trainer = make_trainer(lr_scheduler_type=kind, warmup_steps=2, num_ppo_epochs=2, num_mini_batches=2)
+    trainer.train()
+    rates = logged(trainer, "learning_rate")
+    assert set(rates) == set(range(1, 9))
+    for step, found in rates.items():
+        assert found == pytest.approx(rate(step - 1), abs=1e-12) or found == pytest.approx(rate(step), abs=1e-12)
+    assert logged(trainer, "lr") == {step: rates[step] for step in (4, 8)}

@@ -1,0 +1,35 @@
+"""Means of an update: the same for any way of cutting it, and over all processes."""
+
+import pytest
+import torch
+
+from rlhf_recipes.ppo.tally import Tally
+from rlhf_recipes.tensors import length_mask
+
+
+def test_pieces_of_any_size_give_the_mean_over_all_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(7, 5, generator=generator)
+    mask = length_mask(torch.tensor([5, 1, 0, 4, 2, 5, 3]), 5)
+    expected = values.double()[mask].mean().item()
+    for sizes in ([7], [1] * 7, [2, 5], [3, 1, 3]):
+        tally = Tally()
+        for piece, part in zip(values.split(sizes), mask.split(sizes), strict=True):
+            tally.add({"here": piece, "share": piece > 0}, part)
+        means = tally.means()
+        assert means["here"] == pytest.approx(expected, abs=1e-12)
+        assert means["share"] == pytest.approx((values[mask] > 0).double().mean().item(), abs=1e-12)
+        assert tally.means() == {}, "a tally that was read is empty"
+
+
+def test_the_sums_of_all_processes_count() -> None:
+    """Another process has added three tokens of 4; here there are two, 1 and 2."""
+    tally = Tally()
+    tally.add({"here": torch.tensor([[1.0, 2.0, torch.nan]])}, torch.tensor([[True, True, False]]))
+    assert tally.means(lambda totals: totals + torch.tensor([[12.0, 3.0]]))["here"] == pytest.approx(15 / 5)
+
+
+def test_no_token_at_all_is_zero_and_not_nan() -> None:
+    tally = Tally()
+    tally.add({"here": torch.full((2, 3), torch.nan)}, torch.zeros(2, 3, dtype=torch.bool))
+    assert tally.means() == {"here": 0.0}

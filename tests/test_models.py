@@ -1,0 +1,230 @@
+"""Sizes, initialisation, loading with its refusals, LoRA folders, and what is decided for the hardware."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.models import (
+    SIZES,
+    attach_lora,
+    build_gpt2,
+    context_length,
+    fit_to_hardware,
+    is_judge,
+    load_causal_lm,
+    load_config,
+    load_judge,
+    load_tokenizer,
+    positive_label_count,
+)
+
+GPT2_VOCABULARY, BYTE_VOCABULARY = 50257, 262
+
+
+def released_parameters(width: int, layers: int, positions: int, vocabulary: int) -> int:
+    """Counted on paper: embeddings, then per layer attention 4 d^2, MLP 8 d^2, biases and norms 13 d, and a last norm."""
+    return (vocabulary + positions) * width + layers * (12 * width**2 + 13 * width) + 2 * width
+
+
+def saved(model: Any, tokenizer: Any, folder: Path) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class Words:
+    """As much of a tokenizer as a model's shape depends on."""
+
+    eos_token_id, pad_token_id = 0, 1
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@pytest.mark.parametrize(
+    ("size", "vocabulary", "millions"),
+    [
+        ("tiny", 1536, 1.0),
+        ("mini", 8192, 10.0),
+        ("gpt2", GPT2_VOCABULARY, 124.4),  # the four counts of the released models
+        ("medium", GPT2_VOCABULARY, 354.8),
+        ("large", GPT2_VOCABULARY, 774.0),
+        ("xl", GPT2_VOCABULARY, 1557.6),
+    ],
+)
+def test_sizes_have_their_parameter_counts(size: str, vocabulary: int, millions: float) -> None:
+    with torch.device("meta"):
+        model = build_gpt2(size, Words(vocabulary))  # type: ignore[arg-type]
+    shape = SIZES[size]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == released_parameters(shape["n_embd"], shape["n_layer"], shape["n_positions"], vocabulary)
+    assert count / 1e6 == pytest.approx(millions, rel=0.05 if size in ("tiny", "mini") else 1e-3)
+
+
+def test_a_new_model_starts_from_knowing_nothing(tokenizer: Any) -> None:
+    """Its loss is that of guessing: log(vocabulary), up to the small spread of the first weights."""
+    torch.manual_seed(0)
+    model = build_gpt2("tiny", tokenizer, positions=64, dropout=0.0)
+    ids = torch.randint(0, 256, (8, 64))
+    assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(math.log(BYTE_VOCABULARY), abs=0.15)
+    assert model.config.n_positions == 64 == context_length(model.config)
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (256, 257)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (256, 257)
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+
+
+def test_dropout_is_where_it_was_asked_for(tokenizer: Any) -> None:
+    rates = {
+        module.p for module in build_gpt2("tiny", tokenizer, dropout=0.3).modules() if type(module).__name__ == "Dropout"
+    }
+    assert rates == {0.3}
+    with pytest.raises(UserError, match="tiny, mini, gpt2, medium, large, xl"):
+        build_gpt2("huge", tokenizer)
+
+
+def test_a_saved_model_comes_back_bit_for_bit(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model(seed=3)
+    folder = saved(model, tokenizer, tmp_path)
+    loaded = load_causal_lm(folder)
+    assert loaded.dtype == torch.float32
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+    assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
+    assert not is_judge(folder)
+
+
+def test_a_lora_folder_is_its_base_with_the_product_added(
+    make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    """Merged weights against W + (alpha / r) A B, worked out in float64."""
+    from peft import get_peft_model
+    from trl import ModelConfig
+
+    base = saved(make_model(seed=1), tokenizer, tmp_path / "base")
+    before = load_causal_lm(base).state_dict()
+    config = attach_lora(ModelConfig(use_peft=True, lora_r=2, lora_alpha=6))
+    adapted = get_peft_model(load_causal_lm(base), config)
+    weights = {name: weight for name, weight in adapted.named_parameters() if "lora_" in name}
+    for index, weight in enumerate(weights.values()):
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(index))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = load_causal_lm(str(tmp_path / "adapter")).state_dict()
+    changed = [name for name in before if not torch.equal(before[name], merged[name])]
+    assert len(changed) == 2 * 4, "c_attn, both c_proj and c_fc of two layers"
+    for name in changed:
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        down, up = (weights[f"{stem}.lora_{letter}.default.weight"].detach().double() for letter in "AB")
+        wanted = before[name].double() + 3.0 * (up @ down).T  # Conv1D keeps its weights transposed
+        assert torch.allclose(merged[name].double(), wanted, atol=1e-5), name
+    assert attach_lora(ModelConfig()) is None
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_judges_say_how_many_labels_they_have(
+    make_judge: Callable[..., Any], tokenizer: Any, tmp_path: Path, labels: int
+) -> None:
+    folder = saved(make_judge(num_labels=labels), tokenizer, tmp_path)
+    assert positive_label_count(folder) == labels == load_judge(folder).config.num_labels
+    assert is_judge(folder)
+
+
+def test_what_is_no_judge_is_refused_before_its_weights_are_read(
+    make_model: Callable[..., Any], make_judge: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = saved(make_model(), tokenizer, tmp_path / "model")
+    many = saved(make_judge(num_labels=3), tokenizer, tmp_path / "many")
+    for folder in (model, many):
+        (Path(folder) / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="not a sequence classifier"):
+        load_judge(model)
+    with pytest.raises(UserError, match="has 3 labels"):
+        load_judge(many)
+
+
+def test_a_language_model_becomes_a_judge_with_its_trunk(
+    make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_model(seed=2)
+    judge = load_judge(saved(model, tokenizer, tmp_path), labels=1)
+    assert judge.score.weight.shape == (1, 32)
+    trunk = judge.transformer.state_dict()
+    assert all(torch.equal(weight, trunk[name]) for name, weight in model.transformer.state_dict().items())
+
+
+def test_wrong_places_are_named(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    folder = saved(make_model(), tokenizer, tmp_path / "model")
+    cases: list[tuple[Callable[..., Any], str, str]] = [
+        (load_config, f"{folder}/config.json", "is a file"),
+        (load_causal_lm, str(tmp_path / "nowhere"), "no such folder"),
+        (load_tokenizer, "runs/not/made", "no such folder"),
+        (load_causal_lm, "somebody/something", "HF_HUB_OFFLINE=1"),
+        (load_config, str(tmp_path), "cannot be loaded"),
+        (load_tokenizer, str(tmp_path), "cannot be loaded"),
+    ]
+    for load, name, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            load(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_not_read(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    """A pickle can run code while it is read."""
+    folder = Path(saved(make_model(), tokenizer, tmp_path))
+    torch.save(make_model().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_causal_lm(str(folder))
+
+
+@pytest.mark.parametrize(("token", "word"), [("eos_token", "EOS"), ("pad_token", "pad")])
+def test_a_tokenizer_needs_eos_and_pad(tokenizer: Any, tmp_path: Path, token: str, word: str) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key != token}), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=f"has no {word} token; set {token}"):
+        load_tokenizer(str(tmp_path))
+
+
+class Training:
+    """What `fit_to_hardware` reads of a TrainingArguments."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update({"use_cpu": True, "bf16": False, "mixed_precision": "no", **fields})
+
+
+@pytest.mark.parametrize(
+    ("width", "unit", "by_hardware", "expected"),
+    [(320, True, True, True), (128, True, True, False), (320, False, True, False), (320, True, False, False)],
+)
+def test_bf16_is_chosen_where_it_pays_and_nobody_chose(
+    monkeypatch: pytest.MonkeyPatch, width: int, unit: bool, by_hardware: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(import_module("rlhf_recipes.models.hardware"), "_has_bf16_matrix_unit", lambda: unit)
+    training = Training(_bf16_by_hardware=by_hardware)
+    before = copy.copy(training.__dict__)
+    fitted = fit_to_hardware(training, width)  # type: ignore[type-var]
+    assert fitted.bf16 is expected and fitted.mixed_precision == ("bf16" if expected else "no")
+    assert training.__dict__ == before, "the caller's own arguments are left alone"
+
+
+def test_threads_are_the_callers_where_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    fit_to_hardware(Training(), 64)  # type: ignore[type-var]
+    assert chosen == [], "OMP_NUM_THREADS is set in the tests"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    fit_to_hardware(Training(), 64)  # type: ignore[type-var]
+    assert chosen == [1], "small layers run on one thread"

@@ -1,0 +1,133 @@
+"""Masked arithmetic against NumPy in float64, and one shard beside another against the whole."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_recipes.tensors import (
+    entropy,
+    length_mask,
+    masked_mean,
+    masked_sum,
+    masked_whiten,
+    pad,
+    positions,
+    token_log_probs,
+)
+
+LENGTHS = torch.tensor([4, 1, 0, 3, 2, 4])
+
+
+def sample_values() -> tuple[Tensor, Tensor]:
+    """Values with NaN wherever the mask is False."""
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 5
+    mask = length_mask(LENGTHS, 4)
+    return values.where(mask, torch.nan), mask
+
+
+def in_two_processes(work: Callable[..., Any], shards: list[tuple[Tensor, Tensor]]) -> list[Any]:
+    """Runs work(values, mask, reduce) for both shards at once; `reduce` waits for the other and adds up."""
+    barrier = threading.Barrier(2, timeout=20)
+    handed: list[Any] = [None, None]
+    results: list[Any] = [None, None]
+
+    def run(rank: int) -> None:
+        def reduce(tensor: Tensor) -> Tensor:
+            handed[rank] = tensor
+            barrier.wait()
+            total = handed[0] + handed[1]
+            barrier.wait()
+            return total
+
+        results[rank] = work(*shards[rank], reduce)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_sums_and_means_count_only_what_the_mask_lets_through() -> None:
+    values, mask = sample_values()
+    kept = values.numpy()[mask.numpy()]
+    assert masked_sum(values, mask).item() == pytest.approx(kept.sum())
+    assert masked_mean(values, mask).item() == pytest.approx(kept.mean())
+    assert masked_mean(values, torch.zeros_like(mask)).item() == 0.0
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_gives_unit_variance(shift_mean: bool) -> None:
+    values, mask = sample_values()
+    kept = values.numpy()[mask.numpy()]
+    expected = (kept - kept.mean()) / kept.std(ddof=1) + (0 if shift_mean else kept.mean())
+    whitened = masked_whiten(values, mask, shift_mean=shift_mean)
+    np.testing.assert_allclose(whitened.numpy()[mask.numpy()], expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_two_shards_whiten_as_the_whole_does(shift_mean: bool, cut: int) -> None:
+    values, mask = sample_values()
+    whole = masked_whiten(values, mask, shift_mean=shift_mean)
+    shards = list(zip(values.tensor_split([cut]), mask.tensor_split([cut]), strict=True))
+    halves = in_two_processes(lambda v, m, reduce: masked_whiten(v, m, shift_mean, reduce), shards)
+    torch.testing.assert_close(torch.cat(halves)[mask], whole[mask], rtol=0, atol=1e-12)
+    means = in_two_processes(masked_mean, shards)
+    assert means[0].item() == means[1].item() == pytest.approx(masked_mean(values, mask).item())
+
+
+def test_one_position_or_none_is_left_unscaled() -> None:
+    one = masked_whiten(torch.tensor([[3.0, 9.0]]), torch.tensor([[True, False]]))
+    assert one[0, 0].item() == 0.0
+    kept = masked_whiten(torch.tensor([[3.0, 9.0]]), torch.tensor([[True, False]]), shift_mean=False)
+    assert kept[0, 0].item() == 3.0
+    none = masked_whiten(torch.tensor([[3.0, 9.0]]), torch.zeros(1, 2, dtype=torch.bool))
+    assert bool(torch.isfinite(none).all())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+def test_log_probabilities_and_entropy_are_those_of_the_tempered_distribution(temperature: float) -> None:
+    logits = torch.randn(5, 3, 11, generator=torch.Generator().manual_seed(1)) * 4
+    tokens = torch.randint(11, (5, 3), generator=torch.Generator().manual_seed(2))
+    weights = np.exp(logits.double().numpy() / temperature)
+    probabilities = weights / weights.sum(-1, keepdims=True)
+    chosen = np.take_along_axis(probabilities, tokens.numpy()[..., None], -1)[..., 0]
+    np.testing.assert_allclose(token_log_probs(logits, tokens, temperature), np.log(chosen), rtol=0, atol=5e-6)
+    expected = -(probabilities * np.log(probabilities)).sum(-1)
+    np.testing.assert_allclose(entropy(logits, temperature), expected, rtol=0, atol=5e-6)
+
+
+def test_bfloat16_logits_are_read_in_float32() -> None:
+    logits = (torch.randn(4, 300, generator=torch.Generator().manual_seed(3)) * 4).bfloat16()
+    tokens = torch.tensor([0, 7, 99, 299])
+    found = token_log_probs(logits, tokens, 0.7)
+    exact = torch.log_softmax(logits.double() / 0.7, dim=-1)
+    assert found.dtype == entropy(logits).dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact[torch.arange(4), tokens], rtol=0, atol=1e-5)
+
+
+def test_padding_on_either_side() -> None:
+    rows = [[5, 6, 7], [], [8]]
+    ids, mask = pad(rows, value=9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 9], [8, 9, 9]]
+    assert mask.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+    ids, mask = pad(rows, value=9, side="left")
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 9], [9, 9, 8]]
+    assert mask.tolist() == [[True] * 3, [False] * 3, [False, False, True]]
+    assert [tensor.shape for tensor in pad([[], []], value=0)] == [(2, 0), (2, 0)]
+    assert [tensor.shape for tensor in pad([], value=0)] == [(0, 0), (0, 0)]
+
+
+def test_positions_count_real_tokens_only() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    assert positions(mask)[0, 2:].tolist() == [0, 1, 2]
+    assert positions(mask)[1, :3].tolist() == [0, 1, 2]
+    assert bool((positions(mask) >= 0).all())
+    assert length_mask(torch.tensor([0, 2]), 3).tolist() == [[False] * 3, [True, True, False]]
