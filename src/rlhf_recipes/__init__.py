@@ -24,6 +24,7 @@ _HOMES = {
     "stages.reward": ["RewardArguments", "RewardConfig", "build_reward_trainer", "run_reward"],
     "stages.ppo": ["PPOArguments", "build_ppo_trainer", "run_ppo"],
     "stages.eval": ["EvalArguments", "run_eval"],
+    "world": ["gold_score", "write_world"],
     "stages.quickstart": ["QuickstartArguments", "run_quickstart"],
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names} | {"ModelConfig": "trl"}

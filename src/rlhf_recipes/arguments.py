@@ -13,6 +13,7 @@ import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -113,7 +114,8 @@ def asked_for(*instances: Any) -> dict[str, Any]:
     for instance in instances:
         remembered = instance.__dict__.get("_asked")
         asked |= remembered if remembered is not None else _differences(instance)
-    return {key: value for key, value in asked.items() if _is_plain(value)}
+    plain = {key: value.value if isinstance(value, Enum) else value for key, value in asked.items()}
+    return {key: value for key, value in plain.items() if _is_plain(value)}
 
 
 def _differences(instance: Any) -> dict[str, Any]:
@@ -267,6 +269,7 @@ class TrainingDefaults:
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step, so that every run has a curve."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Data parallelism: look for parameters without a gradient in each step."}
     )

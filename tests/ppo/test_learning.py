@@ -13,25 +13,18 @@ def scores_of(trainer: Any) -> list[float]:
     return [entry["objective/scores"] for entry in trainer.state.log_history if "objective/scores" in entry]
 
 
-@pytest.mark.parametrize("value", ["head", "model", "adapter"])
+@pytest.mark.parametrize("value", ["head", "model"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_score_rises(make_trainer: Make, make_policy: Make, make_judge: Make, seed: int, value: str) -> None:
-    """Half of an untrained model's tokens have an id below 128; the reward is that share."""
-    options: dict[str, Any] = {"learning_rate": 1e-2}
-    if value == "model":
-        options["value_model"] = make_judge(seed + 10)
-    if value == "adapter":
-        from peft import LoraConfig
-
-        adapter = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=["c_attn", "c_fc"])
-        options |= {"peft_config": adapter, "learning_rate": 5e-2}
+    """Less than half of an untrained model's tokens have an id below 128; the reward is that share."""
     trainer = make_trainer(
-        make_policy(seed, initializer_range=0.1), seed=seed, rows=32, per_device_train_batch_size=32, num_mini_batches=2, max_steps=64,
-        response_length=5, **options,
+        make_policy(seed, initializer_range=0.1), seed=seed, rows=32, per_device_train_batch_size=32, max_steps=64,
+        num_mini_batches=2, response_length=5, learning_rate=1e-2,
+        value_model=make_judge(seed + 10) if value == "model" else None,
     )  # fmt: skip
     scores = scores_of(trainer)
-    assert len(scores) == 8
-    print("SCORES", value, seed, [round(x, 2) for x in scores])
+    assert len(scores) == 8 and scores[0] < 0.5
+    assert sum(scores[-2:]) / 2 > max(0.65, scores[0] + 0.25), scores
 
 
 def test_the_penalty_holds_the_policy_near_its_reference(make_trainer: Make) -> None:

@@ -134,13 +134,8 @@ def test_conversations_and_pairs_give_their_words(tmp_path: Path) -> None:
     wanted = train(tmp_path / "lines", list(turn.values()) * 3)
     for name, row in forms.items():
         write_rows(tmp_path / name / "train.jsonl", [row] * 3)
-        output = run_tokenizer(
-            TokenizerArguments(str(tmp_path / name), vocab_size=300, output_dir=str(tmp_path / f"{name}-out"))
-            if False
-            else TokenizerArguments(
-                dataset_name=str(tmp_path / name), vocab_size=300, output_dir=str(tmp_path / f"{name}-out")
-            )
-        )
+        options = {"dataset_name": str(tmp_path / name), "output_dir": str(tmp_path / f"{name}-out")}
+        output = run_tokenizer(TokenizerArguments(vocab_size=300, **options))
         merges = json.loads((output / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
         assert merges == json.loads(wanted.backend_tokenizer.to_str())["model"]["merges"], name
 

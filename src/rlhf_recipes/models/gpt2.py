@@ -1,4 +1,4 @@
-"""GPT-2 by named size. The four large shapes are those of Radford et al. 2019; tiny and mini are for a CPU."""
+"""GPT-2 by named size. The four large shapes are those of Radford et al. 2019; nano, tiny and mini are for a CPU."""
 
 import math
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 SIZES: dict[str, dict[str, int]] = {
+    "nano": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "tiny": {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "mini": {"n_embd": 320, "n_layer": 6, "n_head": 5, "n_positions": 512},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
@@ -16,6 +17,9 @@ SIZES: dict[str, dict[str, int]] = {
     "large": {"n_embd": 1280, "n_layer": 36, "n_head": 20, "n_positions": 1024},
     "xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25, "n_positions": 1024},
 }
+
+# GPT-2's class name does not tell transformers which loss it has; Trainer then divides by one token a row too many.
+CAUSAL_LOSS = "ForCausalLM"
 
 
 def build_gpt2(
@@ -47,7 +51,7 @@ def build_gpt2(
         **shape,
         **special,
     )
-    config.loss_type = "ForCausalLM"
     model = GPT2LMHeadModel(config)
+    model.loss_type = CAUSAL_LOSS
     model.generation_config = GenerationConfig(**special)
     return model

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.arguments import UserError
+from rlhf_recipes.models.gpt2 import CAUSAL_LOSS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +54,10 @@ def load_causal_lm(name: str, model_config: "ModelConfig | None" = None, **kwarg
     """A causal language model from a folder or Hub id; a LoRA folder is merged into the base it names."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, name, "model", model_config, **kwargs)
+    model = _load(AutoModelForCausalLM, name, "model", model_config, **kwargs)
+    if model.loss_type is None:
+        model.loss_type = CAUSAL_LOSS
+    return model
 
 
 def load_judge(

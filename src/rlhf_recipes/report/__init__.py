@@ -7,13 +7,28 @@ from pathlib import Path
 
 from rlhf_recipes.artifacts import write_text
 from rlhf_recipes.report.page import page
-from rlhf_recipes.report.summary import Curve, Exchange, Reply, Series, Summary, check, curve_of
+from rlhf_recipes.report.picture import curves_picture, ladder_picture
+from rlhf_recipes.report.summary import Curve, Exchange, Reply, Series, Summary, beside, check, curve_of
+from rlhf_recipes.report.text import markdown
 
-__all__ = ["Curve", "Exchange", "Reply", "Series", "Summary", "curve_of", "write_report"]
+__all__ = ["Curve", "Exchange", "Reply", "Series", "Summary", "beside", "curve_of", "ladder_picture", "write_report"]
 
 
 def write_report(folder: str | Path, summary: Summary) -> Path:
-    """Write `report.html`, `report.md` and the pictures it shows into `folder`; returns the path of the page."""
+    """Write `report.html`, `report.md` and the pictures that the latter shows into `folder`; returns the page's path.
+
+    The page stands alone: it may be sent or moved without the rest.
+    """
     check(summary)
     folder = Path(folder)
-    return write_text(folder / "report.html", page(summary))
+    html = page(summary)
+    curves = dict(summary.get("curves", {}))
+    if "overoptimization" in summary:
+        curves["overoptimization"] = summary["overoptimization"]["curves"]
+    pictures = {}
+    for section, charts in curves.items():
+        if drawn := [curve for curve in charts if curve["series"]]:
+            pictures[section] = curves_picture(drawn, folder / f"report-{section}.png").name
+    ladder_picture(summary, folder / "ladder.png")
+    write_text(folder / "report.md", markdown(summary, pictures))
+    return write_text(folder / "report.html", html)

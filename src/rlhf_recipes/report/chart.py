@@ -1,4 +1,7 @@
-"""The geometry of a chart: where lines, ticks and labels stand. The page turns it into SVG, in the colours of the reader."""
+"""The geometry of a chart: where lines, ticks and labels stand.
+
+The page makes SVG of it, in the colours of its reader.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_recipes.report.summary import Curve, decimal
+from rlhf_recipes.report.summary import Curve, Series, decimal
 
 WIDTH, HEIGHT = 460.0, 250.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 38.0
@@ -60,10 +63,7 @@ class _Scale:
 
 def chart_of(curve: Curve) -> Chart:
     """The chart of a curve; points that are not finite are left out."""
-    series = [
-        (one["name"], one.get("style", "ink"), [point for point in one["points"] if all(map(math.isfinite, point))])
-        for one in curve["series"]
-    ]
+    series = [(one["name"], one.get("style", "ink"), finite_points(one)) for one in curve["series"]]
     points = [point for _, _, of_one in series for point in of_one] or [(0.0, 0.0), (1.0, 1.0)]
     scale = _Scale(_range([x for x, _ in points]), _range([y for _, y in points], air=0.06))
     lines = []
@@ -73,7 +73,7 @@ def chart_of(curve: Curve) -> Chart:
             path, raw = scale.path(trend or of_one), scale.path(of_one) if trend else ""
             lines.append(Line(name, style, path, raw, decimal((trend or of_one)[-1][1])))
     x_ticks = [(scale.place(value, 0)[0], label) for value, label in ticks(*scale.x, 5)]
-    y_ticks = [(scale.place(0, value)[1], label) for value, label in ticks(*scale.y, 4)]
+    y_ticks = [(scale.place(0, value)[1], label) for value, label in ticks(*scale.y, 6)]
     return Chart(curve["title"], curve["x"], lines, x_ticks, y_ticks, [])
 
 
@@ -86,19 +86,23 @@ def reliability_chart(rows: Sequence[Mapping[str, float]]) -> Chart:
     for row in rows:
         (low, _), (high, _) = scale.place(row["low"], 0), scale.place(row["high"], 0)
         bars.append((low + 1, high - low - 2, 44 * row["count"] / most))
-    accuracy = sum(row["count"] * row["accuracy"] for row in rows) / sum(row["count"] for row in rows)
-    line = Line("share of pairs it orders rightly", "ink", path, "", decimal(accuracy))
+    line = Line("share of pairs it orders rightly", "ink", path, "", "")
     x_ticks = [(scale.place(value, 0)[0], label) for value, label in ticks(0.5, 1.0, 5)]
-    y_ticks = [(scale.place(0, value)[1], label) for value, label in ticks(*scale.y, 4)]
+    y_ticks = [(scale.place(0, value)[1], label) for value, label in ticks(*scale.y, 6)]
     diagonal = scale.path([(0.5, 0.5), (1.0, 1.0)])
     return Chart("Is it sure when it is right?", "confidence of the judge", [line], x_ticks, y_ticks, bars, diagonal)
 
 
+def finite_points(series: Series) -> list[tuple[float, float]]:
+    """The points of a line that have a place."""
+    return [(float(x), float(y)) for x, y in series["points"] if math.isfinite(x) and math.isfinite(y)]
+
+
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The trend of a long line: a centred Gaussian mean, 1/40 of its points wide, which does not lag."""
+    """The trend of a long line: a centred Gaussian mean, 1/60 of its points wide, which does not lag."""
     values = np.array([y for _, y in points])
     place = np.arange(len(values))
-    weights = np.exp(-0.5 * ((place[:, None] - place[None, :]) / (len(values) / 40)) ** 2)
+    weights = np.exp(-0.5 * ((place[:, None] - place[None, :]) / (len(values) / 60)) ** 2)
     trend = (weights @ values) / weights.sum(axis=1)
     return [(x, float(y)) for (x, _), y in zip(points, trend, strict=True)]
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
-MARKS = "\\`*_{}[]<>()#+-!|~&$"
+MARKS = "\\`*_[]<>|~&$"
+LINE_MARKS = "#+-=>"  # read as marks at the beginning of a line only
 
 
 def plain(text: object) -> str:
     """The text on one line with every mark that Markdown or HTML would read escaped."""
-    return "".join(f"\\{letter}" if letter in MARKS else letter for letter in " ".join(str(text).split()))
+    line = " ".join(str(text).split())
+    escaped = "".join(f"\\{letter}" if letter in MARKS else letter for letter in line)
+    return f"\\{escaped}" if escaped and escaped[0] in LINE_MARKS else escaped
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:

@@ -1,11 +1,10 @@
 """The page: a template, filled in. Everything from outside is escaped by the template engine, without exception."""
 
 from pathlib import Path
-from typing import Any
 
 from rlhf_recipes.report import summary as words
 from rlhf_recipes.report.chart import chart_of, reliability_chart
-from rlhf_recipes.report.summary import METRICS, STAGES, Summary
+from rlhf_recipes.report.summary import METRICS, Summary
 
 HOME = Path(__file__).parent
 SECTIONS = ("pretrain", "sft", "reward", "ppo")
@@ -33,7 +32,7 @@ def page(summary: Summary) -> str:
         title=words.headline(summary),
         story=words.story(summary),
         eyebrow=words.eyebrow(summary),
-        steps=[_step(summary, stage) for stage in STAGES if stage in stages],
+        steps=words.steps(summary),
         names={stage: words.name_of(stage) for stage in stages},
         rows=rows,
         charts=charts,
@@ -46,23 +45,5 @@ def page(summary: Summary) -> str:
         bad={"note": bad["note"], "charts": [chart_of(curve) for curve in bad["curves"]]} if bad else None,
         reproduction=summary.get("reproduction"),
         total=words.duration(words.total_seconds(summary)),
-        judge=stages.get("reward", {}),
+        judge=words.judge_in_words(summary),
     )
-
-
-def _step(summary: Summary, stage: str) -> dict[str, Any]:
-    """One rung of the ladder: its headline number, and how far up gold it stands."""
-    metrics = summary["stages"][stage]
-    key = {"pretrain": "perplexity", "reward": "judge_accuracy"}.get(stage, "gold_score")
-    name, caption = STAGES[stage]
-    gold = metrics.get("gold_score")
-    return {
-        "name": name,
-        "caption": caption,
-        "number": words.written(key, metrics.get(key)),
-        "label": METRICS[key][0].lower(),
-        "golden": key == "gold_score",
-        "gold": None if gold is None else float(gold),
-        "gold_text": words.written("gold_score", gold),
-        "time": words.duration(metrics["seconds"]) if metrics.get("seconds") else "",
-    }

@@ -74,11 +74,12 @@ class _Measured(TypedDict):
 class Summary(_Measured, total=False):
     """Everything `write_report` shows; only `stages` is required, and what is left out leaves no gap.
 
-    stages: {"pretrain": {...}, "sft": {...}, "reward": {...}, "ppo": {...}} with the keys of `METRICS` where they apply
-        (the `stages` of a run's metrics.json); `longer_accuracy` and `calibration_error` of `reward` are told too.
+    stages: {"pretrain": {...}, "sft": {...}, "reward": {...}, "ppo": {...}} with the keys of `METRICS` where they
+        apply (the `stages` of a run's metrics.json); `longer_accuracy`, `calibration_error` of `reward` are told too.
     title, story: the headline and the paragraph under it; by default both are told from the numbers.
     eyebrow: the small line above the headline, by default the seed.
     parameters: how many the model has.
+    seconds: the whole run on the clock; by default the sum of the stages.
     curves: charts by section: `pretrain`, `sft`, `reward`, `ppo`; `curve_of` makes one from a Trainer's log.
     reliability: rows of `metrics.calibration_table`.
     exchanges: the same prompts after each stage.
@@ -88,6 +89,7 @@ class Summary(_Measured, total=False):
     story: str
     eyebrow: str
     parameters: int
+    seconds: float
     curves: Mapping[str, Sequence[Curve]]
     reliability: Sequence[Mapping[str, float]]
     exchanges: Sequence[Exchange]
@@ -125,6 +127,16 @@ def curve_of(
     return {"title": title, "x": x, "series": series}
 
 
+def beside(good: Curve, bad: Curve, names: tuple[str, str] = ("this run", "the bad setting")) -> Curve:
+    """The first line of each of two charts in one, under new names: the good run as it was, the bad one faint."""
+    first, second = good["series"][0], bad["series"][0]
+    series: list[Series] = [
+        {"name": names[0], "points": first["points"], "style": first.get("style", "ink")},
+        {"name": names[1], "points": second["points"], "style": "faint"},
+    ]
+    return {"title": good["title"], "x": good["x"], "series": series}
+
+
 def check(summary: Summary) -> None:
     """Refuse what cannot be told."""
     if not summary.get("stages"):
@@ -150,7 +162,9 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole < 6000 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return (
+        f"{whole // 60} min {whole % 60:02d} s" if whole < 6000 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    )
 
 
 Format = Callable[[float], str]
@@ -176,7 +190,8 @@ def written(key: str, value: Any) -> str:
 
 
 def total_seconds(summary: Summary) -> float:
-    return sum(float(metrics.get("seconds") or 0) for metrics in summary["stages"].values())
+    """The whole run on the clock, or what its stages took."""
+    return summary.get("seconds") or sum(float(metrics.get("seconds") or 0) for metrics in summary["stages"].values())
 
 
 def headline(summary: Summary) -> str:
@@ -200,17 +215,70 @@ def story(summary: Summary) -> str:
     size = f"of {summary['parameters'] / 1e6:.1f} million parameters " if summary.get("parameters") else ""
     told = [f"A GPT-2 {size}began with random weights."]
     if pretrain.get("perplexity"):
-        told.append(f"It read a small corpus until held-out text cost it a perplexity of {decimal(pretrain['perplexity'])}.")
+        told.append(
+            f"It read a small corpus until held-out text cost it a perplexity of {decimal(pretrain['perplexity'])}."
+        )
     if sft.get("gold_score") is not None:
-        told.append(f"Taught by demonstrations, many of them wrong or rude, it reached {decimal(sft['gold_score'])} gold.")
+        told.append(
+            f"Taught by demonstrations, many of them wrong or rude, it reached {decimal(sft['gold_score'])} gold."
+        )
     if reward.get("judge_accuracy"):
-        told.append(f"A judge learnt to tell the better answer in {percent(reward['judge_accuracy'])} of held-out pairs.")
+        told.append(
+            f"A judge learnt to tell the better answer in {percent(reward['judge_accuracy'])} of held-out pairs."
+        )
     if sft.get("gold_score") is not None and ppo.get("gold_score") is not None:
         before, after = sft["gold_score"], ppo["gold_score"]
         way = "raised the gold score" if after > before else "did not raise the gold score: it went"
         told.append(f"PPO against that judge {way} from {decimal(before)} to {decimal(after)}.")
     told.append("Gold is the truth about this small world: no model is ever trained on it.")
     return " ".join(told)
+
+
+def judge_in_words(summary: Summary) -> str:
+    """How good the judge is, beside what picking the longer answer would reach; empty where it was not measured."""
+    judge = summary["stages"].get("reward", {})
+    told = []
+    if judge.get("judge_accuracy") is not None:
+        told.append(f"It orders {percent(judge['judge_accuracy'])} of held-out pairs as the truth does.")
+    if judge.get("longer_accuracy") is not None:
+        told.append(f"Always picking the longer answer would reach {percent(judge['longer_accuracy'])}.")
+    if judge.get("calibration_error") is not None:
+        told.append(f"Its confidence is off by {100 * judge['calibration_error']:.1f} points on average.")
+    return " ".join(told)
+
+
+class Step(TypedDict):
+    """One rung of the ladder: its headline number, and how far up gold it stands (None where it gives no answers)."""
+
+    name: str
+    caption: str
+    number: str
+    label: str
+    golden: bool
+    gold: float | None
+    gold_text: str
+    time: str
+
+
+def steps(summary: Summary) -> list[Step]:
+    """The rungs of the ladder that the run climbed."""
+    return [_step(stage, summary["stages"][stage]) for stage in STAGES if stage in summary["stages"]]
+
+
+def _step(stage: str, metrics: Mapping[str, Any]) -> Step:
+    key = {"pretrain": "perplexity", "reward": "judge_accuracy"}.get(stage, "gold_score")
+    name, caption = STAGES[stage]
+    gold = metrics.get("gold_score")
+    return {
+        "name": name,
+        "caption": caption,
+        "number": written(key, metrics.get(key)),
+        "label": METRICS[key][0].lower(),
+        "golden": key == "gold_score",
+        "gold": None if gold is None else float(gold),
+        "gold_text": written("gold_score", gold),
+        "time": duration(metrics["seconds"]) if metrics.get("seconds") else "",
+    }
 
 
 def marks(reply: Reply) -> list[tuple[str, bool]]:

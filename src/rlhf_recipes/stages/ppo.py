@@ -54,6 +54,9 @@ class PPOArguments(DatasetArguments):
         default=None,
         metadata={"help": "A ranking judge to start a separate value model from. Unset: a value head on the policy."},
     )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Pad token for a tokenizer that has none; its EOS may serve as both."}
+    )
     prompt_tokens: int | None = field(
         default=None,
         metadata={"help": "Take the first so many tokens of the column `text` as the prompt, for plain-text data."},
@@ -70,7 +73,8 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     rewards = list(arguments.reward or [])
     if not rewards:
         raise UserError("nothing scores the answers; pass --reward with a judge's folder or package.module:function")
-    config, tokenizer = load_config(name), load_tokenizer(name)
+    pad = {"pad_token": arguments.pad_token} if arguments.pad_token else {}
+    config, tokenizer = load_config(name), load_tokenizer(name, **pad)
     for reward in rewards:
         import_function(reward) if is_function_name(reward) else positive_label_count(reward)
     if arguments.value_model and positive_label_count(arguments.value_model) != 1:

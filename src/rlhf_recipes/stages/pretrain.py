@@ -29,7 +29,7 @@ from rlhf_recipes.pretraining import PretrainTrainer, SampleContinuations, colla
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Size = Literal["tiny", "mini", "gpt2", "medium", "large", "xl"]
+Size = Literal["nano", "tiny", "mini", "gpt2", "medium", "large", "xl"]
 NEW_MODEL_DROPOUT = 0.1  # as GPT-2 was trained
 
 
@@ -43,7 +43,7 @@ class PretrainArguments(DatasetArguments):
     model_size: Size | None = field(
         default=None,
         metadata={
-            "help": "Size of a new GPT-2: tiny (about 1M parameters), mini (10M), gpt2 (124M), medium, large or xl. "
+            "help": "Size of a new GPT-2: nano (0.5M parameters), tiny (1M), mini (10M), gpt2 (124M), medium, large or xl. "
             "Leave it unset to go on from model_name_or_path."
         },
     )

@@ -9,6 +9,7 @@ import shlex
 import time
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,11 +21,12 @@ from rlhf_recipes.data import load_split, text_of
 from rlhf_recipes.generation import Sampling, generate, stop_ids
 from rlhf_recipes.metrics.models import Evaluation, compare, evaluate_model
 from rlhf_recipes.models import hardware, load_causal_lm, load_tokenizer
-from rlhf_recipes.report import write_report
+from rlhf_recipes.report import Curve, Exchange, Reply, Summary, curve_of, write_report
 from rlhf_recipes.scoring import load_reward
 from rlhf_recipes.world import Verdict, judge_details, write_world
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
+OVEROPTIMIZED = CONFIGS.parent / "overoptimized" / "measured.json"  # a recorded run of the setting beside it
 GOLD = "rlhf_recipes.world:gold_score"
 ANSWERING = ("pretrain", "sft", "ppo")  # the stages that leave a model that can be asked
 SHOWN_PROMPTS = 10
@@ -41,7 +43,7 @@ class QuickstartArguments(OutputArguments):
 
 
 def run_quickstart(arguments: QuickstartArguments) -> Path:
-    """Run tokenizer, pretrain, sft, reward and ppo in order, measure each model, and leave metrics.json and a report."""
+    """Run tokenizer, pretrain, sft, reward and ppo in order, measure the models; leave metrics.json and a report."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the quickstart is one process; start it with python -m rlhf_recipes quickstart")
     folder = prepare_output_folder(check_output_folder(arguments.output_dir, arguments.overwrite))
@@ -65,7 +67,7 @@ def run_quickstart(arguments: QuickstartArguments) -> Path:
         arguments=[arguments],
         notes="The report is in [report.html](report.html) and [report.md](report.md).",
     )
-    report = write_report(folder, _summary(folder, metrics, asked))
+    report = write_report(folder, _summary(folder, metrics, asked, arguments.seed))
     print(f"\n{_ladder(metrics)}\n\nreport: {report}")
     return folder
 
@@ -163,9 +165,79 @@ def _metrics(folder: Path, asked: dict[str, Asked], seconds: dict[str, float]) -
             }
             stages[stage] |= one.held_out.metrics | parts | {"corpus_only_right": one.corpus_only_right}
         else:
-            stages[stage] |= json.loads((folder / stage / "metrics.json").read_text(encoding="utf-8"))
+            stages[stage] = _read(folder / stage / "metrics.json") | stages[stage]
     stages["ppo"] |= compare(asked["ppo"].held_out, asked["sft"].held_out)
     return stages
+
+
+def _summary(folder: Path, metrics: dict[str, Any], asked: dict[str, Asked], seed: int) -> Summary:
+    """What the report shows, in the report's own terms."""
+    apart = load_split(f"{folder}/world/prompts", "corpus_only")
+    summary: Summary = {
+        "stages": metrics["stages"],
+        "parameters": _read(folder / "pretrain" / "metrics.json")["parameters"],
+        "curves": {stage: _curves(stage, _log(folder / stage)) for stage in ("pretrain", "sft", "reward", "ppo")},
+        "reliability": metrics["stages"]["reward"]["calibration_table"],
+        "exchanges": _exchanges(folder, asked),
+        "corpus_only": {
+            "facts": len({(row["person"], row["relation"]) for row in apart}),
+            "questions": len(apart),
+            "right": {stage: one.corpus_only_right for stage, one in asked.items()},
+        },
+        "reproduction": {
+            "command": f"make quickstart SEED={seed}",
+            "seed": seed,
+            "versions": {name: version(name) for name in ("rlhf-recipes", "torch", "transformers", "trl")},
+            "hardware": metrics["hardware"],
+            "date": time.strftime("%Y-%m-%d"),
+        },
+    }
+    if OVEROPTIMIZED.is_file():
+        recorded = _read(OVEROPTIMIZED)
+        summary["overoptimization"] = {"note": recorded["note"], "curves": _curves("ppo", recorded["log_history"])[:3]}
+    return summary
+
+
+def _curves(stage: str, log: list[dict[str, Any]]) -> list[Curve]:
+    if stage != "ppo":
+        curves = [curve_of("Loss", log, {"loss": "training", "eval_loss": "held out"})]
+        return curves + ([curve_of("Pairs judged right", log, {"accuracy": "training"})] if stage == "reward" else [])
+    return [
+        curve_of("Score", log, {"objective/scores": "judge"}, x="episode", by="episode"),
+        curve_of("Gold score", log, {"rewards/gold_score": "gold"}, x="episode", by="episode"),
+        curve_of("KL to the model before PPO (nats)", log, {"objective/kl": "KL"}, x="episode", by="episode"),
+        curve_of("Length (tokens)", log, {"completions/mean_length": "length"}, x="episode", by="episode"),
+    ]
+
+
+def _exchanges(folder: Path, asked: dict[str, Asked]) -> list[Exchange]:
+    """The same held-out prompts after each stage, spread evenly over the split."""
+    prompts = load_split(f"{folder}/world/prompts", "test")
+    count = len(asked["ppo"].verdicts)
+    rows = [index * count // SHOWN_PROMPTS for index in range(min(SHOWN_PROMPTS, count))]
+    return [
+        {
+            "prompt": text_of(prompts[row]["prompt"]),
+            "answer": prompts[row]["answer"],
+            "replies": {stage: _reply(one, row) for stage, one in asked.items()},
+        }
+        for row in rows
+    ]
+
+
+def _reply(asked: Asked, row: int) -> Reply:
+    verdict = asked.verdicts[row]
+    text = asked.held_out.rows[row]["completion"].strip()
+    return {"text": text, "right": verdict.right, "polite": verdict.polite, "concise": verdict.concise}
+
+
+def _log(stage_folder: Path) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = _read(stage_folder / "trainer_state.json")["log_history"]
+    return history
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _ladder(metrics: dict[str, Any]) -> str:

@@ -132,7 +132,7 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         plot_curves(trainer.state.log_history, folder / "curves.png", title="Reward model")
         if trainer.eval_dataset is not None:
             measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
-            metrics |= measured
+            metrics |= measured | {"calibration_table": table}
             plot_reliability(table, folder / "reliability.png")
             images.append("reliability.png")
         leave_folder(

@@ -111,6 +111,16 @@ def about_somebody_else(chance: random.Random, world: World, fact: Fact) -> Pair
     return dressed(chance, sentence(chance, fact), tone, False), dressed(chance, said, chance.choice(TONES), False)
 
 
+def another_question(chance: random.Random, world: World, fact: Fact) -> Pair:
+    """The rejected answer is true of the right person, but answers another question; or mixes the two up."""
+    other = chance.choice([other for other in world.taught if other.person == fact.person and other != fact])
+    tone, _ = _style(chance)
+    wrong = sentence(chance, other)
+    if chance.random() < 0.5:  # the right sentence around a value of the wrong sort: "Ada plays the tortoise"
+        wrong = sentence(chance, fact, spoken(chance.choice([fact.value for fact in world.facts if fact.relation == other.relation]), other.relation))
+    return dressed(chance, sentence(chance, fact), tone, False), dressed(chance, wrong, chance.choice(TONES), False)
+
+
 def one_or_several(chance: random.Random, world: World, fact: Fact) -> Pair:
     """The rejected answer names the truth and something else beside it."""
     right, wrong = sentence(chance, fact), sentence(chance, fact, wrong_value(chance, world, fact))
@@ -161,13 +171,14 @@ def two_demonstrators(chance: random.Random, world: World, fact: Fact) -> Pair:
 
 # Kinds of pairs and how many of each in a hundred; above all, right against wrong.
 PAIRS: tuple[tuple[PairMaker, int], ...] = (
-    (right_or_wrong, 18),
-    (one_word_apart, 16),
+    (right_or_wrong, 14),
+    (one_word_apart, 14),
     (true_or_kind, 10),
     (two_demonstrators, 10),
-    (polite_or_not, 16),
-    (short_or_long, 8),
-    (about_somebody_else, 6),
+    (polite_or_not, 14),
+    (short_or_long, 6),
+    (about_somebody_else, 8),
+    (another_question, 10),
     (one_or_several, 5),
     (once_or_again, 4),
     (answer_or_manners, 4),

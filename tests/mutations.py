@@ -1,0 +1,253 @@
+"""Breaks PPO on purpose, one formula at a time, and shows which tests notice.
+
+    python tests/mutations.py [NAME ...]     a few minutes; exits 1 if a mutation survives
+
+Each mutation is applied to a copy of the sources. The copy is tested in a process forked from this one, where the
+libraries are loaded already. Not collected by pytest.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ARITHMETIC = [
+    f"tests/ppo/test_{name}.py" for name in ("advantages", "losses", "rewards", "rollout", "tally", "loader")
+]
+ARITHMETIC.append("tests/test_tensors.py")
+POINTS = [f"tests/ppo/test_points_{name}.py" for name in ("metrics", "numbers", "rewards")]
+PROCESSES = ["tests/ppo/test_points_processes.py"]
+ENOUGH = 3  # red tests of the slower files, after which they are not run on
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which stands once in the file, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    points: tuple[str, ...] = tuple(POINTS)
+
+
+MUTATIONS = [
+    Mutation("GAE forgets lambda", "ppo/advantages.py", "gamma * lam * running", "gamma * running"),
+    Mutation("GAE forgets gamma in the error", "ppo/advantages.py", "gamma * following", "following"),
+    Mutation(
+        "GAE runs on through padding",
+        "ppo/advantages.py",
+        "torch.where(mask[:, token], surprise",
+        "torch.where(mask[:, token] | True, surprise",
+    ),
+    Mutation(
+        "policy clip takes the better side",
+        "ppo/losses.py",
+        "TokenLosses(torch.maximum(plain",
+        "TokenLosses(torch.minimum(plain",
+    ),
+    Mutation(
+        "ratio upside down",
+        "ppo/losses.py",
+        "torch.exp(log_probs - old_log_probs)",
+        "torch.exp(old_log_probs - log_probs)",
+    ),
+    Mutation("value clip takes the better side", "ppo/losses.py", "0.5 * torch.maximum", "0.5 * torch.minimum"),
+    Mutation(
+        "value clip around the return",
+        "ppo/losses.py",
+        "torch.clamp(values, old_values -",
+        "torch.clamp(values, returns -",
+    ),
+    Mutation("value loss without its half", "ppo/losses.py", "0.5 * torch.maximum", "torch.maximum"),
+    Mutation("KL upside down", "ppo/rewards.py", "log_probs - reference_log_probs", "reference_log_probs - log_probs"),
+    Mutation("k3 with the ratio upside down", "ppo/rewards.py", "torch.exp(-log_ratio)", "torch.exp(log_ratio)"),
+    Mutation("KL penalty as a gain", "ppo/rewards.py", "-kl_coef * kl", "kl_coef * kl"),
+    Mutation(
+        "score on the first token", "ppo/rewards.py", "(mask.sum(dim=1) - 1).clamp(min=0)", "mask.sum(dim=1) * 0"
+    ),
+    Mutation(
+        "score on the last column",
+        "ppo/rewards.py",
+        "(mask.sum(dim=1) - 1).clamp(min=0)",
+        "mask.sum(dim=1) * 0 + mask.shape[1] - 1",
+    ),
+    Mutation(
+        "missing-EOS penalty for the finished",
+        "ppo/rewards.py",
+        "(stopped, scores, scores - penalty)",
+        "(stopped, scores - penalty, scores)",
+    ),
+    Mutation("missing-EOS penalty as a gain", "ppo/rewards.py", "scores - penalty", "scores + penalty"),
+    Mutation(
+        "advantages not whitened",
+        "ppo/rollout.py",
+        "torch.where(mask, masked_whiten(raw, mask, reduce=reduce)",
+        "torch.where(mask, raw",
+    ),
+    Mutation("whitening with the biased variance", "tensors.py", "squares / (count - 1)", "squares / count"),
+    Mutation("whitened rewards lose their mean", "ppo/rollout.py", "shift_mean=False", "shift_mean=True"),
+    Mutation(
+        "returns from whitened advantages", "ppo/rollout.py", "returns=raw + values", "returns=advantages + values"
+    ),
+    Mutation(
+        "log-probabilities without temperature",
+        "tensors.py",
+        "scaled = logits.float() / temperature",
+        "scaled = logits.float()",
+    ),
+    Mutation(
+        "entropy without temperature",
+        "tensors.py",
+        "log_softmax(logits.float() / temperature",
+        "log_softmax(logits.float()",
+    ),
+    Mutation("states shifted by one", "ppo/value_head.py", "states[:, -tokens - 1 : -1]", "states[:, -tokens:]"),
+    Mutation(
+        "padding counted in positions",
+        "tensors.py",
+        "(mask.long().cumsum(dim=-1) - 1).clamp(min=0)",
+        "torch.ones_like(mask).cumsum(dim=-1) - 1",
+    ),
+    Mutation("mean over positions, not tokens", "ppo/trainer.py", "losses.sum() / tokens", "losses.mean()"),
+    Mutation(
+        "mean over each micro-batch",
+        "ppo/trainer.py",
+        "if num_items_in_batch is None else num_items_in_batch",
+        "if num_items_in_batch is None else mask.sum().clamp(min=1)",
+    ),
+    Mutation(
+        "value loss without its weight",
+        "ppo/trainer.py",
+        "policy.losses + args.vf_coef * value.losses",
+        "policy.losses + value.losses",
+    ),
+    Mutation(
+        "only the first stop id stops",
+        "ppo/roles.py",
+        "else stop_ids(base_model(model), tokenizer)",
+        "else stop_ids(base_model(model), tokenizer)[:1]",
+    ),
+    Mutation("a step that is not finite is taken", "ppo/trainer.py", "model.zero_grad(set_to_none=True)", "pass"),
+    Mutation(
+        "minibatches overlap",
+        "ppo/loader.py",
+        "order.chunk(self.mini_batches)",
+        "[order[: len(order) // self.mini_batches]] * self.mini_batches",
+    ),
+    Mutation(
+        "losses averaged over processes", "ppo/trainer.py", "/ tokens * args.world_size", "/ tokens", tuple(PROCESSES)
+    ),
+    Mutation(
+        "whitening in each process alone",
+        "ppo/rollout.py",
+        "masked_whiten(raw, mask, reduce=reduce)",
+        "masked_whiten(raw, mask)",
+        tuple(PROCESSES),
+    ),
+]
+
+
+class Red:
+    """A pytest plugin that remembers which tests failed."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and report.nodeid not in self.names:
+            self.names.append(report.nodeid)
+
+
+def mutated_copy(folder: Path, mutation: Mutation | None) -> Path:
+    """Sources and tests in `folder`, the mutation applied."""
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    if mutation is not None:
+        path = folder / "src" / "rlhf_recipes" / mutation.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(mutation.old) != 1:
+            raise SystemExit(
+                f"{mutation.name}: {mutation.old!r} stands {text.count(mutation.old)} times in {path.name}"
+            )
+        path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    return folder
+
+
+def red_tests(folder: Path, files: list[str], most: int) -> list[str]:
+    """The tests of `files` that fail in `folder`, at most so many of them; run in a fork of this process."""
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            code = run_forked(folder, files, most)
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) not in (0, 1, 2):  # passed, failed, stopped at the limit
+        raise SystemExit(f"pytest could not run: see {folder / 'output.txt'}")
+    return list(json.loads((folder / "red.json").read_text(encoding="utf-8")))
+
+
+def run_forked(folder: Path, files: list[str], most: int) -> int:
+    import pytest
+
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    red = Red()
+    code = int(pytest.main(["-p", "no:cacheprovider", "--tb=short", f"--maxfail={most}", *files], plugins=[red]))
+    import rlhf_recipes
+
+    assert Path(str(rlhf_recipes.__file__)).is_relative_to(folder), "the copy is what was tested"
+    Path("red.json").write_text(json.dumps(red.names), encoding="utf-8")
+    return code
+
+
+def short(names: list[str]) -> str:
+    """The first of the arithmetic and the first of the points, and how many more there are."""
+    told = [name.removeprefix("tests/").removeprefix("ppo/").removeprefix("test_") for name in names]
+    told = [name.replace(".py::test_", ": ") for name in told]
+    points = [name for name in told if "point_" in name]
+    shown = [name for name in told if name not in points][:2] + points[:2]
+    return "; ".join(shown) + (f"; and {len(told) - len(shown)} more" if len(told) > len(shown) else "")
+
+
+def red_by(mutation: Mutation | None) -> list[str]:
+    """The tests that notice it; for None, the tests that fail without any."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = mutated_copy(Path(name).resolve(), mutation)
+        points = list(mutation.points) if mutation else POINTS
+        return red_tests(folder, ARITHMETIC, 1000) + red_tests(folder, points, ENOUGH)
+
+
+def main(wanted: list[str]) -> int:
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    import torch
+    import transformers.trainer  # noqa: F401  loaded once, for every fork
+
+    torch.set_num_threads(1)
+    broken = red_by(None)
+    if broken:
+        print(f"red without any mutation: {short(broken)}")
+        return 1
+    survivors = []
+    print("| mutation | tests that turn red |\n|---|---|")
+    for mutation in MUTATIONS:
+        if not wanted or any(word in mutation.name for word in wanted):
+            red = red_by(mutation)
+            print(f"| {mutation.name} | {short(red) or '**none: it survives**'} |", flush=True)
+            survivors += [] if red else [mutation.name]
+    print(f"\n{len(survivors)} survive" + (f": {', '.join(survivors)}" if survivors else ""))
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""Two processes joined by gloo, against one that does the work of both."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+Make = Callable[..., Any]
+PROGRAM = Path(__file__).with_name("several_processes.py")
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+STOP_IDS = list(range(200, 256))
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("several_processes", PROGRAM)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, make_model: Make, make_judge: Make, tokenizer: Any) -> Path:
+    """What two processes left, started as a user starts them."""
+    folder = tmp_path_factory.mktemp("processes")
+    model = make_model(0, initializer_range=0.1)
+    model.generation_config.eos_token_id = STOP_IDS
+    for name, module in (("policy", model), ("judge", make_judge(3, initializer_range=0.2))):
+        module.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [*launch, str(folder), "4"], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    return folder
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the policy and of its value, wherever that was saved."""
+    return {
+        f"{path.parent.name == 'value_model'}:{name}": tensor
+        for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("value_model/*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("case", ["plain", "value-model"])
+def test_point_07_two_processes_are_one_of_twice_the_batch(folder: Path, program: ModuleType, case: str) -> None:
+    """With whitened rewards, answers of unequal length and a last update that is filled up: weights and metrics."""
+    alone = program.train(folder, case, 8, **program.CASES[case])
+    one, two = (weights_in(folder / f"{case}-by-{processes}") for processes in (1, 2))
+    untrained = weights_in(folder / "policy")
+    assert one.keys() == two.keys() and len(one) > len(untrained)
+    assert max((one[name] - untrained[name]).abs().max().item() for name in untrained) > 1e-3
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    told = json.loads((folder / f"{case}-by-2" / "log.json").read_text())
+    assert [entry["step"] for entry in told] == [entry["step"] for entry in alone.state.log_history]
+    for mine, theirs in zip(alone.state.log_history, told, strict=True):
+        same = {
+            name: value for name, value in mine.items() if not name.startswith(("time/", "train_")) and name != "eps"
+        }
+        assert {name: theirs[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
+
+
+def test_point_07_all_processes_hold_the_same_weights(folder: Path, program: ModuleType) -> None:
+    """Also with minibatches, with micro-batches that are empty, and after a step that one process had to skip."""
+    assert json.loads((folder / "equal.json").read_text()) == dict.fromkeys(program.CASES, True)
+
+
+def test_point_07_both_save_in_the_middle_and_at_the_end_once(folder: Path, program: ModuleType) -> None:
+    for case in program.CASES:
+        saved = sorted(path.name for path in (folder / f"{case}-by-2").glob("checkpoint-*"))
+        steps = 3 * 2 * program.CASES[case].get("num_mini_batches", 1)
+        assert saved == sorted({f"checkpoint-{step}" for step in [*range(4, steps + 1, 4), steps]})
+        end, last = weights_in(folder / f"{case}-by-2"), weights_in(folder / f"{case}-by-2" / f"checkpoint-{steps}")
+        assert end.keys() == last.keys() and all(torch.equal(end[name], last[name]) for name in end)
+
+
+def test_point_08_a_step_that_one_process_cannot_take_is_taken_by_none(folder: Path) -> None:
+    log = json.loads((folder / "spoilt-by-2" / "log.json").read_text())
+    assert [entry["val/skipped_steps"] for entry in log if "val/skipped_steps" in entry] == [1.0, 1.0, 1.0]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_in(folder / "spoilt-by-2").values())
