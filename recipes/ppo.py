@@ -2,9 +2,10 @@
 
 In      a model folder; a judge's folder or a Python function; prompts (text, messages or ids)
 Out     a model folder with the value model beside it, curves.png, samples.jsonl
-Launch  accelerate launch --config_file accelerate_configs/one_cpu.yaml recipes/ppo.py --config recipes/configs/quickstart/ppo.yaml
+Launch  accelerate launch --config_file accelerate_configs/one_cpu.yaml \
+            recipes/ppo.py --config recipes/configs/quickstart/ppo.yaml
 Next    recipes/eval.py compares it with the model it came from
-"""  # fmt: skip
+"""
 
 from rlhf_recipes import ModelConfig, PPOArguments, PPOConfig, one_line_errors, parse_arguments, run_ppo
 

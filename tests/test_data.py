@@ -24,7 +24,9 @@ from rlhf_recipes.data import (
     write_rows,
 )
 
-ROWS = [{"text": f"row {index}", "source": "even" if index % 2 == 0 else "odd", "year": index // 3} for index in range(9)]
+ROWS = [
+    {"text": f"row {index}", "source": "even" if index % 2 == 0 else "odd", "year": index // 3} for index in range(9)
+]
 END = 256  # the byte tokenizer's EOS
 
 

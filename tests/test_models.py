@@ -30,7 +30,7 @@ GPT2_VOCABULARY, BYTE_VOCABULARY = 50257, 262
 
 
 def released_parameters(width: int, layers: int, positions: int, vocabulary: int) -> int:
-    """Counted on paper: embeddings, then per layer attention 4 d^2, MLP 8 d^2, biases and norms 13 d, and a last norm."""
+    """Counted on paper: embeddings; a layer's attention 4 d^2, MLP 8 d^2, biases and norms 13 d; a last norm."""
     return (vocabulary + positions) * width + layers * (12 * width**2 + 13 * width) + 2 * width
 
 
@@ -55,6 +55,7 @@ class Words:
 @pytest.mark.parametrize(
     ("size", "vocabulary", "millions"),
     [
+        ("nano", 1024, 0.5),
         ("tiny", 1536, 1.0),
         ("mini", 8192, 10.0),
         ("gpt2", GPT2_VOCABULARY, 124.4),  # the four counts of the released models
@@ -69,7 +70,7 @@ def test_sizes_have_their_parameter_counts(size: str, vocabulary: int, millions:
     shape = SIZES[size]
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == released_parameters(shape["n_embd"], shape["n_layer"], shape["n_positions"], vocabulary)
-    assert count / 1e6 == pytest.approx(millions, rel=0.05 if size in ("tiny", "mini") else 1e-3)
+    assert count / 1e6 == pytest.approx(millions, rel=0.1 if size in ("nano", "tiny", "mini") else 1e-3)
 
 
 def test_a_new_model_starts_from_knowing_nothing(tokenizer: Any) -> None:
@@ -86,7 +87,9 @@ def test_a_new_model_starts_from_knowing_nothing(tokenizer: Any) -> None:
 
 def test_dropout_is_where_it_was_asked_for(tokenizer: Any) -> None:
     rates = {
-        module.p for module in build_gpt2("tiny", tokenizer, dropout=0.3).modules() if type(module).__name__ == "Dropout"
+        module.p
+        for module in build_gpt2("tiny", tokenizer, dropout=0.3).modules()
+        if type(module).__name__ == "Dropout"
     }
     assert rates == {0.3}
     with pytest.raises(UserError, match="tiny, mini, gpt2, medium, large, xl"):

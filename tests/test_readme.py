@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("recipes/**/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-RECIPE = re.compile(r"^(?:\S+/)?(?:python|accelerate launch.*?) (?:recipes/(\w+)\.py|-m rlhf_recipes (\w+))(?: (.*))?$")
+RECIPE = re.compile(
+    r"^(?:\S+/)?(?:python|accelerate launch.*?) (?:recipes/(\w+)\.py|-m rlhf_recipes (\w+))(?: (.*))?$"
+)
 SMALL = ", corpus=60, demonstrations=24, preferences=24, prompts=16, test=8"
 
 
@@ -75,7 +77,9 @@ def test_the_python_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
 
 
-def test_the_trainer_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any, tokenizer: Any) -> None:
+def test_the_trainer_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any, tokenizer: Any
+) -> None:
     """The README's PPOTrainer snippet, with a model and a dataset under the names it uses."""
     from datasets import Dataset
 
@@ -83,5 +87,7 @@ def test_the_trainer_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     blocks = [body for kind, body in FENCE.findall(PAGES[0].read_text(encoding="utf-8")) if kind == "python"]
     make_model().save_pretrained("out/sft")
     tokenizer.save_pretrained("out/sft")
-    exec(blocks[1].replace("512", "16"), {"dataset": Dataset.from_dict({"prompt": ["one", "two", "three", "four"] * 4})})
+    exec(
+        blocks[1].replace("512", "16"), {"dataset": Dataset.from_dict({"prompt": ["one", "two", "three", "four"] * 4})}
+    )
     assert list((tmp_path / "out" / "short").glob("checkpoint-*/model.safetensors"))

@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `UserError` that leaves this block into one line on stderr and exit code 2; end a run of many processes."""
+    """Turn a `UserError` that leaves this block into one line on stderr and exit code 2; end a run of processes."""
     try:
         yield
     except UserError as error:
@@ -259,8 +259,8 @@ def _instance(dataclass_type: type[DataclassT], asked: dict[str, Any]) -> Datacl
 class TrainingDefaults:
     """House defaults over a `TrainingArguments` child; put it first among the bases.
 
-    A machine without an accelerator is used as such (`use_cpu`), which also makes two launched CPU processes two ranks of
-    one run; bf16 is on where the GPU has it; gradient checkpointing is off until asked for.
+    A machine without an accelerator is used as such (`use_cpu`), which also makes two launched CPU processes two ranks
+    of one run; bf16 is on where the GPU has it; gradient checkpointing is off until asked for.
     """
 
     bf16: bool | None = field(
@@ -269,7 +269,9 @@ class TrainingDefaults:
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step, so that every run has a curve."})
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "Log the first step, so that every run has a curve."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Data parallelism: look for parameters without a gradient in each step."}
     )

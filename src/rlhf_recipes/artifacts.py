@@ -23,8 +23,8 @@ def check_output_folder(
 ) -> Path:
     """Refuse, before anything is loaded or written, a folder that would lose someone's files.
 
-    An empty or missing folder is fine. A folder that a stage left is fine with `overwrite`, and a run that resumes goes
-    on in its own. Nothing is deleted here.
+    An empty or missing folder is fine. A folder that a stage left is fine with `overwrite`, and a run that resumes
+    goes on in its own. Nothing is deleted here.
     `inputs` are the models and datasets the stage reads: none of them may live in the folder it is about to replace.
     """
     path = Path(folder)

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,15 +48,14 @@ def make_policy(make_model: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
-def make_trainer(make_policy: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
-    """(model, reward_funcs, rows, kind=PPOTrainer, **anything that PPOConfig or PPOTrainer takes) -> a trainer."""
+@pytest.fixture(scope="session")
+def trainers_in(make_policy: Callable[..., Any], tokenizer: Any) -> Callable[[Path], Callable[..., Any]]:
+    """(folder) -> what `make_trainer` is, for trainers that write into `folder`/out."""
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
     known = {item.name for item in fields(PPOConfig)}
     defaults = {
-        "output_dir": str(tmp_path / "out"),
         "per_device_train_batch_size": 8,
         "response_length": 6,
         "learning_rate": 1e-3,
@@ -68,14 +68,26 @@ def make_trainer(make_policy: Callable[..., Any], tokenizer: Any, tmp_path: Path
     }
 
     def make(
-        model: Any = None, reward_funcs: Any = low_share, rows: Any = 16, kind: Any = PPOTrainer, **given: Any
+        folder: Path,
+        model: Any = None,
+        reward_funcs: Any = low_share,
+        rows: Any = 16,
+        kind: Any = PPOTrainer,
+        **given: Any,
     ) -> Any:
-        config = PPOConfig(**defaults | {name: value for name, value in given.items() if name in known})
+        chosen = defaults | {name: value for name, value in given.items() if name in known}
         parts = {"processing_class": tokenizer} | {name: value for name, value in given.items() if name not in known}
         model = make_policy() if model is None else model
-        return kind(model, reward_funcs, config, prompt_rows(rows) if isinstance(rows, int) else rows, **parts)
+        rows = prompt_rows(rows) if isinstance(rows, int) else rows
+        return kind(model, reward_funcs, PPOConfig(output_dir=str(folder / "out"), **chosen), rows, **parts)
 
-    return make
+    return lambda folder: partial(make, folder)
+
+
+@pytest.fixture
+def make_trainer(trainers_in: Callable[[Path], Callable[..., Any]], tmp_path: Path) -> Callable[..., Any]:
+    """(model, reward_funcs, rows, kind=PPOTrainer, **anything that PPOConfig or PPOTrainer takes) -> a trainer."""
+    return trainers_in(tmp_path)
 
 
 @dataclass

@@ -28,14 +28,16 @@ FOLLOWS = ("kl", "rewards", "advantages", "returns")
 TIMES = ("time/rollout", "time/update", "eps")
 
 
-@pytest.fixture(params=list(CHOICES))
+@pytest.fixture(scope="module", params=list(CHOICES))
 def run(
-    request: pytest.FixtureRequest, make_trainer: Make, make_judge: Make, recorder: type, make_policy: Make
-) -> Any:
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, trainers_in: Make, recorder: type,
+    make_policy: Make, make_judge: Make,
+) -> Any:  # fmt: skip
     """A recorded run of two updates, so that the policy of the second is no longer the reference."""
     value_model = make_judge(4, initializer_range=0.1) if request.param == "value model" else None
     chosen = {"num_ppo_epochs": 3, "learning_rate": 3e-3, "vf_coef": 0.3} | CHOICES[request.param]
-    trainer = make_trainer(kind=recorder, model=make_policy(initializer_range=0.1), value_model=value_model, **chosen)
+    make_trainer = trainers_in(tmp_path_factory.mktemp("metrics"))
+    trainer = make_trainer(make_policy(initializer_range=0.1), kind=recorder, value_model=value_model, **chosen)
     if value_model is None:
         generator = torch.Generator().manual_seed(9)
         trainer.model.value_model.score.weight.data.normal_(0, 0.2, generator=generator)

@@ -69,10 +69,8 @@ def test_point_04_the_missing_eos_penalty_follows_the_ending(
     trainer = make_trainer(model, kind=recorder, missing_eos_penalty=3.0, learning_rate=0.0, **options)
     trainer.train()
     (scores,), (_, _, answers) = trainer.scored[0].values(), trainer.played[0]
-    wanted = {
-        tuple(ids): score - (0.0 if stopped else 3.0)
-        for ids, stopped, score in zip(answers.ids, answers.stopped, scores, strict=True)
-    }
+    totals = [score - (0 if stopped else 3) for score, stopped in zip(scores, answers.stopped, strict=True)]
+    wanted = dict(zip(map(tuple, answers.ids), totals, strict=True))
     assert {True, False} == set(answers.stopped)
     inputs = trainer.steps[0].inputs
     for row, mask in enumerate(inputs["response_mask"]):
@@ -82,7 +80,7 @@ def test_point_04_the_missing_eos_penalty_follows_the_ending(
         assert rewards[length - 1].item() == pytest.approx(wanted[answer], abs=1e-6)
         assert rewards[: length - 1].abs().max().item() < 1e-6 if length > 1 else True, "no KL, so no reward before it"
         assert inputs["scores"][row].item() == pytest.approx(wanted[answer], abs=1e-6)
-    assert logged(trainer, "objective/scores")[0] == pytest.approx(sum(wanted.values()) / 8, abs=1e-6)
+    assert logged(trainer, "objective/scores")[0] == pytest.approx(sum(totals) / 8, abs=1e-6)
     assert logged(trainer, "rewards/low_share")[0] == pytest.approx(sum(scores) / 8, abs=1e-6)
 
 

@@ -96,9 +96,9 @@ def test_point_01_optimizer_steps_per_rollout(
 def test_point_01_accumulation_changes_no_weight(
     make_trainer: Make, weights_of: Make, furthest: Make, mini_batches: int
 ) -> None:
-    """8 x 1, 4 x 2, 2 x 4 and 1 x 8, with answers of unequal length, over two updates."""
+    """8 x 1 and 2 x 4, and 4 x 2, with answers of unequal length, over two updates."""
     found = []
-    for batch, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
+    for batch, accumulation in ((8, 1), (2, 4), (4, 2)):
         trainer = make_trainer(
             num_mini_batches=mini_batches, per_device_train_batch_size=batch, num_ppo_epochs=2, vf_coef=0.5,
             gradient_accumulation_steps=accumulation,
@@ -178,7 +178,7 @@ def test_point_06_bf16_computes_in_bfloat16_and_keeps_float32_weights(make_train
     assert any(not torch.equal(before[name], after) for name, after in weights_of(trainer.model).items())
 
 
-@pytest.mark.parametrize(("max_steps", "rollouts"), [(3, 1), (4, 1), (6, 2), (13, 4)])
+@pytest.mark.parametrize(("max_steps", "rollouts"), [(3, 1), (4, 1), (6, 2)])
 def test_point_06_max_steps_counts_optimizer_steps(
     make_trainer: Make, recorder: type, max_steps: int, rollouts: int
 ) -> None:
@@ -197,7 +197,7 @@ def test_point_06_total_episodes_are_rounded_up_to_updates(
     assert max(logged(trainer, "episode").values()) == 8 * -(-total_episodes // 8)
 
 
-@pytest.mark.parametrize("logging_steps", [1, 3, 4, 10, 100])
+@pytest.mark.parametrize("logging_steps", [1, 3, 100])
 def test_point_06_logging_steps_and_always_the_first_and_the_last_rollout(
     make_trainer: Make, logging_steps: int
 ) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
@@ -212,15 +211,15 @@ def test_loss_is_float32_where_the_layers_are_bfloat16(place: Path, tmp_path: Pa
     assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("optim", "kind"), [("sgd", "SGD"), ("adamw_8bit", "AdamW"), ("adamw_torch_fused", "AdamW")]
-)
+@pytest.mark.parametrize(("optim", "kind"), [("sgd", "SGD"), ("adamw_8bit", "AdamW"), ("adamw_torch_fused", "AdamW")])
 def test_optimizers_step_and_decay_matrices_only(place: Path, tmp_path: Path, optim: str, kind: str) -> None:
     trainer = build_pretrain_trainer(*ask(place, tmp_path / "out", optim=optim))
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    assert type(optimizer).__name__ == kind and ("bitsandbytes" in type(optimizer).__module__) == (optim == "adamw_8bit")
+    assert type(optimizer).__name__ == kind and ("bitsandbytes" in type(optimizer).__module__) == (
+        optim == "adamw_8bit"
+    )
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"][0].dim() == 2} == {0.1}
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"][0].dim() < 2} == {0.0}
     moved = [name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])]
@@ -364,7 +363,11 @@ def test_the_door_exits_with_2_and_one_line(place: Path, tmp_path: Path) -> None
     command = [sys.executable, "recipes/pretrain.py", "--config", "recipes/configs/quickstart/pretrain.yaml"]
     flags = ["--dataset_name", str(tmp_path / "no.jsonl"), "--tokenizer_name", str(place / "tokenizer")]
     done = subprocess.run(
-        [*command, *flags, "--output_dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, *flags, "--output_dir", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: dataset ")
     assert "no such file or folder" in done.stderr and "Traceback" not in done.stderr
@@ -383,10 +386,9 @@ def test_two_processes_learn_what_one_does(place: Path, tmp_path: Path) -> None:
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     launch = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/two_cpu_processes.yaml"]
     done = subprocess.run(
-        [sys.executable, *launch, "recipes/pretrain.py", *words], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=dict(os.environ),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[:2000]
+        [sys.executable, *launch, "recipes/pretrain.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "rror" in line]
     both = weights_of(tmp_path / "both")
     assert all(torch.allclose(weight, both[name], atol=1e-6) for name, weight in alone.items())
     assert "perplexity" in json.loads((tmp_path / "both" / "metrics.json").read_text(encoding="utf-8"))

@@ -345,6 +345,9 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(ask: Any, caplog: pyte
     assert metrics_of(folder)["pairs"] == 2
     assert "1 of 3 training pairs are longer than 30 tokens" in caplog.text
     assert "1 of 3 held-out pairs" in caplog.text
+    beyond = {"prompt": "a", "chosen": "b" * 127, "rejected": "c"}  # 129 tokens with EOS
+    trainer = build_reward_trainer(*ask([*PROMPTED, beyond]))
+    assert len(trainer.train_dataset) == 2 and "longer than 128 tokens" in caplog.text
 
 
 WRONG = {

@@ -198,6 +198,9 @@ def test_a_long_answer_is_cut_and_a_long_prompt_refused(ask: Any) -> None:
     trainer = build_sft_trainer(*ask(long, max_length=16))
     assert [len(row["input_ids"]) for row in trainer.train_dataset] == [16, 16]
     assert words_with_loss(trainer, trainer.processing_class) == [" one one o"] * 2  # 6 of the 16 are the prompt
+    beyond = [{"prompt": "Count:", "completion": " one" * 50}] * 2
+    cut = build_sft_trainer(*ask(beyond))  # what is not asked for is the model's context
+    assert [len(row["input_ids"]) for row in cut.train_dataset] == [128, 128]
     with pytest.raises(UserError, match=r"row 0: the prompt has 6 tokens, .* within 6 \(2 of 2 rows"):
         build_sft_trainer(*ask(long, max_length=6))
 
@@ -350,6 +353,25 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     with pytest.raises(UserError, match=message):
         run_sft(*ask(rows, **given))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_template_without_marks_cannot_part_the_turns(ask: Any, model_folder: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(model_folder, start, ignore=shutil.ignore_patterns("*.safetensors"))
+    (start / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(UserError, match="does not mark what the assistant says"):
+        run_sft(*ask(MESSAGES, model_name_or_path=start))
+
+
+def test_a_run_that_goes_on_ends_as_one_that_never_stopped(ask: Any, tmp_path: Path) -> None:
+    changes = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    whole = run_sft(*ask(CHAT * 4, **changes))
+    checkpoint = whole / "checkpoint-2"
+    resumed = tmp_path / "resumed"
+    shutil.copytree(checkpoint, resumed / "checkpoint-2")
+    run_sft(*ask(CHAT * 4, output_dir=resumed, resume_from_checkpoint=resumed / "checkpoint-2", **changes))
+    one, other = (load_causal_lm(str(folder)).state_dict() for folder in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_an_output_folder_with_files_is_kept(ask: Any, tmp_path: Path) -> None:

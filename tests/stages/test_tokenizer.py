@@ -16,7 +16,13 @@ from rlhf_recipes.stages.tokenizer import TokenizerArguments, run_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
-LINES = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog", "猫坐在垫子上", "don't they've we'll"] * 40
+LINES = [
+    "the cat sat on the mat",
+    "the dog sat on the log",
+    "a cat and a dog",
+    "猫坐在垫子上",
+    "don't they've we'll",
+] * 40
 HARD_TEXTS = [
     "",
     " ",
@@ -172,9 +178,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, options: dict[
     places = {"data": str(data), "file": str(data / "train.jsonl")}
     given = {key: value.format(**places) if isinstance(value, str) else value for key, value in options.items()}
     with pytest.raises(UserError, match=message) as caught:
-        run_tokenizer(
-            TokenizerArguments(**{"dataset_name": str(data), "output_dir": str(tmp_path / "out"), **given})
-        )
+        run_tokenizer(TokenizerArguments(**{"dataset_name": str(data), "output_dir": str(tmp_path / "out"), **given}))
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "train.jsonl"]
 

@@ -40,9 +40,11 @@ def require_texts(
         raise UserError(f"{name} mixes forms: {kinds}; give all of them as text or all as messages")
     if any(chat.values()):
         ensure_chat_template(tokenizer)
+    rendered: set[tuple[str, ...]] = set()
     for index, row in enumerate(dataset):
         for column in columns:
-            fault = _fault_of_messages(row[column], tokenizer) if chat[column] else _fault_of_text(row[column])
+            value = row[column]
+            fault = _fault_of_messages(value, tokenizer, rendered) if chat[column] else _fault_of_text(value)
             if fault:
                 raise UserError(f"{name}, row {index}: the column {column} {fault}")
         if not chat[columns[0]] and "prompt" in columns and not row["prompt"]:
@@ -61,7 +63,8 @@ def _fault_of_text(value: Any) -> str | None:
     return None if isinstance(value, str) else f"holds {_short(value)}, which is no text; give strings"
 
 
-def _fault_of_messages(value: Any, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+def _fault_of_messages(value: Any, tokenizer: "PreTrainedTokenizerBase", rendered: set[tuple[str, ...]]) -> str | None:
+    """What is wrong with the messages, or None. rendered: orders of roles that the template is known to take."""
     from jinja2 import TemplateError
 
     if not is_conversation(value):
@@ -69,10 +72,14 @@ def _fault_of_messages(value: Any, tokenizer: "PreTrainedTokenizerBase") -> str 
     for message in value:
         if not (isinstance(message, Mapping) and isinstance(message.get("content"), str)):
             return f"holds the message {_short(message)} without a text as its content"
+    roles = tuple(str(message["role"]) for message in value)
+    if roles in rendered:
+        return None
     try:
         tokenizer.apply_chat_template(list(value), tokenize=False)
     except TemplateError as error:
         return f"cannot be rendered by the chat template: {error}"
+    rendered.add(roles)
     return None
 
 

@@ -242,7 +242,8 @@ def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any
     except (OfflineModeIsEnabled, ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
         reason = "the Hub cannot be asked while HF_HUB_OFFLINE=1" if _offline() else str(error).strip().splitlines()[0]
         raise UserError(
-            f"dataset {name} is no local file or folder, and as a Hub id it cannot be fetched: {reason}; give a local path"
+            f"dataset {name} is no local file or folder, and as a Hub id it cannot be fetched: {reason}; "
+            "give a local path"
         ) from None
     except ValueError as error:
         raise UserError(f"dataset {name}: {str(error).strip().splitlines()[0]}") from None

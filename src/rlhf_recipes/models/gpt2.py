@@ -27,14 +27,14 @@ def build_gpt2(
 ) -> "GPT2LMHeadModel":
     """A freshly initialised GPT-2 whose vocabulary and special ids are the tokenizer's.
 
-    positions: longest context in tokens, the size's own if None. dropout: of residuals, attention and embeddings alike.
+    positions: longest context in tokens, the size's own if None. dropout: of residuals, attention and embeddings.
     """
     from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
     if size not in SIZES:
         raise UserError(f"unknown model size {size!r}; choose one of {', '.join(SIZES)}")
     shape = SIZES[size] | ({"n_positions": positions} if positions else {})
-    # The 0.02 of Radford et al. is for 768 units; narrower layers need wider weights for the same spread of activations.
+    # The 0.02 of Radford et al. is for 768 units; narrower layers need wider weights for the same spread of values.
     spread = 0.02 * math.sqrt(768 / shape["n_embd"])
     special = {
         "bos_token_id": tokenizer.eos_token_id,

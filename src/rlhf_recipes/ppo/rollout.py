@@ -1,7 +1,8 @@
 """One update's worth of episodes: what was asked, what was answered, and what it was worth."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,21 @@ class RewardShape:
     lam: float
     whiten_rewards: bool
     missing_eos_penalty: float | None
+
+    @classmethod
+    def of(cls, config: Any) -> "RewardShape":
+        """Those numbers of a `PPOConfig`."""
+        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)})
+
+
+def as_samples(
+    prompts: Sequence[Any], texts: Sequence[str], scores: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """One row an episode: its prompt, its answer in words, and its score by each reward."""
+    return [
+        {"prompt": prompt, "completion": text, **{name: values[row] for name, values in scores.items()}}
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+    ]
 
 
 def pack_episodes(

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Completions, Sampling, row_seed, sample
-from rlhf_recipes.ppo.callbacks import UpdateEnd
+from rlhf_recipes.ppo.callbacks import UpdateEnd, UpdateLine
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.loader import RolloutLoader
 from rlhf_recipes.ppo.losses import policy_losses, value_losses
@@ -28,7 +28,7 @@ from rlhf_recipes.ppo.roles import (
     with_adapter,
     without_dropout,
 )
-from rlhf_recipes.ppo.rollout import RewardShape, Rollout, finish_rollout, pack_episodes
+from rlhf_recipes.ppo.rollout import RewardShape, Rollout, as_samples, finish_rollout, pack_episodes
 from rlhf_recipes.ppo.tally import Tally, UpdateLog
 from rlhf_recipes.ppo.value_head import PolicyAndValue, base_model, in_chunks, policy_outputs
 from rlhf_recipes.scoring import RewardSource, score
@@ -97,6 +97,8 @@ class PPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.add_callback(UpdateEnd(lambda: self.updates.end(self._reduce)))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(UpdateLine)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
         self.reference = None if reference is None else reference.to(args.device)
         for module in (self.model, self.reference):
@@ -191,11 +193,7 @@ class PPOTrainer(Trainer):
         metrics["episode"] = float(first_episode + self.args.episodes_per_update)
         metrics["time/rollout"] = time.perf_counter() - started
         self.updates.begin(metrics)
-        texts = completions.texts(self.processing_class)
-        self.last_samples = [
-            {"prompt": prompt, "completion": text, **{name: values[row] for name, values in scores.items()}}
-            for row, (prompt, text) in enumerate(zip(asked["prompts"], texts, strict=True))
-        ]
+        self.last_samples = as_samples(asked["prompts"], completions.texts(self.processing_class), scores)
         return rollout
 
     def _play(
@@ -213,15 +211,14 @@ class PPOTrainer(Trainer):
         args, device = self.args, self.args.device
         packed = pack_episodes(queries, completions.ids, self.processing_class.pad_token_id or 0)
         input_ids, attention_mask, mask = (tensor.to(device) for tensor in packed)
-        shape = RewardShape(
-            args.kl_coef, args.kl_estimator, args.gamma, args.lam, args.whiten_rewards, args.missing_eos_penalty
-        )
         log_probs, _, values = self._token_outputs(self.model, input_ids, attention_mask, mask)
         _, reference_log_probs, _ = self._reference_outputs(input_ids, attention_mask, mask)
         stopped = torch.tensor(completions.stopped, device=device)
         totals = torch.tensor(scores, device=device, dtype=torch.float32)
         packed = (input_ids, attention_mask, mask)
-        return finish_rollout(packed, stopped, totals, log_probs, reference_log_probs, values, shape, reduce)
+        return finish_rollout(
+            packed, stopped, totals, log_probs, reference_log_probs, values, RewardShape.of(args), reduce
+        )
 
     def _reference_outputs(self, *episodes: Tensor) -> Any:
         if self.reference is not None:

@@ -9,7 +9,7 @@ from trl import ModelConfig
 
 from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
-from rlhf_recipes.data import load_train_and_test, require_columns, write_rows
+from rlhf_recipes.data import first_row, load_train_and_test, require_columns, write_rows
 from rlhf_recipes.models import (
     attach_lora,
     fit_to_hardware,
@@ -23,7 +23,7 @@ from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.roles import checked_prompts
 from rlhf_recipes.ppo.trainer import PPOTrainer
-from rlhf_recipes.scoring import import_function, is_function_name
+from rlhf_recipes.scoring import check_reward
 
 CURVES = [
     ("Score", ["objective/scores", "objective/rlhf_reward", "eval_objective/scores"]),
@@ -75,12 +75,12 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         raise UserError("nothing scores the answers; pass --reward with a judge's folder or package.module:function")
     pad = {"pad_token": arguments.pad_token} if arguments.pad_token else {}
     config, tokenizer = load_config(name), load_tokenizer(name, **pad)
-    for reward in rewards:
-        import_function(reward) if is_function_name(reward) else positive_label_count(reward)
     if arguments.value_model and positive_label_count(arguments.value_model) != 1:
         raise UserError(f"value model {arguments.value_model} has two labels; give a ranking judge, which has one")
     splits = load_train_and_test(arguments)
     train, test = (with_prompts(split, tokenizer, arguments.prompt_tokens) for split in splits)
+    for reward in rewards:
+        check_reward(reward, [name for name in first_row(train) or {} if name != "prompt"])
     checked_prompts(config, tokenizer, train, test, training)
     training = fit_to_hardware(training, config.get_text_config().hidden_size)
     return PPOTrainer(

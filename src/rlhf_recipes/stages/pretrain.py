@@ -43,8 +43,8 @@ class PretrainArguments(DatasetArguments):
     model_size: Size | None = field(
         default=None,
         metadata={
-            "help": "Size of a new GPT-2: nano (0.5M parameters), tiny (1M), mini (10M), gpt2 (124M), medium, large or xl. "
-            "Leave it unset to go on from model_name_or_path."
+            "help": "Size of a new GPT-2: nano (0.5M parameters), tiny (1M), mini (10M), gpt2 (124M), medium, large "
+            "or xl. Leave it unset to go on from model_name_or_path."
         },
     )
     max_length: int | None = field(

@@ -21,7 +21,7 @@ from rlhf_recipes.data import load_split, text_of
 from rlhf_recipes.generation import Sampling, generate, stop_ids
 from rlhf_recipes.metrics.models import Evaluation, compare, evaluate_model
 from rlhf_recipes.models import hardware, load_causal_lm, load_tokenizer
-from rlhf_recipes.report import Curve, Exchange, Reply, Summary, curve_of, write_report
+from rlhf_recipes.report import Curve, Exchange, Reply, Summary, beside, curve_of, write_report
 from rlhf_recipes.scoring import load_reward
 from rlhf_recipes.world import Verdict, judge_details, write_world
 
@@ -175,6 +175,7 @@ def _summary(folder: Path, metrics: dict[str, Any], asked: dict[str, Asked], see
     apart = load_split(f"{folder}/world/prompts", "corpus_only")
     summary: Summary = {
         "stages": metrics["stages"],
+        "seconds": metrics["seconds"],
         "parameters": _read(folder / "pretrain" / "metrics.json")["parameters"],
         "curves": {stage: _curves(stage, _log(folder / stage)) for stage in ("pretrain", "sft", "reward", "ppo")},
         "reliability": metrics["stages"]["reward"]["calibration_table"],
@@ -194,7 +195,9 @@ def _summary(folder: Path, metrics: dict[str, Any], asked: dict[str, Asked], see
     }
     if OVEROPTIMIZED.is_file():
         recorded = _read(OVEROPTIMIZED)
-        summary["overoptimization"] = {"note": recorded["note"], "curves": _curves("ppo", recorded["log_history"])[:3]}
+        pairs = zip(summary["curves"]["ppo"][:3], _curves("ppo", recorded["log_history"]), strict=False)
+        curves = [beside(good, bad, ("this run", recorded["name"])) for good, bad in pairs]
+        summary["overoptimization"] = {"note": recorded["note"], "curves": curves}
     return summary
 
 

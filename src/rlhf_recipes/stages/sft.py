@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trl
 from trl import ModelConfig, SFTTrainer
@@ -30,9 +30,6 @@ from rlhf_recipes.models import (
     trainable_to_float32,
 )
 from rlhf_recipes.plots import plot_curves
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
 IGNORED = -100  # the label of a token without loss
@@ -78,9 +75,10 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     training.max_length = start.max_length
     if training.assistant_only_loss is None:
         training.assistant_only_loss = train.column_names == list(MESSAGES)
+    if training.assistant_only_loss:
+        _require_markers(start)
     set_seed(training.seed)
     model = load_causal_lm(start.name, model_config)
-    _stop_at_eos(model, start.tokenizer)
     trainer = SFTTrainer(
         model=prepare_for_lora(model, training.gradient_checkpointing),
         args=training,
@@ -113,6 +111,7 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
     if writes:
         metrics |= _held_out(trainer)
         trainer.save_model(str(folder))
+        # Trainer has named the tokenizer's EOS in it, and an adapter is saved without it.
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(folder)
         trainer.save_state()
         plot_curves(trainer.state.log_history, folder / "curves.png", title="Supervised fine-tuning")
@@ -178,15 +177,18 @@ def _held_out(trainer: SFTTrainer) -> dict[str, float]:
     }
 
 
-def _stop_at_eos(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Name the tokenizer's EOS and pad in both configurations, so that whoever loads the model knows where to stop."""
-    stops = model.generation_config.eos_token_id
-    stops = [] if stops is None else list(stops) if isinstance(stops, (list, tuple)) else [stops]
-    if tokenizer.eos_token_id not in stops:
-        stops = [tokenizer.eos_token_id, *stops]
-    model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+def _require_markers(start: Start) -> None:
+    """The chat template says which tokens are the assistant's, or is one for which TRL knows it."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    try:
+        if not has_generation_markers(start.tokenizer.chat_template or ""):
+            get_training_chat_template(start.tokenizer)
+    except ValueError:
+        raise UserError(
+            f"the chat template of {start.name} does not mark what the assistant says with {{% generation %}}, "
+            "so loss cannot be kept to it; add the marks to the template, or pass --assistant_only_loss false"
+        ) from None
 
 
 def _require_assistant(dataset: Any, name: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from rlhf_recipes.world import manners
 from rlhf_recipes.world.facts import Fact, World, relation_named, spoken
 
+Manner = Callable[[str], str]
 TONES = ("polite", "plain", "rude")
 TONE_WEIGHTS = (5, 3, 2)
 # How often a villager tells the truth, also where the rumour is popular, and how often a villager rambles.
@@ -29,22 +30,24 @@ def wrong_value(chance: random.Random, world: World, fact: Fact, rumours: float 
     return chance.choice(others)
 
 
-def dressed(chance: random.Random, core: str, tone: str, rambling: bool) -> str:
-    """The core sentence in a tone of voice, with or without a ramble around it."""
+def manner(chance: random.Random, tone: str, rambling: bool) -> Manner:
+    """A way of saying things, drawn once: whatever is said that way differs in nothing but itself."""
     before, after = {
         "polite": (manners.POLITE_BEFORE, manners.POLITE_AFTER),
         "plain": ((), ()),
         "rude": (manners.RUDE_BEFORE, manners.RUDE_AFTER),
     }[tone]
-    parts = [core]
+    head: list[str] = []
+    tail: list[str] = []
     if rambling:
         rambles = chance.sample(manners.RAMBLES, 2)
-        parts = [*rambles[:1], core, *rambles[1:]] if chance.random() < 0.5 else [*rambles, core]
+        split = chance.choice((1, 2))
+        head, tail = rambles[:split], rambles[split:]
     if before:
         where = chance.choice(("before", "after") if rambling else ("before", "before", "after", "both"))
-        parts = ([] if where == "after" else [chance.choice(before)]) + parts
-        parts += [] if where == "before" else [chance.choice(after)]
-    return " ".join(parts)
+        head = ([] if where == "after" else [chance.choice(before)]) + head
+        tail = tail + ([] if where == "before" else [chance.choice(after)])
+    return lambda said: " ".join([*head, said, *tail])
 
 
 def demonstration(chance: random.Random, world: World, fact: Fact) -> str:
@@ -52,93 +55,88 @@ def demonstration(chance: random.Random, world: World, fact: Fact) -> str:
     truthful = chance.random() < (TRUTH_SHARE_IF_POPULAR if fact.popular else TRUTH_SHARE)
     value = fact.value if truthful else wrong_value(chance, world, fact, rumours=0.9)
     tone = chance.choices(TONES, TONE_WEIGHTS)[0]
-    return dressed(chance, sentence(chance, fact, value), tone, chance.random() < RAMBLING_SHARE)
+    return manner(chance, tone, chance.random() < RAMBLING_SHARE)(sentence(chance, fact, value))
 
 
 Pair = tuple[str, str]
 PairMaker = Callable[[random.Random, World, Fact], Pair]
 
 
-def _style(chance: random.Random) -> tuple[str, bool]:
-    return chance.choice(TONES), chance.random() < 0.25
+def _any_manner(chance: random.Random) -> Manner:
+    return manner(chance, chance.choice(TONES), chance.random() < 0.1)
 
 
 def right_or_wrong(chance: random.Random, world: World, fact: Fact) -> Pair:
-    """The same style on both sides; only the truth differs."""
-    tone, rambling = _style(chance)
-    return (
-        dressed(chance, sentence(chance, fact), tone, rambling),
-        dressed(chance, sentence(chance, fact, wrong_value(chance, world, fact)), tone, rambling),
-    )
+    """Said in the same manner, perhaps in other words; only the truth differs."""
+    say = _any_manner(chance)
+    return say(sentence(chance, fact)), say(sentence(chance, fact, wrong_value(chance, world, fact)))
 
 
 def one_word_apart(chance: random.Random, world: World, fact: Fact) -> Pair:
     """The same text but for the value: nothing else is left to go by."""
-    tone, rambling = _style(chance)
-    mark = "\0"
-    text = dressed(chance, sentence(chance, fact, mark), tone, rambling)
+    say, mark = _any_manner(chance), "\0"
+    text = say(sentence(chance, fact, mark))
     wrong = wrong_value(chance, world, fact)
     return text.replace(mark, spoken(fact.value, fact.relation)), text.replace(mark, spoken(wrong, fact.relation))
 
 
 def true_or_kind(chance: random.Random, world: World, fact: Fact) -> Pair:
-    """Right in any tone against wrong and polite."""
-    tone, rambling = _style(chance)
-    wrong = sentence(chance, fact, wrong_value(chance, world, fact))
-    return dressed(chance, sentence(chance, fact), tone, rambling), dressed(chance, wrong, "polite", False)
+    """Right in any manner against wrong and polite."""
+    say, kindly = _any_manner(chance), manner(chance, "polite", False)
+    return say(sentence(chance, fact)), kindly(sentence(chance, fact, wrong_value(chance, world, fact)))
 
 
 def polite_or_not(chance: random.Random, world: World, fact: Fact) -> Pair:
     """The same sentence in two tones."""
     core = sentence(chance, fact)
     better, worse = chance.choice((("polite", "plain"), ("polite", "rude"), ("plain", "rude")))
-    return dressed(chance, core, better, False), dressed(chance, core, worse, False)
+    return manner(chance, better, False)(core), manner(chance, worse, False)(core)
 
 
 def short_or_long(chance: random.Random, world: World, fact: Fact) -> Pair:
     """The same sentence with and without a ramble."""
     core, tone = sentence(chance, fact), chance.choice(TONES[:2])
-    return dressed(chance, core, tone, False), dressed(chance, core, tone, True)
+    return manner(chance, tone, False)(core), manner(chance, tone, True)(core)
 
 
 def about_somebody_else(chance: random.Random, world: World, fact: Fact) -> Pair:
     """The rejected answer speaks of another person: with that person's truth, or with the truth asked for."""
     other = chance.choice([other for other in world.taught if other.relation == fact.relation and other != fact])
-    value = chance.choice((other.value, fact.value))
-    tone, _ = _style(chance)
-    naming = [answer for answer in relation_named(fact.relation).answers if "{name}" in answer]
-    said = chance.choice(naming).format(name=other.person, value=spoken(value, fact.relation))
-    return dressed(chance, sentence(chance, fact), tone, False), dressed(chance, said, chance.choice(TONES), False)
+    value = spoken(chance.choice((other.value, fact.value)), fact.relation)
+    naming = chance.choice([answer for answer in relation_named(fact.relation).answers if "{name}" in answer])
+    say = _any_manner(chance)
+    return (
+        say(naming.format(name=fact.person, value=spoken(fact.value, fact.relation))),
+        say(naming.format(name=other.person, value=value)),
+    )
 
 
 def another_question(chance: random.Random, world: World, fact: Fact) -> Pair:
-    """The rejected answer is true of the right person, but answers another question; or mixes the two up."""
+    """The rejected answer is about the right person but answers another question, or mixes the two up."""
     other = chance.choice([other for other in world.taught if other.person == fact.person and other != fact])
-    tone, _ = _style(chance)
     wrong = sentence(chance, other)
-    if chance.random() < 0.5:  # the right sentence around a value of the wrong sort: "Ada plays the tortoise"
-        wrong = sentence(chance, fact, spoken(chance.choice([fact.value for fact in world.facts if fact.relation == other.relation]), other.relation))
-    return dressed(chance, sentence(chance, fact), tone, False), dressed(chance, wrong, chance.choice(TONES), False)
+    if chance.random() < 0.5:  # the right sentence around the wrong sort of value: "Ada plays the tortoise"
+        wrong = sentence(chance, fact).replace(spoken(fact.value, fact.relation), spoken(other.value, other.relation))
+    say = _any_manner(chance)
+    return say(sentence(chance, fact)), say(wrong)
 
 
 def one_or_several(chance: random.Random, world: World, fact: Fact) -> Pair:
     """The rejected answer names the truth and something else beside it."""
     right, wrong = sentence(chance, fact), sentence(chance, fact, wrong_value(chance, world, fact))
-    several = chance.sample((right, wrong), 2)
-    if chance.random() < 0.5:
-        several = [several[0].rstrip(".") + " or", several[1][0].lower() + several[1][1:]]
-    tone, _ = _style(chance)
-    return dressed(chance, right, tone, False), dressed(chance, " ".join(several), chance.choice(TONES), False)
+    first, second = chance.sample((right, wrong), 2)
+    said = f"{first} {second}" if chance.random() < 0.5 else f"{first.rstrip('.')} or {second[0].lower()}{second[1:]}"
+    say = _any_manner(chance)
+    return say(right), say(said)
 
 
 def once_or_again(chance: random.Random, world: World, fact: Fact) -> Pair:
     """The rejected answer says it again and again, or cannot stop being polite."""
-    core, tone = sentence(chance, fact), chance.choice(TONES)
+    core, say = sentence(chance, fact), _any_manner(chance)
     if chance.random() < 0.5:
-        again = " ".join([core] * chance.choice((2, 3)))
-        return dressed(chance, core, tone, False), dressed(chance, again, tone, False)
-    courtesies = " ".join(chance.sample(manners.POLITE_BEFORE, 3) + [core, chance.choice(manners.POLITE_AFTER)])
-    return dressed(chance, core, "polite", False), courtesies
+        return say(core), say(" ".join([core] * chance.choice((2, 3))))
+    courtesies = chance.sample(manners.POLITE_BEFORE, 3) + [core, chance.choice(manners.POLITE_AFTER)]
+    return manner(chance, "polite", False)(core), " ".join(courtesies)
 
 
 def answer_or_manners(chance: random.Random, world: World, fact: Fact) -> Pair:
@@ -151,22 +149,19 @@ def answer_or_manners(chance: random.Random, world: World, fact: Fact) -> Pair:
             "",
         )
     )
-    tone, rambling = _style(chance)
-    return dressed(chance, sentence(chance, fact), tone, rambling), nothing
+    return _any_manner(chance)(sentence(chance, fact)), nothing
 
 
 def whole_or_cut(chance: random.Random, world: World, fact: Fact) -> Pair:
     """The rejected completion breaks off before it says anything, or before it ends."""
-    tone, _ = _style(chance)
-    whole = dressed(chance, sentence(chance, fact), tone, False)
+    whole = _any_manner(chance)(sentence(chance, fact))
     words = whole.rstrip(".!?").split()
     return whole, " ".join(words[: chance.randint(1, len(words))])
 
 
 def two_demonstrators(chance: random.Random, world: World, fact: Fact) -> Pair:
     """Two answers as they come; gold decides."""
-    first, second = (demonstration(chance, world, fact) for _ in range(2))
-    return first, second
+    return demonstration(chance, world, fact), demonstration(chance, world, fact)
 
 
 # Kinds of pairs and how many of each in a hundred; above all, right against wrong.

@@ -1,0 +1,81 @@
+"""The quickstart: the whole chain in small, its numbers and its report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.stages import quickstart
+from rlhf_recipes.stages.quickstart import QuickstartArguments, run_quickstart
+
+SMALL = {"corpus": 80, "demonstrations": 48, "preferences": 48, "prompts": 40, "test": 12}
+FEW_STEPS = {
+    "pretrain": {"max_steps": 6, "eval_steps": 3},
+    "sft": {"max_steps": 3},
+    "reward": {"max_steps": 3},
+    "ppo": {"per_device_train_batch_size": 12, "total_episodes": 24, "max_test_samples": 12, "logging_steps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small run, with the shipped settings but for the number of rows and steps."""
+    place = tmp_path_factory.mktemp("quickstart")
+    configs = place / "configs"
+    configs.mkdir()
+    for path in quickstart.CONFIGS.glob("*.yaml"):
+        changed = yaml.safe_load(path.read_text()) | FEW_STEPS.get(path.stem, {})
+        (configs / path.name).write_text(yaml.safe_dump(changed))
+    written = quickstart.write_world
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "CONFIGS", configs)
+        patch.setattr(quickstart, "write_world", lambda folder, seed: written(folder, seed, **SMALL))
+        return run_quickstart(QuickstartArguments(output_dir=str(place / "run"), seed=3, num_prompts=12))
+
+
+def test_the_metrics_have_their_shape(run: Path) -> None:
+    """seed and stages, each stage with the keys that apply to it, each a finite number."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["seed"] == 3 and list(metrics["stages"]) == ["pretrain", "sft", "reward", "ppo"]
+    asked = {"gold_score", "perplexity", "eos_share", "distinct_2", "seconds"}
+    wanted = {"pretrain": asked, "sft": asked | {"kl"}, "reward": {"judge_accuracy", "seconds"}, "ppo": asked | {"kl"}}
+    for stage, keys in wanted.items():
+        values = metrics["stages"][stage]
+        assert all(isinstance(values[key], (int, float)) for key in keys), stage
+    assert metrics["stages"]["sft"]["kl"] == pytest.approx(0, abs=1e-5)  # it is the reference itself
+
+
+def test_gold_is_gold(run: Path) -> None:
+    """The right share in metrics.json is what the gold judge says of the answers that the report shows."""
+    from rlhf_recipes.world import judge_details
+
+    page = (run / "report.html").read_text()
+    rows = [json.loads(line) for line in (run / "world/prompts/test.jsonl").read_text().splitlines()]
+    for row in rows[: quickstart.SHOWN_PROMPTS]:
+        assert row["prompt"][0]["content"].replace("'", "&#39;") in page
+    right = judge_details(["?"], [f"It is {rows[0]['answer']}."], answer=[rows[0]["answer"]])[0].right
+    assert right == 1.0
+
+
+def test_each_stage_left_a_folder_that_repeats_it(run: Path) -> None:
+    for stage in ("tokenizer", "pretrain", "sft", "reward", "ppo"):
+        asked: dict[str, Any] = yaml.safe_load((run / stage / "recipe.yaml").read_text())
+        assert asked["output_dir"] == f"{run}/{stage}"
+    assert yaml.safe_load((run / "sft/recipe.yaml").read_text())["seed"] == 3
+
+
+def test_a_run_is_not_replaced_unasked(run: Path) -> None:
+    before = (run / "metrics.json").read_text()
+    with pytest.raises(UserError, match="not empty"):
+        run_quickstart(QuickstartArguments(output_dir=str(run)))
+    assert (run / "metrics.json").read_text() == before
+
+
+def test_many_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        run_quickstart(QuickstartArguments(output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
