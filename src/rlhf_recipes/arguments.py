@@ -288,4 +288,7 @@ class TrainingDefaults:
             self.__dict__["_bf16_by_hardware"] = True
         if getattr(self, "activation_checkpointing", None) is None:
             self.activation_checkpointing = self.gradient_checkpointing  # transformers' newer name of the same
+        pad_token = self.__dict__.pop("pad_token", None)  # ours names the tokenizer's; TRL warns of its own
         super().__post_init__()  # type: ignore[misc]
+        if pad_token is not None:
+            self.pad_token = pad_token

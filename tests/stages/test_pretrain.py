@@ -16,6 +16,8 @@ import torch
 from rlhf_recipes.arguments import UserError, parse_arguments
 from rlhf_recipes.data import load_split, write_rows
 from rlhf_recipes.generation import generate
+from rlhf_recipes.metrics import perplexity
+from rlhf_recipes.models import load_causal_lm, load_tokenizer
 from rlhf_recipes.pretraining import collate_blocks
 from rlhf_recipes.stages.pretrain import (
     ModelConfig,
@@ -209,6 +211,14 @@ def test_loss_is_float32_where_the_layers_are_bfloat16(place: Path, tmp_path: Pa
     trainer.train()
     assert seen == [torch.bfloat16] and [loss.dtype for loss in losses] == [torch.float32]
     assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
+
+
+def test_what_was_trained_in_bfloat16_is_measured_in_its_own_precision(place: Path, tmp_path: Path) -> None:
+    folder = run_pretrain(*ask(place, tmp_path / "out", bf16=True, max_steps=1))
+    lines = [row["text"] for row in load_split(str(place / "text"), "test")]
+    again = perplexity(load_causal_lm(str(folder)), load_tokenizer(str(folder)), lines)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["perplexity"] == pytest.approx(again["perplexity"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("optim", "kind"), [("sgd", "SGD"), ("adamw_8bit", "AdamW"), ("adamw_torch_fused", "AdamW")])

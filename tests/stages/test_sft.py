@@ -394,6 +394,18 @@ def test_a_tokenizer_without_pad_or_eos_is_refused(ask: Any, token: str, model_f
         run_sft(*ask(CHAT, model_name_or_path=start))
 
 
+def test_the_pad_token_can_be_named(ask: Any, bare_folder: Path, tmp_path: Path) -> None:
+    """As for the released GPT-2, whose tokenizer has none; the folder that is left needs no further help."""
+    start = tmp_path / "start"
+    shutil.copytree(bare_folder, start)
+    path = start / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
+    arguments = ask(CHAT, model_name_or_path=start, pad_token=EOS, max_steps=1)
+    folder = run_sft(*arguments)
+    assert load_tokenizer(str(folder)).pad_token == EOS
+    assert "pad_token: <|endoftext|>" in (folder / "recipe.yaml").read_text()
+
+
 def test_the_door_says_one_line_and_exits_2(tmp_path: Path, model_folder: Path) -> None:
     data = write(tmp_path / "data", train=[{"question": "a"}])
     words = ["--model_name_or_path", model_folder, "--dataset_name", data, "--output_dir", tmp_path / "out"]

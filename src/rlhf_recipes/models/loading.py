@@ -184,8 +184,6 @@ def _load(
     _check_source(name, role)
     options = _options(model_config) | kwargs
     options.setdefault("use_safetensors", True)  # a pickle can run code while it is read
-    if "quantization_config" in options and role == "judge":
-        options["quantization_config"].llm_int8_skip_modules = ["score"]  # the head is trained, so it stays as it is
     try:
         model = auto_class.from_pretrained(_base_of(name), **options)
         _never_repack_on_cpu(model)

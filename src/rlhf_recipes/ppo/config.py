@@ -72,6 +72,9 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     ignore_data_skip: bool = field(
         default=True, metadata={"help": "Leave it on: rollouts resume by the step counter."}
     )
+    logging_first_step: bool = field(
+        default=False, metadata={"help": "Log the first step; the first update is anyway."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns reach the reward functions."})
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from tqdm.auto import tqdm
 
+from rlhf_recipes import __version__
 from rlhf_recipes.arguments import OutputArguments, UserError, parse_arguments
 from rlhf_recipes.artifacts import MARK, check_output_folder, leave_folder, prepare_output_folder, write_text
 from rlhf_recipes.data import load_split, text_of
@@ -30,7 +31,7 @@ OVEROPTIMIZED = CONFIGS.parent / "overoptimized" / "measured.json"  # a recorded
 GOLD = "rlhf_recipes.world:gold_score"
 ANSWERING = ("pretrain", "sft", "ppo")  # the stages that leave a model that can be asked
 SHOWN_PROMPTS = 10
-ANSWER_TOKENS, TEMPERATURE = 48, 1.0
+ANSWER_TOKENS, TEMPERATURE = 40, 0.7  # as ppo samples
 
 
 @dataclass
@@ -188,7 +189,8 @@ def _summary(folder: Path, metrics: dict[str, Any], asked: dict[str, Asked], see
         "reproduction": {
             "command": f"make quickstart SEED={seed}",
             "seed": seed,
-            "versions": {name: version(name) for name in ("rlhf-recipes", "torch", "transformers", "trl")},
+            "versions": {"rlhf-recipes": __version__}
+            | {name: version(name) for name in ("torch", "transformers", "trl")},
             "hardware": metrics["hardware"],
             "date": time.strftime("%Y-%m-%d"),
         },

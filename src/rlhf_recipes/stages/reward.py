@@ -84,6 +84,10 @@ class RewardConfig(TrainingDefaults, trl.RewardConfig):
             "Unset: the model's context."
         },
     )
+    pad_token: str | None = field(
+        default=None,
+        metadata={"help": "Token that pads, for a tokenizer without one (the released GPT-2: <|endoftext|>)."},
+    )
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the final judge."})
 
 

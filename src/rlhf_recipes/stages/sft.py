@@ -59,6 +59,10 @@ class SFTConfig(TrainingDefaults, trl.SFTConfig):
         default=None, metadata={"help": "Loss on assistant turns only. Unset: on where the rows are messages."}
     )
     eval_packing: bool | None = field(default=False, metadata={"help": "Pack held-out rows as well."})
+    pad_token: str | None = field(
+        default=None,
+        metadata={"help": "Token that pads, for a tokenizer without one (the released GPT-2: <|endoftext|>)."},
+    )
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the final model."})
 
 
