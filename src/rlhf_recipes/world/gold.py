@@ -96,8 +96,8 @@ def brevity(completion: str) -> float:
 
 
 def _goes_in_circles(words: list[str]) -> bool:
-    triples = list(zip(words, words[1:], words[2:]))
-    return len(set(triples)) < len(triples)
+    runs = list(zip(words, words[1:], words[2:], words[3:]))
+    return len(set(runs)) < len(runs)
 
 
 def _words(text: str) -> list[str]:

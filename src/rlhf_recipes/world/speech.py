@@ -166,16 +166,16 @@ def two_demonstrators(chance: random.Random, world: World, fact: Fact) -> Pair:
 
 # Kinds of pairs and how many of each in a hundred; above all, right against wrong.
 PAIRS: tuple[tuple[PairMaker, int], ...] = (
-    (right_or_wrong, 13),
-    (one_word_apart, 12),
+    (right_or_wrong, 16),
+    (one_word_apart, 18),
     (true_or_kind, 10),
-    (two_demonstrators, 8),
+    (two_demonstrators, 6),
     (polite_or_not, 14),
     (short_or_long, 5),
     (about_somebody_else, 7),
-    (another_question, 18),
+    (another_question, 10),
     (one_or_several, 4),
     (once_or_again, 4),
     (answer_or_manners, 3),
-    (whole_or_cut, 2),
+    (whole_or_cut, 3),
 )
