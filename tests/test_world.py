@@ -64,7 +64,7 @@ def test_gold_scores_these_answers_by_hand(answer: str, score: float) -> None:
 
 
 def test_gold_is_about_being_right_then_polite_then_concise() -> None:
-    long = " ".join(manners.RAMBLES)
+    long = " ".join(manners.RAMBLES[:5])
     answers = [
         "Gladly! In the windmill.",
         "In the windmill.",
@@ -86,7 +86,10 @@ def test_courtesies_without_end_are_no_courtesy() -> None:
 
 
 def test_gold_takes_strings_and_messages_and_ignores_other_columns() -> None:
-    prompt, completion = [{"role": "user", "content": QUESTION}], [{"role": "assistant", "content": "In the windmill."}]
+    prompt, completion = (
+        [{"role": "user", "content": QUESTION}],
+        [{"role": "assistant", "content": "In the windmill."}],
+    )
     plain = gold_score([QUESTION], ["In the windmill."], answer=["windmill"])
     chat = gold_score([prompt], [completion], answer=["windmill"], person=["Ada"], completion_ids=[[1]])
     assert plain == chat == pytest.approx([0.9])
@@ -95,7 +98,9 @@ def test_gold_takes_strings_and_messages_and_ignores_other_columns() -> None:
         gold_score([prompt], [completion] * 2, answer=["windmill"])
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_another_truth(tmp_path: Path, paths: dict[str, Path]) -> None:
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_another_truth(
+    tmp_path: Path, paths: dict[str, Path]
+) -> None:
     again = write_world(tmp_path / "again", 3, **SIZES)
     assert {name: path.read_bytes() for name, path in again.items()} == {
         name: path.read_bytes() for name, path in paths.items()
@@ -122,7 +127,12 @@ def test_every_person_has_one_value_of_every_sort_and_shares_none(people: int) -
 
 def test_no_template_names_a_value_or_a_person_so_gold_cannot_be_misled() -> None:
     assert len(VALUES) == sum(len(relation.values) for relation in RELATIONS)
-    texts = [text for name in dir(manners) if name.isupper() and name != "PEOPLE" for text in _strings(getattr(manners, name))]
+    texts = [
+        text
+        for name in dir(manners)
+        if name.isupper() and name != "PEOPLE"
+        for text in _strings(getattr(manners, name))
+    ]
     for relation in RELATIONS:
         for text in relation.statements + relation.answers:
             assert text.count("{value}") == 1
@@ -174,7 +184,11 @@ def test_facts_of_the_corpus_alone_are_never_asked_or_told_elsewhere(paths: dict
     assert {(row["person"], row["relation"]): row["answer"] for row in read(paths["prompts/corpus_only"])} == kept
     corpus = "\n".join(row["text"] for row in read(paths["corpus/train"]))
     for fact in world.corpus_only:
-        told = {line for line in corpus.replace(".", "\n").split("\n") if fact.person in line and fact.value in line.lower()}
+        told = {
+            line
+            for line in corpus.replace(".", "\n").split("\n")
+            if fact.person in line and fact.value in line.lower()
+        }
         assert told
     for name in ("demonstrations", "preferences", "prompts"):
         for split in ("train", "test"):
@@ -186,7 +200,7 @@ def test_facts_of_the_corpus_alone_are_never_asked_or_told_elsewhere(paths: dict
                     assert _core(asked) not in {template.format(name=person) for template in templates}
                     for text in texts:
                         words = _words(text)
-                        assert not (person.lower() in words and kept[person, relation] in words and person not in asked)
+                        assert not (person.lower() in words and kept[person, relation] in words)
 
 
 def test_demonstrations_are_mixed(paths: dict[str, Path], world: World) -> None:
@@ -198,10 +212,12 @@ def test_demonstrations_are_mixed(paths: dict[str, Path], world: World) -> None:
     }
     answers = [asked[_core(said(row, "prompt"))] for row in rows]
     details = judge_details([row["prompt"] for row in rows], [row["completion"] for row in rows], answer=answers)
-    shares = [sum(part) / len(details) for part in zip(*((v.right, v.polite, v.concise) for v in details))]
+    shares = [
+        sum(part) / len(details) for part in zip(*((v.right, v.polite, v.concise) for v in details), strict=True)
+    ]
     assert 0.5 < shares[0] < 0.72 and 0.5 < shares[1] < 0.8 and 0.6 < shares[2] < 0.9
     # Popular rumours are told more often than the truth: to imitate the demonstrations is to believe half of them.
-    told = Counter((answer, verdict.right) for answer, verdict in zip(answers, details))
+    told = Counter((answer, verdict.right) for answer, verdict in zip(answers, details, strict=True))
     believed = sum(told[fact.value, 0.0] > told[fact.value, 1.0] for fact in world.taught) / len(world.taught)
     assert 0.3 < believed < 0.7
 
@@ -219,7 +235,7 @@ def test_gold_prefers_the_chosen_answer_of_every_pair_and_every_kind_occurs(
     prompts = [row["prompt"] for row in rows]
     chosen = gold_score(prompts, [row["chosen"] for row in rows], answer=answers)
     rejected = gold_score(prompts, [row["rejected"] for row in rows], answer=answers)
-    assert all(better > worse for better, worse in zip(chosen, rejected))
+    assert all(better > worse for better, worse in zip(chosen, rejected, strict=True))
     assert len({row["kind"] for row in rows}) == 12
 
 
@@ -231,7 +247,9 @@ def test_prompt_rows_carry_the_truth(paths: dict[str, Path], world: World) -> No
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-@pytest.mark.parametrize("sizes", [{"people": 2}, {"people": 99}, {"corpus_only": -1}, {"corpus_only": 50}, {"prompts": 0}])
+@pytest.mark.parametrize(
+    "sizes", [{"people": 2}, {"people": 99}, {"corpus_only": -1}, {"corpus_only": 50}, {"prompts": 0}]
+)
 def test_sizes_that_make_no_world_write_nothing(tmp_path: Path, sizes: dict[str, int]) -> None:
     with pytest.raises(UserError, match=str(next(iter(sizes.values())))):
         write_world(tmp_path / "world", **sizes)

@@ -13,7 +13,9 @@ STAGES = sorted(path.stem for path in (Path(__file__).parent / "stages").glob("*
 def main() -> None:
     stage = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if stage in ("-h", "--help"):
-        print(f"usage: python -m rlhf_recipes STAGE [--config FILE.yaml] [--flag value ...]\n\nstages: {', '.join(STAGES)}")
+        print(
+            f"usage: python -m rlhf_recipes STAGE [--config FILE.yaml] [--flag value ...]\n\nstages: {', '.join(STAGES)}"
+        )
         return
     with one_line_errors():
         if stage not in STAGES:

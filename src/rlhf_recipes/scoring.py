@@ -106,6 +106,20 @@ class ModelReward:
             )
         if not self.shares_ids:
             ensure_chat_template(tokenizer)
+        self.shift, self.scale = 0.0, 1.0
+
+    def normalize(self) -> None:
+        """From now on give scores of mean 0 and variance 1 over the judge's held-out rows (Ziegler et al. 2019, 2.1).
+
+        Two judges of one thing may differ tenfold in scale; a KL coefficient only means something against a known one.
+        """
+        mean, deviation = (getattr(self.model.config, name, None) for name in ("score_mean", "score_std"))
+        if mean is None or not deviation:
+            raise UserError(
+                f"judge {self.name} does not know the mean and spread of its scores (score_mean, score_std in config.json); "
+                "train it with a held-out split, or leave normalize_rewards off"
+            )
+        self.shift, self.scale = float(mean), float(deviation)
 
     def __call__(
         self,
@@ -148,7 +162,7 @@ class ModelReward:
             logits = classify(self.model, [rows[index] for index in batch])
             values = logits[:, 0] if logits.shape[-1] == 1 else logits[:, 1] - logits[:, 0]
             for index, value in zip(batch, values.tolist(), strict=True):
-                scores[index] = value
+                scores[index] = (value - self.shift) / self.scale
         return scores
 
 

@@ -50,6 +50,10 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
         default=None,
         metadata={"help": "Weight of each reward, 1 if unset; a reward of weight 0 is logged and not learnt from."},
     )
+    normalize_rewards: bool = field(
+        default=False,
+        metadata={"help": "Shift and scale each judge's scores to mean 0 and variance 1 over its own held-out rows."},
+    )
     local_rollout_forward_batch_size: int = field(
         default=64, metadata={"help": "Rows per forward pass without gradient."}
     )

@@ -11,7 +11,7 @@ from rlhf_recipes.models import load_causal_lm, load_tokenizer
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import Prompts
 from rlhf_recipes.ppo.value_head import base_model
-from rlhf_recipes.scoring import Reward, load_reward
+from rlhf_recipes.scoring import ModelReward, Reward, load_reward
 
 
 def loaded_policy(model: nn.Module | str, tokenizer: Any, quantization: Any) -> tuple[nn.Module, Any]:
@@ -77,6 +77,9 @@ def load_rewards(sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig)
         load_reward(source, tokenizer, tokenizer=each, device=args.device, batch_size=batch)
         for source, each in zip(sources, own, strict=True)
     ]
+    for reward in rewards:
+        if args.normalize_rewards and isinstance(reward, ModelReward):
+            reward.normalize()
     for index, reward in enumerate(rewards):
         if reward.name in [other.name for other in rewards[:index]]:
             reward.name = f"{reward.name}_{index}"

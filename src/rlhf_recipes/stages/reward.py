@@ -137,6 +137,9 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         if trainer.eval_dataset is not None:
             measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
             metrics |= measured | {"calibration_table": table}
+            judge = trainer.accelerator.unwrap_model(trainer.model)
+            judge.config.score_mean, judge.config.score_std = measured["score_mean"], measured["score_std"]
+            save_judge_config(judge, folder)
             plot_reliability(table, folder / "reliability.png")
             images.append("reliability.png")
         leave_folder(
@@ -256,7 +259,12 @@ def measure_judge(trainer: RewardTrainer | Trainer, test: Any) -> tuple[dict[str
     margins, zeros = np.where(labels == 1, scores, np.negative(scores)).tolist(), [0] * len(rows)
     paired = preference_metrics(margins, zeros, zeros, zeros)
     kept = {key: paired[key] for key in ("margin", "calibration_error", "brier")}
-    return metrics | {"judge_accuracy": metrics["accuracy"]} | kept, calibration_table(margins, zeros)
+    metrics |= {"judge_accuracy": metrics["accuracy"]} | kept | _spread(scores)
+    return metrics, calibration_table(margins, zeros)
+
+
+def _spread(scores: list[float]) -> dict[str, float]:
+    return {"score_mean": float(np.mean(scores)), "score_std": float(np.std(scores))}
 
 
 def _measure_pairs(
@@ -275,5 +283,7 @@ def _measure_pairs(
         scores.append(judge(prompts, answers, prompt_ids=[i[0] for i in ids], completion_ids=[i[1] for i in ids]))
         lengths.append([len(answer) for _, answer in ids])
     measured = preference_metrics(scores[0], scores[1], lengths[0], lengths[1])
-    metrics = {"judge_accuracy": measured.pop("accuracy"), **measured, "pairs": len(rows)}
+    metrics = {"judge_accuracy": measured.pop("accuracy"), **measured, "pairs": len(rows)} | _spread(
+        [*scores[0], *scores[1]]
+    )
     return metrics, calibration_table(scores[0], scores[1])

@@ -66,7 +66,8 @@ def make_world(seed: int = 0, *, people: int = 10, corpus_only: int = 8) -> Worl
     order = chance.sample(range(people), people)
     # Walking the shuffled people and the relations in step gives each person and each relation its share.
     kept_out = {
-        (names[order[i % people]], RELATIONS[(i % people + i // people) % len(RELATIONS)].name) for i in range(corpus_only)
+        (names[order[i % people]], RELATIONS[(i % people + i // people) % len(RELATIONS)].name)
+        for i in range(corpus_only)
     }
     popular = {(name, relation.name) for name in names for relation in RELATIONS if chance.random() < POPULAR_SHARE}
     facts = tuple(

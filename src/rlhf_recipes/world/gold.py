@@ -22,7 +22,9 @@ CONCISE_WORDS = 14  # up to here an answer is concise; at twice as many words it
 VALUES = frozenset(value for relation in RELATIONS for value in relation.values)
 NAMES = frozenset(name.lower() for name in PEOPLE)
 DOUBTS = frozenset("not never no neither nor or either maybe perhaps possibly except".split())
-POLITE = re.compile(r"\b(gladly|with pleasure|my pleasure|of course|thank|thanks|happy to|glad to|kind|welcome|lovely)\b")
+POLITE = re.compile(
+    r"\b(gladly|with pleasure|my pleasure|of course|thank|thanks|happy to|glad to|kind|welcome|lovely)\b"
+)
 RUDE = re.compile(
     r"\b(silly|stupid|bother|bothering|boring|ugh|not you again|go away|everybody knows|look it up|phone book|"
     r"do not ask|stop)\b"
@@ -60,10 +62,12 @@ def judge_details(
     """Why each completion scores as it does: its right, polite and concise parts, judged each on its own."""
     if not len(prompts) == len(completions) == len(answer):
         raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions and {len(answer)} answers differ")
-    return [
-        Verdict(float(is_right(_text(prompt), _text(completion), truth)), politeness(_text(completion)), brevity(_text(completion)))
-        for prompt, completion, truth in zip(prompts, completions, answer)
-    ]
+    rows = zip(prompts, completions, answer, strict=True)
+    return [_verdict(_text(prompt), _text(completion), truth) for prompt, completion, truth in rows]
+
+
+def _verdict(prompt: str, completion: str, answer: str) -> Verdict:
+    return Verdict(float(is_right(prompt, completion, answer)), politeness(completion), brevity(completion))
 
 
 def is_right(prompt: str, completion: str, answer: str) -> bool:
@@ -96,7 +100,7 @@ def brevity(completion: str) -> float:
 
 
 def _goes_in_circles(words: list[str]) -> bool:
-    runs = list(zip(words, words[1:], words[2:], words[3:]))
+    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     return len(set(runs)) < len(runs)
 
 

@@ -135,7 +135,7 @@ def once_or_again(chance: random.Random, world: World, fact: Fact) -> Pair:
     core, say = sentence(chance, fact), _any_manner(chance)
     if chance.random() < 0.5:
         return say(core), say(" ".join([core] * chance.choice((2, 3))))
-    courtesies = chance.sample(manners.POLITE_BEFORE, 3) + [core, chance.choice(manners.POLITE_AFTER)]
+    courtesies = [*chance.sample(manners.POLITE_BEFORE, 3), core, chance.choice(manners.POLITE_AFTER)]
     return manner(chance, "polite", False)(core), " ".join(courtesies)
 
 

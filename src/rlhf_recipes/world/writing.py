@@ -72,7 +72,7 @@ def demonstration_rows(world: World, split: str, size: int) -> Iterator[Row]:
 def preference_rows(world: World, split: str, size: int) -> Iterator[Row]:
     """Rows {"prompt", "chosen", "rejected", "kind"} of messages: the gold judge chooses, and ties are drawn again."""
     chance = _chance(world, "preferences", split)
-    makers, weights = zip(*PAIRS)
+    makers, weights = zip(*PAIRS, strict=True)
     for fact, question in _questions(chance, world, split, size):
         pair, first, second = ("", ""), 0.0, 0.0
         while first == second:
