@@ -234,3 +234,17 @@ def test_a_folder_scores_as_the_model_that_was_saved(make_judge: Any, make_token
     tokenizer.save_pretrained(tmp_path / "judge")
     reward = load_reward(str(tmp_path / "judge"), tokenizer)
     assert reward.name == "judge" and ask(reward, ROWS) == ask(load_reward(model, tokenizer), ROWS)
+
+
+def test_normalized_scores_have_mean_0_and_variance_1(make_judge: Any, tokenizer: Any) -> None:
+    """Against NumPy on the raw scores of the same rows; a judge that does not know its spread says so."""
+    rows = [list(text.encode()) for text in ("one", "another", "a third, longer one", "four")]
+    reward = ModelReward(make_judge(), tokenizer, tokenizer)
+    raw = np.array(reward.score_ids(rows))
+    with pytest.raises(UserError, match="does not know the mean and spread"):
+        reward.normalize()
+    reward.model.config.score_mean, reward.model.config.score_std = float(raw.mean()), float(raw.std())
+    reward.normalize()
+    normalized = np.array(reward.score_ids(rows))
+    np.testing.assert_allclose(normalized, (raw - raw.mean()) / raw.std(), rtol=1e-5, atol=1e-6)
+    assert normalized.mean() == pytest.approx(0, abs=1e-5) and normalized.std() == pytest.approx(1, abs=1e-5)

@@ -50,7 +50,7 @@ class World:
         return next(fact.value for fact in self.facts if (fact.person, fact.relation) == (person, relation))
 
 
-def make_world(seed: int = 0, *, people: int = 10, corpus_only: int = 8) -> World:
+def make_world(seed: int = 0, *, people: int = 8, corpus_only: int = 6) -> World:
     """Draws a world: `people` inhabitants, six facts about each, of which `corpus_only` are kept out of all questions.
 
     The kept-out facts are spread over relations and over people, so that no person and no relation is unknown to training.
