@@ -20,7 +20,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-slow check format clean
+.PHONY: help install quickstart test test-slow mutations check format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,9 @@ test: $(STAMP) ## the fast tests
 
 test-slow: $(STAMP) ## the tests that take minutes
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) -m pytest -m slow
+
+mutations: $(STAMP) ## break each formula of PPO on purpose and see which tests turn red
+	@$(OFFLINE) $(ONE_THREAD) $(RUN) tests/mutations.py
 
 check: $(STAMP) ## lint, format, types, and the rules of the house
 	@$(RUN) -m ruff check $(PY)

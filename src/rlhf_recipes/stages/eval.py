@@ -72,6 +72,9 @@ class EvalArguments(OutputArguments):
         default=None, metadata={"help": "Model that KL is measured to. Unset: the first model."}
     )
     max_new_tokens: int = field(default=53, metadata={"help": "Longest answer in tokens."})
+    stop_token_id: int | None = field(
+        default=None, metadata={"help": "Stop at this token id instead of the model's EOS, as ppo can."}
+    )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature; 0 takes the likeliest token (and leaves KL out)."}
     )
@@ -212,11 +215,13 @@ def evaluate_all(
         comparable = tokenizer.get_vocab() == tokenizers[0].get_vocab()  # an explicit reference has been checked
         if not comparable:
             logger.warning("%s has another vocabulary than %s, so its KL is left out", name, names[0])
+        chosen = arguments.stop_token_id
+        stops = stop_ids(model, tokenizer) if chosen is None else (chosen,)
         evaluations[name] = evaluate_model(
             model,
             tokenizer,
             questions.prompts,
-            sampling=Sampling(arguments.max_new_tokens, arguments.temperature, stop_ids=stop_ids(model, tokenizer)),
+            sampling=Sampling(arguments.max_new_tokens, arguments.temperature, stop_ids=stops),
             seed=arguments.seed,
             completions_per_prompt=arguments.completions_per_prompt,
             columns=questions.columns,
