@@ -9,13 +9,12 @@ import shlex
 import time
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from tqdm.auto import tqdm
 
-from rlhf_recipes import __version__
 from rlhf_recipes.arguments import OutputArguments, UserError, parse_arguments
 from rlhf_recipes.artifacts import MARK, check_output_folder, leave_folder, prepare_output_folder, write_text
 from rlhf_recipes.data import load_split, text_of
@@ -189,8 +188,7 @@ def _summary(folder: Path, metrics: dict[str, Any], asked: dict[str, Asked], see
         "reproduction": {
             "command": f"make quickstart SEED={seed}",
             "seed": seed,
-            "versions": {"rlhf-recipes": __version__}
-            | {name: version(name) for name in ("torch", "transformers", "trl")},
+            "versions": {name: _version(name) for name in ("rlhf-recipes", "torch", "transformers", "trl")},
             "hardware": metrics["hardware"],
             "date": time.strftime("%Y-%m-%d"),
         },
@@ -239,6 +237,13 @@ def _reply(asked: Asked, row: int) -> Reply:
 def _log(stage_folder: Path) -> list[dict[str, Any]]:
     history: list[dict[str, Any]] = _read(stage_folder / "trainer_state.json")["log_history"]
     return history
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "from source"
 
 
 def _read(path: Path) -> Any:
