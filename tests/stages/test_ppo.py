@@ -34,7 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any, make
     (tmp_path / "prompts").mkdir()
     for split in ("train", "test"):
         (tmp_path / "prompts" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "my_rewards.py").write_text(REWARD)
+    (tmp_path / "letter_rewards.py").write_text(REWARD)
     return tmp_path
 
 
@@ -52,7 +52,7 @@ def test_folders_in_folder_out(place: Path) -> None:
     """The policy that is left loads anywhere and has moved; the value model, samples and numbers lie beside it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = run_ppo(*options(reward="judge my_rewards:wanted_letters"))
+    folder = run_ppo(*options(reward="judge letter_rewards:wanted_letters"))
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in ("policy", folder))
     assert all(not a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained("policy").get_vocab()
@@ -137,10 +137,10 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
     (_nothing, {"model_name_or_path": None}, "no model to train"),
     (_nothing, {"model_name_or_path": "./nowhere"}, "no such folder"),
     (_nothing, {"model_name_or_path": "somebody/gpt2"}, "HF_HUB_OFFLINE"),
-    (_nothing, {"model_name_or_path": "my_rewards.py"}, "is a file"),
+    (_nothing, {"model_name_or_path": "letter_rewards.py"}, "is a file"),
     (_nothing, {"reward": None}, "nothing scores the answers"),
     (_nothing, {"reward": "policy"}, "not a sequence classifier|GPT2LMHeadModel"),
-    (_nothing, {"reward": "my_rewards:missing"}, "cannot be imported"),
+    (_nothing, {"reward": "letter_rewards:missing"}, "cannot be imported"),
     (_nothing, {"dataset_name": "nowhere.jsonl"}, "no such file or folder"),
     (_nothing, {"dataset_train_split": "validation"}, "it has test, train"),
     (_nothing, {"per_device_train_batch_size": 16}, "8 prompts, fewer than the 16 episodes"),

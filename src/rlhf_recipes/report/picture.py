@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,9 @@ def _write(draw: Callable[[Figure], None], path: str | Path, inches: tuple[float
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(unfinished, format="png", dpi=dots, facecolor=PAPER)
+    with warnings.catch_warnings():  # a model may write any character; one that the font lacks shows as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(unfinished, format="png", dpi=dots, facecolor=PAPER)
     os.replace(unfinished, path)
     return path
 
