@@ -83,15 +83,15 @@ def test_messages_reach_a_function_as_messages() -> None:
 
 
 def test_functions_are_imported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "shouting_rewards.py").write_text(
         "def shout(completions, **columns):\n    return [c.isupper() for c in completions]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    reward = load_reward("my_rewards:shout", tokenizer)
+    reward = load_reward("shouting_rewards:shout", tokenizer)
     assert reward.name == "shout" and call(reward, ["A", "b"]) == [1.0, 0.0]
-    check_reward("my_rewards:shout", ["answer"])
-    for wrong in ("my_rewards:whisper", "no_such_module_at_all:shout"):
+    check_reward("shouting_rewards:shout", ["answer"])
+    for wrong in ("shouting_rewards:whisper", "no_such_module_at_all:shout"):
         with pytest.raises(UserError, match=f"reward function {wrong} cannot be imported"):
             load_reward(wrong, tokenizer)
     with pytest.raises(TypeError, match="a reward is a model, a path, or a function, not int"):

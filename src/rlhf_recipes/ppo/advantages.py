@@ -17,7 +17,7 @@ def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
     following = torch.zeros_like(running)
     for token in reversed(range(values.shape[1])):
         surprise = rewards[:, token] + gamma * following - values[:, token]
-        running = torch.where(mask[:, token], surprise + gamma * lam * running, torch.zeros_like(running))
+        running = surprise + gamma * lam * running
         following = values[:, token]
         advantages[:, token] = running
     return advantages

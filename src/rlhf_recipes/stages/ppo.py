@@ -8,7 +8,7 @@ from typing import Any
 from trl import ModelConfig
 
 from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder, resume_point
 from rlhf_recipes.data import first_row, load_train_and_test, require_columns, write_rows
 from rlhf_recipes.models import (
     attach_lora,
@@ -99,14 +99,14 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
 def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> Path:
     """Train and leave a folder with the policy, its value model, its tokenizer and what was measured."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.reward or [])]
-    resuming = bool(training.resume_from_checkpoint)
-    folder = check_output_folder(str(training.output_dir), arguments.overwrite, inputs, resuming)
+    checkpoint = resume_point(training.resume_from_checkpoint, str(training.output_dir))
+    folder = check_output_folder(str(training.output_dir), arguments.overwrite, inputs, resuming=checkpoint is not None)
     trainer = build_ppo_trainer(arguments, model_config, training)
     writes = trainer.is_world_process_zero()
-    if writes and not resuming:
+    if writes and checkpoint is None:
         prepare_output_folder(folder)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics: dict[str, Any] = {"seconds": time.perf_counter() - started, "steps": trainer.state.global_step}
     held_out = trainer.evaluate() if trainer.eval_prompts is not None else {}
     metrics |= ppo_metrics(trainer.state.log_history) | held_out

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, Trainer
 from trl import ModelConfig, RewardTrainer
 
 from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
-from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder, resume_point
 from rlhf_recipes.data import (
     fit_prompts,
     load_train_and_test,
@@ -116,14 +116,14 @@ def build_reward_trainer(
 def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: RewardConfig) -> Path:
     """Train a judge and leave a folder that ppo takes as it is, with what the judge is worth on held-out rows."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    resuming = bool(training.resume_from_checkpoint)
-    folder = check_output_folder(training.output_dir, arguments.overwrite, inputs, resuming)
+    checkpoint = resume_point(training.resume_from_checkpoint, training.output_dir)
+    folder = check_output_folder(training.output_dir, arguments.overwrite, inputs, resuming=checkpoint is not None)
     trainer = build_reward_trainer(arguments, model_config, training)
     writes = trainer.is_world_process_zero()
-    if writes and not resuming:
+    if writes and checkpoint is None:
         prepare_output_folder(folder)
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     metrics = {"train_loss": result.training_loss, "seconds": seconds, "steps": result.global_step}
     if trainer.eval_dataset is not None:
