@@ -115,16 +115,16 @@ MUTATIONS = [
         "torch.ones_like(mask).cumsum(dim=-1) - 1",
         "point_10_a_row or point_09_every",
     ),
-    Mutation("mean over positions, not tokens", "ppo/trainer.py", "losses.sum() / tokens", "losses.mean()"),
+    Mutation("mean over positions, not tokens", "ppo/objective.py", "losses.sum() / tokens", "losses.mean()"),
     Mutation(
         "mean over each micro-batch",
-        "ppo/trainer.py",
-        "if num_items_in_batch is None else num_items_in_batch",
-        "if num_items_in_batch is None else mask.sum().clamp(min=1)",
+        "ppo/objective.py",
+        "if tokens is None else tokens",
+        "if tokens is None else mask.sum().clamp(min=1)",
     ),
     Mutation(
         "value loss without its weight",
-        "ppo/trainer.py",
+        "ppo/objective.py",
         "policy.losses + args.vf_coef * value.losses",
         "policy.losses + value.losses",
     ),
@@ -137,9 +137,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a step that is not finite is taken",
-        "ppo/trainer.py",
-        "model.zero_grad(set_to_none=True)",
-        "pass",
+        "ppo/guard.py",
+        "if broken or self.over:",
+        "if self.over:",
         "point_08_a_step",
     ),
     Mutation(
@@ -151,7 +151,7 @@ MUTATIONS = [
     ),
     Mutation(
         "losses averaged over processes",
-        "ppo/trainer.py",
+        "ppo/objective.py",
         "/ tokens * args.world_size",
         "/ tokens",
         "point_07_two",

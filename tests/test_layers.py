@@ -20,7 +20,14 @@ STAGES_THAT_CHAIN = {"quickstart", "improve"}
 PPO_SIBLINGS = {
     "rollout": {"rewards", "advantages"},
     "callbacks": {"config"},
-    "roles": {"config", "prompts", "value_head"},
+    "riding": {"value_head"},
+    "roles": {"config", "prompts", "riding", "value_head"},
+    "objective": {"config", "losses", "value_head"},
+    "guard": {"config", "tally", "value_head"},
+    "resuming": {"callbacks", "config", "experience", "guard", "rollout", "tally"},
+    "experience": {"config", "rewards", "roles", "rollout", "tally", "value_head"},
+    "stepping": {"rollout"},
+    "heldout": {"prompts", "rollout"},
     "trainer": None,
 }  # None: all; a file without a line: none
 ARITHMETIC = {"rlhf_recipes.ppo.advantages", "rlhf_recipes.ppo.losses"}

@@ -204,7 +204,7 @@ def test_an_equal_vocabulary_reads_the_policys_ids(make_judge: Any, tokenizer: A
 
 
 def test_a_judge_with_too_few_embeddings_is_refused(make_judge: Any, tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="has 200 token embeddings, but its tokenizer has 262 tokens"):
+    with pytest.raises(UserError, match="has 200 token embeddings, but its tokenizer has the id 261"):
         load_reward(make_judge(0, vocab_size=200), tokenizer)
 
 

@@ -51,7 +51,7 @@ def _left_by_a_stage(path: Path) -> bool:
 
 
 def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) -> str | None:
-    """The checkpoint folder to go on from, or None. `true` means the last one in `folder`.
+    """The checkpoint folder to go on from, or None. `true` means the last complete one in `folder`.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -64,10 +64,22 @@ def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) 
         if not (point / "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {point} is no checkpoint folder; give one that a run has saved")
         return str(point)
-    steps = [int(path.parent.name.rpartition("-")[2]) for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    if not steps:
+    points = {
+        int(path.parent.name.rpartition("-")[2]): path.parent
+        for path in Path(folder).glob("checkpoint-*/trainer_state.json")
+        if _is_json(path)
+    }
+    if not points:
         raise UserError(f"output folder {folder} has no checkpoint to resume from; leave --resume_from_checkpoint out")
-    return str(Path(folder) / f"checkpoint-{max(steps)}")
+    return str(points[max(points)])
+
+
+def _is_json(path: Path) -> bool:
+    """Whether the file was written to its end. Trainer writes its state last, so then the checkpoint is whole."""
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
 
 
 def prepare_output_folder(folder: str | Path) -> Path:

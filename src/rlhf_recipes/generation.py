@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 takes the likeliest token; top_k 0 and top_p 1 cut nothing."""
+    """How the next token is drawn. temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 cut nothing.
+
+    min_p: leave out tokens less likely than this share of the likeliest one's probability (Nguyen et al. 2024).
+    min_new_tokens: no stop token is drawn before so many tokens stand.
+    """
 
     max_new_tokens: int = 53
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
 
 
@@ -119,7 +125,10 @@ def _sample_batch(
             logits_to_keep=1,
         )  # fmt: skip
         cache = output.past_key_values
-        chosen = _choose(output.logits[:, -1], sampling, draws[:, step])
+        logits = output.logits[:, -1]
+        if step < sampling.min_new_tokens:
+            logits = logits.index_fill(-1, stops, -torch.inf)
+        chosen = _choose(logits, sampling, draws[:, step])
         for row, token in zip(alive, chosen.tolist(), strict=True):
             answers[row].append(token)
         going = ~torch.isin(chosen, stops)
@@ -153,6 +162,9 @@ def _choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:
 def _cut(probabilities: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k > 0:
         least = probabilities.topk(min(sampling.top_k, probabilities.shape[-1]), dim=-1).values[:, -1:]
+        probabilities = probabilities.where(probabilities >= least, 0.0)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.where(probabilities >= least, 0.0)
     if sampling.top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)

@@ -25,7 +25,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 GIVEN = ("log_probs", "reference_log_probs", "values")
 FOLLOWS = ("kl", "rewards", "advantages", "returns")
-TIMES = ("time/rollout", "time/update", "eps")
+TIMES = ("time/generate", "time/score", "time/forward", "time/rollout", "time/update", "eps", "time/tokens_per_second")
 
 
 @pytest.fixture(scope="module", params=list(CHOICES))
@@ -75,6 +75,7 @@ def expected_rollout_metrics(
         "objective/non_score_reward": -args.kl_coef * kl.mean(),
         "objective/rlhf_reward": (score - args.kl_coef * kl).mean(),
         "objective/scores": score.mean(),
+        "objective/kl_coef": args.kl_coef,
         "rewards/low_share": np.mean(trainer.scored[update]["low_share"]),
         "completions/mean_length": np.mean([len(episode.kl) for episode in episodes]),
         "completions/eos_share": np.mean([episode.stopped for episode in episodes]),

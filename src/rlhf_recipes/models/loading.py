@@ -203,6 +203,7 @@ def _merge_adapter(model: "PreTrainedModel", name: str) -> "PreTrainedModel":
     for parameter in merged.parameters():
         if parameter.is_floating_point():  # peft froze the base; merged, it is a model like any other
             parameter.requires_grad_(True)
+    merged.name_or_path = name  # no longer the base, on which other adapters would fit
     if (Path(name) / GENERATION_FILE).is_file():
         merged.generation_config = GenerationConfig.from_pretrained(name)
     return merged

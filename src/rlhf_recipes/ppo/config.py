@@ -1,11 +1,13 @@
 """The knobs of PPO, under the names and with the defaults that TRL's last PPOConfig had."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from rlhf_recipes.arguments import TrainingDefaults, UserError
+
+SAMPLING = ("top_k", "top_p", "min_p", "min_new_tokens")  # what generation_kwargs may say
 
 
 @dataclass
@@ -16,6 +18,8 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     ``num_ppo_epochs x num_mini_batches`` optimizer steps on them. ``global_step``, and with it ``max_steps``,
     ``logging_steps``, ``save_steps`` and ``eval_steps``, counts optimizer steps.
     """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "generation_kwargs"]
 
     learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate."})
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the episodes of each update."})
@@ -53,6 +57,56 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     normalize_rewards: bool = field(
         default=False,
         metadata={"help": "Shift and scale each judge's scores to mean 0 and variance 1 over its own held-out rows."},
+    )
+    reward_clip_range: list[float] | None = field(
+        default=None, metadata={"help": "Two numbers: an answer's score is held between them, after any scaling."}
+    )
+    use_score_scaling: bool = field(
+        default=False, metadata={"help": "Divide scores by their running standard deviation over the whole run."}
+    )
+    use_score_norm: bool = field(
+        default=False, metadata={"help": "With use_score_scaling: subtract their running mean as well."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of an entropy bonus in the loss."})
+    target_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "End an update at the optimizer step whose approximate KL to the rollout's policy is above 1.5 "
+            "times this."
+        },
+    )
+    adaptive_kl_target: float | None = field(
+        default=None,
+        metadata={"help": "Steer kl_coef so that the KL to the reference comes to so many nats an answer."},
+    )
+    adaptive_kl_horizon: int = field(
+        default=10_000, metadata={"help": "Episodes in which a KL twice its target about raises kl_coef by a fifth."}
+    )
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the value; unset: learning_rate."}
+    )
+    value_warmup_updates: int = field(
+        default=0, metadata={"help": "First updates in which the value learns and the policy stands still."}
+    )
+    value_adapter: bool = field(
+        default=True,
+        metadata={
+            "help": "With an adapter policy and no value model: give the value an adapter of its own on the same base. "
+            "False: a head on the policy's."
+        },
+    )
+    save_value_model: bool = field(
+        default=True, metadata={"help": "Leave the value beside the policy, in value_model/."}
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "How answers are sampled: top_k, top_p, min_p, min_new_tokens. JSON on the command line."},
+    )
+    log_completions: bool = field(
+        default=True, metadata={"help": "Append the answers of each update to completions.jsonl in output_dir."}
+    )
+    hints: bool = field(
+        default=True, metadata={"help": "Say in one line what may be wrong when a metric leaves its healthy range."}
     )
     local_rollout_forward_batch_size: int = field(
         default=64, metadata={"help": "Rows per forward pass without gradient."}
@@ -109,6 +163,23 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
             )
         if self.total_episodes is not None and self.total_episodes < 1:
             raise UserError(f"total_episodes is {self.total_episodes}; it must be at least 1")
+        for name in ("target_kl", "adaptive_kl_target", "value_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0, or left out")
+        if self.reward_clip_range is not None and (
+            len(self.reward_clip_range) != 2 or self.reward_clip_range[0] >= self.reward_clip_range[1]
+        ):
+            raise UserError(f"reward_clip_range is {self.reward_clip_range}; give the lower and the upper bound")
+        if self.value_warmup_updates < 0:
+            raise UserError(f"value_warmup_updates is {self.value_warmup_updates}; it must be at least 0")
+        if self.use_score_norm and not self.use_score_scaling:
+            raise UserError("use_score_norm needs use_score_scaling; set both, or neither")
+        unknown = set(self.generation_kwargs or {}) - set(SAMPLING)
+        if unknown:
+            raise UserError(
+                f"generation_kwargs does not know {', '.join(sorted(unknown))}; it knows {', '.join(SAMPLING)}: for "
+                "more, subclass PPOTrainer and override generate"
+            )
 
     @property
     def episodes_per_process(self) -> int:

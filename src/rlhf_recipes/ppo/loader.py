@@ -25,7 +25,11 @@ class RolloutLoader:
     processes' in order, and the number of the first episode; it returns this process's rollout.
 
     Each optimizer step gets exactly `accumulation` micro-batches of at most `micro_size` episodes, since Trainer
-    counts them; where a minibatch needs fewer, the first ones are empty.
+    counts them; where a minibatch needs fewer, the first ones are empty. All are empty once `ended` says that the
+    update is over: such a step changes nothing.
+
+    A run that is resumed goes on at the optimizer step where it stopped; in the middle of an update `collect` is
+    asked for that update's rollout again.
     """
 
     def __init__(
@@ -40,41 +44,69 @@ class RolloutLoader:
         accumulation: int,
         seed: int,
         steps_done: Callable[[], int],
+        ended: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rows, self.collect, self.episodes, self.seed = rows, collect, episodes, seed
         self.epochs, self.mini_batches = epochs, mini_batches
-        self.micro_size, self.accumulation, self.steps_done = micro_size, accumulation, steps_done
+        self.micro_size, self.accumulation = micro_size, accumulation
+        self.steps_done, self.ended = steps_done, ended
         self.epoch = 0
         self.batch_size = micro_size
         self.dataset = range(rows)  # what Trainer counts as examples
+
+    @classmethod
+    def of(
+        cls, config: Any, rows: int, collect: Callable[[list[int], int], Selectable], **state: Any
+    ) -> "RolloutLoader":
+        """With the numbers of a `PPOConfig`."""
+        return cls(
+            rows,
+            collect,
+            episodes=config.episodes_per_update,
+            epochs=config.num_ppo_epochs,
+            mini_batches=config.num_mini_batches,
+            micro_size=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            seed=config.seed,
+            **state,
+        )
 
     @property
     def updates(self) -> int:
         """Updates in one pass over the prompts."""
         return -(-self.rows // self.episodes)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the prompts."""
+        return self.updates * self.epochs * self.mini_batches
+
     def __len__(self) -> int:
-        return self.updates * self.epochs * self.mini_batches * self.accumulation
+        return self.steps_per_epoch * self.accumulation
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         order = torch.randperm(self.rows, generator=self._generator(self.epoch, -1)).tolist()
-        done = self.steps_done() // (self.epochs * self.mini_batches)  # a resumed run goes on where it stopped
+        done, steps = divmod(self.steps_done(), self.epochs * self.mini_batches)
         for update in range(max(0, done - self.epoch * self.updates), self.updates):
             wanted = range(update * self.episodes, (update + 1) * self.episodes)
             number = self.epoch * self.updates + update
             rollout = self.collect([order[index % self.rows] for index in wanted], number * self.episodes)
-            yield from self._minibatches(rollout, number)
+            for micro_batches in self.optimizer_steps(rollout, number, first=steps if number == done else 0):
+                yield from micro_batches
 
-    def _minibatches(self, rollout: Selectable, number: int) -> Iterator[dict[str, Any]]:
+    def optimizer_steps(self, rollout: Selectable, number: int, first: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """The micro-batches of each optimizer step on the rollout of update `number`, from the `first` step on."""
         for epoch in range(self.epochs):
             order = torch.randperm(len(rollout), generator=self._generator(number, epoch))
-            for rows in order.chunk(self.mini_batches):
-                pieces = rows.split(self.micro_size)
-                yield from ({} for _ in range(self.accumulation - len(pieces)))
-                yield from (rollout.select(piece) for piece in pieces)
+            for index, rows in enumerate(order.chunk(self.mini_batches), start=epoch * self.mini_batches):
+                if index < first:
+                    continue
+                pieces = () if self.ended() else rows.split(self.micro_size)
+                empty: list[dict[str, Any]] = [{}] * (self.accumulation - len(pieces))
+                yield empty + [rollout.select(piece) for piece in pieces]
 
     def _generator(self, number: int, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(row_seed(row_seed(self.seed, number), epoch))

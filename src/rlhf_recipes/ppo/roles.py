@@ -1,16 +1,19 @@
 """Who plays in PPO: the policy, its reference, the rewards; each checked before it is needed."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import stop_ids
-from rlhf_recipes.models import load_causal_lm, load_tokenizer
+from rlhf_recipes.models import adapters, load_causal_lm, load_tokenizer, prepare_for_lora
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import Prompts
-from rlhf_recipes.ppo.value_head import base_model
+from rlhf_recipes.ppo.riding import RidingJudge, rides_on
+from rlhf_recipes.ppo.value_head import PolicyAndValue, base_model
 from rlhf_recipes.scoring import ModelReward, Reward, load_reward
 
 
@@ -23,49 +26,138 @@ def loaded_policy(model: nn.Module | str, tokenizer: Any, quantization: Any) -> 
 
 
 def checked_prompts(
-    config: Any, tokenizer: Any, train_dataset: Any, eval_dataset: Any, args: PPOConfig
-) -> tuple[Prompts, Prompts | None]:
-    """The training and the held-out prompts, if the policy (its config and tokenizer) can answer every one of them."""
+    config: Any, tokenizer: Any, train_dataset: Any, eval_dataset: Any, args: PPOConfig, needed: bool = True
+) -> tuple[Prompts | None, Any]:
+    """The training and the held-out prompts, if the policy (its config and tokenizer) can answer every one of them.
+
+    needed: whether there must be training prompts.
+    """
     if tokenizer is None:
         raise UserError("PPOTrainer needs the policy's tokenizer; pass processing_class")
     if tokenizer.eos_token_id is None:
         raise UserError("the policy's tokenizer has no EOS token, so no answer could end; set tokenizer.eos_token")
-    train = Prompts(train_dataset, tokenizer, config, args.response_length, "train_dataset")
-    if len(train) < args.episodes_per_update:
+    train = None
+    if train_dataset is not None or needed:
+        train = Prompts(train_dataset, tokenizer, config, args.response_length, "train_dataset")
+        if len(train) < args.episodes_per_update:
+            raise UserError(
+                f"train_dataset has {len(train)} prompts, fewer than the {args.episodes_per_update} episodes of one "
+                "update (per_device_train_batch_size x gradient_accumulation_steps x processes); lower the batch"
+            )
+    return train, None if eval_dataset is None else held_out_prompts(config, tokenizer, eval_dataset, args)
+
+
+def held_out_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig) -> Any:
+    """`Prompts`, or a dict of them for a dict of datasets."""
+    if isinstance(dataset, dict):
+        return {name: held_out_prompts(config, tokenizer, each, args) for name, each in dataset.items()}
+    return Prompts(dataset, tokenizer, config, args.response_length, "eval_dataset")
+
+
+def refuse_sharding(accelerator: Any) -> None:
+    """FSDP and DeepSpeed cut weights apart that rollouts read whole.
+
+    Raises:
+        UserError: one of them is on.
+    """
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise UserError(
-            f"train_dataset has {len(train)} prompts, fewer than the {args.episodes_per_update} episodes of one "
-            "update (per_device_train_batch_size x gradient_accumulation_steps x processes); lower the batch"
+            f"PPOTrainer does not run under {kind}: it answers with whole weights; launch with data parallelism "
+            "(accelerate_configs/ddp.yaml), and save memory by peft_config, a quantized base or gradient_checkpointing"
         )
-    if eval_dataset is None:
-        return train, None
-    return train, Prompts(eval_dataset, tokenizer, config, args.response_length, "eval_dataset")
 
 
-def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    if peft_config is None:
-        return model
-    from peft import get_peft_model
+def with_adapter(model: Any, peft_config: Any, args: PPOConfig) -> Any:
+    """The policy as it is trained: with a new adapter on it, with the one it arrived with, or as it is.
 
-    return get_peft_model(model, peft_config)
+    An adapter that the policy arrived with is merged into the base if another one is asked for, as TRL did.
+    """
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        if adapters.has_adapter(model):
+            model = model.merge_and_unload()
+            model.name_or_path = ""  # no longer the base that its adapters were made for
+        return get_peft_model(prepare_for_lora(model, args.gradient_checkpointing), peft_config)
+    if args.model_adapter_name is not None and adapters.has_adapter(model):
+        model.set_adapter(_known(model, args.model_adapter_name))
+    return model
 
 
-def frozen_reference(model: nn.Module, ref_model: nn.Module | None, peft_config: Any) -> nn.Module | None:
-    """The frozen reference; None where the policy without its adapter is the reference."""
-    if ref_model is model:
+def _known(model: Any, name: str) -> str:
+    if name not in model.peft_config:
+        raise UserError(f"the policy has no adapter {name}; it has {', '.join(model.peft_config)}")
+    return name
+
+
+def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
+    """Policy and value in one module; where the policy has an adapter, the value may have one on the same base."""
+    own = args.value_adapter and value_model is None and adapters.has_adapter(policy)
+    if own and args.gradient_checkpointing:
+        raise UserError(
+            "gradient_checkpointing computes states again when another adapter may be on, so the value cannot have an "
+            "adapter of its own; set value_adapter to false"
+        )
+    return PolicyAndValue(policy, value_model, adapters.twin(policy, adapters.VALUE, trainable=True) if own else None)
+
+
+class Reference:
+    """What the KL penalty holds the policy near: another model, or the policy's base under another adapter or none."""
+
+    def __init__(self, module: Any, adapter: str | None = None, shared: bool = False) -> None:
+        self.module, self.adapter, self.shared = module, adapter, shared
+
+    @contextmanager
+    def asked(self) -> Iterator[nn.Module]:
+        """The module that answers as the reference, for the time."""
+        if not self.shared:
+            yield self.module
+        else:
+            with (
+                adapters.silent(self.module) if self.adapter is None else adapters.speaking(self.module, self.adapter)
+            ):
+                yield self.module
+
+
+def the_reference(policy: Any, arrived: bool, ref_model: Any, args: PPOConfig) -> Reference:
+    """The reference of a policy, before anything trains. arrived: the policy came with the adapter that trains.
+
+    Without `ref_model` it is the policy as it is now: a copy, its base where the adapter is new, or a frozen twin of
+    the adapter that it arrived with.
+    """
+    if ref_model is policy:
         raise UserError(
             "ref_model is the policy itself, and would move with it; pass a copy, or None to have one made"
         )
-    if ref_model is None and (peft_config is not None or "disable_adapter" in dir(model)):
-        return None
-    reference = copy.deepcopy(model) if ref_model is None else ref_model
-    return reference.requires_grad_(False).eval()
+    if ref_model is not None:
+        return Reference(_still(ref_model).to(args.device))
+    if not adapters.has_adapter(policy):
+        return Reference(_still(copy.deepcopy(policy)).to(args.device))
+    if args.ref_adapter_name is not None:
+        name = _known(policy, args.ref_adapter_name)
+        for parameter in adapters.parameters_of(policy, name):
+            parameter.requires_grad_(False)
+        return Reference(policy, name, shared=True)
+    twin = adapters.twin(policy, adapters.REFERENCE, trainable=False) if arrived else None
+    return Reference(policy, twin, shared=True)
 
 
-def load_rewards(sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig) -> list[Reward]:
-    if sources is None:
+def _still(module: nn.Module) -> nn.Module:
+    without_dropout(module)
+    return module.requires_grad_(False).eval()
+
+
+def load_rewards(
+    policy: Any, sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig, needed: bool = True
+) -> list[Reward]:
+    """What scores answers, each with a name of its own. A judge that is an adapter on the policy's base rides on it."""
+    if sources is None and needed:
         raise UserError(
             "PPOTrainer needs something that scores answers; pass reward_funcs (a model, a path or a function)"
         )
+    if sources is None:
+        return []
     sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
     own = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers] * len(sources)
     if len(own) != len(sources) or (args.reward_weights is not None and len(args.reward_weights) != len(sources)):
@@ -73,6 +165,14 @@ def load_rewards(sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig)
             f"there are {len(sources)} rewards; reward_weights and reward_processing_classes need one entry each"
         )
     batch = args.local_rollout_forward_batch_size
+    for index, source in enumerate(sources):
+        if own[index] is None:
+            _check_vocabulary(source, policy)
+        if isinstance(source, str) and rides_on(source, policy):
+            sources[index], own[index] = (
+                RidingJudge(policy, source, f"ppo_judge_{index}"),
+                own[index] or load_tokenizer(source),
+            )
     rewards = [
         load_reward(source, tokenizer, tokenizer=each, device=args.device, batch_size=batch)
         for source, each in zip(sources, own, strict=True)
@@ -84,6 +184,16 @@ def load_rewards(sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig)
         if reward.name in [other.name for other in rewards[:index]]:
             reward.name = f"{reward.name}_{index}"
     return rewards
+
+
+def _check_vocabulary(source: Any, policy: Any) -> None:
+    """Refuse a judge object that cannot read the policy's ids, where nothing says what it reads instead."""
+    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (source, base_model(policy))]
+    if isinstance(source, nn.Module) and None not in sizes and sizes[0] != sizes[1]:
+        raise UserError(
+            f"the judge has {sizes[0]} token embeddings and the policy {sizes[1]}, so the judge reads other ids; pass its "
+            "tokenizer as reward_processing_classes (or the policy's, if it reads those after all)"
+        )
 
 
 def chosen_stop_ids(model: nn.Module, tokenizer: Any, args: PPOConfig) -> tuple[int, ...]:

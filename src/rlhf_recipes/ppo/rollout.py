@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_recipes.generation import Completions
 from rlhf_recipes.ppo.advantages import generalized_advantages
 from rlhf_recipes.ppo.rewards import kl_estimates, penalize_missing_eos, token_rewards
 from rlhf_recipes.tensors import Reduce, alone, length_mask, masked_mean, masked_whiten, pad
@@ -24,7 +25,7 @@ class Rollout:
     attention_mask: Tensor  # (batch, query + tokens) long
     response_mask: Tensor  # (batch, tokens) bool: generated tokens, the stop token among them
     stopped: Tensor  # (batch,) bool: ended by a stop token
-    scores: Tensor  # (batch,) float32: the reward of the whole answer, missing-EOS penalty included
+    scores: Tensor  # (batch,) float32: what the whole answer earned, its tokens and the missing-EOS penalty included
     log_probs: Tensor  # (batch, tokens) float32, like all below
     reference_log_probs: Tensor
     values: Tensor
@@ -73,27 +74,32 @@ class RewardShape:
     missing_eos_penalty: float | None
 
     @classmethod
-    def of(cls, config: Any) -> "RewardShape":
-        """Those numbers of a `PPOConfig`."""
-        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)})
+    def of(cls, config: Any, **moved: float) -> "RewardShape":
+        """Those numbers of a `PPOConfig`, but for those that have moved since."""
+        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)} | moved)
 
 
 def as_samples(
-    prompts: Sequence[Any], texts: Sequence[str], scores: Mapping[str, Sequence[float]]
+    prompts: Sequence[Any], texts: Sequence[str], scores: Mapping[str, Sequence[Any]], completions: Completions
 ) -> list[dict[str, Any]]:
-    """One row an episode: its prompt, its answer in words, and its score by each reward."""
+    """One row an episode: its prompt, its answer in words, its tokens, whether it ended, and its score by each reward."""
+    lengths = [len(ids) for ids in completions.ids]
     return [
-        {"prompt": prompt, "completion": text, **{name: values[row] for name, values in scores.items()}}
-        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        {"prompt": prompt, "completion": text, "tokens": length, "stopped": stopped}
+        | {name: values[row] for name, values in scores.items()}
+        for row, (prompt, text, length, stopped) in enumerate(
+            zip(prompts, texts, lengths, completions.stopped, strict=True)
+        )
     ]
 
 
 def pack_episodes(
-    queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
+    queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """input_ids, attention_mask (batch, query + tokens) and response_mask (batch, tokens) of episodes given as ids.
 
-    pad_id fills the gaps and is looked at by nobody: the masks come from the lengths.
+    pad_id fills the gaps and is looked at by nobody: the masks come from the lengths. So it need not be the
+    tokenizer's, which may lie beyond the embedding.
     """
     query_ids, query_mask = pad(queries, pad_id, side="left")
     answer_ids, _ = pad(answers, pad_id)
@@ -111,14 +117,20 @@ def finish_rollout(
     values: Tensor,
     shape: RewardShape,
     reduce: Reduce = alone,
+    token_scores: Tensor | None = None,
 ) -> Rollout:
-    """Shape rewards, estimate advantages, whiten them over the episodes of all processes, and put it all together."""
+    """Shape rewards, estimate advantages, whiten them over the episodes of all processes, and put it all together.
+
+    scores: (batch,), of whole answers; token_scores: (batch, tokens), what single tokens earned besides.
+    """
     input_ids, attention_mask, mask = episodes
     kl = torch.where(
         mask, kl_estimates(log_probs, reference_log_probs, shape.kl_estimator), torch.zeros_like(log_probs)
     )
     scores = penalize_missing_eos(scores, stopped, shape.missing_eos_penalty)
-    rewards = token_rewards(scores, kl, mask, shape.kl_coef)
+    rewards = token_rewards(scores, kl, mask, shape.kl_coef, token_scores)
+    if token_scores is not None:
+        scores = scores + torch.where(mask, token_scores, torch.zeros_like(token_scores)).sum(dim=1)
     if shape.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
     raw = generalized_advantages(rewards, values, mask, shape.gamma, shape.lam)

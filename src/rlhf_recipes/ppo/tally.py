@@ -1,7 +1,9 @@
 """Sums and counts of an update, so that its metrics are exact for any number of minibatches and processes."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,13 @@ class Tally:
         self._sums = {}
         return {name: (total / count.clamp(min=1)).item() for name, (total, count) in zip(names, totals, strict=True)}
 
+    def state(self) -> dict[str, list[float]]:
+        """Sum and count of each name, in this process."""
+        return {name: entry.tolist() for name, entry in self._sums.items()}
+
+    def restore(self, state: Mapping[str, list[float]], device: torch.device) -> None:
+        self._sums = {name: torch.tensor(entry, dtype=torch.float64, device=device) for name, entry in state.items()}
+
 
 class UpdateLog:
     """The metrics of each update: what its rollout showed, joined with what its optimizer steps showed."""
@@ -40,19 +49,23 @@ class UpdateLog:
         self.steps = Tally()  # what the optimizer steps since the rollout add to
         self._rollout: dict[str, float] = {}
         self._ended: list[dict[str, float]] = []
-        self._started = 0.0
+        self._started = time.perf_counter()
 
     def begin(self, rollout: Mapping[str, float]) -> None:
         """A rollout was collected; rollout: its metrics, ``time/rollout`` in seconds among them."""
         self._rollout, self._started = dict(rollout), time.perf_counter()
 
-    def end(self, reduce: Reduce = alone) -> None:
-        """The optimizer steps on that rollout are done."""
+    def end(self, reduce: Reduce = alone) -> dict[str, float]:
+        """The optimizer steps on that rollout are done. Returns the metrics of the update."""
         means = self.steps.means(reduce)
-        means["val/ratio_var"] = max(0.0, means["val/ratio_var"] - means["val/ratio"] ** 2)
+        if means:
+            means["val/ratio_var"] = max(0.0, means["val/ratio_var"] - means["val/ratio"] ** 2)
         means["time/update"] = time.perf_counter() - self._started
-        means["eps"] = self.episodes / (self._rollout["time/rollout"] + means["time/update"])
+        seconds = self._rollout["time/rollout"] + means["time/update"]
+        means["eps"] = self.episodes / seconds
+        means["time/tokens_per_second"] = means["eps"] * self._rollout["completions/mean_length"]
         self._ended.append(self._rollout | means)
+        return self._ended[-1]
 
     def drain(self) -> dict[str, float]:
         """The mean of each metric over the updates that ended since the last call; empty if none did."""
@@ -61,3 +74,32 @@ class UpdateLog:
             return {}
         means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[-1]}
         return means | {"episode": updates[-1]["episode"]}
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON takes it: a run that is resumed logs what the uninterrupted one would have."""
+        return {"steps": self.steps.state(), "rollout": self._rollout, "ended": self._ended}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.steps.restore(state["steps"], device)
+        self._rollout, self._ended = dict(state["rollout"]), list(state["ended"])
+        self._started = time.perf_counter()
+
+
+class Clock:
+    """Seconds that each phase of an update took."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def read(self) -> dict[str, float]:
+        """``time/<phase>`` of each phase since the last reading."""
+        read, self._seconds = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}, {}
+        return read

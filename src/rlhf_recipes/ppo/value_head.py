@@ -1,5 +1,6 @@
 """Policy and value as one module, so that one optimizer, one wrapper and one backward pass serve both."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_recipes.models import adapters
 from rlhf_recipes.tensors import entropy, positions, token_log_probs
 
 
@@ -49,19 +51,31 @@ class ValueHead(nn.Module):
 class PolicyAndValue(nn.Module):
     """A causal language model and its value: a head on the policy's trunk, or a model of its own.
 
+    value_adapter: the policy's adapter that the value head reads through, where it has one of its own on the same
+    base; None reads the policy's states.
+
     Raises:
         TypeError: value_model is no sequence classifier with one label.
     """
 
-    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None) -> None:
+    def __init__(
+        self, policy: nn.Module, value_model: nn.Module | None = None, value_adapter: str | None = None
+    ) -> None:
         super().__init__()
         self.policy: Any = policy
+        self.policy_adapter: str | None = getattr(self.policy, "active_adapter", None)
+        self.value_adapter = value_adapter
         self.value_model: Any = (
             check_value_model(value_model) if value_model is not None else ValueHead(hidden_size(policy))
         )
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
     ) -> TokenOutputs:
         """Log-probabilities, entropies and values of the generated tokens.
 
@@ -69,9 +83,12 @@ class PolicyAndValue(nn.Module):
         response_mask: (batch, tokens).
         """
         hidden, log_probs, entropies = policy_outputs(
-            self.policy, input_ids, attention_mask, response_mask, temperature
+            self.policy, input_ids, attention_mask, response_mask, temperature, entropy_gradient
         )
         if isinstance(self.value_model, ValueHead):
+            if self.value_adapter is not None:
+                with adapters.speaking(self.policy, self.value_adapter):
+                    hidden = response_states(self.policy, input_ids, attention_mask, response_mask)
             values = self.value_model(hidden)
         else:
             states = response_states(self.value_model, input_ids, attention_mask, response_mask)
@@ -85,31 +102,56 @@ class PolicyAndValue(nn.Module):
             if not isinstance(module, ValueHead):
                 module.activation_checkpointing_enable(**options)
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What is trained and is the policy's."""
+        value = {id(parameter) for parameter in self.value_parameters()}
+        return [each for each in self.parameters() if each.requires_grad and id(each) not in value]
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """What is trained and is the value's alone: its head or model, and its adapter."""
+        own = [] if self.value_adapter is None else adapters.parameters_of(self.policy, self.value_adapter)
+        return [each for each in [*self.value_model.parameters(), *own] if each.requires_grad]
+
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, value: bool = True
+    ) -> None:
         """The policy in `folder`, loadable as any causal language model or adapter; the value in ``value_model/``."""
-        parts = {"policy": Path(folder), "value_model": Path(folder) / "value_model"}
-        for name, path in parts.items():
-            state = None
-            if state_dict is not None:
-                state = {
-                    key.removeprefix(f"{name}."): value
-                    for key, value in state_dict.items()
-                    if key.startswith(f"{name}.")
-                }
-            getattr(self, name).save_pretrained(path, state_dict=state)
+        policy = _part(state_dict, "policy.")
+        if self.policy_adapter is None:
+            self.policy.save_pretrained(folder, state_dict=policy)
+        else:
+            adapters.save(self.policy, self.policy_adapter, folder, policy)
+            base_model(self.policy).generation_config.save_pretrained(folder)
+        if value:
+            beside = Path(folder) / "value_model"
+            self.value_model.save_pretrained(beside, state_dict=_part(state_dict, "value_model."))
+            if self.value_adapter is not None:
+                adapters.save(self.policy, self.value_adapter, beside, policy)
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read back the weights that `save_pretrained` left, in place."""
-        for module, path in ((self.policy, Path(folder)), (self.value_model, Path(folder) / "value_model")):
-            adapter = path / "adapter_model.safetensors"
-            if adapter.is_file():
-                from peft import set_peft_model_state_dict
+        beside = Path(folder) / "value_model"
+        _read_back(self.policy, Path(folder), self.policy_adapter)
+        if self.value_adapter is not None:
+            adapters.load(self.policy, self.value_adapter, load_file(beside / adapters.FILE))
+        if isinstance(self.value_model, ValueHead):
+            self.value_model.load_state_dict(load_file(beside / ValueHead.FILE))
+        else:
+            own: Any = self.value_model.active_adapter if adapters.has_adapter(self.value_model) else None
+            _read_back(self.value_model, beside, own)
 
-                set_peft_model_state_dict(module, load_file(adapter))
-            elif isinstance(module, ValueHead):
-                module.load_state_dict(load_file(path / ValueHead.FILE))
-            else:
-                module.load_state_dict(type(module).from_pretrained(path, dtype=module.dtype).state_dict())
+
+def _part(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+    if state_dict is None:
+        return None
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
+def _read_back(module: Any, folder: Path, adapter: str | None) -> None:
+    if adapter is not None:
+        adapters.load(module, adapter, load_file(folder / adapters.FILE))
+    else:
+        module.load_state_dict(type(module).from_pretrained(folder, dtype=module.dtype).state_dict())
 
 
 def check_value_model(model: nn.Module) -> nn.Module:
@@ -139,14 +181,19 @@ def response_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor,
 
 
 def policy_outputs(
-    policy: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+    policy: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of those tokens."""
     hidden = response_states(policy, input_ids, attention_mask, response_mask)
     logits = base_model(policy).get_output_embeddings()(hidden)
     chosen = input_ids[:, input_ids.shape[1] - response_mask.shape[1] :][response_mask]
     log_probs = token_log_probs(logits, chosen, temperature)
-    with torch.no_grad():
+    with nullcontext() if entropy_gradient else torch.no_grad():
         entropies = entropy(logits, temperature)
     return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)
 

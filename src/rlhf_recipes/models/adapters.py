@@ -1,0 +1,122 @@
+"""Several adapters on one copy of the base weights: which of them speaks, without waking or freezing any.
+
+peft makes the active adapter trainable and freezes the others whenever one is switched on. PPO switches in the middle
+of a step and trains two at once, so each switch here puts the flags back.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_recipes.arguments import UserError
+
+VALUE, REFERENCE = "ppo_value", "ppo_reference"
+FILE = "adapter_model.safetensors"
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return "peft_config" in dir(model) and "disable_adapter" in dir(model)
+
+
+@contextmanager
+def speaking(model: Any, adapter: str) -> Iterator[None]:
+    """For the time, `model` answers with this adapter."""
+    before, flags = model.active_adapter, _flags(model)
+    model.set_adapter(adapter)
+    _restore(flags)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+        _restore(flags)
+
+
+@contextmanager
+def silent(model: Any) -> Iterator[None]:
+    """For the time, `model` answers as its base."""
+    flags = _flags(model)
+    with model.disable_adapter():
+        yield
+    _restore(flags)
+
+
+def under(model: Any, adapter: str | None) -> AbstractContextManager[None]:
+    """`speaking`, or nothing to do where there is no adapter to switch to."""
+    return nullcontext() if adapter is None or model.active_adapter == adapter else speaking(model, adapter)
+
+
+def _flags(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    return [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+
+def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, trainable in flags:
+        parameter.requires_grad_(trainable)
+
+
+def parameters_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """The weights of one adapter, in the order of the model's."""
+    name_of = re.compile(rf"\.{re.escape(adapter)}(\.|$)")
+    return [parameter for name, parameter in model.named_parameters() if name_of.search(name)]
+
+
+def twin(model: Any, name: str, trainable: bool) -> str:
+    """Add an adapter that starts as a copy of the active one; returns its name."""
+    flags = _flags(model)
+    model.add_adapter(name, model.peft_config[model.active_adapter])
+    load(model, name, state_of(model, model.active_adapter))
+    _restore(flags)
+    for parameter in parameters_of(model, name):
+        parameter.requires_grad_(trainable)
+    return name
+
+
+def ride(model: Any, folder: str, name: str) -> dict[str, Tensor]:
+    """Add the adapter of a folder, frozen. Returns what else the folder holds, such as a head, by name.
+
+    Raises:
+        UserError: its weights do not fit the base.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(folder)
+    config.modules_to_save, config.task_type, config.inference_mode = None, None, True
+    flags = _flags(model)
+    model.add_adapter(name, config)
+    _restore(flags)
+    state = load_file(Path(folder) / FILE)
+    inner = {key: value for key, value in state.items() if ".lora_" in key}
+    load(model, name, inner)
+    for parameter in parameters_of(model, name):
+        parameter.requires_grad_(False)
+    if len(parameters_of(model, name)) != len(inner):
+        raise UserError(f"adapter {folder} does not fit the base model; give a judge trained on the same base")
+    return {key: value for key, value in state.items() if key not in inner}
+
+
+def state_of(model: Any, adapter: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+    return {key: value.detach().clone().contiguous() for key, value in state.items()}
+
+
+def load(model: Any, adapter: str, state: dict[str, Tensor]) -> None:
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, state, adapter_name=adapter)
+
+
+def save(model: Any, adapter: str, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Leave one adapter as a folder that peft loads, whatever its name is here."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(state_of(model, adapter, state_dict), Path(folder) / FILE, metadata={"format": "pt"})
+    config = model.peft_config[adapter]
+    trained, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(folder)
+    config.inference_mode = trained

@@ -1,0 +1,106 @@
+"""From answered and scored prompts to a rollout: what policy, value and reference say of every generated token."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_recipes.generation import Completions
+from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.rewards import KLCoefficient, ScoreScale
+from rlhf_recipes.ppo.roles import Reference
+from rlhf_recipes.ppo.rollout import RewardShape, Rollout, finish_rollout, pack_episodes
+from rlhf_recipes.ppo.tally import Tally
+from rlhf_recipes.ppo.value_head import PolicyAndValue, in_chunks, policy_outputs
+from rlhf_recipes.scoring import Scores
+from rlhf_recipes.tensors import Reduce
+
+
+class Experience:
+    """Makes rollouts, and owns the two numbers of their rewards that may move: the KL coefficient and the scores' scale."""
+
+    def __init__(self, model: PolicyAndValue, reference: Reference, accelerator: Any, args: PPOConfig) -> None:
+        self.model, self.reference, self.accelerator, self.args = model, reference, accelerator, args
+        self.kl_coef = KLCoefficient(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
+        held = args.reward_clip_range
+        self.scale = ScoreScale(
+            args.use_score_scaling, args.use_score_norm, None if held is None else (held[0], held[1])
+        )
+
+    def rollout(
+        self,
+        queries: Sequence[Sequence[int]],
+        completions: Completions,
+        scores: Mapping[str, Scores],
+        weights: Sequence[float] | None,
+        reduce: Reduce,
+        learn: bool = True,
+    ) -> Rollout:
+        """This process's episodes of an update. scores: by each reward, added up by `weights` (1 each if None).
+
+        learn: let the scores of all processes move the running scale.
+        """
+        device = self.args.device
+        packed = pack_episodes(queries, completions.ids)
+        input_ids, attention_mask, mask = (tensor.to(device) for tensor in packed)
+        log_probs, _, values = self._token_outputs(self.model, input_ids, attention_mask, mask)
+        with self.reference.asked() as module:
+            asked = partial(policy_outputs, module)
+            _, reference_log_probs, _ = self._token_outputs(asked, input_ids, attention_mask, mask)
+        totals, token_totals = added_up(scores, weights, mask)
+        return finish_rollout(
+            (input_ids, attention_mask, mask),
+            torch.tensor(completions.stopped, device=device),
+            self.scale(totals, reduce, learn),
+            log_probs,
+            reference_log_probs,
+            values,
+            RewardShape.of(self.args, kl_coef=self.kl_coef.value),
+            reduce,
+            token_totals,
+        )
+
+    def _token_outputs(self, module: Any, *episodes: Tensor) -> Any:
+        """In eval mode and in the precision that trains."""
+        self.model.eval()
+        with self.accelerator.autocast():
+            return in_chunks(module, episodes, self.args.local_rollout_forward_batch_size, self.args.temperature)
+
+    def metrics(self, rollout: Rollout, scores: Mapping[str, Scores], reduce: Reduce) -> dict[str, float]:
+        """Means over the episodes of all processes."""
+        tally, device = Tally(), rollout.scores.device
+        rewards = {f"rewards/{name}": torch.tensor(of_answers(each), device=device) for name, each in scores.items()}
+        tally.add(rollout.episode_metrics(self.kl_coef.value) | rewards, torch.ones_like(rollout.stopped))
+        return tally.means(reduce) | {"objective/kl_coef": self.kl_coef.value}
+
+    def state(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef.value, "scale": self.scale.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.kl_coef.value = state["kl_coef"]
+        self.scale.restore(state["scale"])
+
+
+def added_up(
+    scores: Mapping[str, Scores], weights: Sequence[float] | None, mask: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The weighted sum of all rewards: of whole answers (batch,), and of single tokens (batch, tokens) if there are any."""
+    totals = torch.zeros(len(mask), dtype=torch.float64)
+    token_totals = torch.zeros(mask.shape, dtype=torch.float64)
+    single = False
+    for weight, values in zip(weights or [1.0] * len(scores), scores.values(), strict=True):
+        for row, value in enumerate(values):
+            if isinstance(value, list):
+                single = True
+                token_totals[row, : len(value)] += weight * torch.tensor(value, dtype=torch.float64)
+            else:
+                totals[row] += weight * value
+    totals, token_totals = (sums.float().to(mask.device) for sums in (totals, token_totals))
+    return totals, token_totals if single else None
+
+
+def of_answers(values: Scores) -> list[float]:
+    """One number an answer: its score, or the sum of its tokens'."""
+    return [sum(value) if isinstance(value, list) else value for value in values]

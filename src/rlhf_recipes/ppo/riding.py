@@ -1,0 +1,59 @@
+"""A judge that was trained as an adapter on the policy's own base, and needs no second copy of it."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.models import adapters, is_adapter, load_config
+from rlhf_recipes.ppo.value_head import base_model, trunk
+
+
+def rides_on(judge: str, policy: Any) -> bool:
+    """Whether a judge's folder is an adapter on the base that the policy has an adapter on."""
+    if not is_adapter(judge) or not adapters.has_adapter(policy):
+        return False
+    from peft import PeftConfig
+
+    bases = [str(PeftConfig.from_pretrained(judge).base_model_name_or_path), str(base_model(policy).name_or_path)]
+    return len({os.path.realpath(base) if os.path.isdir(base) else base for base in bases}) == 1
+
+
+class RidingJudge(nn.Module):
+    """A sequence classifier made of the policy's base, an adapter of its own on it, and a head.
+
+    Only the head belongs to this module; the policy keeps base and adapter.
+
+    Raises:
+        UserError: the folder's weights do not fit the base.
+    """
+
+    def __init__(self, policy: Any, folder: str, adapter: str) -> None:
+        super().__init__()
+        self.config = load_config(folder, "judge")
+        self.config._name_or_path = folder
+        rest = adapters.ride(policy, folder, adapter)
+        heads = [value for key, value in rest.items() if key.endswith("score.weight")]
+        if len(heads) != 1 or len(rest) != 1:
+            raise UserError(
+                f"judge {folder} trained more of its base than an adapter and a head ({', '.join(rest) or 'no head'}); "
+                "merge it into a model of its own"
+            )
+        self.score = nn.Linear(heads[0].shape[1], heads[0].shape[0], bias=False)
+        self.score.weight = nn.Parameter(heads[0].clone(), requires_grad=False)
+        self.__dict__["_ridden"] = (policy, adapter)  # not a submodule: it is the policy's to save and to move
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        """logits (batch, labels), read at the last token of each row that is not the pad id, as transformers does."""
+        policy, adapter = self.__dict__["_ridden"]
+        with adapters.speaking(policy, adapter):
+            states = trunk(policy)(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (places * (input_ids != self.config.pad_token_id)).argmax(dim=-1)
+        pooled = states[torch.arange(len(states), device=states.device), last]
+        return SimpleNamespace(logits=self.score(pooled.to(self.score.weight.dtype)))

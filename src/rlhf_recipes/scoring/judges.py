@@ -1,0 +1,119 @@
+"""Sequence classifiers as rewards."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.data import ensure_chat_template, is_conversation, prompt_text, text_of
+from rlhf_recipes.models import context_length
+from rlhf_recipes.tensors import pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelReward:
+    """A sequence classifier: one label is the score itself; of two labels it is the log-odds of label 1."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        policy_tokenizer: "PreTrainedTokenizerBase",
+        name: str = "judge",
+        batch_size: int = 64,
+    ) -> None:
+        if getattr(model.config, "num_labels", 1) not in (1, 2):
+            raise UserError(
+                f"judge {name} has {model.config.num_labels} labels; a judge has one (a score) or two (bad, good)"
+            )
+        self.model, self.tokenizer, self.name, self.batch_size = model.eval(), tokenizer, name, batch_size
+        self.policy_tokenizer = policy_tokenizer
+        # The same vocabulary reads the policy's ids as they are; another one reads the text.
+        self.shares_ids = tokenizer is policy_tokenizer or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        vocabulary = getattr(model.config, "vocab_size", None)
+        # A pad token that was added without a row in the embedding is never looked up: padding is masked.
+        ids = [index for index in tokenizer.get_vocab().values() if index != tokenizer.pad_token_id]
+        if vocabulary is not None and vocabulary <= max(ids):
+            raise UserError(
+                f"judge {name} has {vocabulary} token embeddings, but its tokenizer has the id {max(ids)}; "
+                "give the judge its own tokenizer (reward_processing_classes)"
+            )
+        if not self.shares_ids:
+            ensure_chat_template(tokenizer)
+        self.shift, self.scale = 0.0, 1.0
+
+    def normalize(self) -> None:
+        """From now on give scores of mean 0 and variance 1 over the judge's held-out rows (Ziegler et al. 2019, 2.1).
+
+        Two judges of one thing may differ tenfold in scale; a KL coefficient only means something against a known one.
+        """
+        mean, deviation = (getattr(self.model.config, name, None) for name in ("score_mean", "score_std"))
+        if mean is None or not deviation:
+            raise UserError(
+                f"judge {self.name} does not know the mean and spread of its scores (score_mean, score_std in config.json); "
+                "train it with a held-out split, or leave normalize_rewards off"
+            )
+        self.shift, self.scale = float(mean), float(deviation)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> list[float]:
+        if self.shares_ids:
+            return self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
+        ended = [bool(ids) and ids[-1] == self.policy_tokenizer.eos_token_id for ids in completion_ids]
+        return self.score_texts([self._text(*row) for row in zip(prompts, completions, ended, strict=True)])
+
+    def _text(self, prompt: Any, completion: Any, ended: bool) -> str:
+        """Prompt and completion as the judge learnt to read them, its own EOS last if the policy's stood there."""
+        if is_conversation(prompt):
+            messages = [*prompt, {"role": "assistant", "content": text_of(completion)}]
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        else:
+            if isinstance(prompt, (list, tuple)):  # token ids
+                prompt = self.policy_tokenizer.decode(prompt, skip_special_tokens=True)
+            text = prompt_text(prompt, self.tokenizer) + text_of(completion) + self.tokenizer.eos_token
+        return text if ended else text.removesuffix(self.tokenizer.eos_token)
+
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Scores of whole texts, read with the judge's own tokenizer."""
+        return self.score_ids([self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+
+    @torch.no_grad()
+    def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Scores of rows of the judge's token ids; a row longer than its context keeps its end."""
+        limit = context_length(self.model.config)
+        rows = [row[-limit:] if limit else row for row in rows]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            logits = classify(self.model, [rows[index] for index in batch])
+            values = logits[:, 0] if logits.shape[-1] == 1 else logits[:, 1] - logits[:, 0]
+            for index, value in zip(batch, values.tolist(), strict=True):
+                scores[index] = (value - self.shift) / self.scale
+        return scores
+
+
+def classify(model: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits (batch, labels) in float32 of rows of ids, padded on the right with the model's own pad id.
+
+    The models of transformers read a row at its last token that is not the pad id. So where pad and EOS are one token,
+    an EOS at the end of a row is not looked at: in training as here, alone or in a batch.
+    """
+    pad_id = model.config.pad_token_id
+    device = next(model.parameters()).device
+    if pad_id is None and len(rows) > 1:
+        # Without a pad id such a model takes one row at a time.
+        return torch.cat([classify(model, [row]) for row in rows])
+    ids, mask = pad(rows, value=pad_id or 0)
+    output = model(input_ids=ids.to(device), attention_mask=mask.long().to(device))
+    return torch.as_tensor(output.logits).float()
