@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes.ppo.config import PPOConfig
@@ -32,7 +33,7 @@ def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 def train(folder: Path, name: str, episodes: int, kind: type[PPOTrainer] = PPOTrainer, **options: Any) -> PPOTrainer:
     """One run; it saves in the middle and at the end, into FOLDER/NAME-by-PROCESSES."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    separate = options.pop("separate", False)
+    separate, lora = options.pop("separate", False), options.pop("lora", False)
     judge = AutoModelForSequenceClassification.from_pretrained(folder / "judge")
     # A bias of attention keys has no gradient but rounding, which Adam would blow up to whole steps.
     args = PPOConfig(
@@ -47,6 +48,9 @@ def train(folder: Path, name: str, episodes: int, kind: type[PPOTrainer] = PPOTr
         args,
         [{"prompt": "word " * (row % 3) + str(row)} for row in range(20)],
         value_model=judge if separate else None,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+        if lora
+        else None,
     )
     trainer.train()
     trainer.save_model()
@@ -66,6 +70,7 @@ def equal_everywhere(trainer: PPOTrainer) -> bool:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"whiten_rewards": True, "missing_eos_penalty": 1.0},
     "value-model": {"separate": True, "vf_coef": 1.0},
+    "lora": {"lora": True, "use_score_scaling": True, "value_warmup_updates": 1, "target_kl": 0.05},
     "spoilt": {"kind": Spoilt, "num_mini_batches": 4},
 }
 

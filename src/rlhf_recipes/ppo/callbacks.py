@@ -60,15 +60,23 @@ class SampleTable(TrainerCallback):
 
     def __init__(self, samples: Callable[[], list[dict[str, Any]]], others: Callable[[], Sequence[Any]]) -> None:
         self.samples, self.others = samples, others
+        self._shown = 0
+
+    def on_train_begin(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        self._shown = _due(args, state, state.global_step // args.steps_per_update)
 
     def on_log(self, args: PPOConfig, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any) -> None:
-        updates = max(1, state.max_steps // args.steps_per_update)
-        every = max(1, updates // args.num_sample_generations) if args.num_sample_generations else updates + 1
-        update = state.global_step // args.steps_per_update
-        rows = self.samples()[:16]
-        if state.is_world_process_zero and "episode" in (logs or {}) and rows and (update - 1) % every == 0:
+        rows, due = self.samples()[:16], _due(args, state, -(-state.global_step // args.steps_per_update))
+        if state.is_world_process_zero and "episode" in (logs or {}) and rows and due > self._shown:
+            self._shown = due
             for reporter in self.others():
                 _show(reporter, rows, state.global_step)
+
+
+def _due(args: PPOConfig, state: Any, update: int) -> int:
+    """How many times samples should have been shown by the end of so many updates, spread evenly from the first on."""
+    updates = max(1, -(-state.max_steps // args.steps_per_update))
+    return -(-update * min(args.num_sample_generations, updates) // updates)
 
 
 def _show(reporter: Any, rows: list[dict[str, Any]], step: int) -> None:
@@ -97,7 +105,8 @@ class Answers:
     def begin(self, updates: int) -> None:
         """Keep the lines of so many updates: of none for a new run, of those a checkpoint knows for a resumed one."""
         if self.path.is_file():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _update_of(line) < updates]
+            lines = self.path.read_text(encoding="utf-8").split("\n")  # an answer may hold other line separators
+            kept = [line for line in lines if _update_of(line) < updates]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, update: int, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Whose gradients an optimizer step may use: everyone's, the value's alone, or nobody's."""
+"""Whose gradients an optimizer step may use - everyone's, the value's alone, or nobody's - and how far each goes."""
 
 import logging
 from collections.abc import Iterable
@@ -65,3 +65,14 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """An optimizer leaves a parameter without a gradient alone, its moments and its weight decay too."""
     for parameter in parameters:
         parameter.grad = None
+
+
+def split_groups(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
+    """Give some parameters a learning rate of their own; whatever else their group says stays."""
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        apart = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if apart:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            options = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+            optimizer.add_param_group(options | {"params": apart, "lr": learning_rate})

@@ -1,7 +1,7 @@
 """One line about what may be wrong, when a metric leaves its healthy range."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ def _moved(name: str, history: History, factor: float) -> bool:
 
 
 def _value(name: str, history: History, default: float = 0.0) -> float:
-    return history[-1].get(name, default)
+    return history[-1].get(name, default) if history else default
 
 
 def _trend(name: str, history: History) -> float:
@@ -100,41 +100,58 @@ HINTS = [
     ),
     Hint(
         "steps skipped",
-        lambda h: _value("val/skipped_steps", h) > 0,
+        lambda h: (
+            _value("val/skipped_steps", h) > _value("val/skipped_steps", h[:-1])
+        ),  # it counts from the run's start
         "{val/skipped_steps:.0f} optimizer steps had a loss that is not finite and were skipped; lower learning_rate, or "
         "train in float32",
     ),
 ]
 
 
-def over_optimised(history: History) -> str | None:
-    """A reward that is only watched (weight 0) and falls while the score rises; its name."""
-    watched = [name for name in history[-1] if name.startswith("rewards/")]
+def over_optimised(history: History, watched: Collection[str] | None = None) -> str | None:
+    """A reward that is only watched (weight 0; None: any) and falls while the score rises; its name in the log."""
+    names = [name for name in history[-1] if name.startswith("rewards/")]
+    if watched is not None:
+        names = [name for name in names if name.removeprefix("rewards/") in watched]
     if _trend("objective/scores", history) <= 0:
         return None
     return next(
-        (name for name in watched if _trend(name, history) < -0.05 * abs(history[0].get(name, 0.0)) - 0.01), None
+        (name for name in names if _trend(name, history) < -0.05 * abs(history[0].get(name, 0.0)) - 0.01), None
     )
 
 
-class Hints(TrainerCallback):
-    """Says each hint once, and again only after its metric has been healthy in between."""
+def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in logs.items() if isinstance(value, (int, float))}
 
-    def __init__(self) -> None:
+
+class Hints(TrainerCallback):
+    """Says each hint once, and again only after its metric has been healthy in between.
+
+    watched: gives the names of the rewards that have weight 0; without it every reward is taken to be one.
+    """
+
+    def __init__(self, watched: Callable[[], Collection[str]] | None = None) -> None:
+        self.watched = watched
         self.history: History = []
         self._said: set[str] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run is judged by all of its updates."""
+        self.history = [_numbers(logs) for logs in state.log_history if "objective/kl" in logs]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "objective/kl" not in logs:
             return
-        self.history.append({name: value for name, value in logs.items() if isinstance(value, (int, float))})
+        self.history.append(_numbers(logs))
         for name, text in self.hints():
             logger.warning("%s: %s (docs/ppo.md)", name, text)
 
     def hints(self) -> list[tuple[str, str]]:
         """Name and text of what has gone out of range since the last time it was asked."""
         off = {hint.name: hint.text.format_map(self.history[-1]) for hint in HINTS if hint.off(self.history)}
-        falling = over_optimised(self.history)
+        watched = None if self.watched is None else self.watched()
+        falling = over_optimised(self.history, watched)
         if falling is not None:
             off["over-optimisation"] = (
                 f"the score rises while {falling} falls: the policy learns what the judge likes, not what is better; stop "

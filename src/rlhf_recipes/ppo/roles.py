@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from rlhf_recipes.arguments import UserError
-from rlhf_recipes.generation import stop_ids
+from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.models import adapters, load_causal_lm, load_tokenizer, prepare_for_lora
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import Prompts
@@ -196,10 +196,13 @@ def _check_vocabulary(source: Any, policy: Any) -> None:
         )
 
 
-def chosen_stop_ids(model: nn.Module, tokenizer: Any, args: PPOConfig) -> tuple[int, ...]:
+def chosen_sampling(model: nn.Module, tokenizer: Any, args: PPOConfig) -> Sampling:
+    """How answers are drawn, and at which tokens they stop."""
+    stops = (int(tokenizer.eos_token_id),) if args.stop_token == "eos" else stop_ids(base_model(model), tokenizer)
     if args.stop_token_id is not None:
-        return (args.stop_token_id,)
-    return (int(tokenizer.eos_token_id),) if args.stop_token == "eos" else stop_ids(base_model(model), tokenizer)
+        stops = (args.stop_token_id,)
+    given: Any = args.generation_kwargs or {}
+    return Sampling(args.response_length, args.temperature, stop_ids=stops, **given)
 
 
 def without_dropout(module: nn.Module | None) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 
 from rlhf_recipes.arguments import UserError
-from rlhf_recipes.generation import Completions, Sampling, row_seed, sample
+from rlhf_recipes.generation import Completions, row_seed, sample
 from rlhf_recipes.models import adapters
 from rlhf_recipes.ppo.callbacks import Answers, SampleTable, UpdateEnd, UpdateLine
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.experience import Experience
-from rlhf_recipes.ppo.guard import StepGuard
+from rlhf_recipes.ppo.guard import StepGuard, split_groups
 from rlhf_recipes.ppo.heldout import measured, shown
 from rlhf_recipes.ppo.hints import Hints
 from rlhf_recipes.ppo.loader import RolloutLoader
@@ -25,7 +25,7 @@ from rlhf_recipes.ppo.objective import objective
 from rlhf_recipes.ppo.resuming import ResumableTrainer
 from rlhf_recipes.ppo.roles import (
     checked_prompts,
-    chosen_stop_ids,
+    chosen_sampling,
     held_out_prompts,
     load_rewards,
     loaded_policy,
@@ -65,8 +65,8 @@ class PPOTrainer(ResumableTrainer):
         TypeError: a value model or reward of a kind that cannot serve.
     """
 
-    args: PPOConfig
     control: Any
+    prompts: Any
 
     def __init__(
         self,
@@ -92,7 +92,6 @@ class PPOTrainer(ResumableTrainer):
         config = base_model(model).config
         sources = reward_funcs if reward_funcs is not None else reward_model
         plays = train_dataset is not None or sources is not None  # neither: the caller plays, and calls step()
-        self.prompts: Any
         self.prompts, self.eval_prompts = checked_prompts(
             config, processing_class, train_dataset, eval_dataset, args, plays
         )
@@ -119,12 +118,10 @@ class PPOTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
         without_dropout(self.model)
         self.rewards = load_rewards(policy, sources, processing_class, reward_processing_classes, args, plays)
-        stops = chosen_stop_ids(model, processing_class, args)
-        given: Any = args.generation_kwargs or {}
-        self.sampling = Sampling(args.response_length, args.temperature, stop_ids=stops, **given)
+        self.sampling = chosen_sampling(model, processing_class, args)
         self.experience = Experience(self.model, reference, self.accelerator, args)
-        self.guard, self.updates = StepGuard(self.model, args), UpdateLog(args.episodes_per_update)
-        self.clock = Clock()
+        self.guard, self.clock = StepGuard(self.model, args), Clock()
+        self.updates = UpdateLog(args.episodes_per_update)
         self.answers = Answers(Path(str(args.output_dir)) / "completions.jsonl") if args.log_completions else None
         self.last_samples: list[dict[str, Any]] = []
         self.underway: Rollout | None = None  # the rollout of the update that is being learnt from
@@ -250,6 +247,14 @@ class PPOTrainer(ResumableTrainer):
 
     # One optimizer step.
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's, with a learning rate of its own for the value where one is asked for."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not given and self.args.value_learning_rate is not None:
+            split_groups(optimizer, self.model.value_parameters(), self.args.value_learning_rate)
+        return optimizer
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Trainer's step, after which `StepGuard` says whose gradients may be used."""
         if not inputs:  # a minibatch that needs fewer micro-batches than Trainer counts
@@ -276,15 +281,14 @@ class PPOTrainer(ResumableTrainer):
 
         Of several held-out sets, given as a dict, each has its name in the metrics: ``eval_<name>_objective/scores``.
         """
-        prompts = self.eval_prompts if eval_dataset is None else self._held_out(eval_dataset)
+        prompts, config = self.eval_prompts, base_model(self.model.policy).config
+        if eval_dataset is not None:
+            prompts = held_out_prompts(config, self.processing_class, eval_dataset, self.args)
         sets = prompts if isinstance(prompts, dict) else {"": prompts}
         metrics: dict[str, float] = {}
         for name, each in sets.items():
             metrics |= measured(self, each, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
         return metrics
-
-    def _held_out(self, dataset: Any) -> Any:
-        return held_out_prompts(base_model(self.model.policy).config, self.processing_class, dataset, self.args)
 
     def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
         """Answer the held-out prompts, show some and return all; `sampling`: a few prompts are enough. TRL's name."""
