@@ -1,5 +1,6 @@
 """Every logged number against a recomputation in float64, and how much memory a run may hold."""
 
+import copy
 import gc
 import math
 from collections.abc import Callable
@@ -167,6 +168,50 @@ def test_point_09_one_update_agrees_with_float64_to_the_sixth_digit(run: Any, re
         losses = [loss for step in parts for loss in token_losses(reference, args, step)]
         assert sum(step.loss for step in parts) == pytest.approx(sum(losses) / len(losses), abs=1e-6)
         assert {int(step.tokens) for step in parts} == {len(losses)}
+
+
+def test_point_09_gradients_agree_with_finite_differences(run: Any, reference: ModuleType) -> None:
+    """Of the loss that the reference computes from whole episodes in float64, weight by weight, clipped tokens and all."""
+    per_update, draw = run.args.steps_per_update, np.random.default_rng(0)
+    number = 2 * per_update - 1  # the last step of the second update
+    parts = [step for step in run.steps if step.optimizer_step == number]
+    model = copy.deepcopy(parts[0].model)
+
+    def loss() -> float:
+        told = [each for step in parts for each in losses_of_reading(reference, run.args, model, step.inputs)]
+        return sum(told) / len(told)
+
+    trained = copy.deepcopy(model).float()
+    for step in parts:
+        run.compute_loss(trained, step.inputs, num_items_in_batch=step.tokens).backward()
+    gradients = dict(trained.named_parameters())
+    for name, weight in model.named_parameters():
+        flat = weight.data.view(-1)
+        place = int(draw.integers(len(flat)))
+        before, ends = flat[place].item(), []
+        for moved in (before + 1e-5, before - 1e-5):
+            flat[place] = moved
+            ends.append(loss())
+        flat[place] = before
+        found = gradients[name].grad.view(-1)[place].item()
+        assert found == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-6), name
+
+
+def losses_of_reading(reference: ModuleType, args: Any, model: Any, inputs: Any) -> list[float]:
+    """The loss of each generated token of a micro-batch, in float64 from the model's own reading of its episodes."""
+    losses = []
+    for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+        whole, length = ids[mask.bool()].tolist(), int(inputs["response_mask"][row].sum())
+        now = reference.read(model, whole[: len(whole) - length], whole[len(whole) - length :], args.temperature)
+        old = {name: inputs[name][row].double().tolist() for name in ("log_probs", "advantages", "values", "returns")}
+        for token in range(length):
+            policy = now.log_probs[token], old["log_probs"][token], old["advantages"][token]
+            value = now.values[token], old["values"][token], old["returns"][token]
+            losses.append(
+                reference.policy_loss(*policy, args.cliprange)[0]
+                + args.vf_coef * reference.value_loss(*value, args.cliprange_value)[0]
+            )
+    return losses
 
 
 def token_losses(reference: ModuleType, args: Any, step: Any) -> list[float]:
