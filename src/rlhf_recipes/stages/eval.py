@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,9 @@ class EvalArguments(OutputArguments):
     max_new_tokens: int = field(default=53, metadata={"help": "Longest answer in tokens."})
     stop_token_id: int | None = field(
         default=None, metadata={"help": "Stop at this token id instead of the model's EOS, as ppo can."}
+    )
+    min_new_tokens: int = field(
+        default=0, metadata={"help": "Shortest answer in tokens: no stop token is drawn before, as ppo can be told."}
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature; 0 takes the likeliest token (and leaves KL out)."}
@@ -206,6 +209,7 @@ def evaluate_all(
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not arguments.use_cpu else None
     )
     device = device or torch.device("cpu")
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, min_new_tokens=arguments.min_new_tokens)
     reference = load_causal_lm(arguments.reference or arguments.models[0]).to(device)
     evaluations = {}
     for name, source, tokenizer in zip(names, arguments.models, tokenizers, strict=True):
@@ -221,7 +225,7 @@ def evaluate_all(
             model,
             tokenizer,
             questions.prompts,
-            sampling=Sampling(arguments.max_new_tokens, arguments.temperature, stop_ids=stops),
+            sampling=replace(sampling, stop_ids=stops),
             seed=arguments.seed,
             completions_per_prompt=arguments.completions_per_prompt,
             columns=questions.columns,
