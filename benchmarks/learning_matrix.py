@@ -58,14 +58,14 @@ def byte_tokenizer(pad: str = "<|pad|>") -> PreTrainedTokenizerFast:
 
 
 def trained_judge(seed: int) -> GPT2ForSequenceClassification:
-    """A judge that has learnt the share of low tokens in answers of one to five, after a prompt of letters."""
+    """A judge that has learnt the share of low tokens in answers of one to five, after a prompt of low ones."""
     torch.manual_seed(1000 + seed)
     judge = GPT2ForSequenceClassification(GPT2Config(**SHAPE, num_labels=1))
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3)
     for _ in range(400):
         low = torch.rand(32, int(torch.randint(1, 6, ()))) < torch.rand(32, 1)
         answers = torch.where(low, torch.randint(0, 128, low.shape), torch.randint(128, 257, low.shape))
-        rows = torch.cat([torch.randint(97, 123, (32, int(torch.randint(1, 12, ())))), answers], dim=1)
+        rows = torch.cat([torch.randint(0, 128, (32, int(torch.randint(1, 12, ())))), answers], dim=1)
         loss = ((judge(input_ids=rows).logits[:, 0] - low.float().mean(1)) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()

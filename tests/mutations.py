@@ -36,6 +36,8 @@ class Mutation:
     files: tuple[str, ...] = tuple(POINTS)
 
 
+ROLES, STEERING, RESUME = ((f"tests/ppo/test_points_{name}.py",) for name in ("roles", "steering", "resume"))
+
 MUTATIONS = [
     Mutation("GAE forgets lambda", "ppo/advantages.py", "gamma * lam * running", "gamma * running"),
     Mutation("GAE forgets gamma in the error", "ppo/advantages.py", "gamma * following", "following"),
@@ -164,6 +166,65 @@ MUTATIONS = [
         "masked_whiten(raw, mask)",
         "point_07_two",
         tuple(PROCESSES),
+    ),
+    Mutation(
+        "the value reads through the policy's adapter",
+        "ppo/value_head.py",
+        "with adapters.speaking(self.policy, self.value_adapter):",
+        "with nullcontext():",
+        "point_17_policy_and_value",
+        ROLES,
+    ),
+    Mutation(
+        "the reference is the base, whatever the policy came with",
+        "ppo/roles.py",
+        "trainable=False) if arrived else None",
+        "trainable=False) if False else None",
+        "point_17_the_reference",
+        ROLES,
+    ),
+    Mutation(
+        "the value's gradient moves the policy as it warms up",
+        "ppo/guard.py",
+        "drop_gradients(self.model.policy_parameters())",
+        "pass",
+        "point_21_the_policy_stands",
+        STEERING,
+    ),
+    Mutation(
+        "target_kl without its tolerance", "ppo/guard.py", "TOLERANCE = 1.5", "TOLERANCE = 1.0", "target_kl", STEERING
+    ),
+    Mutation(
+        "the KL coefficient moves the wrong way",
+        "ppo/rewards.py",
+        "*= 1.0 + error",
+        "*= 1.0 - error",
+        "point_21",
+        STEERING,
+    ),
+    Mutation(
+        "scores scaled by the last batch alone",
+        "ppo/rewards.py",
+        "self.count = everyone",
+        "self.count = 0.0",
+        "point_21",
+        STEERING,
+    ),
+    Mutation(
+        "a resumed run forgets what has moved",
+        "ppo/resuming.py",
+        'self.experience.restore(told["experience"])',
+        "pass",
+        "point_13_killed_at_random",
+        RESUME,
+    ),
+    Mutation(
+        "a resumed run plays the update again",
+        "ppo/loader.py",
+        "first=steps if number == done else 0",
+        "first=0",
+        "point_13_killed_at_random",
+        RESUME,
     ),
 ]
 

@@ -24,7 +24,7 @@ PPO_SIBLINGS = {
     "roles": {"config", "prompts", "riding", "value_head"},
     "objective": {"config", "losses", "value_head"},
     "guard": {"config", "tally", "value_head"},
-    "resuming": {"callbacks", "config", "experience", "guard", "rollout", "tally"},
+    "resuming": {"callbacks", "config", "experience", "guard", "rollout", "tally", "value_head"},
     "experience": {"config", "rewards", "roles", "rollout", "tally", "value_head"},
     "stepping": {"rollout"},
     "heldout": {"prompts", "rollout"},

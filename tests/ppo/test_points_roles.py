@@ -176,7 +176,9 @@ def test_point_17_a_judge_on_another_base_keeps_its_own(
     """A policy whose adapter was merged is another base, and so is a policy without an adapter."""
     from peft import get_peft_model
 
-    merged = with_sft_adapter(policy)
+    with pytest.raises(ValueError, match="has an adapter already; leave peft_config out"):
+        make_trainer(with_sft_adapter(AutoModelForCausalLM.from_pretrained(base)), peft_config=lora())
+    merged = with_sft_adapter(policy).merge_and_unload()
     for model, options in ((merged, {"peft_config": lora()}), (AutoModelForCausalLM.from_pretrained(base), {})):
         (reward,) = make_trainer(model, [str(judge_on_base)], **options).rewards
         assert not isinstance(reward.model, RidingJudge)

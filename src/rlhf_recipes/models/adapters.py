@@ -68,6 +68,8 @@ def parameters_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:
 def twin(model: Any, name: str, trainable: bool) -> str:
     """Add an adapter that starts as a copy of the active one; returns its name."""
     flags = _flags(model)
+    if name in model.peft_config:  # of an earlier trainer of the same policy
+        model.delete_adapter(name)
     model.add_adapter(name, model.peft_config[model.active_adapter])
     load(model, name, state_of(model, model.active_adapter))
     _restore(flags)
@@ -87,6 +89,8 @@ def ride(model: Any, folder: str, name: str) -> dict[str, Tensor]:
     config = PeftConfig.from_pretrained(folder)
     config.modules_to_save, config.task_type, config.inference_mode = None, None, True
     flags = _flags(model)
+    if name in model.peft_config:
+        model.delete_adapter(name)
     model.add_adapter(name, config)
     _restore(flags)
     state = load_file(Path(folder) / FILE)

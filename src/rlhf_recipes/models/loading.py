@@ -185,7 +185,11 @@ def _load(
     options = _options(model_config) | kwargs
     options.setdefault("use_safetensors", True)  # a pickle can run code while it is read
     try:
-        model = auto_class.from_pretrained(_base_of(name), **options)
+        base = _base_of(name)
+        if is_adapter(base):  # an adapter on a model that was itself made by merging one
+            model = _load(auto_class, base, role, model_config, **kwargs)
+        else:
+            model = auto_class.from_pretrained(base, **options)
         _never_repack_on_cpu(model)
         return _merge_adapter(model, name) if is_adapter(name) else model
     except (OSError, ValueError, RuntimeError) as error:

@@ -114,7 +114,9 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     num_sample_generations: int = field(
         default=10, metadata={"help": "How many times in a run sample answers are logged."}
     )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize prompts."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "For scripts that tokenize by themselves; here one process does."}
+    )
     sft_model_path: str | None = field(
         default=None, metadata={"help": "The supervised model, for scripts that load it."}
     )
@@ -124,7 +126,7 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     model_adapter_name: str | None = field(default=None, metadata={"help": "Name of the adapter that is trained."})
     ref_adapter_name: str | None = field(default=None, metadata={"help": "Name of the adapter that is the reference."})
     ds3_gather_for_generation: bool = field(
-        default=True, metadata={"help": "ZeRO-3: gather weights while generating."}
+        default=True, metadata={"help": "Taken for scripts of TRL's; ZeRO is refused here."}
     )
     # A rollout cannot be skipped like a batch of rows; the loader goes on from global_step by itself.
     ignore_data_skip: bool = field(
@@ -148,6 +150,8 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
             raise UserError("stop_token and stop_token_id say the same thing; set one of them")
 
     def _check_ranges(self) -> None:
+        if not self.ignore_data_skip:
+            raise UserError("ignore_data_skip is false; rollouts cannot be skipped like rows: leave it on")
         for name in ("num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")

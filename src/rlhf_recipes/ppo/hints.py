@@ -100,9 +100,7 @@ HINTS = [
     ),
     Hint(
         "steps skipped",
-        lambda h: (
-            _value("val/skipped_steps", h) > _value("val/skipped_steps", h[:-1])
-        ),  # it counts from the run's start
+        lambda h: _value("val/skipped_steps", h) > _value("val/skipped_steps", h[:-1]),  # counted over the whole run
         "{val/skipped_steps:.0f} optimizer steps had a loss that is not finite and were skipped; lower learning_rate, or "
         "train in float32",
     ),

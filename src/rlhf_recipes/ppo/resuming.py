@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from rlhf_recipes.arguments import UserError
 from rlhf_recipes.artifacts import resume_point, write_text
 from rlhf_recipes.ppo.callbacks import Answers
 from rlhf_recipes.ppo.config import PPOConfig
@@ -23,6 +24,7 @@ from rlhf_recipes.ppo.experience import Experience
 from rlhf_recipes.ppo.guard import StepGuard
 from rlhf_recipes.ppo.rollout import Rollout
 from rlhf_recipes.ppo.tally import UpdateLog
+from rlhf_recipes.ppo.value_head import base_model
 
 STATE = "trainer_state.json"
 
@@ -49,6 +51,7 @@ class ResumableTrainer(Trainer):
         told: dict[str, Any] = {}
         self.underway = None
         if self._resuming_from is not None:
+            _check_processes(self._resuming_from, self.args.world_size)
             self.underway, told = load_progress(self._resuming_from, self.args.process_index, self.args.device)
         if told:
             self.updates.restore(told["updates"], self.args.device)
@@ -66,6 +69,7 @@ class ResumableTrainer(Trainer):
             (folder / STATE).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         told = {
+            "processes": self.args.world_size,
             "updates": self.updates.state(),
             "experience": self.experience.state(),
             "guard": self.guard.state(),
@@ -89,11 +93,27 @@ class ResumableTrainer(Trainer):
         self.model.load_pretrained(resume_from_checkpoint)
 
     def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
-        """Trainer's; `dataset_name` is what TRL calls `dataset`."""
-        super().create_model_card(*args, **({"dataset": dataset_name} if dataset_name else {}) | kwargs)
+        """A short card, where the folder has none yet. Trainer's own reads a `config` that policy and value have not."""
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if self.args.should_save and not card.is_file():
+            lines = ["---", "library_name: transformers", "tags: [rlhf-recipes, ppo]"]
+            base = base_model(self.model.policy).name_or_path
+            lines += [f"base_model: {base}"] if base and not Path(base).exists() else []
+            lines += [f"datasets: [{dataset_name}]"] if dataset_name and not Path(dataset_name).exists() else []
+            write_text(card, "\n".join([*lines, "---", "A language model trained by PPO with rlhf-recipes.", ""]))
 
     def _load_best_model(self) -> None:
         self.model.load_pretrained(self.state.best_model_checkpoint)
+
+
+def _check_processes(folder: str | Path, processes: int) -> None:
+    """Refuse to go on with another number of processes: half a rollout has no other half then."""
+    _, told = load_progress(folder, 0)
+    if told and told["processes"] != processes:
+        raise UserError(
+            f"{folder} was saved by {told['processes']} processes and this run has {processes}; launch as many, or start "
+            "a new run from the weights in it"
+        )
 
 
 def save_progress(folder: str | Path, process: int, rollout: Rollout | None, told: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """A judge that was trained as an adapter on the policy's own base, and needs no second copy of it."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlhf_recipes.arguments import UserError
@@ -19,7 +21,30 @@ def rides_on(judge: str, policy: Any) -> bool:
     from peft import PeftConfig
 
     bases = [str(PeftConfig.from_pretrained(judge).base_model_name_or_path), str(base_model(policy).name_or_path)]
-    return len({os.path.realpath(base) if os.path.isdir(base) else base for base in bases}) == 1
+    same = len({os.path.realpath(base) if os.path.isdir(base) else base for base in bases}) == 1
+    return same and _as_saved(policy, Path(bases[0]) / "model.safetensors")
+
+
+def _as_saved(policy: Any, path: Path) -> bool:
+    """Whether the layers under the policy's adapter are those of the file still, and nothing was merged into them.
+
+    True where it cannot be told: the file is elsewhere, or the weights were quantized as they were read.
+    """
+    if not path.is_file():
+        return True
+    live = base_model(policy).state_dict()
+    with safe_open(path, framework="pt") as saved:
+        for name in saved.keys():  # noqa: SIM118  not a mapping
+            head, _, leaf = name.rpartition(".")
+            weight = live.get(f"{head}.base_layer.{leaf}")
+            if (
+                weight is not None
+                and weight.is_floating_point()
+                and weight.shape == tuple(saved.get_slice(name).get_shape())
+            ):
+                if not torch.equal(weight.cpu(), saved.get_tensor(name).to(weight.dtype)):
+                    return False
+    return True
 
 
 class RidingJudge(nn.Module):

@@ -1,7 +1,7 @@
 """Who plays in PPO: the policy, its reference, the rewards; each checked before it is needed."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.models import adapters, load_causal_lm, load_tokenizer, prepare_for_lora
+from rlhf_recipes.models import adapters, is_quantized, load_causal_lm, load_tokenizer, prepare_for_lora
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import Prompts
 from rlhf_recipes.ppo.riding import RidingJudge, rides_on
@@ -20,6 +20,8 @@ from rlhf_recipes.scoring import ModelReward, Reward, load_reward
 def loaded_policy(model: nn.Module | str, tokenizer: Any, quantization: Any) -> tuple[nn.Module, Any]:
     """The policy and its tokenizer, read from the folder or Hub id where a name is given."""
     if not isinstance(model, str):
+        if quantization is not None:
+            raise UserError("quantization_config is for a policy given by its name; load yours with it instead")
         return model, tokenizer
     tokenizer = tokenizer or load_tokenizer(model)
     return load_causal_lm(model, **({"quantization_config": quantization} if quantization else {})), tokenizer
@@ -34,6 +36,11 @@ def checked_prompts(
     """
     if tokenizer is None:
         raise UserError("PPOTrainer needs the policy's tokenizer; pass processing_class")
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None):
+            raise UserError(
+                f"the policy bends its logits ({name}), which PPOTrainer would leave out; take another model"
+            )
     if tokenizer.eos_token_id is None:
         raise UserError("the policy's tokenizer has no EOS token, so no answer could end; set tokenizer.eos_token")
     train = None
@@ -69,19 +76,28 @@ def refuse_sharding(accelerator: Any) -> None:
 
 
 def with_adapter(model: Any, peft_config: Any, args: PPOConfig) -> Any:
-    """The policy as it is trained: with a new adapter on it, with the one it arrived with, or as it is.
-
-    An adapter that the policy arrived with is merged into the base if another one is asked for, as TRL did.
-    """
+    """The policy as it is trained: with a new adapter on it, with the one it arrived with, or as it is."""
     if peft_config is not None:
         from peft import get_peft_model
 
         if adapters.has_adapter(model):
-            model = model.merge_and_unload()
-            model.name_or_path = ""  # no longer the base that its adapters were made for
-        return get_peft_model(prepare_for_lora(model, args.gradient_checkpointing), peft_config)
+            raise UserError(
+                "the policy has an adapter already; leave peft_config out to train that one, or merge it into its base "
+                "and save that first (merge_and_unload)"
+            )
+        return _no_prompt_learning(get_peft_model(prepare_for_lora(model, args.gradient_checkpointing), peft_config))
+    if is_quantized(base_model(model)) and not adapters.has_adapter(model):
+        raise UserError("a policy in 4 or 8 bits cannot be trained itself; pass peft_config to train an adapter on it")
     if args.model_adapter_name is not None and adapters.has_adapter(model):
         model.set_adapter(_known(model, args.model_adapter_name))
+    return _no_prompt_learning(model) if adapters.has_adapter(model) else model
+
+
+def _no_prompt_learning(model: Any) -> Any:
+    if model.peft_config[model.active_adapter].is_prompt_learning:
+        raise UserError(
+            "an adapter that learns a prompt moves every position; take LoRA or another adapter of weights"
+        )
     return model
 
 
@@ -93,6 +109,7 @@ def _known(model: Any, name: str) -> str:
 
 def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
     """Policy and value in one module; where the policy has an adapter, the value may have one on the same base."""
+    _check_vocabulary("value_model", value_model, policy)
     own = args.value_adapter and value_model is None and adapters.has_adapter(policy)
     if own and args.gradient_checkpointing:
         raise UserError(
@@ -130,6 +147,7 @@ def the_reference(policy: Any, arrived: bool, ref_model: Any, args: PPOConfig) -
         raise UserError(
             "ref_model is the policy itself, and would move with it; pass a copy, or None to have one made"
         )
+    _check_vocabulary("ref_model", ref_model, policy)
     if ref_model is not None:
         return Reference(_still(ref_model).to(args.device))
     if not adapters.has_adapter(policy):
@@ -167,7 +185,7 @@ def load_rewards(
     batch = args.local_rollout_forward_batch_size
     for index, source in enumerate(sources):
         if own[index] is None:
-            _check_vocabulary(source, policy)
+            _check_vocabulary("judge", source, policy)
         if isinstance(source, str) and rides_on(source, policy):
             sources[index], own[index] = (
                 RidingJudge(policy, source, f"ppo_judge_{index}"),
@@ -186,14 +204,25 @@ def load_rewards(
     return rewards
 
 
-def _check_vocabulary(source: Any, policy: Any) -> None:
-    """Refuse a judge object that cannot read the policy's ids, where nothing says what it reads instead."""
-    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (source, base_model(policy))]
-    if isinstance(source, nn.Module) and None not in sizes and sizes[0] != sizes[1]:
+def _check_vocabulary(role: str, model: Any, policy: Any) -> None:
+    """Refuse a model object that cannot read the policy's ids, where nothing says what it reads instead."""
+    sizes = [getattr(getattr(each, "config", None), "vocab_size", None) for each in (model, base_model(policy))]
+    if isinstance(model, nn.Module) and None not in sizes and sizes[0] != sizes[1]:
         raise UserError(
-            f"the judge has {sizes[0]} token embeddings and the policy {sizes[1]}, so the judge reads other ids; pass its "
-            "tokenizer as reward_processing_classes (or the policy's, if it reads those after all)"
+            f"the {role} has {sizes[0]} token embeddings and the policy {sizes[1]}, so it reads other ids; "
+            + (
+                "pass its tokenizer as reward_processing_classes (or the policy's, if it reads those after all)"
+                if role == "judge"
+                else "give one with the policy's vocabulary"
+            )
         )
+
+
+def watched_names(rewards: Sequence[Reward], weights: Sequence[float] | None) -> list[str]:
+    """Names of the rewards that are logged and not learnt from."""
+    return [
+        reward.name for reward, weight in zip(rewards, weights or [1.0] * len(rewards), strict=True) if weight == 0
+    ]
 
 
 def chosen_sampling(model: nn.Module, tokenizer: Any, args: PPOConfig) -> Sampling:
@@ -210,3 +239,6 @@ def without_dropout(module: nn.Module | None) -> None:
     for part in module.modules() if module is not None else ():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
+        for name in ("attention_dropout", "activation_dropout", "dropout"):  # numbers that newer models keep
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)

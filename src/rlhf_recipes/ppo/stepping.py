@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.ppo.rollout import Rollout
@@ -22,7 +23,7 @@ def checked_episodes(queries: Any, responses: Any, scores: Any, share: int) -> l
 
 def take_update(trainer: Any, rollout: Rollout, number: int) -> None:
     """The optimizer steps that `Trainer` would take on update `number`: same minibatches, clipping and schedule."""
-    if trainer.optimizer is None:
+    if not isinstance(trainer.optimizer, AcceleratedOptimizer) or trainer.lr_scheduler is None:
         _prepare(trainer)
     args, model = trainer.args, trainer.model_wrapped
     model.train()
@@ -42,13 +43,27 @@ def take_update(trainer: Any, rollout: Rollout, number: int) -> None:
 
 
 def _prepare(trainer: Any) -> None:
-    """Optimizer, schedule and wrapper, for as many updates as the arguments ask for."""
+    """Optimizer, schedule and wrapper, for as many updates as the arguments ask for.
+
+    Raises:
+        UserError: they do not say how many, and the schedule has to know.
+    """
     args = trainer.args
     updates = math.ceil((args.total_episodes or 0) / args.episodes_per_update)
     steps = args.max_steps if args.max_steps > 0 else updates * args.steps_per_update
-    if steps <= 0 and args.lr_scheduler_type != "constant":
-        steps = int(args.num_train_epochs * args.steps_per_update)
+    if (
+        steps <= 0
+        and trainer.lr_scheduler is None
+        and not str(args.lr_scheduler_type).endswith(("constant", "CONSTANT"))
+    ):
+        raise UserError(
+            f"lr_scheduler_type {args.lr_scheduler_type} has to know how long a loop of step() goes on; set "
+            "total_episodes or max_steps, or lr_scheduler_type constant"
+        )
     trainer.create_optimizer_and_scheduler(num_training_steps=max(1, steps))
+    if args.activation_checkpointing:
+        options = dict(args.activation_checkpointing_kwargs or {})
+        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None)
     trainer.model.to(args.device)
     trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     torch.manual_seed(args.seed)

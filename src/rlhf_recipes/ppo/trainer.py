@@ -31,6 +31,7 @@ from rlhf_recipes.ppo.roles import (
     loaded_policy,
     refuse_sharding,
     the_reference,
+    watched_names,
     with_adapter,
     with_value,
     without_dropout,
@@ -112,7 +113,7 @@ class PPOTrainer(ResumableTrainer):
         self.add_callback(UpdateEnd(self.restore_progress, self._end_update))
         self.add_callback(SampleTable(lambda: self.last_samples, lambda: self.callback_handler.callbacks))
         if args.hints:
-            self.add_callback(Hints)
+            self.add_callback(Hints(lambda: watched_names(self.rewards, args.reward_weights)))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(UpdateLine)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
@@ -147,7 +148,7 @@ class PPOTrainer(ResumableTrainer):
         shape = {"temperature": args.temperature, "entropy_gradient": args.entropy_coef != 0}
         outputs = model(inputs["input_ids"], inputs["attention_mask"], mask, **shape)
         loss, metrics = objective(outputs, inputs, args, num_items_in_batch)
-        self.updates.steps.add(metrics, mask)
+        self.updates.steps.add(metrics, mask & torch.isfinite(loss.detach()))
         self.guard.saw_divergence(metrics["policy/approxkl_avg"], mask)
         return (loss, outputs) if return_outputs else loss
 

@@ -8,11 +8,9 @@ import numbers
 import os
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import torch
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.data import text_of
@@ -44,7 +42,11 @@ class FunctionReward:
             scores = self._call(given)
         except Exception as error:
             raise UserError(self._blame(error, given)) from error
-        scores = scores.tolist() if isinstance(scores, torch.Tensor) else list(scores)
+        if not isinstance(scores, list):
+            raise UserError(
+                f"reward function {self.name} returned {scores!r} for {len(completions)} completions; return a list with "
+                "one score each"
+            )
         if len(scores) != len(completions):
             raise UserError(
                 f"reward function {self.name} returned {len(scores)} scores for {len(completions)} completions; "
@@ -54,19 +56,22 @@ class FunctionReward:
 
     def _call(self, given: Mapping[str, list[Any]]) -> Any:
         answer = self.function(**given)
-        return wait_for(answer) if inspect.isawaitable(answer) else answer
+        answer = _plain(wait_for(answer) if inspect.isawaitable(answer) else answer)
+        return list(answer) if isinstance(answer, Iterable) else answer  # a generator works, and may fail, here
 
     def _checked(self, score: Any, prompt: Any, completion: Any, ids: Sequence[int]) -> float | list[float]:
         sample = f"for the completion {text_of(completion)!r} of the prompt {text_of(prompt)[:200]!r}"
-        if isinstance(score, torch.Tensor):
-            score = score.tolist()
-        if isinstance(score, (list, tuple)) or (hasattr(score, "__len__") and not isinstance(score, str)):
+        score = _plain(score)
+        if isinstance(score, (list, tuple)):
             if len(score) != len(ids):
                 raise UserError(
                     f"reward function {self.name} returned {len(score)} token rewards {sample}, which has {len(ids)} "
                     "tokens (completion_ids); return one each"
                 )
-            return [float(self._checked(each, prompt, completion, ids)) for each in score]  # type: ignore[arg-type]
+            return [self._number(_plain(each), sample) for each in score]
+        return self._number(score, sample)
+
+    def _number(self, score: Any, sample: str) -> float:
         if not isinstance(score, numbers.Real) or not math.isfinite(score):
             raise UserError(f"reward function {self.name} returned {score!r} {sample}; return a finite number")
         return float(score)
@@ -83,6 +88,11 @@ class FunctionReward:
             except Exception:
                 return f"{told} for the completion {text_of(completion)!r} of the prompt {text_of(prompt)[:200]!r}"
         return f"{told} for {len(given['prompts'])} samples at once, though for none of them alone"
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays, and single numbers of theirs, as Python's own."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def wait_for(answer: Awaitable[Any]) -> Any:

@@ -1,5 +1,6 @@
 """Sequence classifiers as rewards."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,8 @@ class ModelReward:
             if isinstance(prompt, (list, tuple)):  # token ids
                 prompt = self.policy_tokenizer.decode(prompt, skip_special_tokens=True)
             text = prompt_text(prompt, self.tokenizer) + text_of(completion) + self.tokenizer.eos_token
-        return text if ended else text.removesuffix(self.tokenizer.eos_token)
+        unended, _, after = text.rpartition(self.tokenizer.eos_token)
+        return unended if not ended and not after.strip() else text  # some templates break the line after their EOS
 
     def score_texts(self, texts: Sequence[str]) -> list[float]:
         """Scores of whole texts, read with the judge's own tokenizer."""
@@ -111,8 +113,9 @@ def classify(model: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> torch.T
     """
     pad_id = model.config.pad_token_id
     device = next(model.parameters()).device
-    if pad_id is None and len(rows) > 1:
-        # Without a pad id such a model takes one row at a time.
+    unknown = pad_id is None or pad_id >= getattr(model.config, "vocab_size", math.inf)
+    if unknown and len(rows) > 1:
+        # Without a pad id, or with one beyond its embedding, such a model takes one row at a time.
         return torch.cat([classify(model, [row]) for row in rows])
     ids, mask = pad(rows, value=pad_id or 0)
     output = model(input_ids=ids.to(device), attention_mask=mask.long().to(device))

@@ -1,0 +1,225 @@
+"""What must hold of prompts in every form, and of judges that read another tongue than the policy."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_recipes.arguments import UserError
+
+Make = Callable[..., Any]
+EOS, PAD, USER, ASSISTANT, SYSTEM, END = range(256, 262)
+
+
+def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    return [sum(token < 128 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# 12: prompts.
+
+CHAT = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Hello {row}"}] for row in range(8)]
+IDS = [[SYSTEM, *b"Be kind.", END, USER, *f"Hello {row}".encode(), END, ASSISTANT] for row in range(8)]
+WIDE = [[PAD] * (row % 3) + ids + [PAD] * (2 - row % 3) for row, ids in enumerate(IDS)]
+MASK = [[int(token != PAD) for token in ids] for ids in WIDE]
+FORMS: dict[str, Any] = {
+    "text": [{"prompt": f"<|system|>Be kind.<|end|><|user|>Hello {row}<|end|><|assistant|>"} for row in range(8)],
+    "messages": [{"prompt": messages} for messages in CHAT],
+    "ids": [{"input_ids": ids} for ids in IDS],
+    "ids as prompt": [{"prompt": ids} for ids in IDS],
+    "padded ids": [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(WIDE, MASK, strict=True)],
+    "tensors": Dataset.from_list([{"input_ids": ids} for ids in IDS]).with_format("torch"),
+    "arrays": Dataset.from_list([{"input_ids": ids} for ids in IDS]).with_format("numpy"),
+    "stream": Dataset.from_list([{"prompt": messages} for messages in CHAT]).to_iterable_dataset(),
+}
+
+
+def test_point_12_a_prompt_is_the_same_in_every_form(
+    make_trainer: Make, make_policy: Make, recorder: type, weights_of: Make
+) -> None:
+    """The ids are written out by hand: the chat template stands there once. The same training follows, bit for bit."""
+    found = {}
+    for form, rows in FORMS.items():
+        trainer = make_trainer(make_policy(n_layer=1), rows=rows, kind=recorder, max_steps=1, num_ppo_epochs=1)
+        trainer.train()
+        assert sorted(trainer.played[0][1]) == sorted(IDS), form
+        found[form] = weights_of(trainer.model)
+    assert [form for form in FORMS if not same(found["text"], found[form])] == []
+
+
+def test_point_12_a_judge_reads_the_template_once(make_trainer: Make, make_judge: Make, recorder: type) -> None:
+    judge, seen = make_judge(3), []
+    judge.register_forward_pre_hook(
+        lambda module, args, given: seen.extend(given["input_ids"].tolist()), with_kwargs=True
+    )
+    trainer = make_trainer(None, judge, rows=FORMS["messages"], kind=recorder, max_steps=1)
+    trainer.train()
+    _, queries, answers = trainer.played[0]
+    whole = [[*query, *ids] for query, ids in zip(queries, answers.ids, strict=True)]
+    assert sorted([token for token in row if token != PAD] for row in seen) == sorted(whole)
+    assert all(row.count(USER) == row.count(ASSISTANT) == 1 for row in seen)
+
+
+def test_point_12_no_column_stands_in_the_way(make_trainer: Make, make_judge: Make, recorder: type) -> None:
+    """Whatever they hold and whatever they are called; a column that some rows lack is None there."""
+    calls: list[dict[str, Any]] = []
+
+    def watch(**given: Any) -> list[float]:
+        calls.append(given)
+        return [0.0] * 8
+
+    async def patient(**given: Any) -> list[float]:
+        return watch(**given)
+
+    odd = {
+        "dict": {"a": [1]},
+        "none": None,
+        "list": [[], "x"],
+        "lengths": 3,
+        "labels": [1],
+        "completion": "c",
+        "seed": 1,
+    }
+    taken = dict.fromkeys(("prompts", "completions", "prompt_ids", "completion_ids", "attention_mask", "self"), 0)
+    rows = [{"prompt": f"Q{row}", **odd, **taken, **({"some": row} if row % 2 else {})} for row in range(8)]
+    trainer = make_trainer(None, [watch, patient, make_judge()], rows=rows, kind=recorder, max_steps=1)
+    trainer.train()
+    _, queries, answers = trainer.played[0]
+    for call in calls:
+        numbers = [int(bytes(query[1:])) for query in queries]
+        assert set(call) == {"prompts", "completions", "completion_ids", *odd, "some"} and len(calls) == 2
+        assert call["prompts"] == [f"Q{number}" for number in numbers] and call["completion_ids"] == answers.ids
+        assert all(call[name] == [value] * 8 for name, value in odd.items())
+        assert call["some"] == [number if number % 2 else None for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": None}, "'None'; give text, messages or token ids"),
+        ({"prompt": 3}, "'3'; give text"),
+        ({"prompt": []}, "an empty prompt"),
+        ({"prompt": ["Hello"]}, "give text"),
+        ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "an empty prompt"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "2 input_ids and an attention_mask of 1"),
+    ],
+    ids=["None", "number", "no ids", "texts", "padding alone", "another mask"],
+)
+def test_point_12_what_is_no_prompt_is_one_clear_line(make_trainer: Make, row: dict[str, Any], message: str) -> None:
+    good = {"prompt": "Hello"} if "prompt" in row else {"input_ids": [72], "attention_mask": [1]}
+    with pytest.raises(UserError, match=f"train_dataset row 3 has .*{message}") as raised:
+        make_trainer(rows=[good] * 3 + [row] + [good] * 4)
+    assert "\n" not in str(raised.value)
+
+
+# 15: judges of another tongue.
+
+
+@pytest.fixture(scope="module")
+def foreign(make_tokenizer: Make) -> Any:
+    """A tokenizer in which byte b has the id 299 - b; its template marks turns by letters, and breaks the line last."""
+    state = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    state["model"]["vocab"] = {token: 299 - number for token, number in state["model"]["vocab"].items()}
+    state["added_tokens"] = [{**state["added_tokens"][0], "id": 0, "content": "</s>"}]
+    state["model"]["vocab"]["</s>"] = 0
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>", pad_token="</s>"
+    )
+    turns = "{% for m in messages %}{{ m['role'][0] }}={{ m['content'] }}"
+    tokenizer.chat_template = turns + "{{ eos_token if m['role'] == 'assistant' }}\n{% endfor %}"
+    return tokenizer
+
+
+def read_by_hand(judge: Any, text: str) -> float:
+    """The score of a text in the foreign tokenizer's ids, from the states of the judge's trunk, in float64."""
+    parts = [[299 - byte for byte in part.encode()] for part in text.split("</s>")]
+    ids = [number for part in parts for number in [*part, 0]][:-1]
+    with torch.no_grad():
+        state = judge.transformer(torch.tensor([ids])).last_hidden_state[0, -1].double()
+    return (judge.score.weight[0].detach().double() @ state).item()
+
+
+@pytest.mark.parametrize("prompts", ["messages", "text"])
+@pytest.mark.parametrize("given", ["model", "folder"])
+def test_point_15_a_judge_reads_text_in_its_own_tongue(
+    make_trainer: Make, make_policy: Make, make_judge: Make, recorder: type, foreign: Any, tmp_path: Path, prompts: str,
+    given: str,
+) -> None:  # fmt: skip
+    """Turns in its own template, closed by its own EOS only where the policy had ended its answer."""
+    model, judge = make_policy(), make_judge(3, vocab_size=300, initializer_range=0.2, pad_token_id=1)
+    model.lm_head.weight.data[EOS] *= 40
+    chosen: dict[str, Any] = {"reward_processing_classes": [None, foreign]}
+    if given == "folder":
+        judge.save_pretrained(tmp_path / "judge")
+        foreign.save_pretrained(tmp_path / "judge")
+        chosen = {}
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Hé {row}"}] if prompts == "messages" else f"Hé {row}: "}
+        for row in range(16)
+    ]
+    source = judge if given == "model" else str(tmp_path / "judge")
+    trainer = make_trainer(
+        model,
+        [low_share, source],
+        rows=rows,
+        kind=recorder,
+        per_device_train_batch_size=16,
+        stop_token="eos",
+        **chosen,
+    )
+    trainer.train()
+    (scored,), (_, queries, answers) = trainer.scored, trainer.played[0]
+    assert list(scored) == ["low_share", "judge"] and set(answers.stopped) == {True, False}
+    for query, ids, ended, score in zip(queries, answers.ids, answers.stopped, scored["judge"], strict=True):
+        asked, answer = (
+            bytes(token for token in part if token < 256).decode(errors="replace") for part in (query, ids)
+        )
+        text = f"u={asked}\na={answer}" if prompts == "messages" else asked + answer
+        closed = text + ("</s>\n" if prompts == "messages" else "</s>")
+        assert score == pytest.approx(read_by_hand(judge, closed if ended else text), abs=1e-4)
+    assert np.std(scored["judge"]) > 0.05
+
+
+def test_point_15_an_undeclared_other_vocabulary_is_refused(
+    make_trainer: Make, make_judge: Make, recorder: type, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Before anything is written; who declares that the judge reads the policy's ids is believed."""
+    judge = make_judge(3, vocab_size=300)
+    with pytest.raises(
+        UserError, match=r"300 token embeddings and the policy 262.*reward_processing_classes"
+    ) as raised:
+        make_trainer(None, [low_share, judge])
+    assert "\n" not in str(raised.value) and not any(path.is_file() for path in tmp_path.rglob("*"))
+    trainer = make_trainer(None, judge, reward_processing_classes=tokenizer, kind=recorder, max_steps=1)
+    trainer.train()
+    (scores,), (_, queries, answers) = trainer.scored[0].values(), trainer.played[0]
+    for query, ids, score in zip(queries, answers.ids, scores, strict=True):
+        with torch.no_grad():
+            assert score == pytest.approx(judge(torch.tensor([[*query, *ids]])).logits.item(), abs=1e-5)
+
+
+def test_point_15_a_pad_token_beyond_the_embedding_changes_nothing(
+    make_trainer: Make, make_policy: Make, make_judge: Make, make_tokenizer: Make, recorder: type, weights_of: Make
+) -> None:
+    """`[PAD]` is added without a new row in any embedding; in the last run the judge believes in it, too."""
+    padded = make_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    assert padded.pad_token_id == 262 == make_policy().config.vocab_size
+    found = []
+    for tokenizer, pad in ((make_tokenizer(), PAD), (padded, PAD), (padded, 262)):
+        judge = make_judge(3, initializer_range=0.2, pad_token_id=pad)
+        trainer = make_trainer(None, judge, kind=recorder, processing_class=tokenizer, num_ppo_epochs=1)
+        trainer.train()
+        found.append((weights_of(trainer.model), [score for scores in trainer.scored for score in scores["judge"]]))
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert found[2][1] == pytest.approx(found[0][1], abs=1e-5)

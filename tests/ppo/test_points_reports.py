@@ -1,0 +1,227 @@
+"""What must hold of what a run tells: samples, times, and hints that speak of a history that is off and of no other."""
+
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from rlhf_recipes.ppo.hints import HINTS, Hints
+
+Make = Callable[..., Any]
+
+
+def lines_of(trainer: Any) -> list[dict[str, Any]]:
+    text = (Path(trainer.args.output_dir) / "completions.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+
+
+# 24: samples and times.
+
+
+class Board(TrainerCallback):
+    """Reporters as Trainer knows them, which note what they are given."""
+
+    def __init__(self) -> None:
+        self.texts: list[tuple[str, str, int]] = []
+        self.logs: list[dict[str, float]] = []
+        self.tb_writer = SimpleNamespace(add_text=lambda tag, text, step: self.texts.append((tag, text, step)))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+class Tables(TrainerCallback):
+    """Weights & Biases or Trackio, as their callbacks hold them."""
+
+    def __init__(self, name: str) -> None:
+        self.tables: list[Any] = []
+        setattr(self, name, SimpleNamespace(Table=self.table, log=self.tables.append, run=object()))
+
+    def table(self, names: Any = None, rows: Any = None, dataframe: Any = None) -> Any:
+        return (names, rows) if dataframe is None else (list(dataframe), dataframe.values.tolist())
+
+
+def test_point_24_reporters_are_still_made_so() -> None:
+    """What the stand-ins above have, the real ones have, too."""
+    made = {TensorBoardCallback: "tb_writer", WandbCallback: "_wandb", TrackioCallback: "_trackio"}
+    assert all(f"self.{name} = " in inspect.getsource(kind) for kind, name in made.items())
+
+
+@pytest.mark.parametrize(
+    ("times", "updates", "logging_steps", "shown"),
+    [
+        (0, 4, 1, []),
+        (1, 4, 1, [1]),
+        (2, 5, 1, [1, 3]),
+        (10, 3, 1, [1, 2, 3]),
+        (2, 5, 2, [1, 4]),
+        (4, 6, 1, [1, 2, 4, 5]),
+    ],
+)
+def test_point_24_samples_are_shown_so_many_times(
+    make_trainer: Make, times: int, updates: int, logging_steps: int, shown: list[int]
+) -> None:
+    """From the first update on, evenly, and as a table of what that update answered."""
+    board, wandb, trackio = Board(), Tables("_wandb"), Tables("_trackio")
+    trainer = make_trainer(
+        num_sample_generations=times, rows=updates * 2, per_device_train_batch_size=2, num_ppo_epochs=1,
+        response_length=2, logging_steps=logging_steps, callbacks=[board, wandb, trackio],
+    )  # fmt: skip
+    trainer.train()
+    assert [step for _, _, step in board.texts] == shown and wandb.tables == trackio.tables
+    for (tag, text, step), table in zip(board.texts, wandb.tables, strict=True):
+        rows = [row for row in lines_of(trainer) if row.pop("update") == step - 1]
+        head, rule, *lines = text.split("\n")
+        assert tag == "completions" and head == "prompt | completion | tokens | stopped | low_share"
+        assert set(rule) == set("-| ") and len(lines) == len(rows) == 2
+        for line, row in zip(lines, rows, strict=True):
+            assert line == " | ".join(str(value).replace("\n", " ") for value in row.values())
+        assert table == {"completions": (list(rows[0]), [[str(value) for value in row.values()] for row in rows])}
+
+
+def test_point_24_times_speed_and_gradients_reach_every_reporter(make_trainer: Make) -> None:
+    board = Board()
+    trainer = make_trainer(
+        callbacks=[board],
+        eval_strategy="steps",
+        eval_steps=4,
+        eval_dataset=[{"prompt": "a"}],
+        num_ppo_epochs=2,
+        rows=24,
+    )
+    trainer.train()
+    steps = [logs for logs in board.logs if "loss" in logs]
+    assert len(steps) == 6 and all(logs["grad_norm"] > 0 for logs in steps)
+    updates = [logs for logs in board.logs if "episode" in logs]
+    assert [logs["episode"] for logs in updates] == [8, 16, 24]
+    for logs in updates:
+        phases = [logs[f"time/{phase}"] for phase in ("generate", "score", "forward")]
+        assert min(phases) > 0 and logs["time/rollout"] == pytest.approx(sum(phases), rel=1e-9)
+        assert logs["eps"] == pytest.approx(8 / (logs["time/rollout"] + logs["time/update"]), rel=1e-9)
+        tokens = logs["eps"] * logs["completions/mean_length"]
+        assert logs["time/tokens_per_second"] == pytest.approx(tokens, rel=1e-9)
+
+
+# 24: hints.
+
+HEALTHY = {
+    "objective/kl": 3.0, "objective/scores": 0.5, "rewards/judge": 0.5, "rewards/gold": 1.0, "val/ratio": 1.01,
+    "policy/clipfrac_avg": 0.1, "policy/entropy_avg": 2.0, "loss/value_avg": 0.2, "val/explained_variance": 0.3,
+    "completions/mean_length": 30.0, "completions/eos_share": 0.9, "val/skipped_steps": 0.0,
+}  # fmt: skip
+# What is off, what is still well, and a piece of what is then said.
+Case = tuple[dict[str, float], dict[str, float], str]
+CASES: dict[str, Case] = {
+    "KL runaway": ({"objective/kl": 21.0}, {"objective/kl": 19.0}, "21.0 nats"),
+    "KL runaway of long answers": (
+        {"objective/kl": 31.0, "completions/mean_length": 58.0},
+        {"objective/kl": 28.0, "completions/mean_length": 58.0},
+        "31.0 nats",
+    ),
+    "negative KL": ({"objective/kl": -1.6}, {"objective/kl": -1.4}, "KL to the reference is -1.6"),
+    "ratio off 1": ({"val/ratio": 0.88}, {"val/ratio": 0.92}, "ratio is 0.88"),
+    "ratio off 1 above": ({"val/ratio": 1.12}, {"val/ratio": 1.08}, "ratio is 1.12"),
+    "clipping": ({"policy/clipfrac_avg": 0.33}, {"policy/clipfrac_avg": 0.27}, "33% of the tokens"),
+    "value loss exploding": ({"loss/value_avg": 2.1}, {"loss/value_avg": 1.9}, "ten times what it was"),
+    "value knows nothing": ({"val/explained_variance": -0.55}, {"val/explained_variance": -0.45}, "variance -0.55"),
+    "entropy collapse": ({"policy/entropy_avg": 0.55}, {"policy/entropy_avg": 0.65}, "fallen to 0.55"),
+    "length drift": ({"completions/mean_length": 62.0}, {"completions/mean_length": 58.0}, "come to 62 tokens"),
+    "length drift below": ({"completions/mean_length": 14.0}, {"completions/mean_length": 16.0}, "come to 14 tokens"),
+    "EOS share falling": ({"completions/eos_share": 0.0}, {"completions/eos_share": 0.75}, "only 0% of the answers"),
+    "over-optimisation": (
+        {"objective/scores": 0.9, "rewards/judge": 0.9, "rewards/gold": -1.0},
+        {"objective/scores": 0.9, "rewards/judge": 0.9, "rewards/gold": 0.95},
+        "the score rises while rewards/gold falls",
+    ),
+}
+
+
+def said_of(hints: Hints, caplog: pytest.LogCaptureFixture, *updates: dict[str, float]) -> list[str]:
+    """What is logged as warnings while so many updates are logged by Trainer."""
+    caplog.clear()
+    state = TrainerState(is_world_process_zero=True)
+    for update in updates:
+        hints.on_log(None, state, TrainerControl(), logs=dict(HEALTHY | update))
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_point_24_a_hint_speaks_once_and_again_only_after_recovery(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    off, well, piece = CASES[name]
+    hint = next(known for known in [*(hint.name for hint in HINTS), "over-optimisation"] if name.startswith(known))
+    hints = Hints()
+    assert said_of(hints, caplog, *[{}] * 20) == []
+    for times in (10, 30):
+        (line,) = said_of(hints, caplog, *[off] * times)
+        assert line.startswith(f"{hint}: ") and piece in line and "\n" not in line
+        assert said_of(hints, caplog, *[{}] * 60) == []
+    assert said_of(Hints(), caplog, *[{}] * 20, *[well] * 40) == [], "near the edge, and still well"
+
+
+def test_point_24_skipped_steps_are_told_whenever_there_are_more(caplog: pytest.LogCaptureFixture) -> None:
+    hints = Hints()
+    counts = [0, 0, 2, 2, 2, 5, 5]
+    lines = [said_of(hints, caplog, {"val/skipped_steps": float(count)}) for count in counts]
+    assert [len(each) for each in lines] == [0, 0, 1, 0, 0, 1, 0]
+    assert lines[2][0].startswith("steps skipped: 2 optimizer") and lines[5][0].startswith(
+        "steps skipped: 5 optimizer"
+    )
+
+
+def test_point_24_every_hint_has_its_case() -> None:
+    names = {hint.name for hint in HINTS} | {"over-optimisation"}
+    assert names - {known for known in names if any(case.startswith(known) for case in CASES)} == {"steps skipped"}
+
+
+def test_point_24_over_optimisation_is_a_matter_of_the_watched_rewards(caplog: pytest.LogCaptureFixture) -> None:
+    """A falling score that is learnt from with a negative weight is meant to fall; and nothing is over a falling total."""
+    rising: list[dict[str, float]] = [
+        {"objective/scores": step / 10, "rewards/judge": step / 10, "rewards/length": 3 - step / 10}
+        for step in range(9)
+    ]
+    assert said_of(Hints(lambda: ["gold"]), caplog, *rising) == []
+    (line,) = said_of(Hints(lambda: ["gold", "length"]), caplog, *rising)
+    assert "rewards/length falls" in line
+    assert said_of(Hints(lambda: ["length"]), caplog, *[update | {"objective/scores": 0.5} for update in rising]) == []
+
+
+def test_point_24_a_resumed_run_is_judged_by_all_of_its_updates(caplog: pytest.LogCaptureFixture) -> None:
+    """What was logged before the checkpoint counts as the beginning; what evaluation logged does not."""
+    hints, state = Hints(), TrainerState()
+    state.log_history = [dict(HEALTHY), {"eval_objective/kl": 1.0}, dict(HEALTHY), {"train_loss": 1.0}]
+    hints.on_train_begin(None, state, TrainerControl())
+    (line,) = said_of(hints, caplog, {"policy/entropy_avg": 0.3})
+    assert line.startswith("entropy collapse: ")
+    assert said_of(Hints(), caplog, *[{"policy/entropy_avg": 0.3}] * 9) == [], "a policy that began so has not fallen"
+
+
+def test_point_24_training_says_its_hints(make_trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """A policy that learns what a reward of weight 0 dislikes; the same run without hints is silent."""
+
+    def low(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return [sum(token < 128 for token in ids) / len(ids) for ids in completion_ids]
+
+    def high(**columns: Any) -> list[float]:
+        return [1 - share for share in low(**columns)]
+
+    def lines(**chosen: Any) -> list[str]:
+        caplog.clear()
+        trainer = make_trainer(
+            None, [low, high], reward_weights=[1.0, 0.0], rows=64, learning_rate=1e-2, response_length=3, **chosen
+        )
+        trainer.train()
+        return [record.getMessage() for record in caplog.records if record.name.startswith("rlhf_recipes")]
+
+    said = lines()
+    assert any(line.startswith("over-optimisation: the score rises while rewards/high falls") for line in said)
+    assert any(line.startswith("clipping: ") for line in lines(max_steps=4)) and not lines(hints=False, max_steps=4)
