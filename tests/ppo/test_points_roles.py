@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -192,6 +193,30 @@ def test_point_17_checkpointing_refuses_an_adapter_that_is_not_on_in_the_backwar
     with pytest.raises(ValueError, match="set value_adapter to false"):
         make_trainer(policy, peft_config=lora(), gradient_checkpointing=True)
     make_trainer(policy, peft_config=lora(), gradient_checkpointing=True, value_adapter=False).train()
+
+
+def test_point_17_a_second_trainer_of_the_same_policy_starts_from_what_the_first_left(
+    policy: Any, judge_on_base: Path, make_trainer: Make
+) -> None:
+    model = with_sft_adapter(policy)
+    first = make_trainer(model, [str(judge_on_base)])
+    first.train()
+    left = told_of(first).log_probs
+    second = make_trainer(model, [str(judge_on_base)])
+    torch.testing.assert_close(told_of(second).reference_log_probs, left)
+
+
+def test_point_18_the_card_names_what_the_model_was_made_of(make_trainer: Make, make_policy: Make) -> None:
+    """What push_to_hub(dataset_name=...) writes, if the stage has not written a card of its own."""
+    policy = make_policy()
+    policy.name_or_path = "someone/base"
+    trainer = make_trainer(policy)
+    trainer.create_model_card(model_name="mine", dataset_name="someone/prompts")
+    card = ModelCard.load(Path(trainer.args.output_dir) / "README.md")
+    assert card.data.base_model == "someone/base" and card.data.datasets == ["someone/prompts"]
+    (Path(trainer.args.output_dir) / "README.md").write_text("mine")
+    trainer.create_model_card()
+    assert (Path(trainer.args.output_dir) / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapter", "judge"])

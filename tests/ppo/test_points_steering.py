@@ -253,6 +253,20 @@ def test_point_22_step_is_one_training_update(
         stepped.train()
 
 
+def test_point_22_a_loop_of_steps_says_how_long_it_is_or_keeps_its_rate(make_trainer: Make) -> None:
+    episodes: Any = [[1]] * 8, [[5, 200]] * 8, [float(row) for row in range(8)]
+    with pytest.raises(ValueError, match="has to know how long a loop of step\\(\\) goes on"):
+        make_trainer(None, None, None, lr_scheduler_type="linear").step(*episodes)
+    trainer = make_trainer(None, None, None, num_train_epochs=1)
+    rates = [trainer.step(*episodes) and trainer.lr_scheduler.get_last_lr()[0] for _ in range(4)]
+    assert rates == [1e-3] * 4
+    given = make_trainer(None, None, None)
+    optimizer = torch.optim.SGD(given.model.parameters(), lr=0.25)
+    given = make_trainer(given.model.policy, None, None, optimizers=(optimizer, None))
+    given.step(*episodes)
+    assert isinstance(given.optimizer.optimizer, torch.optim.SGD)
+
+
 def test_point_22_a_step_only_trainer_is_a_trainer(make_trainer: Make) -> None:
     trainer = make_trainer(None, None, None)
     assert isinstance(trainer, PPOTrainer) and trainer.prompts is None

@@ -37,13 +37,11 @@ def _as_saved(policy: Any, path: Path) -> bool:
         for name in saved.keys():  # noqa: SIM118  not a mapping
             head, _, leaf = name.rpartition(".")
             weight = live.get(f"{head}.base_layer.{leaf}")
-            if (
-                weight is not None
-                and weight.is_floating_point()
-                and weight.shape == tuple(saved.get_slice(name).get_shape())
-            ):
-                if not torch.equal(weight.cpu(), saved.get_tensor(name).to(weight.dtype)):
-                    return False
+            if weight is None or not weight.is_floating_point():
+                continue
+            kept = saved.get_tensor(name).to(weight.dtype)
+            if weight.shape == kept.shape and not torch.equal(weight.cpu(), kept):
+                return False
     return True
 
 
