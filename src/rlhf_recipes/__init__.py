@@ -23,6 +23,8 @@ _HOMES = {
     "stages.sft": ["SFTArguments", "SFTConfig", "build_sft_trainer", "run_sft"],
     "stages.reward": ["RewardArguments", "RewardConfig", "build_reward_trainer", "run_reward"],
     "stages.ppo": ["PPOArguments", "build_ppo_trainer", "run_ppo"],
+    "stages.dpo": ["DPOArguments", "DPOConfig", "build_dpo_trainer", "run_dpo"],
+    "stages.rloo": ["RLOOArguments", "RLOOConfig", "build_rloo_trainer", "run_rloo"],
     "stages.eval": ["EvalArguments", "run_eval"],
     "world": ["gold_score", "write_world"],
     "stages.quickstart": ["QuickstartArguments", "run_quickstart"],

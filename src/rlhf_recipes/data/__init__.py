@@ -10,7 +10,7 @@ from rlhf_recipes.data.chat import (
     split_ids,
     text_of,
 )
-from rlhf_recipes.data.checks import fit_prompts, require_batch, require_text, require_texts
+from rlhf_recipes.data.checks import fit_prompts, fit_rows, require_batch, require_text, require_texts
 from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.sources import (
     first_row,
@@ -28,6 +28,7 @@ __all__ = [
     "ensure_chat_template",
     "first_row",
     "fit_prompts",
+    "fit_rows",
     "has_columns",
     "is_conversation",
     "load_parts",

@@ -112,6 +112,26 @@ def fit_prompts(
     )
 
 
+def fit_rows(
+    dataset: Any,
+    columns: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int | None,
+    *,
+    drop: bool = False,
+    name: str = "dataset",
+) -> Any:
+    """The rows in `columns` alone, each checked to be text or messages, and to leave room for an answer.
+
+    Raises:
+        UserError: as `require_columns`, `require_texts` and `fit_prompts`.
+    """
+    require_columns(dataset, columns, role=name)
+    dataset = dataset.select_columns(list(columns))
+    require_texts(dataset, columns, tokenizer, name)
+    return fit_prompts(dataset, tokenizer, limit, drop=drop, name=name) if "prompt" in columns else dataset
+
+
 def _tokens_from(prompt: Any, tokenizer: "PreTrainedTokenizerBase", limit: int) -> int:
     """The number of tokens if it is at least `limit`, else 0. A token is a byte or more, so few need tokenizing."""
     if len(prompt_text(prompt, tokenizer).encode("utf-8")) < limit:

@@ -17,13 +17,15 @@ from rlhf_recipes.models.loading import (
     save_judge_config,
     trainable_to_float32,
 )
-from rlhf_recipes.models.start import Start, check_start
+from rlhf_recipes.models.padding import read_left_padding
+from rlhf_recipes.models.start import Start, check_policy, check_start
 
 __all__ = [
     "SIZES",
     "Start",
     "attach_lora",
     "build_gpt2",
+    "check_policy",
     "check_start",
     "context_length",
     "fit_to_hardware",
@@ -37,6 +39,7 @@ __all__ = [
     "load_tokenizer",
     "positive_label_count",
     "prepare_for_lora",
+    "read_left_padding",
     "save_judge_config",
     "trainable_to_float32",
 ]

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_recipes.arguments import UserError
-from rlhf_recipes.models.loading import context_length, is_adapter, load_config, load_tokenizer
+from rlhf_recipes.models.loading import context_length, is_adapter, is_judge, load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -52,3 +52,15 @@ def check_start(
             "(the adapter is then merged)"
         )
     return Start(name, config, tokenizer, max_length or limit)
+
+
+def check_policy(model_config: "ModelConfig", max_length: int | None, **tokens: str | None) -> Start:
+    """`check_start` for a model that has to answer. tokens: `eos_token` and `pad_token`, where they are named.
+
+    Raises:
+        UserError: as `check_start`; or the model is a judge.
+    """
+    start = check_start(model_config, max_length, **tokens)
+    if is_judge(start.name):
+        raise UserError(f"model {start.name} is a judge, which cannot answer; start from a language model")
+    return start

@@ -100,7 +100,9 @@ def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOCon
     """Train and leave a folder with the policy, its value model, its tokenizer and what was measured."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.reward or [])]
     checkpoint = resume_point(training.resume_from_checkpoint, str(training.output_dir))
-    folder = check_output_folder(str(training.output_dir), arguments.overwrite, inputs, resuming=checkpoint is not None)
+    folder = check_output_folder(
+        str(training.output_dir), arguments.overwrite, inputs, resuming=checkpoint is not None
+    )
     trainer = build_ppo_trainer(arguments, model_config, training)
     writes = trainer.is_world_process_zero()
     if writes and checkpoint is None:
