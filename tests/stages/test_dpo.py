@@ -1,0 +1,316 @@
+"""Direct preference optimisation: what is compared, what the loss is, what is learnt, left, and refused."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_recipes.arguments import UserError, parse_arguments
+from rlhf_recipes.models import load_causal_lm, load_tokenizer
+from rlhf_recipes.stages.dpo import DPOArguments, DPOConfig, ModelConfig, build_dpo_trainer, run_dpo
+
+ROOT = Path(__file__).resolve().parents[2]
+EOS = "<|endoftext|>"
+Rows = Sequence[dict[str, Any]]
+
+
+def says(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+PLAIN = [
+    {"prompt": "1+1=", "chosen": "2", "rejected": "11, I think"},
+    {"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."},
+    {"prompt": "Say", "chosen": " yes", "rejected": " no"},
+    {"prompt": "Up or", "chosen": " down", "rejected": " left"},
+]
+CHAT = [
+    {"prompt": [says("user", row["prompt"])]}
+    | {side: [says("assistant", row[side])] for side in ("chosen", "rejected")}
+    for row in PLAIN
+]
+FORMS = {"plain": PLAIN, "chat": CHAT}
+
+
+def rendered(row: dict[str, Any], side: str) -> tuple[str, str]:
+    """A pair's prompt and answer as the conftest's chat template, or nothing, writes them."""
+    if isinstance(row["prompt"], str):
+        return row["prompt"], row[side] + EOS
+    return f"<|user|>{row['prompt'][0]['content']}<|end|><|assistant|>", row[side][0]["content"] + EOS
+
+
+def write(folder: Path, **splits: Rows) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_tokenizer: Callable[[], Any]
+) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model(0, initializer_range=0.1, resid_pdrop=0.1).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def weightless(model_folder: Path, tmp_path: Path) -> Path:
+    """The model's folder without its weights: whoever tried to read them would complain of that."""
+    shutil.copytree(model_folder, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    return tmp_path / "weightless"
+
+
+@pytest.fixture
+def ask(model_folder: Path, tmp_path: Path) -> Callable[..., tuple[DPOArguments, ModelConfig, DPOConfig]]:
+    """(rows, test, **changes) -> the three arguments of the stage; the output goes to `tmp_path / "out"`."""
+
+    def make(rows: Rows | None = None, test: Rows | None = None, **changes: Any) -> Any:
+        given = {"model_name_or_path": str(model_folder), "output_dir": str(tmp_path / "out"), "disable_tqdm": True}
+        given |= {"report_to": "none", "save_strategy": "no", "per_device_train_batch_size": 2, "logging_steps": 1}
+        if rows is not None:
+            splits = {"train": rows} | ({"test": test} if test is not None else {})
+            given["dataset_name"] = str(write(tmp_path / "data", **splits))
+        given |= changes
+        words = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+        return parse_arguments(DPOArguments, ModelConfig, DPOConfig, argv=words)
+
+    return make
+
+
+def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+    """log p(answer | prompt), one row, no padding, in float64."""
+    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, answer))
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([before + after])).logits[0].double()
+    chosen = torch.log_softmax(logits[len(before) - 1 : -1], dim=-1)
+    return chosen[torch.arange(len(after)), torch.tensor(after)].sum().item()
+
+
+def margins(model: Any, rows: Rows, tokenizer: Any) -> list[float]:
+    """By how many nats a model, or that of a folder, likes the chosen answer of each pair better."""
+    model = load_causal_lm(str(model)) if isinstance(model, Path) else model
+    return [
+        log_probability(model, tokenizer, *rendered(row, "chosen"))
+        - log_probability(model, tokenizer, *rendered(row, "rejected"))
+        for row in rows
+    ]
+
+
+def trained(arguments: Any) -> tuple[Any, dict[str, float]]:
+    """(trainer, what its last evaluation logged), without the folder that the stage would leave."""
+    trainer = build_dpo_trainer(*arguments)
+    trainer.train()
+    return trainer, trainer.evaluate() if trainer.eval_dataset is not None else {}
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_exactly_the_answers_and_their_eos_are_compared(ask: Any, form: str) -> None:
+    trainer = build_dpo_trainer(*ask(FORMS[form]))
+    seen = []
+    for batch in trainer.get_train_dataloader():
+        words = [
+            trainer.processing_class.decode(ids[mask.bool()])
+            for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+        ]
+        half = len(words) // 2
+        seen += list(zip(words[:half], words[half:], strict=True))
+    expected = [(rendered(row, "chosen")[1], rendered(row, "rejected")[1]) for row in FORMS[form]]
+    assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_peft": True}, {"precompute_ref_log_probs": True}], ids=str)
+def test_a_model_that_has_not_moved_is_indifferent(ask: Any, changes: dict[str, Any]) -> None:
+    """Before the first step policy and reference are one, so the loss is ln 2 whatever beta, and no pair has a margin."""
+    trainer, measured = trained(ask(CHAT, CHAT, learning_rate=0.0, max_steps=2, beta=3.0, **changes))
+    assert [entry["loss"] for entry in trainer.state.log_history[:2]] == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    assert measured["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert measured["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training_widens_the_margin_by_what_the_paper_says(ask: Any, form: str, model_folder: Path) -> None:
+    """Every pair's margin grows, and loss, accuracy and margin are those of Rafailov et al. 2023, equation 7."""
+    rows, beta = FORMS[form], 0.2
+    trainer, measured = trained(ask(rows, rows, learning_rate=3e-3, max_steps=12, beta=beta))
+    before, after = (margins(model, rows, trainer.processing_class) for model in (model_folder, trainer.model))
+    gains = [beta * (late - early) for early, late in zip(before, after, strict=True)]
+    assert all(gain > 0.1 for gain in gains)
+    loss = sum(math.log1p(math.exp(-gain)) for gain in gains) / len(gains)
+    assert measured["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    assert measured["eval_rewards/margins"] == pytest.approx(sum(gains) / len(gains), rel=1e-4)
+    assert measured["eval_rewards/accuracies"] == 1.0
+
+
+def test_the_folder_is_a_model_like_any_other_and_its_recipe_makes_it_again(ask: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run_dpo(*ask(CHAT, CHAT, learning_rate=1e-3, max_steps=3))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == 256 and AutoTokenizer.from_pretrained(folder).chat_template
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "`dpo` stage" in (folder / "README.md").read_text() and not list(folder.rglob("*.bin"))
+    words = ["--config", str(folder / "recipe.yaml"), "--output_dir", str(tmp_path / "again")]
+    again, measured = trained(parse_arguments(DPOArguments, ModelConfig, DPOConfig, argv=words))
+    assert same_weights(again.model, model)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    kept = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+    assert metrics["steps"] == 3 and all(metrics[name] == pytest.approx(measured[name]) for name in kept)
+
+
+def test_a_run_that_goes_on_ends_as_one_that_never_stopped(ask: Any, tmp_path: Path) -> None:
+    changes = {"max_steps": 4, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    whole, _ = trained(ask(CHAT * 2, **changes))
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", resumed / "checkpoint-2")
+    run_dpo(*ask(CHAT * 2, output_dir=resumed, resume_from_checkpoint="true", **changes))
+    assert same_weights(whole.model, load_causal_lm(str(resumed)))
+
+
+def test_lora_leaves_an_adapter_that_loads(ask: Any, model_folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    folder = run_dpo(*ask(CHAT, use_peft=True, learning_rate=1e-2, max_steps=8))
+    assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
+    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
+    tokenizer = load_tokenizer(str(folder))
+    pairs = zip(margins(model_folder, CHAT, tokenizer), margins(folder, CHAT, tokenizer), strict=True)
+    assert all(late > early + 0.5 for early, late in pairs)
+    assert load_causal_lm(str(folder)).generation_config.eos_token_id == 256
+
+
+def test_the_reference_of_a_lora_folder_is_the_merged_model(ask: Any, model_folder: Path, tmp_path: Path) -> None:
+    """Not the base that the adapter names: then a model that has not moved would already have margins."""
+    from peft import LoraConfig, get_peft_model
+
+    shape = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    tokenizer, adapter = load_tokenizer(str(model_folder)), tmp_path / "adapter"
+    get_peft_model(load_causal_lm(str(model_folder)), shape).save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    apart = zip(margins(model_folder, PLAIN, tokenizer), margins(adapter, PLAIN, tokenizer), strict=True)
+    assert any(abs(late - early) > 0.1 for early, late in apart)
+    trainer, _ = trained(ask(PLAIN, model_name_or_path=adapter, learning_rate=0.0, max_steps=1, beta=10.0))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    with pytest.raises(UserError, match="is itself a LoRA adapter"):
+        run_dpo(*ask(PLAIN, model_name_or_path=adapter, use_peft=True))
+
+
+def test_quantized_weights_learn_through_an_adapter(
+    ask: Any, make_model: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    make_model(0, n_embd=64).save_pretrained(start)
+    make_tokenizer().save_pretrained(start)
+    changes = {"model_name_or_path": start, "load_in_4bit": True, "use_peft": True, "lora_dropout": 0.0}
+    trainer, _ = trained(ask(CHAT, CHAT, learning_rate=1e-2, max_steps=8, **changes))
+    assert {value.dtype for value in trainer.model.parameters() if value.requires_grad} == {torch.float32}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-3) and losses[-1] < 0.5
+
+
+def test_a_long_answer_is_cut_and_said_so(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
+    long = [{"prompt": "Count:", "chosen": " one" * 50, "rejected": " two"}, PLAIN[0]]
+    trainer = build_dpo_trainer(*ask(long))
+    assert "1 of 2 pairs are longer than 128 tokens and are cut off" in caplog.text
+    assert all(batch["input_ids"].shape[1] <= 128 for batch in trainer.get_train_dataloader())
+    caplog.clear()
+    build_dpo_trainer(*ask(PLAIN))
+    assert "cut off" not in caplog.text
+
+
+def test_long_prompts_can_be_left_out(ask: Any) -> None:
+    rows = [*PLAIN, {"prompt": "x" * 200, "chosen": "y", "rejected": "z"}]
+    assert len(build_dpo_trainer(*ask(rows, drop_long_prompts=True)).train_dataset) == len(PLAIN)
+
+
+WRONG = {
+    "no model": (CHAT, {"model_name_or_path": None}, "no model; pass --model_name_or_path"),
+    "no such model": (CHAT, {"model_name_or_path": "./nowhere"}, "no such folder"),
+    "no dataset": (None, {}, "no dataset; pass --dataset_name"),
+    "missing column": ([{"prompt": "a", "chosen": "b"}] * 2, {}, r"prompt\+chosen\+rejected, but has prompt, chosen"),
+    "empty": ([], {}, "no rows"),
+    "smaller than a batch": (CHAT, {"per_device_train_batch_size": 5}, "has 4 rows, but one batch takes 5"),
+    "numbers": ([PLAIN[0] | {"chosen": 3}] * 2, {}, "row 0: the column chosen holds 3, which is no text"),
+    "mixed forms": ([CHAT[0] | {"prompt": "a"}] * 2, {}, "prompt holds text, chosen holds messages"),
+    "empty prompt": ([PLAIN[0], PLAIN[1] | {"prompt": ""}], {}, "row 1: the prompt is empty"),
+    "long prompt": ([PLAIN[0] | {"prompt": "x" * 128}] * 2, {}, "row 0: the prompt has 128 tokens"),
+    "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 is beyond the 128 tokens"),
+    "quantized without LoRA": (CHAT, {"load_in_4bit": True}, "add --use_peft true"),
+    "unknown loss": (CHAT, {"beta": "much"}, "invalid float value: 'much'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_before_weights_are_read(ask: Any, case: str, weightless: Path, tmp_path: Path) -> None:
+    rows, changes, message = WRONG[case]
+    with pytest.raises(UserError, match=message) as caught:
+        run_dpo(*ask(rows, **{"model_name_or_path": weightless} | changes))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_held_out_pairs_are_checked_as_well(ask: Any, weightless: Path) -> None:
+    with pytest.raises(UserError, match=r"the held-out split needs the columns .* but has question"):
+        run_dpo(*ask(CHAT, [{"question": "a"}], model_name_or_path=weightless))
+
+
+def test_a_judge_cannot_answer(ask: Any, make_judge: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    make_judge(0).save_pretrained(tmp_path / "judge")
+    make_tokenizer().save_pretrained(tmp_path / "judge")
+    with pytest.raises(UserError, match="is a judge, which cannot answer"):
+        run_dpo(*ask(CHAT, model_name_or_path=tmp_path / "judge"))
+
+
+@pytest.mark.parametrize("token", ["pad_token", "eos_token"])
+def test_a_tokenizer_without_pad_or_eos_is_refused(ask: Any, token: str, weightless: Path) -> None:
+    path = weightless / "tokenizer_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != token}))
+    with pytest.raises(UserError, match=f"no {token.split('_')[0]} token".replace("eos", "EOS")):
+        run_dpo(*ask(CHAT, model_name_or_path=weightless))
+
+
+def test_the_pad_token_can_be_named(ask: Any, model_folder: Path, tmp_path: Path) -> None:
+    """Padding with EOS changes nothing: a pair's own EOS is still compared."""
+    start = tmp_path / "start"
+    shutil.copytree(model_folder, start)
+    path = start / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
+    changes = {"learning_rate": 1e-3, "max_steps": 2}
+    named, _ = trained(ask(CHAT, model_name_or_path=start, pad_token=EOS, **changes))
+    own, _ = trained(ask(CHAT, **changes))
+    assert named.processing_class.pad_token == EOS and named.data_collator.pad_token_id == 256
+    one, other = named.model.state_dict(), own.model.state_dict()
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+def test_an_output_folder_with_files_is_kept(ask: Any, weightless: Path, tmp_path: Path) -> None:
+    write(tmp_path / "out", mine=[{"a": 1}])
+    for changes, message in (({}, "is not empty"), ({"overwrite": True}, "no stage left")):
+        with pytest.raises(UserError, match=message):
+            run_dpo(*ask(CHAT, model_name_or_path=weightless, **changes))
+    assert (tmp_path / "out" / "mine.jsonl").is_file()
+
+
+def test_the_door_says_one_line_and_exits_2(tmp_path: Path, weightless: Path) -> None:
+    data = write(tmp_path / "data", train=[{"question": "a"}])
+    words = ["--model_name_or_path", weightless, "--dataset_name", data, "--output_dir", tmp_path / "out"]
+    command = [sys.executable, ROOT / "recipes" / "dpo.py", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert answer.returncode == 2
+    [line] = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
+    assert "but has question" in line and "Traceback" not in answer.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,401 @@
+"""The rloo stage: what the rewards see, what is learnt from, what is left, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import ModelConfig
+
+from rlhf_recipes.arguments import UserError, parse_arguments
+from rlhf_recipes.generation import Completions, Sampling, sample
+from rlhf_recipes.models import load_causal_lm, load_tokenizer
+from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.stages.rloo import RLOOArguments, RLOOConfig, build_rloo_trainer, rloo_metrics, run_rloo
+
+ROOT = Path(__file__).parent.parent.parent
+EOS = 256
+WORDS = ["a", "bread", "cheese with rye", "dates", "eggs, eggs", "figs", "grapes and a long tail of words", "ham"]
+PLAIN = [{"prompt": text, "wanted": text[0]} for text in WORDS]
+CHAT = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PLAIN]
+REWARDS = """
+SEEN = []
+
+def low_share(completion_ids, **columns):
+    return [sum(token < 128 for token in ids) / len(ids) for ids in completion_ids]
+
+def wanted_letters(prompts, completions, wanted, **columns):
+    assert set(columns) == {"completion_ids"}, columns
+    return [float(text.count(letter)) for text, letter in zip(completions, wanted)]
+
+async def by_token(completion_ids, **columns):
+    return [[0.5] * len(ids) for ids in completion_ids]
+
+def remember(prompts, completions, completion_ids, **columns):
+    SEEN.append({"prompts": prompts, "completions": completions, "completion_ids": completion_ids})
+    return [0.0] * len(prompts)
+"""
+
+
+def ending_often(model: Any) -> Any:
+    """About every seventh token is then EOS: some answers end, some are cut off."""
+    model.transformer.ln_f.bias.data += 300 * model.transformer.wte.weight.data[EOS]
+    return model
+
+
+def write_prompts(place: Path, rows: list[dict[str, Any]]) -> None:
+    for split in ("train", "test"):
+        (place / "prompts" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any, make_judge: Any, tokenizer: Any) -> Path:
+    """A working directory with a policy, a judge, prompts with a further column, and a module of reward functions."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "rloo_rewards", raising=False)
+    judge = make_judge(initializer_range=0.2, score_mean=0.5, score_std=2.0)
+    for name, model in (("policy", ending_often(make_model(resid_pdrop=0.1))), ("judge", judge)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "prompts").mkdir()
+    write_prompts(tmp_path, PLAIN)
+    (tmp_path / "rloo_rewards.py").write_text(REWARDS)
+    return tmp_path
+
+
+def options(**changed: Any) -> tuple[RLOOArguments, ModelConfig, RLOOConfig]:
+    values: dict[str, Any] = {
+        "dataset_name": "prompts", "reward": "judge", "model_name_or_path": "policy", "output_dir": "out",
+        "per_device_train_batch_size": 8, "max_steps": 2, "max_completion_length": 6, "logging_steps": 1,
+        "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+    } | changed  # fmt: skip
+    argv = [word for key, value in values.items() if value is not None for word in (f"--{key}", *str(value).split())]
+    return parse_arguments(RLOOArguments, ModelConfig, RLOOConfig, argv=argv)
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    return dict(json.loads((folder / "metrics.json").read_text()))
+
+
+def trained(**changed: Any) -> tuple[Any, dict[str, float]]:
+    """(trainer, what its last evaluation logged), without the folder that the stage would leave."""
+    trainer = build_rloo_trainer(*options(**changed))
+    trainer.train()
+    return trainer, trainer.evaluate()
+
+
+def batches(trainer: Any) -> list[dict[str, float]]:
+    """What was logged of each batch of answers that was learnt from."""
+    return [entry for entry in trainer.state.log_history if "reward" in entry]
+
+
+def low_share_of(folder: str | Path) -> float:
+    """The share of tokens below 128 in answers that our own sampler draws."""
+    model, tokenizer = load_causal_lm(str(folder)), load_tokenizer(str(folder))
+    rows = [tokenizer(text)["input_ids"] for text in WORDS * 8]
+    answers = sample(model, rows, Sampling(6, stop_ids=(EOS,)), seeds=list(range(len(rows)))).ids
+    tokens = [token for answer in answers for token in answer]
+    return sum(token < 128 for token in tokens) / len(tokens)
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    """Models, or folders of them."""
+    first, second = (
+        (load_causal_lm(str(each)) if isinstance(each, str | Path) else each).state_dict() for each in (one, other)
+    )
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+LEARNING = {"reward": "rloo_rewards:low_share", "per_device_train_batch_size": 32, "num_iterations": 2}
+LEARNING |= {"max_steps": 24, "beta": 0.0, "lr_scheduler_type": "constant"}
+
+
+def test_the_score_rises(place: Path) -> None:
+    """Less than half of an untrained model's tokens are below 128; the reward is that share."""
+    folder = run_rloo(*options(**LEARNING, learning_rate=1e-2))
+    assert low_share_of("policy") < 0.5 < 0.7 < low_share_of(folder)
+    metrics = metrics_of(folder)
+    assert metrics["score"] > metrics["score_before"] + 0.2 and metrics["eval_score"] > 0.7
+    assert metrics["episodes"] == 12 * 32
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "`rloo` stage" in (folder / "README.md").read_text() and not list(folder.rglob("*.bin"))
+
+
+def test_lora_leaves_an_adapter_that_loads(place: Path, make_model: Any) -> None:
+    make_model(initializer_range=0.2).save_pretrained("policy")
+    before = {path.name: path.read_bytes() for path in (place / "policy").iterdir()}
+    folder = run_rloo(*options(**LEARNING, learning_rate=3e-2, use_peft=True, lora_r=8, lora_dropout=0.0))
+    assert {path.name: path.read_bytes() for path in (place / "policy").iterdir()} == before
+    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
+    assert low_share_of(folder) > low_share_of("policy") + 0.1
+    assert load_causal_lm(str(folder)).generation_config.eos_token_id == [EOS]
+
+
+def test_the_penalty_holds_the_policy_near_its_reference(place: Path) -> None:
+    free, held = (
+        batches(trained(**LEARNING | {"learning_rate": 3e-3, "beta": beta, "max_steps": 16})[0])
+        for beta in (1e-6, 2.0)
+    )
+    assert free[0]["kl"] == pytest.approx(0.0, abs=1e-5) and free[-1]["kl"] > 2 * abs(held[-1]["kl"])
+    assert free[-1]["reward"] > held[-1]["reward"]
+
+
+OTHER_VOCABULARY = "another_judge"
+
+
+@pytest.mark.parametrize("form", ["plain", "chat"])
+@pytest.mark.parametrize("judge", ["judge", OTHER_VOCABULARY])
+def test_a_judge_scores_as_it_does_in_ppo(
+    place: Path, form: str, judge: str, make_judge: Any, make_tokenizer: Any
+) -> None:
+    """The very answers that RLOO sampled and scored, handed to PPOTrainer's scoring: prompt, EOS and all."""
+    write_prompts(place, CHAT if form == "chat" else PLAIN)
+    own = make_tokenizer()
+    own.add_tokens(["zz"])
+    make_judge(1, initializer_range=0.2, vocab_size=len(own)).save_pretrained(place / OTHER_VOCABULARY)
+    own.save_pretrained(place / OTHER_VOCABULARY)
+    trainer = build_rloo_trainer(*options(reward=f"{judge} rloo_rewards:remember", learning_rate=0.0, max_steps=4))
+    trainer.train()
+    [function, _] = trainer.reward_funcs
+    ppo = PPOTrainer("policy", judge, PPOConfig("ppo", response_length=6, report_to="none"), trainer.train_dataset)
+    logged = [entry[f"rewards/{judge}/mean"] for entry in batches(trainer)]
+    ended = set()
+    for batch, mean in zip(sys.modules["rloo_rewards"].SEEN, logged, strict=True):
+        ids = batch["completion_ids"]
+        assert all(EOS not in answer[:-1] for answer in ids)
+        stopped = [answer[-1] == EOS for answer in ids]
+        ended |= set(stopped)
+        asked = ppo.prompts.rows([ppo.train_dataset["prompt"].index(prompt) for prompt in batch["prompts"]])
+        expected = ppo.score(asked, Completions(ids, stopped))[judge]
+        assert function(**batch, trainer_state=None) == pytest.approx(expected, abs=1e-5)
+        assert mean == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+        unended = ppo.score(asked, Completions([answer[:-1] for answer in ids], [False] * len(ids)))[judge]
+        rows = zip(stopped, expected, unended, strict=True)
+        assert all(score != pytest.approx(other) for end, score, other in rows if end), "the EOS is read"
+    assert ended == {True, False}
+
+
+def test_functions_get_the_datasets_columns_as_in_ppo(place: Path) -> None:
+    """By name and row by row; they may be async, and what they give token by token is added up."""
+    names = " ".join(f"rloo_rewards:{name}" for name in ("wanted_letters", "by_token", "remember"))
+    trainer = build_rloo_trainer(*options(reward=names))
+    trainer.train()
+    for entry in batches(trainer):
+        assert entry["rewards/by_token/mean"] == pytest.approx(0.5 * entry["completions/mean_length"])
+    wanted = {row["prompt"]: row["wanted"] for row in PLAIN}
+    logged = [entry["rewards/wanted_letters/mean"] for entry in batches(trainer)]
+    for batch, mean in zip(sys.modules["rloo_rewards"].SEEN, logged, strict=True):
+        counts = [
+            text.count(wanted[prompt]) for prompt, text in zip(batch["prompts"], batch["completions"], strict=True)
+        ]
+        assert mean == pytest.approx(sum(counts) / len(counts))
+
+
+def test_padding_moves_no_position(place: Path) -> None:
+    """The log-probabilities that are learnt from are those of each prompt and answer alone, in float64."""
+    trainer = build_rloo_trainer(*options(temperature=0.7))
+    trainer.model.train()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    masks = (batch["prompt_mask"].bool(), batch["completion_mask"].bool())
+    assert not masks[0].all()
+    for row, expected in enumerate(batch["old_logps"].tolist()):
+        prompt, answer = batch["prompt_ids"][row][masks[0][row]], batch["completion_ids"][row][masks[1][row]]
+        for model in (trainer.model.eval(), trainer.ref_model.eval()):
+            with torch.no_grad():
+                logits = model(torch.cat([prompt, answer])[None]).logits[0].double() / 0.7
+            chosen = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
+            assert chosen[torch.arange(len(answer)), answer].sum().item() == pytest.approx(expected, abs=1e-4)
+    padded = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    row = int(mask[:, 0].argmin())
+    with torch.no_grad():
+        together = trainer.ref_model(input_ids=padded, attention_mask=mask).logits[row][mask[row].bool()]
+        alone = trainer.ref_model(padded[row][mask[row].bool()][None]).logits[0]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.0])
+def test_without_a_learning_rate_nothing_moves(place: Path, beta: float) -> None:
+    trainer, measured = trained(learning_rate=0.0, beta=beta)
+    assert same_weights("policy", trainer.model)
+    kept = [entry[name] for entry in (*batches(trainer), measured) for name in ("kl", "eval_kl") if name in entry]
+    assert kept == pytest.approx([0.0] * (3 if beta else 0), abs=1e-5)
+
+
+def test_the_reference_of_a_lora_folder_is_the_merged_model(place: Path, tokenizer: Any) -> None:
+    """Not the base that the adapter names: then a model that has not moved would already be far from it."""
+    from peft import LoraConfig, get_peft_model
+
+    shape = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    get_peft_model(load_causal_lm("policy"), shape).save_pretrained("adapter")
+    tokenizer.save_pretrained("adapter")
+    assert not same_weights("adapter", "policy")
+    trainer, _ = trained(model_name_or_path="adapter", learning_rate=0.0)
+    assert same_weights("adapter", trainer.ref_model) and same_weights("adapter", trainer.model)
+    assert batches(trainer)[-1]["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_scores_are_normalised_weighed_and_lowered_for_want_of_an_end(place: Path) -> None:
+    changes = {"reward": "judge rloo_rewards:low_share", "reward_weights": "0.5 3.0", "missing_eos_penalty": 2.0}
+    scaled, raw = (
+        batches(trained(learning_rate=0.0, **changes, normalize_rewards=on)[0])[0] for on in ("true", "false")
+    )
+    assert scaled["rewards/judge/mean"] == pytest.approx((raw["rewards/judge/mean"] - 0.5) / 2.0, abs=1e-5)
+    missing = scaled["completions/clipped_ratio"]
+    assert 0.0 < missing < 1.0 and scaled["rewards/missing_eos/mean"] == pytest.approx(-2.0 * missing)
+    total = 0.5 * scaled["rewards/judge/mean"] + 3.0 * scaled["rewards/low_share/mean"] - 2.0 * missing
+    assert scaled["reward"] == pytest.approx(total, abs=1e-5)
+
+
+def test_left_over_generation_settings_change_no_answer(place: Path) -> None:
+    """They would sample from another distribution than the one that is trained."""
+    changes = {"reward": "rloo_rewards:remember", "learning_rate": 0.0}
+    build_rloo_trainer(*options(**changes)).train()
+    config = json.loads((place / "policy" / "generation_config.json").read_text())
+    config |= {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(100)), "top_k": 2}
+    (place / "policy" / "generation_config.json").write_text(json.dumps(config))
+    build_rloo_trainer(*options(**changes)).train()
+    seen = [batch["completion_ids"] for batch in sys.modules["rloo_rewards"].SEEN]
+    assert len(seen) == 4 and seen[:2] == seen[2:]
+
+
+def test_the_run_repeats_from_its_recipe(place: Path) -> None:
+    folder = run_rloo(*options())
+    again = ["--config", str(folder / "recipe.yaml"), "--output_dir", "again"]
+    trainer = build_rloo_trainer(*parse_arguments(RLOOArguments, ModelConfig, RLOOConfig, argv=again))
+    trainer.train()
+    assert same_weights(folder, trainer.model) and not same_weights(folder, "policy")
+    assert not same_weights(folder, trained(seed=1)[0].model)
+
+
+def test_a_run_that_goes_on_ends_as_one_that_never_stopped(place: Path) -> None:
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    whole, _ = trained(**changes)
+    shutil.copytree(place / "out" / "checkpoint-2", place / "resumed" / "checkpoint-2")
+    resumed = run_rloo(*options(output_dir="resumed", resume_from_checkpoint="true", **changes))
+    assert same_weights(whole.model, resumed)
+
+
+def test_answers_are_counted_once_however_often_they_are_learnt_from() -> None:
+    shape = {"per_device_train_batch_size": 8, "num_generations": 4}
+    config = RLOOConfig("out", steps_per_generation=2, num_iterations=3, **shape)
+    assert config.answers == 16
+    assert [config.episodes(steps) for steps in (0, 1, 6, 7)] == [0, 16, 16, 32]
+    config = RLOOConfig("out", gradient_accumulation_steps=4, **shape)
+    assert config.answers == 32 and config.episodes(3) == 96
+
+
+def test_metrics_name_the_first_and_the_last_batch() -> None:
+    keys = ("reward", "kl", "completions/mean_length", "completions/clipped_ratio")
+    log = [{"loss": 1.0}, *(dict.fromkeys(keys, number / 8) for number in (1, 2, 4)), {"train_loss": 1.0}]
+    expected = {"score_before": 0.125, "kl_before": 0.125**2, "length_before": 0.125, "eos_share_before": 0.875}
+    expected |= {"score": 0.5, "kl": 0.25, "length": 0.5, "eos_share": 0.5}
+    assert rloo_metrics(log) == expected
+    assert rloo_metrics([{"loss": 1.0}]) == {}
+
+
+def _labels(place: Path) -> None:
+    config = json.loads((place / "judge" / "config.json").read_text())
+    labels = {str(index): f"LABEL_{index}" for index in range(3)}
+    config |= {"id2label": labels, "label2id": {value: int(key) for key, value in labels.items()}}
+    (place / "judge" / "config.json").write_text(json.dumps(config))
+
+
+def _without(token: str) -> Callable[[Path], None]:
+    def spoil(place: Path) -> None:
+        path = place / "policy" / "tokenizer_config.json"
+        path.write_text(
+            json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != token})
+        )
+
+    return spoil
+
+
+def _prompts(*rows: dict[str, Any]) -> Callable[[Path], None]:
+    return lambda place: write_prompts(place, list(rows))
+
+
+def _nothing(place: Path) -> None:
+    pass
+
+
+def _full_folder(place: Path) -> None:
+    (place / "out").mkdir()
+    (place / "out" / "thesis.txt").write_text("three years of work")
+
+
+BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
+    (_nothing, {"model_name_or_path": None}, "no model; pass --model_name_or_path"),
+    (_nothing, {"model_name_or_path": "./nowhere"}, "no such folder"),
+    (_nothing, {"model_name_or_path": "judge"}, "is a judge, which cannot answer"),
+    (_nothing, {"reward": None}, "nothing scores the answers; pass --reward"),
+    (_nothing, {"reward": "policy"}, "not a sequence classifier"),
+    (_nothing, {"reward": "rloo_rewards:missing"}, "cannot be imported"),
+    (_prompts(*[{"prompt": "a"}] * 8), {"reward": "rloo_rewards:wanted_letters"}, "does not fit the dataset"),
+    (_nothing, {"reward_weights": "1.0 2.0"}, "1 rewards and 2 reward_weights"),
+    (_nothing, {"num_generations": 3}, "num_generations 3 does not divide the 8 answers of a batch"),
+    (_nothing, {"num_generations": 1}, "give 2 or more"),
+    (_nothing, {"num_generations_eval": 3}, "num_generations_eval 3 does not divide the 8 answers of an evaluation"),
+    (_nothing, {"per_device_train_batch_size": 64}, "has 8 prompts, fewer than the 16 of one batch"),
+    (_nothing, {"temperature": 0}, "temperature is 0.0"),
+    (_nothing, {"max_completion_length": 0}, "max_completion_length is 0"),
+    (_nothing, {"max_completion_length": 127}, "does not fit the model's context of 128"),
+    (_nothing, {"num_generation": 2}, "did you mean 'num_generations'"),
+    (_nothing, {"dataset_name": None}, "no dataset; pass --dataset_name"),
+    (_nothing, {"dataset_train_split": "validation"}, "it has test, train"),
+    (_labels, {}, "3 labels"),
+    (_without("pad_token"), {}, "no pad token"),
+    (_without("eos_token"), {}, "no EOS token"),
+    (_prompts({"prompt": "x" * 125}), {}, "does not fit the model's context of 128"),
+    (_prompts({"question": "why?", "wanted": "y"}), {}, "but has question, wanted"),
+    (_prompts({"prompt": [1, 2]}), {}, "which is no text"),
+    (_prompts({"prompt": "a"}, {"prompt": ""}), {}, "row 1: the prompt is empty"),
+    (_prompts(), {}, "no rows"),
+    (_full_folder, {}, "not empty"),
+    (_full_folder, {"overwrite": "true"}, "no stage left"),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changed", "words"), BAD, ids=[f"{index}-{bad[2]}" for index, bad in enumerate(BAD)]
+)
+def test_bad_input_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], changed: dict[str, Any], words: str
+) -> None:
+    """One line that names the remedy, no weights read, nothing written."""
+    from transformers import PreTrainedModel
+
+    def read(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("weights were read")
+
+    spoil(place)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", read)
+    before = sorted(place.rglob("*"))
+    with pytest.raises(UserError, match=words) as caught:
+        run_rloo(*options(**changed))
+    assert "\n" not in str(caught.value)
+    assert sorted(path for path in place.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_the_door_ends_with_code_2(place: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "rloo.py"),
+        "--model_name_or_path",
+        "policy",
+        "--output_dir",
+        "out",
+    ]
+    command += ["--reward", "judge", "--dataset_name", "prompts", "--num_generations", "3"]
+    environment = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(place)}
+    process = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error:")]
+    assert process.returncode == 2 and len(errors) == 1 and "does not divide" in errors[0]
+    assert not (place / "out").exists()
