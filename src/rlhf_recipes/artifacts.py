@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_recipes.arguments import UserError, asked_for
 
 MARK = "recipe.yaml"  # a folder that holds it was left by a stage
+EARLY = {"completions.jsonl", "samples.md"}  # what a run that is cut off may leave before its first checkpoint
 
 
 def check_output_folder(
@@ -47,7 +48,8 @@ def check_output_folder(
 
 
 def _left_by_a_stage(path: Path) -> bool:
-    return (path / MARK).is_file() or any(item.name.startswith("checkpoint-") for item in path.iterdir())
+    names = {item.name for item in path.iterdir()}
+    return MARK in names or any(name.startswith("checkpoint-") for name in names) or names <= EARLY
 
 
 def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) -> str | None:

@@ -67,7 +67,7 @@ def test_point_12_a_judge_reads_the_template_once(make_trainer: Make, make_judge
     _, queries, answers = trainer.played[0]
     whole = [[*query, *ids] for query, ids in zip(queries, answers.ids, strict=True)]
     assert sorted([token for token in row if token != PAD] for row in seen) == sorted(whole)
-    assert all(row.count(USER) == row.count(ASSISTANT) == 1 for row in seen)
+    assert sorted(queries) == sorted(IDS) and all(row.count(USER) == row.count(ASSISTANT) == 1 for row in seen)
 
 
 def test_point_12_no_column_stands_in_the_way(make_trainer: Make, make_judge: Make, recorder: type) -> None:

@@ -1,6 +1,5 @@
 """A model that answers, something that scores answers, and prompts -> a model that answers better."""
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from trl import ModelConfig
 
 from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder, resume_point
+from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import first_row, load_train_and_test, require_columns, write_rows
 from rlhf_recipes.models import (
     attach_lora,
@@ -23,6 +22,7 @@ from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.roles import checked_prompts
 from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.runs import open_run, train
 from rlhf_recipes.scoring import check_reward
 
 CURVES = [
@@ -99,21 +99,13 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
 def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> Path:
     """Train and leave a folder with the policy, its value model, its tokenizer and what was measured."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.reward or [])]
-    checkpoint = resume_point(training.resume_from_checkpoint, str(training.output_dir))
-    folder = check_output_folder(
-        str(training.output_dir), arguments.overwrite, inputs, resuming=checkpoint is not None
-    )
+    folder, checkpoint = open_run(training, arguments.overwrite, inputs)
     trainer = build_ppo_trainer(arguments, model_config, training)
-    writes = trainer.is_world_process_zero()
-    if writes and checkpoint is None:
-        prepare_output_folder(folder)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    metrics: dict[str, Any] = {"seconds": time.perf_counter() - started, "steps": trainer.state.global_step}
+    metrics = train(trainer, folder, checkpoint)
     held_out = trainer.evaluate() if trainer.eval_prompts is not None else {}
     metrics |= ppo_metrics(trainer.state.log_history) | held_out
     trainer.save_model(str(folder))
-    if writes:
+    if trainer.is_world_process_zero():
         write_rows(folder / "samples.jsonl", trainer.last_samples)
         trainer.save_state()
         plot_curves(trainer.state.log_history, folder / "curves.png", CURVES, title="PPO")

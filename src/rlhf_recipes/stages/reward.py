@@ -5,7 +5,6 @@
 """
 
 import logging
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import EvalPrediction, Trainer
 from trl import ModelConfig, RewardTrainer
 
 from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
-from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder, resume_point
+from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import (
     fit_prompts,
     load_train_and_test,
@@ -40,6 +39,7 @@ from rlhf_recipes.models import (
     trainable_to_float32,
 )
 from rlhf_recipes.plots import plot_curves, plot_reliability
+from rlhf_recipes.runs import open_run, train
 from rlhf_recipes.scoring import Reward, load_reward
 
 if TYPE_CHECKING:
@@ -116,19 +116,12 @@ def build_reward_trainer(
 def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: RewardConfig) -> Path:
     """Train a judge and leave a folder that ppo takes as it is, with what the judge is worth on held-out rows."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    checkpoint = resume_point(training.resume_from_checkpoint, training.output_dir)
-    folder = check_output_folder(training.output_dir, arguments.overwrite, inputs, resuming=checkpoint is not None)
+    folder, checkpoint = open_run(training, arguments.overwrite, inputs)
     trainer = build_reward_trainer(arguments, model_config, training)
-    writes = trainer.is_world_process_zero()
-    if writes and checkpoint is None:
-        prepare_output_folder(folder)
-    started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    metrics = {"train_loss": result.training_loss, "seconds": seconds, "steps": result.global_step}
+    metrics = train(trainer, folder, checkpoint)
     if trainer.eval_dataset is not None:
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
-    if writes:
+    if trainer.is_world_process_zero():
         trainer.save_model(str(folder))
         save_judge_config(trainer.accelerator.unwrap_model(trainer.model), folder)
         images = ["curves.png"]

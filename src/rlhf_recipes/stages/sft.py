@@ -1,6 +1,5 @@
 """A language model and demonstrations -> a model that answers, by supervised fine-tuning (Ouyang et al. 2022)."""
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import trl
 from trl import ModelConfig, SFTTrainer
 
 from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
-from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder, resume_point
+from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import (
     fit_prompts,
     load_train_and_test,
@@ -30,6 +29,7 @@ from rlhf_recipes.models import (
     trainable_to_float32,
 )
 from rlhf_recipes.plots import plot_curves
+from rlhf_recipes.runs import open_run, train
 
 PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
 IGNORED = -100  # the label of a token without loss
@@ -100,19 +100,12 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
 def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTConfig) -> Path:
     """Fine-tune and leave a folder with the model (or its LoRA adapter), its tokenizer and what was measured."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    checkpoint = resume_point(training.resume_from_checkpoint, training.output_dir)
-    folder = check_output_folder(training.output_dir, arguments.overwrite, inputs, resuming=checkpoint is not None)
+    folder, checkpoint = open_run(training, arguments.overwrite, inputs)
     trainer = build_sft_trainer(arguments, model_config, training)
-    writes = trainer.is_world_process_zero()
-    if writes and checkpoint is None:
-        prepare_output_folder(folder)
-    started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    metrics = {"train_loss": result.training_loss, "seconds": seconds, "steps": result.global_step}
+    metrics = train(trainer, folder, checkpoint)
     if trainer.eval_dataset is not None:
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
-    if writes:
+    if trainer.is_world_process_zero():
         metrics |= _held_out(trainer)
         trainer.save_model(str(folder))
         # Trainer has named the tokenizer's EOS in it, and an adapter is saved without it.
