@@ -159,7 +159,7 @@ def _cell(runs: list[dict[str, Any]], key: str, shown: tuple[str, str]) -> str:
 def _note(facts: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, facts["seeds"]))
     lines = [
-        f"{facts['date']}, {facts['hardware']}. Mean over the training seeds {seeds}, each seed's value in brackets; "
+        f"{facts['date']}, {facts['hardware']}. Training seeds: {seeds}; the mean, and in brackets each seed's value. "
         f"{facts['prompts']} held-out prompts, the same random numbers for every model. KL is to the fine-tuned model.",
     ]
     if facts["judge_seconds"]:
