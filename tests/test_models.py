@@ -133,6 +133,24 @@ def test_a_lora_folder_is_its_base_with_the_product_added(
     assert attach_lora(ModelConfig()) is None
 
 
+def test_an_adapter_on_a_merged_adapter_is_read_with_both(make_model: Any, tmp_path: Path) -> None:
+    """As ppo with LoRA leaves it, if it started from the LoRA folder of sft."""
+    from peft import LoraConfig, get_peft_model
+
+    make_model(0).save_pretrained(tmp_path / "base")
+    source, ids = str(tmp_path / "base"), torch.tensor([[1, 2, 3]])
+    for name in ("first", "second"):
+        torch.manual_seed(len(name))
+        config = LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False
+        )
+        model = get_peft_model(load_causal_lm(source), config).eval()
+        model.save_pretrained(tmp_path / name)
+        source = str(tmp_path / name)
+        with torch.no_grad():
+            torch.testing.assert_close(load_causal_lm(source).eval()(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("labels", [1, 2])
 def test_judges_say_how_many_labels_they_have(
     make_judge: Callable[..., Any], tokenizer: Any, tmp_path: Path, labels: int

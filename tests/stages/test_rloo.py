@@ -54,19 +54,27 @@ def write_prompts(place: Path, rows: list[dict[str, Any]]) -> None:
         (place / "prompts" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Any, make_judge: Any, tokenizer: Any) -> Path:
+    """A policy, a judge, prompts with a further column, and a module of reward functions."""
+    place = tmp_path_factory.mktemp("rloo")
+    judge = make_judge(initializer_range=0.2, score_mean=0.5, score_std=2.0)
+    for name, model in (("policy", ending_often(make_model(resid_pdrop=0.1))), ("judge", judge)):
+        model.save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+    (place / "prompts").mkdir()
+    write_prompts(place, PLAIN)
+    (place / "rloo_rewards.py").write_text(REWARDS)
+    return place
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any, make_judge: Any, tokenizer: Any) -> Path:
-    """A working directory with a policy, a judge, prompts with a further column, and a module of reward functions."""
+def place(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of these folders as the working directory."""
+    shutil.copytree(folders, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "rloo_rewards", raising=False)
-    judge = make_judge(initializer_range=0.2, score_mean=0.5, score_std=2.0)
-    for name, model in (("policy", ending_often(make_model(resid_pdrop=0.1))), ("judge", judge)):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    (tmp_path / "prompts").mkdir()
-    write_prompts(tmp_path, PLAIN)
-    (tmp_path / "rloo_rewards.py").write_text(REWARDS)
     return tmp_path
 
 
