@@ -65,6 +65,20 @@ def test_folders_in_folder_out(place: Path) -> None:
     assert not list(folder.rglob("*.bin"))  # no pickles
 
 
+def test_prompts_without_a_held_out_split_are_enough(place: Path) -> None:
+    """And with an adapter: the folder is read with its base, and its value lies beside it."""
+    from rlhf_recipes.models import load_causal_lm
+
+    (place / "prompts" / "test.jsonl").unlink()
+    folder = run_ppo(*options(use_peft="true"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["episodes"] == 8 and not any(name.startswith("eval_") for name in metrics)
+    before, after = (load_causal_lm(str(path)).state_dict() for path in ("policy", folder))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) for name in moved)
+    assert len((folder / "completions.jsonl").read_text().splitlines()) == 8
+
+
 def test_the_run_repeats_from_its_recipe(place: Path) -> None:
     """recipe.yaml alone makes the same weights again."""
     from transformers import AutoModelForCausalLM

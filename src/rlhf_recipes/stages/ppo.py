@@ -22,7 +22,7 @@ from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.roles import checked_prompts
 from rlhf_recipes.ppo.trainer import PPOTrainer
-from rlhf_recipes.runs import open_run, train
+from rlhf_recipes.runs import logged_panels, open_run, train
 from rlhf_recipes.scoring import check_reward
 
 CURVES = [
@@ -108,7 +108,8 @@ def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOCon
     if trainer.is_world_process_zero():
         write_rows(folder / "samples.jsonl", trainer.last_samples)
         trainer.save_state()
-        plot_curves(trainer.state.log_history, folder / "curves.png", CURVES, title="PPO")
+        log = trainer.state.log_history
+        plot_curves(log, folder / "curves.png", logged_panels(CURVES, log), title="PPO")
         leave_folder(
             folder,
             stage="ppo",
