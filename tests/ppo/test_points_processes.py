@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file
+
+from rlhf_recipes.ppo.roles import refuse_sharding
 
 Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("several_processes.py")
@@ -96,3 +99,11 @@ def test_point_08_a_step_that_one_process_cannot_take_is_taken_by_none(folder: P
     log = json.loads((folder / "spoilt-by-2" / "log.json").read_text())
     assert [entry["val/skipped_steps"] for entry in log if "val/skipped_steps" in entry] == [1.0, 1.0, 1.0]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_in(folder / "spoilt-by-2").values())
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_point_20_sharded_weights_are_refused_with_the_way_out(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"does not run under {kind}.*accelerate_configs/ddp.yaml"):
+        refuse_sharding(SimpleNamespace(distributed_type=DistributedType[kind]))
+    for allowed in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        refuse_sharding(SimpleNamespace(distributed_type=allowed))
