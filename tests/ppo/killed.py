@@ -115,9 +115,12 @@ def attempt(run: Callable[[], Any], seconds: float | None) -> bool:
 
 
 def killed_until_done(policy: Path, folder: Path, case: str, draw: random.Random, longest: float) -> int:
-    """Kill the run at random moments until it has ended; returns how often it was killed."""
+    """Kill the run at random moments until it has ended; returns how often it was killed.
+
+    The moments come later and later, so that it ends on a machine of any speed.
+    """
     kills = 0
-    while attempt(lambda: train(policy, folder, case), draw.uniform(0.0, longest)):
+    while attempt(lambda: train(policy, folder, case), draw.uniform(0.0, longest * (1 + kills / 10))):
         kills += 1
     return kills
 

@@ -99,6 +99,7 @@ class PPOTrainer(ResumableTrainer):
         arrived = peft_config is None and adapters.has_adapter(model)
         policy = with_adapter(model, peft_config, args)
         reference = the_reference(policy, arrived, ref_model, args)
+        self.rewards = load_rewards(policy, sources, processing_class, reward_processing_classes, args, plays)
         super().__init__(
             model=with_value(policy, value_model, args),
             args=args,
@@ -118,7 +119,6 @@ class PPOTrainer(ResumableTrainer):
             self.add_callback(UpdateLine)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
         without_dropout(self.model)
-        self.rewards = load_rewards(policy, sources, processing_class, reward_processing_classes, args, plays)
         self.sampling = chosen_sampling(model, processing_class, args)
         self.experience = Experience(self.model, reference, self.accelerator, args)
         self.guard, self.clock = StepGuard(self.model, args), Clock()
