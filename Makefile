@@ -44,7 +44,7 @@ quickstart: $(STAMP) ## raw text to a PPO-tuned chat model in about 5 minutes (S
 	@$(OFFLINE) $(RUN) -m rlhf_recipes quickstart --seed $(SEED) --output_dir runs/quickstart --overwrite true
 
 test: $(STAMP) ## the fast tests
-	@$(OFFLINE) $(ONE_THREAD) $(RUN) -m pytest -m 'not slow'
+	@$(OFFLINE) $(ONE_THREAD) $(RUN) -m pytest -m 'not slow' -n 2 --dist loadscope
 
 test-slow: $(STAMP) ## the tests that take minutes
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) -m pytest -m slow
