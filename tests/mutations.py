@@ -156,7 +156,7 @@ MUTATIONS = [
         "ppo/objective.py",
         "/ tokens * args.world_size",
         "/ tokens",
-        "point_07_two",
+        "two_processes_are_one",
         tuple(PROCESSES),
     ),
     Mutation(
@@ -164,7 +164,7 @@ MUTATIONS = [
         "ppo/rollout.py",
         "masked_whiten(raw, mask, reduce=reduce)",
         "masked_whiten(raw, mask)",
-        "point_07_two",
+        "two_processes_are_one",
         tuple(PROCESSES),
     ),
     Mutation(

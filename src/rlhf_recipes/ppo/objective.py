@@ -14,8 +14,10 @@ from rlhf_recipes.ppo.value_head import TokenOutputs
 def objective(
     outputs: TokenOutputs, inputs: Mapping[str, Tensor], args: PPOConfig, tokens: Any = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The PPO loss of one micro-batch as its share of the mean over `tokens`, those of the whole minibatch by default
-    of the micro-batch; and each metric, (batch, tokens), under TRL's names.
+    """The PPO loss of one micro-batch, and its metrics, each (batch, tokens), under TRL's names.
+
+    tokens: generated tokens of the whole minibatch, over all processes: the loss is this micro-batch's share of their
+    mean. None: the micro-batch is all there is.
     """
     mask = inputs["response_mask"]
     policy = policy_losses(outputs.log_probs, inputs["log_probs"], inputs["advantages"], args.cliprange)
