@@ -248,3 +248,10 @@ def test_normalized_scores_have_mean_0_and_variance_1(make_judge: Any, tokenizer
     normalized = np.array(reward.score_ids(rows))
     np.testing.assert_allclose(normalized, (raw - raw.mean()) / raw.std(), rtol=1e-5, atol=1e-6)
     assert normalized.mean() == pytest.approx(0, abs=1e-5) and normalized.std() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_judge_whose_score_is_no_number_is_named_with_the_sample(make_judge: Any, tokenizer: Any) -> None:
+    judge = make_judge(0)
+    judge.score.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="judge judge gives nan for the completion 'b' of the prompt 'a'"):
+        load_reward(judge, tokenizer)(["a"], ["b"], prompt_ids=[[5]], completion_ids=[[6]])

@@ -183,6 +183,17 @@ def test_point_08_log_probabilities_and_losses_are_float32_under_bf16(make_train
     assert {loss.dtype for loss in losses} == {torch.float32}
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_point_08_values_are_not_rounded_by_autocast(separate: bool, make_trainer: Make, make_judge: Make) -> None:
+    """The head reads bfloat16 states in float32: its sums are not numbers that bfloat16 could hold."""
+    trainer = make_trainer(bf16=True, value_model=make_judge(4) if separate else None)
+    torch.nn.init.normal_(trainer.model.value_model.score.weight)
+    rows = torch.arange(24).reshape(4, 6)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        values = trainer.model(rows, torch.ones_like(rows), torch.ones(4, 3, dtype=torch.bool)).values
+    assert values.dtype == torch.float32 and (values.bfloat16().float() != values).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("lengths", [[0, 1], [1, 1], [0, 0], [3, 0]], ids=str)
 def test_point_08_empty_and_one_token_answers_train_without_nan(
     make_trainer: Make, recorder: type, lengths: list[int]

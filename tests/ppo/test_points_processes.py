@@ -105,5 +105,7 @@ def test_point_08_a_step_that_one_process_cannot_take_is_taken_by_none(folder: P
 def test_point_20_sharded_weights_are_refused_with_the_way_out(kind: str) -> None:
     with pytest.raises(ValueError, match=f"does not run under {kind}.*accelerate_configs/ddp.yaml"):
         refuse_sharding(SimpleNamespace(distributed_type=DistributedType[kind]))
+    with pytest.raises(ValueError, match="one process sees 2 GPUs"):
+        refuse_sharding(SimpleNamespace(distributed_type=DistributedType.NO), gpus=2)
     for allowed in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         refuse_sharding(SimpleNamespace(distributed_type=allowed))

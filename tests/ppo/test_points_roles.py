@@ -140,6 +140,13 @@ def test_point_17_named_adapters_are_policy_and_reference(policy: Any, make_trai
         make_trainer(model, model_adapter_name="other")
 
 
+def test_point_17_an_adapter_that_does_not_train_is_refused(policy: Any, make_trainer: Make) -> None:
+    """As PeftModel.from_pretrained reads one by default."""
+    model = with_sft_adapter(policy).requires_grad_(False)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        make_trainer(model)
+
+
 @pytest.mark.parametrize("still", ["policy", "value"])
 def test_point_17_policy_and_value_learn_each_by_its_own_adapter(
     still: str, policy: Any, make_trainer: Make, weights_of: Make

@@ -103,6 +103,10 @@ def test_point_21_scores_are_scaled_by_all_that_was_seen(shift: bool) -> None:
     assert scale.state() == before, "held-out answers teach it nothing"
 
 
+def test_point_21_scores_that_never_differed_are_left_as_they_are() -> None:
+    assert ScoreScale(True)(torch.tensor([-1.0, -1.0, -1.0])).tolist() == [-1.0, -1.0, -1.0]
+
+
 def test_point_21_scaled_scores_are_what_is_learnt_from(make_trainer: Make, recorder: type) -> None:
     trainer = make_trainer(kind=recorder, use_score_scaling=True, use_score_norm=True, reward_clip_range=[-0.5, 0.5])
     trainer.train()
@@ -182,6 +186,7 @@ def test_point_21_the_policy_stands_still_while_the_value_warms_up(
         ({"reward_clip_range": [1.0]}, "give the lower and the upper bound"),
         ({"reward_clip_range": [1.0, -1.0]}, "give the lower and the upper bound"),
         ({"use_score_norm": True}, "use_score_norm needs use_score_scaling"),
+        ({"fp16": True}, "take bf16"),
         ({"value_warmup_updates": -1}, "it must be at least 0"),
         ({"generation_kwargs": {"num_beams": 4}}, "does not know num_beams; it knows top_k, top_p, min_p"),
     ],

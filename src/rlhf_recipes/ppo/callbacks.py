@@ -31,6 +31,9 @@ class UpdateEnd(TrainerCallback):
             self.ended()
             control.should_log |= last or state.global_step == args.steps_per_update
 
+    def on_epoch_end(self, args: PPOConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= control.should_training_stop  # as another callback wished after the step was logged
+
 
 class UpdateLine(ProgressCallback):
     """Trainer's progress bar, with one short line an update in place of all that is logged."""

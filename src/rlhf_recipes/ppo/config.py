@@ -150,6 +150,8 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
             raise UserError("stop_token and stop_token_id say the same thing; set one of them")
 
     def _check_ranges(self) -> None:
+        if self.fp16:
+            raise UserError("fp16 is on; PPOTrainer drops gradients where its loss scaler expects some: take bf16")
         if not self.ignore_data_skip:
             raise UserError("ignore_data_skip is false; rollouts cannot be skipped like rows: leave it on")
         for name in ("num_ppo_epochs", "num_mini_batches", "response_length", "local_rollout_forward_batch_size"):

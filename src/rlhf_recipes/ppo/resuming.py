@@ -59,7 +59,8 @@ class ResumableTrainer(Trainer):
             self.guard.restore(told["guard"])
             self.last_samples = told["samples"]
             self._tr_loss += told["loss"]
-            self._total_loss_scalar, self._globalstep_last_logged = told["total_loss"], told["last_logged"]
+            self._total_loss_scalar = -told["loss"]  # `train_loss` is of the steps of this call, as Trainer has it
+            self._globalstep_last_logged = told["last_logged"]
         if self.answers is not None and self.args.should_save:
             self.answers.begin(math.ceil(self.state.global_step / self.args.steps_per_update))
 
@@ -75,7 +76,6 @@ class ResumableTrainer(Trainer):
             "guard": self.guard.state(),
             "samples": self.last_samples,
             "loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
         }
         if not self.args.save_only_model:
@@ -84,6 +84,8 @@ class ResumableTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:  # Trainer asks every process
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         in_checkpoint = folder.name.startswith("checkpoint-")
         self.model.save_pretrained(folder, state_dict, value=self.args.save_value_model or in_checkpoint)
@@ -123,6 +125,8 @@ def save_progress(folder: str | Path, process: int, rollout: Rollout | None, tol
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {item.name: getattr(rollout, item.name).contiguous() for item in fields(rollout)}
         save_file(tensors, path.with_suffix(".safetensors"))
+    else:
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
     write_text(path, json.dumps(told))
 
 

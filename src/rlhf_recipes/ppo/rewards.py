@@ -73,7 +73,8 @@ class ScoreScale:
             self._learn(scores.double(), reduce)
         if self.scale and self.count > 1:
             centre = self.mean if self.shift else 0.0
-            scores = (scores - centre) / max((self.squares / (self.count - 1)) ** 0.5, 1e-8)
+            deviation = (self.squares / (self.count - 1)) ** 0.5
+            scores = (scores - centre) / (deviation if deviation > 1e-8 else 1.0)  # scores that never differed
         return scores if self.held is None else scores.clamp(*self.held)
 
     def _learn(self, scores: Tensor, reduce: Reduce) -> None:

@@ -61,12 +61,17 @@ def held_out_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig)
     return Prompts(dataset, tokenizer, config, args.response_length, "eval_dataset")
 
 
-def refuse_sharding(accelerator: Any) -> None:
-    """FSDP and DeepSpeed cut weights apart that rollouts read whole.
+def refuse_sharding(accelerator: Any, gpus: int = 0) -> None:
+    """FSDP and DeepSpeed cut weights apart that rollouts read whole; DataParallel (several `gpus` in one process)
+    trains them in another precision than it plays.
 
     Raises:
         UserError: one of them is on.
     """
+    if gpus > 1:
+        raise UserError(
+            f"one process sees {gpus} GPUs; launch one for each with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise UserError(
@@ -90,6 +95,8 @@ def with_adapter(model: Any, peft_config: Any, args: PPOConfig) -> Any:
         raise UserError("a policy in 4 or 8 bits cannot be trained itself; pass peft_config to train an adapter on it")
     if args.model_adapter_name is not None and adapters.has_adapter(model):
         model.set_adapter(_known(model, args.model_adapter_name))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("the policy has nothing that trains; read its adapter with is_trainable=True, or unfreeze it")
     return _no_prompt_learning(model) if adapters.has_adapter(model) else model
 
 

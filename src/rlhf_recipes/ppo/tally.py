@@ -72,8 +72,9 @@ class UpdateLog:
         updates, self._ended = self._ended, []
         if not updates:
             return {}
-        means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[-1]}
-        return means | {"episode": updates[-1]["episode"]}
+        names = dict.fromkeys(name for update in updates for name in update)
+        found = {name: [update[name] for update in updates if name in update] for name in names}
+        return {name: sum(each) / len(each) for name, each in found.items()} | {"episode": updates[-1]["episode"]}
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON takes it: a run that is resumed logs what the uninterrupted one would have."""

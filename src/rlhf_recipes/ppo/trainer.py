@@ -110,7 +110,7 @@ class PPOTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        refuse_sharding(self.accelerator)
+        refuse_sharding(self.accelerator, args.n_gpu)
         self.add_callback(UpdateEnd(self.restore_progress, self._end_update))
         self.add_callback(SampleTable(lambda: self.last_samples, lambda: self.callback_handler.callbacks))
         if args.hints:

@@ -33,7 +33,7 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (..., hidden_size) -> (...)."""
-        return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1).float()
+        return in_own_precision(self.score, hidden)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -92,8 +92,7 @@ class PolicyAndValue(nn.Module):
             values = self.value_model(hidden)
         else:
             states = response_states(self.value_model, input_ids, attention_mask, response_mask)
-            score = self.value_model.score
-            values = score(states.to(score.weight.dtype)).squeeze(-1).float()
+            values = in_own_precision(self.value_model.score, states)
         return TokenOutputs(log_probs, entropies, scatter(values, response_mask))
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
@@ -139,6 +138,12 @@ class PolicyAndValue(nn.Module):
         else:
             own: Any = self.value_model.active_adapter if adapters.has_adapter(self.value_model) else None
             _read_back(self.value_model, beside, own)
+
+
+def in_own_precision(score: Any, hidden: Tensor) -> Tensor:
+    """(..., hidden_size) -> (...) in float32. Autocast would round values, whose differences are what counts."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return score(hidden.to(score.weight.dtype)).squeeze(-1).float()
 
 
 def _part(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:

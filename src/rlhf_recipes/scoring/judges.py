@@ -68,10 +68,19 @@ class ModelReward:
         completion_ids: Sequence[Sequence[int]],
         **columns: Sequence[Any],
     ) -> list[float]:
+        """Raises UserError naming the sample, if a score is no finite number."""
         if self.shares_ids:
-            return self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
-        ended = [bool(ids) and ids[-1] == self.policy_tokenizer.eos_token_id for ids in completion_ids]
-        return self.score_texts([self._text(*row) for row in zip(prompts, completions, ended, strict=True)])
+            scores = self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
+        else:
+            ended = [bool(ids) and ids[-1] == self.policy_tokenizer.eos_token_id for ids in completion_ids]
+            scores = self.score_texts([self._text(*row) for row in zip(prompts, completions, ended, strict=True)])
+        for score, prompt, completion in zip(scores, prompts, completions, strict=True):
+            if not math.isfinite(score):
+                raise UserError(
+                    f"judge {self.name} gives {score} for the completion {text_of(completion)!r} of the prompt "
+                    f"{text_of(prompt)[:200]!r}; look at its weights"
+                )
+        return scores
 
     def _text(self, prompt: Any, completion: Any, ended: bool) -> str:
         """Prompt and completion as the judge learnt to read them, its own EOS last if the policy's stood there."""

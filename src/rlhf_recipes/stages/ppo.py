@@ -98,7 +98,8 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
 
 def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> Path:
     """Train and leave a folder with the policy, its value model, its tokenizer and what was measured."""
-    inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.reward or [])]
+    inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
+    inputs += [*(arguments.reward or []), arguments.reference_model, arguments.value_model]
     folder, checkpoint = open_run(training, arguments.overwrite, inputs)
     trainer = build_ppo_trainer(arguments, model_config, training)
     metrics = train(trainer, folder, checkpoint)
