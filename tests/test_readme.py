@@ -36,13 +36,17 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_command_is_understood(page: Path, command: str) -> None:
-    """A make target exists; a recipe's flags and YAML parse into its stage's dataclasses."""
+    """A make target exists, as do a benchmark and its flags; a recipe's flags and YAML parse into its dataclasses."""
     from rlhf_recipes.arguments import parse_arguments
 
     words = shlex.split(command)
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets
+        return
+    if words[1].startswith("benchmarks/"):
+        program = (ROOT / words[1]).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in program for word in words if word.startswith("--"))
         return
     found = RECIPE.match(" ".join(word for word in words if "=" not in word or word.startswith("--")))
     assert found is not None, f"{page}: neither make nor a recipe: {command}"
