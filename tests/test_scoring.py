@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.arguments import UserError, one_line_errors
 from rlhf_recipes.scoring import FunctionReward, ModelReward, check_reward, classify, load_reward, score
 
 EOS, PAD = 256, 257
@@ -255,3 +255,18 @@ def test_a_judge_whose_score_is_no_number_is_named_with_the_sample(make_judge: A
     judge.score.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="judge judge gives nan for the completion 'b' of the prompt 'a'"):
         load_reward(judge, tokenizer)(["a"], ["b"], prompt_ids=[[5]], completion_ids=[[6]])
+
+
+def test_what_is_wrong_with_one_sample_is_told_by_the_process_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: Any
+) -> None:
+    def picky(completions: list[str], **columns: Any) -> list[float]:
+        return [1.0 / (text != "b") for text in completions]
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        load_reward(picky, tokenizer)(["q", "p"], ["a", "b"], prompt_ids=[[5], [5]], completion_ids=[[6], [7]])
+    told = capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and "raised ZeroDivisionError" in told and "the completion 'b' of the prompt 'p'" in told
+    )

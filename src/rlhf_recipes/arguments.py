@@ -24,14 +24,18 @@ class UserError(ValueError):
     """Something the caller can mend: one line that says what is wrong and what to do. A door exits with code 2."""
 
 
+class RowError(UserError):
+    """One that is about rows which only this process has, so that only it can tell."""
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn a `UserError` that leaves this block into one line on stderr and exit code 2; end a run of processes."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RowError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     _leave_process_group()
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.arguments import RowError, UserError
 from rlhf_recipes.data import text_of
 
 Scores = list[Any]  # of each completion one float, or a list of one float a token
@@ -41,7 +41,7 @@ class FunctionReward:
         try:
             scores = self._call(given)
         except Exception as error:
-            raise UserError(self._blame(error, given)) from error
+            raise RowError(self._blame(error, given)) from error
         if not isinstance(scores, list):
             raise UserError(
                 f"reward function {self.name} returned {scores!r} for {len(completions)} completions; return a list with "
@@ -73,7 +73,7 @@ class FunctionReward:
 
     def _number(self, score: Any, sample: str) -> float:
         if not isinstance(score, numbers.Real) or not math.isfinite(score):
-            raise UserError(f"reward function {self.name} returned {score!r} {sample}; return a finite number")
+            raise RowError(f"reward function {self.name} returned {score!r} {sample}; return a finite number")
         return float(score)
 
     def _blame(self, error: Exception, given: Mapping[str, list[Any]]) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.arguments import RowError, UserError
 from rlhf_recipes.data import ensure_chat_template, is_conversation, prompt_text, text_of
 from rlhf_recipes.models import context_length
 from rlhf_recipes.tensors import pad
@@ -76,7 +76,7 @@ class ModelReward:
             scores = self.score_texts([self._text(*row) for row in zip(prompts, completions, ended, strict=True)])
         for score, prompt, completion in zip(scores, prompts, completions, strict=True):
             if not math.isfinite(score):
-                raise UserError(
+                raise RowError(
                     f"judge {self.name} gives {score} for the completion {text_of(completion)!r} of the prompt "
                     f"{text_of(prompt)[:200]!r}; look at its weights"
                 )
