@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.data import prompt_ids
+from rlhf_recipes.models import roomy_cache
 from rlhf_recipes.tensors import pad, positions
 
 if TYPE_CHECKING:
@@ -118,13 +119,12 @@ def _sample_batch(
     stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
-    tokens, place, cache = ids, positions(mask), None
+    tokens, place, cache = ids, positions(mask), roomy_cache(model.config)
     for step in range(sampling.max_new_tokens):
         output = model(
             input_ids=tokens, attention_mask=mask.long(), position_ids=place, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-        cache = output.past_key_values
         logits = output.logits[:, -1]
         if step < sampling.min_new_tokens:
             logits = logits.index_fill(-1, stops, -torch.inf)

@@ -5,6 +5,7 @@ from comparing ids with a pad id.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,19 +46,71 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce:
     return whitened if shift_mean else whitened + mean
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p(token) in float32, of the distribution that is sampled from at `temperature`.
+def log_probs_and_entropies(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p(token), and the entropy in nats, of the distribution that is sampled from at `temperature`; float32.
 
-    logits: (..., vocabulary), tokens: (...) -> (...).
+    logits: (..., vocabulary) in any precision, tokens: (...) -> (...) each. A few rows at a time, forward and backward,
+    so that there is never a float32 copy of all logits; backward keeps nothing but the logits as they came.
     """
-    scaled = logits.float() / temperature
-    return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
+    flat: Any = (logits.flatten(0, -2), tokens.flatten(), temperature)
+    log_probs, entropies = _LogProbsAndEntropies.apply(*flat)  # type: ignore[no-untyped-call]
+    return log_probs.view(tokens.shape), entropies.view(tokens.shape)
 
 
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of the distribution that is sampled from. logits: (..., vocabulary) -> (...)."""
-    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    return -(log_probs.exp() * log_probs).sum(dim=-1)
+class _LogProbsAndEntropies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        chosen, log_sums, tops, means = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
+        for rows in _row_slices(logits):
+            scaled = logits[rows].float() / temperature
+            tops[rows] = scaled.amax(dim=-1)
+            scaled -= tops[rows, None]
+            chosen[rows] = scaled.gather(-1, tokens[rows, None]).squeeze(-1)
+            weights = scaled.exp()
+            total = weights.sum(dim=-1)
+            log_sums[rows] = total.log()
+            means[rows] = torch.linalg.vecdot(weights, scaled) / total
+        entropies = log_sums - means
+        ctx.save_for_backward(logits, tokens, tops + log_sums, entropies)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return chosen - log_sums, entropies
+
+    @staticmethod
+    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor, None, None]:
+        """d log p(token) = [token] - p, and dH = -p (log p + H), for each logit, over the temperature."""
+        logits, tokens, normalisers, entropies = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _row_slices(logits):
+            log_p = (logits[rows].float() / ctx.temperature).sub_(normalisers[rows, None])
+            p = log_p.exp()
+            part = torch.zeros_like(p) if of_log_probs is None else p * -of_log_probs[rows, None]
+            if of_log_probs is not None:
+                part.scatter_add_(-1, tokens[rows, None], of_log_probs[rows, None])
+            if of_entropies is not None:
+                part -= p * (log_p + entropies[rows, None]) * of_entropies[rows, None]
+            gradient[rows] = part.div_(ctx.temperature)
+        return gradient, None, None
+
+
+def _row_slices(logits: Tensor) -> list[slice]:
+    """So many rows at once that their float32 copies stay in a processor's cache, or keep a GPU busy."""
+    at_once = max(1, (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[-1])
+    return [slice(start, start + at_once) for start in range(0, len(logits), at_once)]
+
+
+def length_batches(lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
+    """Rows of like length together: row numbers, shortest rows first, in batches of at most `most_rows`.
+
+    A batch, padded to its longest row, has at most `most_tokens` tokens, or one row.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        batch = batches[-1] if batches else []
+        if not batch or len(batch) == most_rows or (len(batch) + 1) * lengths[row] > most_tokens:
+            batches.append(batch := [])
+        batch.append(row)
+    return batches
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:

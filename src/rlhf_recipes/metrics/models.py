@@ -20,7 +20,7 @@ from rlhf_recipes.metrics.divergence import sequence_kl
 from rlhf_recipes.metrics.language_model import perplexity
 from rlhf_recipes.metrics.text import distinct_n, eos_share, length_statistics
 from rlhf_recipes.scoring import ModelReward, Reward, score
-from rlhf_recipes.tensors import pad, positions, token_log_probs
+from rlhf_recipes.tensors import log_probs_and_entropies, pad, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -149,7 +149,7 @@ def completion_log_probs(
         use_cache=False,
         logits_to_keep=width + 1,
     ).logits[:, -width - 1 : -1]
-    return token_log_probs(logits, after.to(device), temperature).cpu(), after_mask
+    return log_probs_and_entropies(logits, after.to(device), temperature)[0].cpu(), after_mask
 
 
 def _answer(

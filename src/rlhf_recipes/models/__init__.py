@@ -1,7 +1,9 @@
 """Models and tokenizers: from a size, a folder or a Hub id to something that can be trained or asked."""
 
+from rlhf_recipes.models.cache import roomy_cache
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
-from rlhf_recipes.models.hardware import fit_to_hardware, hardware
+from rlhf_recipes.models.hardware import fit_to_hardware, hardware, tokens_at_once
+from rlhf_recipes.models.kernels import KeptCasts, casts_kept, quicken
 from rlhf_recipes.models.loading import (
     attach_lora,
     context_length,
@@ -22,9 +24,11 @@ from rlhf_recipes.models.start import Start, check_policy, check_start
 
 __all__ = [
     "SIZES",
+    "KeptCasts",
     "Start",
     "attach_lora",
     "build_gpt2",
+    "casts_kept",
     "check_policy",
     "check_start",
     "context_length",
@@ -39,7 +43,10 @@ __all__ = [
     "load_tokenizer",
     "positive_label_count",
     "prepare_for_lora",
+    "quicken",
     "read_left_padding",
+    "roomy_cache",
     "save_judge_config",
+    "tokens_at_once",
     "trainable_to_float32",
 ]

@@ -1,21 +1,21 @@
 """From answered and scored prompts to a rollout: what policy, value and reference say of every generated token."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_recipes.generation import Completions
+from rlhf_recipes.models import casts_kept, tokens_at_once
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rewards import KLCoefficient, ScoreScale
 from rlhf_recipes.ppo.roles import Reference
 from rlhf_recipes.ppo.rollout import RewardShape, Rollout, finish_rollout, pack_episodes
 from rlhf_recipes.ppo.tally import Tally
-from rlhf_recipes.ppo.value_head import PolicyAndValue, in_chunks, policy_outputs
+from rlhf_recipes.ppo.value_head import PolicyAndValue, in_batches, policy_outputs
 from rlhf_recipes.scoring import Scores
-from rlhf_recipes.tensors import Reduce
+from rlhf_recipes.tensors import Reduce, length_batches
 
 
 class Experience:
@@ -45,13 +45,14 @@ class Experience:
         device = self.args.device
         packed = pack_episodes(queries, completions.ids)
         input_ids, attention_mask, mask = (tensor.to(device) for tensor in packed)
-        log_probs, _, values = self._token_outputs(self.model, input_ids, attention_mask, mask)
+        episodes, batches = (input_ids, attention_mask, mask), self._batches(attention_mask)
+        log_probs, _, values = self._token_outputs(self.model, episodes, batches)
         with self.reference.asked() as module:
-            asked = partial(policy_outputs, module)
-            _, reference_log_probs, _ = self._token_outputs(asked, input_ids, attention_mask, mask)
+            asked = lambda *columns, **told: policy_outputs(module, *columns, **told)[1:]  # noqa: E731
+            reference_log_probs, _ = self._token_outputs(asked, episodes, batches, module)
         totals, token_totals = added_up(scores, weights, mask)
         return finish_rollout(
-            (input_ids, attention_mask, mask),
+            episodes,
             torch.tensor(completions.stopped, device=device),
             self.scale(totals, reduce, learn),
             log_probs,
@@ -62,11 +63,25 @@ class Experience:
             token_totals,
         )
 
-    def _token_outputs(self, module: Any, *episodes: Tensor) -> Any:
-        """In eval mode and in the precision that trains."""
+    def _batches(self, attention_mask: Tensor) -> list[list[int]]:
+        """Rows of like length. Where a minibatch is all there is, these are the very pieces that it is trained in: in
+        bfloat16 another shape may round otherwise, and the probability ratio would start a little off 1.
+        """
+        args, lengths = self.args, attention_mask.sum(1).tolist()
+        if args.num_mini_batches > 1 or args.device.type != "cpu":
+            return length_batches(lengths, args.local_rollout_forward_batch_size, tokens_at_once(args.device))
+        pieces = []
+        order = torch.tensor(lengths).argsort(stable=True)
+        for rows in order.split(args.per_device_train_batch_size):
+            inner = length_batches([lengths[row] for row in rows], len(rows), tokens_at_once(args.device))
+            pieces += [rows[batch].tolist() for batch in inner]
+        return pieces
+
+    def _token_outputs(self, ask: Any, episodes: Any, batches: list[list[int]], module: Any = None) -> Any:
+        """In eval mode and in the precision that trains. module: whose weights `ask` uses, if it is no module."""
         self.model.eval()
-        with self.accelerator.autocast():
-            return in_chunks(module, episodes, self.args.local_rollout_forward_batch_size, self.args.temperature)
+        with casts_kept(module or ask), self.accelerator.autocast():
+            return in_batches(ask, episodes, batches, temperature=self.args.temperature)
 
     def metrics(self, rollout: Rollout, scores: Mapping[str, Scores], reduce: Reduce) -> dict[str, float]:
         """Means over the episodes of all processes."""

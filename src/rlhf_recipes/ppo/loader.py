@@ -16,6 +16,8 @@ class Selectable(Protocol):
 
     def select(self, rows: Tensor) -> dict[str, Tensor]: ...
 
+    def by_length(self, rows: Tensor) -> Tensor: ...
+
 
 class RolloutLoader:
     """The training data of PPO: walks the prompts, collects a rollout with the current policy, yields its minibatches.
@@ -104,7 +106,8 @@ class RolloutLoader:
             for index, rows in enumerate(order.chunk(self.mini_batches), start=epoch * self.mini_batches):
                 if index < first:
                     continue
-                pieces = () if self.ended() else rows.split(self.micro_size)
+                # Which episodes share a micro-batch changes nothing but the padding between them.
+                pieces = () if self.ended() else rollout.by_length(rows).split(self.micro_size)
                 empty: list[dict[str, Any]] = [{}] * (self.accumulation - len(pieces))
                 yield empty + [rollout.select(piece) for piece in pieces]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.models import adapters, is_quantized, load_causal_lm, load_tokenizer, prepare_for_lora
+from rlhf_recipes.models import adapters, is_quantized, load_causal_lm, load_tokenizer, prepare_for_lora, quicken
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import Prompts
 from rlhf_recipes.ppo.riding import RidingJudge, rides_on
@@ -117,6 +117,8 @@ def _known(model: Any, name: str) -> str:
 def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
     """Policy and value in one module; where the policy has an adapter, the value may have one on the same base."""
     _check_vocabulary("value_model", value_model, policy)
+    if value_model is not None:
+        quicken(value_model, args.device)
     own = args.value_adapter and value_model is None and adapters.has_adapter(policy)
     if own and args.gradient_checkpointing:
         raise UserError(
@@ -156,7 +158,7 @@ def the_reference(policy: Any, arrived: bool, ref_model: Any, args: PPOConfig) -
         )
     _check_vocabulary("ref_model", ref_model, policy)
     if ref_model is not None:
-        return Reference(_still(ref_model).to(args.device))
+        return Reference(_still(quicken(ref_model, args.device)).to(args.device))
     if not adapters.has_adapter(policy):
         return Reference(_still(copy.deepcopy(policy)).to(args.device))
     if args.ref_adapter_name is not None:
@@ -203,8 +205,10 @@ def load_rewards(
         for source, each in zip(sources, own, strict=True)
     ]
     for reward in rewards:
-        if args.normalize_rewards and isinstance(reward, ModelReward):
-            reward.normalize()
+        if isinstance(reward, ModelReward):
+            quicken(reward.model, args.device)
+            if args.normalize_rewards:
+                reward.normalize()
     for index, reward in enumerate(rewards):
         if reward.name in [other.name for other in rewards[:index]]:
             reward.name = f"{reward.name}_{index}"

@@ -12,17 +12,18 @@ from rlhf_recipes.ppo.advantages import generalized_advantages
 from rlhf_recipes.ppo.rewards import kl_estimates, penalize_missing_eos, token_rewards
 from rlhf_recipes.tensors import Reduce, alone, length_mask, masked_mean, masked_whiten, pad
 
+WHOLE_ROWS = ("input_ids", "attention_mask")  # as wide as query and answer; all else is as wide as the answer
+
 
 @dataclass
 class Rollout:
-    """Tensors of one process's episodes. Queries are padded on the left, answers on the right.
+    """Tensors of one process's episodes: each query and its answer from the first column on, then padding.
 
-    All episodes of a rollout keep its width in every minibatch: a bfloat16 forward pass rounds differently at another
-    width, and the probability ratio would start off 1.
+    Nothing real stands to the right of padding, so a causal model needs no mask for it.
     """
 
-    input_ids: Tensor  # (batch, query + tokens) long
-    attention_mask: Tensor  # (batch, query + tokens) long
+    input_ids: Tensor  # (batch, width) long; width: tokens of the longest query and answer together
+    attention_mask: Tensor  # (batch, width) long
     response_mask: Tensor  # (batch, tokens) bool: generated tokens, the stop token among them
     stopped: Tensor  # (batch,) bool: ended by a stop token
     scores: Tensor  # (batch,) float32: what the whole answer earned, its tokens and the missing-EOS penalty included
@@ -38,8 +39,12 @@ class Rollout:
         return len(self.input_ids)
 
     def select(self, rows: Tensor) -> dict[str, Tensor]:
-        """The episodes of one micro-batch, as the mapping that `compute_loss` takes."""
-        return {item.name: getattr(self, item.name)[rows] for item in fields(self)}
+        """The episodes of one micro-batch, as the mapping that `compute_loss` takes, no wider than they need be."""
+        return narrowed({item.name: getattr(self, item.name)[rows] for item in fields(self)})
+
+    def by_length(self, rows: Tensor) -> Tensor:
+        """Those rows, the shortest episode first."""
+        return rows[self.attention_mask[rows].sum(1).argsort(stable=True).to(rows.device)]
 
     def episode_metrics(self, kl_coef: float) -> dict[str, Tensor]:
         """What the field logs of each episode, (batch,) each, under TRL's names."""
@@ -96,16 +101,22 @@ def as_samples(
 def pack_episodes(
     queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, attention_mask (batch, query + tokens) and response_mask (batch, tokens) of episodes given as ids.
+    """input_ids, attention_mask (batch, width) and response_mask (batch, tokens) of episodes given as ids.
 
     pad_id fills the gaps and is looked at by nobody: the masks come from the lengths. So it need not be the
     tokenizer's, which may lie beyond the embedding.
     """
-    query_ids, query_mask = pad(queries, pad_id, side="left")
-    answer_ids, _ = pad(answers, pad_id)
-    response_mask = length_mask(torch.tensor([len(answer) for answer in answers]), answer_ids.shape[1])
-    input_ids = torch.cat([query_ids, answer_ids], dim=1)
-    return input_ids, torch.cat([query_mask, response_mask], dim=1).long(), response_mask
+    input_ids, attention_mask = pad([[*query, *answer] for query, answer in zip(queries, answers, strict=True)], pad_id)
+    lengths = torch.tensor([len(answer) for answer in answers])
+    return input_ids, attention_mask.long(), length_mask(lengths, int(lengths.max()) if len(answers) else 0)
+
+
+def narrowed(episodes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Episodes without the columns that are padding in all of them."""
+    width = int(episodes["attention_mask"].sum(1).max())
+    tokens = int(episodes["response_mask"].sum(1).max())
+    cut = {name: width if name in WHOLE_ROWS else tokens for name, tensor in episodes.items() if tensor.dim() > 1}
+    return {name: tensor[:, : cut[name]] if name in cut else tensor for name, tensor in episodes.items()}
 
 
 def finish_rollout(

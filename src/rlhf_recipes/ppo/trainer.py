@@ -13,16 +13,16 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallb
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Completions, row_seed, sample
-from rlhf_recipes.models import adapters
+from rlhf_recipes.models import adapters, casts_kept, quicken
 from rlhf_recipes.ppo.callbacks import Answers, SampleTable, UpdateEnd, UpdateLine
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.experience import Experience
-from rlhf_recipes.ppo.guard import StepGuard, split_groups
+from rlhf_recipes.ppo.guard import StepGuard
 from rlhf_recipes.ppo.heldout import measured, shown
 from rlhf_recipes.ppo.hints import Hints
 from rlhf_recipes.ppo.loader import RolloutLoader
+from rlhf_recipes.ppo.minimizing import MinimizingTrainer
 from rlhf_recipes.ppo.objective import objective
-from rlhf_recipes.ppo.resuming import ResumableTrainer
 from rlhf_recipes.ppo.roles import (
     checked_prompts,
     chosen_sampling,
@@ -43,7 +43,7 @@ from rlhf_recipes.ppo.value_head import base_model
 from rlhf_recipes.scoring import RewardSource, Scores, score_by_each
 
 
-class PPOTrainer(ResumableTrainer):
+class PPOTrainer(MinimizingTrainer):
     """Reinforce a causal language model against rewards, with `transformers.Trainer`'s loop, flags and callbacks.
 
     Args:
@@ -90,7 +90,7 @@ class PPOTrainer(ResumableTrainer):
     ) -> None:
         args = args or PPOConfig(output_dir="ppo")
         model, processing_class = loaded_policy(model, processing_class, quantization_config)
-        config = base_model(model).config
+        config = base_model(quicken(model, args.device)).config
         sources = reward_funcs if reward_funcs is not None else reward_model
         plays = train_dataset is not None or sources is not None  # neither: the caller plays, and calls step()
         self.prompts, self.eval_prompts = checked_prompts(
@@ -131,7 +131,7 @@ class PPOTrainer(ResumableTrainer):
 
     def generate(self, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Completions:
         """Answer rows of prompt ids with the current policy; seeds: one a row."""
-        with self.accelerator.autocast():
+        with casts_kept(self.model.policy), self.accelerator.autocast():
             return sample(self.model.policy, queries, self.sampling, seeds, self.args.local_rollout_forward_batch_size)
 
     def score(self, rows: Mapping[str, Any], completions: Completions) -> dict[str, Scores]:
@@ -197,12 +197,6 @@ class PPOTrainer(ResumableTrainer):
             args.max_steps = updates * args.steps_per_update
         return super().set_initial_training_values(args, dataloader)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of one optimizer step, and the number of generated tokens in them, of all processes."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        tokens = sum(int(batch["response_mask"].sum()) for batch in batches if batch)
-        return batches, self.reduce(torch.tensor(float(tokens), device=device)).clamp(min=1) if batches else None
-
     def _collect(self, rows: list[int], first_episode: int) -> Rollout:
         """Collect this process's share of an update; `rows` are the prompts of all processes."""
         if self.underway is not None:  # out of a checkpoint in the middle of an update
@@ -245,26 +239,6 @@ class PPOTrainer(ResumableTrainer):
         if self.state.global_step % self.args.steps_per_update == 0:  # and not stopped in its middle
             self.experience.kl_coef.update(ended["objective/kl"], self.args.episodes_per_update)
             self.underway = None
-
-    # One optimizer step.
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Trainer's, with a learning rate of its own for the value where one is asked for."""
-        given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if not given and self.args.value_learning_rate is not None:
-            split_groups(optimizer, self.model.value_parameters(), self.args.value_learning_rate)
-        return optimizer
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's step, after which `StepGuard` says whose gradients may be used."""
-        if not inputs:  # a minibatch that needs fewer micro-batches than Trainer counts
-            return torch.zeros((), device=self.args.device)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.guard.saw(loss)
-        if self.accelerator.sync_gradients:
-            self.guard.judge(self.state.global_step, self.reduce, loss.device)
-        return loss
 
     # What is logged.
 

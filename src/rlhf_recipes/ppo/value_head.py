@@ -1,6 +1,5 @@
 """Policy and value as one module, so that one optimizer, one wrapper and one backward pass serve both."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_recipes.models import adapters
-from rlhf_recipes.tensors import entropy, positions, token_log_probs
+from rlhf_recipes.tensors import log_probs_and_entropies
 
 
 class TokenOutputs(NamedTuple):
@@ -79,7 +78,7 @@ class PolicyAndValue(nn.Module):
     ) -> TokenOutputs:
         """Log-probabilities, entropies and values of the generated tokens.
 
-        input_ids, attention_mask: (batch, query + tokens), queries padded on the left and answers on the right.
+        input_ids, attention_mask: (batch, width), each row a query, its answer, and padding.
         response_mask: (batch, tokens).
         """
         hidden, log_probs, entropies = policy_outputs(
@@ -176,13 +175,18 @@ def response_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor,
     """The hidden state in which each generated token was chosen. Returns (generated tokens, hidden_size).
 
     A token is chosen in the state of the position before it. Positions that generated nothing are left out here, so
-    that no logits are ever computed for prompts or padding.
+    that no logits are ever computed for prompts or padding. A causal model never looks to the right, where the padding
+    is, so it is given no mask.
     """
-    states = trunk(model)(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
-    ).last_hidden_state
-    tokens = response_mask.shape[1]
-    return states[:, -tokens - 1 : -1][response_mask]
+    states = trunk(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    return states[answer_columns(attention_mask, response_mask, first=-1)]
+
+
+def answer_columns(attention_mask: Tensor, response_mask: Tensor, first: int = 0) -> Tensor:
+    """True where a row's answer stands, or so many columns on. (batch, width) bool."""
+    ends = attention_mask.sum(1, keepdim=True) + first
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None, :]
+    return (columns < ends) & (columns >= ends - response_mask.sum(1, keepdim=True))
 
 
 def policy_outputs(
@@ -196,19 +200,27 @@ def policy_outputs(
     """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of those tokens."""
     hidden = response_states(policy, input_ids, attention_mask, response_mask)
     logits = base_model(policy).get_output_embeddings()(hidden)
-    chosen = input_ids[:, input_ids.shape[1] - response_mask.shape[1] :][response_mask]
-    log_probs = token_log_probs(logits, chosen, temperature)
-    with nullcontext() if entropy_gradient else torch.no_grad():
-        entropies = entropy(logits, temperature)
+    chosen = input_ids[answer_columns(attention_mask, response_mask)]
+    log_probs, entropies = log_probs_and_entropies(logits, chosen, temperature)
+    entropies = entropies if entropy_gradient else entropies.detach()
     return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)
 
 
 @torch.no_grad()
-def in_chunks(module: Any, episodes: tuple[Tensor, ...], rows: int, temperature: float) -> list[Tensor]:
-    """`module` over the episodes' tensors, so many rows at a time, without gradient; its outputs, joined again."""
-    chunks = zip(*(tensor.split(rows) for tensor in episodes), strict=True)
-    outputs = [module(*chunk, temperature=temperature) for chunk in chunks]
-    return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+def in_batches(module: Any, episodes: tuple[Tensor, Tensor, Tensor], batches: list[list[int]], **told: Any) -> list[Tensor]:
+    """`module` over the episodes' tensors, batch by batch, without gradient; its (rows, tokens) outputs, put together.
+
+    episodes: input_ids, attention_mask, response_mask. batches: row numbers, each row in one of them.
+    """
+    whole: list[Tensor] = []
+    for rows in batches:
+        ids, attention, mask = (tensor[rows] for tensor in episodes)
+        width, tokens = int(attention.sum(1).max()), int(mask.sum(1).max())
+        outputs = module(ids[:, :width], attention[:, :width], mask[:, :tokens], **told)
+        whole = whole or [output.new_zeros(episodes[2].shape) for output in outputs]
+        for target, output in zip(whole, outputs, strict=True):
+            target[rows, :tokens] = output
+    return whole
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 
 from rlhf_recipes.arguments import RowError, UserError
 from rlhf_recipes.data import ensure_chat_template, is_conversation, prompt_text, text_of
-from rlhf_recipes.models import context_length
-from rlhf_recipes.tensors import pad
+from rlhf_recipes.models import context_length, tokens_at_once
+from rlhf_recipes.tensors import length_batches, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,10 +103,9 @@ class ModelReward:
         """Scores of rows of the judge's token ids; a row longer than its context keeps its end."""
         limit = context_length(self.model.config)
         rows = [row[-limit:] if limit else row for row in rows]
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         scores = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        at_once = tokens_at_once(next(self.model.parameters()).device)
+        for batch in length_batches([len(row) for row in rows], self.batch_size, at_once):
             logits = classify(self.model, [rows[index] for index in batch])
             values = logits[:, 0] if logits.shape[-1] == 1 else logits[:, 1] - logits[:, 0]
             for index, value in zip(batch, values.tolist(), strict=True):

@@ -1,0 +1,68 @@
+"""One optimizer step of PPO: which tokens it counts, in what pieces it is worked out, whose gradients it uses."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_recipes.models import KeptCasts, tokens_at_once
+from rlhf_recipes.ppo.guard import split_groups
+from rlhf_recipes.ppo.resuming import ResumableTrainer
+from rlhf_recipes.ppo.rollout import narrowed
+from rlhf_recipes.tensors import length_batches
+
+
+class MinimizingTrainer(ResumableTrainer):
+    """Trainer's own optimizer step, on the minibatches of a rollout."""
+
+    _casts: KeptCasts | None = None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's, with a learning rate of its own for the value where one is asked for."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not given and self.args.value_learning_rate is not None:
+            split_groups(optimizer, self.model.value_parameters(), self.args.value_learning_rate)
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step, and the number of generated tokens in them, of all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        tokens = sum(int(batch["response_mask"].sum()) for batch in batches if batch)
+        return batches, self.reduce(torch.tensor(float(tokens), device=device)).clamp(min=1) if batches else None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Trainer's step, a few episodes of like length at a time, after which `StepGuard` says whose gradients count."""
+        loss = torch.zeros((), device=self.args.device)
+        self._keep_casts(True)
+        try:
+            pieces = self._pieces(inputs)
+            for number, piece in enumerate(pieces):  # the last one's backward pass makes the processes' gradients one
+                with self.accelerator.no_sync(model) if number + 1 < len(pieces) else nullcontext():
+                    one = super().training_step(model, piece, num_items_in_batch)
+                self.guard.saw(one)
+                loss = loss + one
+        except BaseException:
+            self._keep_casts(False)
+            raise
+        if self.accelerator.sync_gradients:
+            self._keep_casts(False)
+            if inputs:  # else: a minibatch that needs fewer micro-batches than Trainer counts
+                self.guard.judge(self.state.global_step, self.reduce, loss.device)
+        return loss
+
+    def _pieces(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        if not inputs:
+            return []
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        batches = length_batches(lengths, len(lengths), tokens_at_once(self.args.device))
+        return [narrowed({name: tensor[rows] for name, tensor in inputs.items()}) for rows in batches]
+
+    def _keep_casts(self, on: bool) -> None:
+        """Weights stay as they are until the optimizer moves them. Activations that are computed again need theirs anew."""
+        self._casts = self._casts or KeptCasts()
+        if on and not self.args.activation_checkpointing:
+            self._casts.begin()
+        else:
+            self._casts.end()
