@@ -25,6 +25,7 @@ PPO_SIBLINGS = {
     "objective": {"config", "losses", "value_head"},
     "guard": {"config", "tally", "value_head"},
     "resuming": {"callbacks", "config", "experience", "guard", "rollout", "tally", "value_head"},
+    "minimizing": {"guard", "resuming", "rollout"},
     "experience": {"config", "rewards", "roles", "rollout", "tally", "value_head"},
     "stepping": {"rollout"},
     "heldout": {"prompts", "rollout"},

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.tensors import (
-    entropy,
+    length_batches,
     length_mask,
+    log_probs_and_entropies,
     masked_mean,
     masked_sum,
     masked_whiten,
     pad,
     positions,
-    token_log_probs,
 )
 
 LENGTHS = torch.tensor([4, 1, 0, 3, 2, 4])
@@ -99,18 +99,49 @@ def test_log_probabilities_and_entropy_are_those_of_the_tempered_distribution(te
     weights = np.exp(logits.double().numpy() / temperature)
     probabilities = weights / weights.sum(-1, keepdims=True)
     chosen = np.take_along_axis(probabilities, tokens.numpy()[..., None], -1)[..., 0]
-    np.testing.assert_allclose(token_log_probs(logits, tokens, temperature), np.log(chosen), rtol=0, atol=5e-6)
+    found = log_probs_and_entropies(logits, tokens, temperature)
+    np.testing.assert_allclose(found[0], np.log(chosen), rtol=0, atol=5e-6)
     expected = -(probabilities * np.log(probabilities)).sum(-1)
-    np.testing.assert_allclose(entropy(logits, temperature), expected, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(found[1], expected, rtol=0, atol=5e-6)
 
 
 def test_bfloat16_logits_are_read_in_float32() -> None:
     logits = (torch.randn(4, 300, generator=torch.Generator().manual_seed(3)) * 4).bfloat16()
     tokens = torch.tensor([0, 7, 99, 299])
-    found = token_log_probs(logits, tokens, 0.7)
+    found, entropies = log_probs_and_entropies(logits, tokens, 0.7)
     exact = torch.log_softmax(logits.double() / 0.7, dim=-1)
-    assert found.dtype == entropy(logits).dtype == torch.float32
+    assert found.dtype == entropies.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact[torch.arange(4), tokens], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_of_log_probabilities_and_entropy_are_those_of_a_float64_softmax(temperature: float) -> None:
+    """3,000 rows of 300 logits, so that several groups of rows are worked out apart."""
+    logits = torch.randn(3000, 300, generator=torch.Generator().manual_seed(3)) * 4
+    tokens = torch.randint(300, (3000,), generator=torch.Generator().manual_seed(4))
+    weights = torch.randn(2, 3000, generator=torch.Generator().manual_seed(5))
+    exact, found = logits.double().requires_grad_(), logits.clone().requires_grad_()
+    log_p = torch.log_softmax(exact / temperature, dim=-1)
+    wanted = torch.stack([log_p[torch.arange(3000), tokens], -(log_p.exp() * log_p).sum(-1)])
+    told = torch.stack(log_probs_and_entropies(found, tokens, temperature))
+    torch.testing.assert_close(told.double(), wanted, rtol=0, atol=2e-5)
+    (wanted * weights).sum().backward()
+    (told * weights).sum().backward()
+    assert exact.grad is not None and found.grad is not None
+    torch.testing.assert_close(found.grad.double(), exact.grad, rtol=0, atol=2e-5)
+
+
+def test_batches_of_like_length_by_hand() -> None:
+    assert length_batches([5, 1, 3, 2, 9, 1], 3, 8) == [[1, 5, 3], [2], [0], [4]], (
+        "at most three rows and eight tokens"
+    )
+    assert length_batches([9, 9], 4, 8) == [[0], [1]], "a row alone may be longer"
+    assert length_batches([], 4, 8) == []
+
+
+def test_padding_up_to_a_multiple() -> None:
+    ids, mask = pad([[5, 6, 7], [8]], value=9, multiple=4)
+    assert ids.tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]] and mask.sum(1).tolist() == [3, 1]
 
 
 def test_padding_on_either_side() -> None:

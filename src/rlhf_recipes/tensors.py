@@ -53,44 +53,44 @@ def log_probs_and_entropies(logits: Tensor, tokens: Tensor, temperature: float =
     so that there is never a float32 copy of all logits; backward keeps nothing but the logits as they came.
     """
     flat: Any = (logits.flatten(0, -2), tokens.flatten(), temperature)
-    log_probs, entropies = _LogProbsAndEntropies.apply(*flat)  # type: ignore[no-untyped-call]
+    log_probs, entropies = _LogProbsAndEntropies.apply(*flat)
     return log_probs.view(tokens.shape), entropies.view(tokens.shape)
 
 
 class _LogProbsAndEntropies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        chosen, log_sums, tops, means = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
+        log_probs, entropies = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
         for rows in _row_slices(logits):
-            scaled = logits[rows].float() / temperature
-            tops[rows] = scaled.amax(dim=-1)
-            scaled -= tops[rows, None]
-            chosen[rows] = scaled.gather(-1, tokens[rows, None]).squeeze(-1)
-            weights = scaled.exp()
-            total = weights.sum(dim=-1)
-            log_sums[rows] = total.log()
-            means[rows] = torch.linalg.vecdot(weights, scaled) / total
-        entropies = log_sums - means
-        ctx.save_for_backward(logits, tokens, tops + log_sums, entropies)
+            log_p = torch.log_softmax(_tempered(logits[rows], temperature), dim=-1)
+            log_probs[rows] = log_p.gather(-1, tokens[rows, None]).squeeze(-1)
+            entropies[rows] = -(log_p.exp().mul_(log_p)).sum(dim=-1)
+        ctx.save_for_backward(logits, tokens, entropies)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return chosen - log_sums, entropies
+        return log_probs, entropies
 
     @staticmethod
     def backward(ctx: Any, of_log_probs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor, None, None]:
         """d log p(token) = [token] - p, and dH = -p (log p + H), for each logit, over the temperature."""
-        logits, tokens, normalisers, entropies = ctx.saved_tensors
+        logits, tokens, entropies = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for rows in _row_slices(logits):
-            log_p = (logits[rows].float() / ctx.temperature).sub_(normalisers[rows, None])
-            p = log_p.exp()
-            part = torch.zeros_like(p) if of_log_probs is None else p * -of_log_probs[rows, None]
+            scaled = _tempered(logits[rows], ctx.temperature)
+            p = torch.softmax(scaled, dim=-1)
+            part = torch.zeros_like(p)
             if of_log_probs is not None:
-                part.scatter_add_(-1, tokens[rows, None], of_log_probs[rows, None])
+                weights = of_log_probs[rows, None] / ctx.temperature
+                part = (p * -weights).scatter_add_(-1, tokens[rows, None], weights)
             if of_entropies is not None:
-                part -= p * (log_p + entropies[rows, None]) * of_entropies[rows, None]
-            gradient[rows] = part.div_(ctx.temperature)
+                log_p = torch.log_softmax(scaled, dim=-1)
+                part -= p * (log_p + entropies[rows, None]) * (of_entropies[rows, None] / ctx.temperature)
+            gradient[rows] = part
         return gradient, None, None
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
 def _row_slices(logits: Tensor) -> list[slice]:
@@ -113,9 +113,12 @@ def length_batches(lengths: Sequence[int], most_rows: int, most_tokens: int) -> 
     return batches
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Stack rows of unequal length. Returns (ids, mask), both (batch, longest); mask is True on real tokens."""
-    width = max((len(row) for row in rows), default=0)
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Stack rows of unequal length. Returns (ids, mask), both (batch, width); mask is True on real tokens.
+
+    The width is the longest row's, or the next multiple.
+    """
+    width = -(-max((len(row) for row in rows), default=0) // multiple) * multiple
     ids = torch.full((len(rows), width), value, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     for index, row in enumerate(rows):

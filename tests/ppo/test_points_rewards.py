@@ -75,7 +75,8 @@ def test_point_04_the_missing_eos_penalty_follows_the_ending(
     inputs = trainer.steps[0].inputs
     for row, mask in enumerate(inputs["response_mask"]):
         length = int(mask.sum())
-        answer = tuple(inputs["input_ids"][row, -len(mask) :][:length].tolist())
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        answer = tuple(ids[len(ids) - length :].tolist())
         rewards = inputs["rewards"][row]
         assert rewards[length - 1].item() == pytest.approx(wanted[answer], abs=1e-6)
         assert rewards[: length - 1].abs().max().item() < 1e-6 if length > 1 else True, "no KL, so no reward before it"
@@ -307,4 +308,5 @@ def test_completions_of_a_subclass_are_what_is_learnt_from(make_trainer: Make, r
     trainer = make_trainer(kind=Scripted, rows=8, max_steps=1)
     trainer.train()
     inputs = trainer.steps[0].inputs
-    assert inputs["input_ids"][:, -3:].tolist() == [[72, 105, 256]] * 8 and bool(inputs["stopped"].all())
+    ends = [ids[mask.bool()][-3:] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    assert [end.tolist() for end in ends] == [[72, 105, 256]] * 8 and bool(inputs["stopped"].all())

@@ -133,12 +133,16 @@ def test_point_21_the_entropy_bonus_has_the_gradient_of_entropy(make_trainer: Ma
 
 
 def entropies_of(policy: Any, inputs: dict[str, torch.Tensor], temperature: float) -> torch.Tensor:
-    attention = inputs["attention_mask"]
-    places = (attention.cumsum(1) - 1).clamp(min=0)
-    logits = policy(input_ids=inputs["input_ids"], attention_mask=attention, position_ids=places).logits / temperature
-    width = inputs["response_mask"].shape[1]
-    probabilities = logits[:, -width - 1 : -1].softmax(-1)
-    return -(probabilities * probabilities.log()).sum(-1)
+    """(batch, tokens), each row read by itself; zero beyond its answer."""
+    found = torch.zeros(inputs["response_mask"].shape, dtype=torch.float64)
+    for row, (ids, attention, mask) in enumerate(
+        zip(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"], strict=True)
+    ):
+        tokens = int(mask.sum())
+        logits = policy(input_ids=ids[attention.bool()][None]).logits[0, -tokens - 1 : -1] / temperature
+        probabilities = logits.softmax(-1)
+        found[row, :tokens] = -(probabilities * probabilities.log()).sum(-1)
+    return found
 
 
 def gradient(trainer: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -228,7 +232,8 @@ def test_point_22_a_subclass_answers_and_scores_as_it_likes(make_trainer: Make, 
     inputs = trainer.steps[0].inputs
     lengths = inputs["attention_mask"].sum(1) - 2
     assert torch.equal(inputs["scores"], lengths.float())
-    assert torch.equal(inputs["input_ids"][:, -2:], torch.stack([lengths, torch.full_like(lengths, 200)], 1))
+    ends = [ids[length : length + 2] for ids, length in zip(inputs["input_ids"], lengths, strict=True)]
+    assert torch.equal(torch.stack(ends), torch.stack([lengths, torch.full_like(lengths, 200)], 1))
     assert updates_of(trainer)[0]["rewards/own"] == pytest.approx(lengths.float().mean().item())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_recipes.ppo.rollout import RewardShape, Rollout, finish_rollout, pack_episodes
+from rlhf_recipes.ppo.rollout import RewardShape, Rollout, finish_rollout, in_batches, narrowed, pack_episodes
 
 LENGTHS = [4, 1, 3, 2, 4]
 STOPPED = [True, True, False, True, False]
@@ -33,17 +33,18 @@ def numbers(width: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*tensors, torch.randn(len(LENGTHS), generator=generator) * 2)
 
 
-def rollout_of(shape: RewardShape, *, left: int = 0, right: int = 0, pad_id: int = 0) -> Rollout:
-    """The rollout, its prompts padded `left` positions and its answers `right` positions further than they need be."""
+def rollout_of(shape: RewardShape, *, further: int = 0, pad_id: int = 0) -> Rollout:
+    """The rollout, its rows and its answers padded so many positions further than they need be."""
     queries = [[7] * (1 + row) for row in range(len(LENGTHS))]
     answers = [list(range(10, 10 + length)) for length in LENGTHS]
-    input_ids, attention, mask = pack_episodes(queries, answers, pad_id)
-    input_ids = torch.nn.functional.pad(input_ids, (left, right), value=pad_id)
-    attention = torch.nn.functional.pad(attention, (left, right))
-    mask = torch.nn.functional.pad(mask, (0, right))
-    *tokens, scores = numbers(4 + right)
-    tokens = [tensor * mask for tensor in tokens]  # as the model gives them: zero where nothing was generated
-    return finish_rollout((input_ids, attention, mask), torch.tensor(STOPPED), scores, *tokens, shape)
+    packed = pack_episodes(queries, answers, pad_id)
+    fill = {"input_ids": pad_id}
+    packed = {
+        name: torch.nn.functional.pad(each, (0, further), value=fill.get(name, 0)) for name, each in packed.items()
+    }
+    *tokens, scores = numbers(4 + further)
+    tokens = [each * packed["response_mask"] for each in tokens]  # as the model gives them: zero beyond the answer
+    return finish_rollout(packed, torch.tensor(STOPPED), scores, *tokens, shape)
 
 
 def episodes_of(reference: ModuleType, shape: RewardShape) -> list[Any]:
@@ -59,17 +60,37 @@ def episodes_of(reference: ModuleType, shape: RewardShape) -> list[Any]:
 
 
 def test_packing_by_hand() -> None:
-    ids, attention, mask = pack_episodes([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=9)
-    assert ids.tolist() == [[1, 2, 3, 5, 9], [9, 9, 4, 6, 7]]
-    assert attention.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
-    assert mask.tolist() == [[True, False], [True, True]]
+    packed = pack_episodes([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=9)
+    assert packed["input_ids"].tolist() == [[1, 2, 3, 5] + [9] * 12, [4, 6, 7] + [9] * 13], "a multiple of 16"
+    assert packed["attention_mask"].tolist() == [[1] * 4 + [0] * 12, [1] * 3 + [0] * 13]
+    assert packed["response_mask"].tolist() == [[True, False], [True, True]]
+    cut = narrowed(packed)
+    assert cut["input_ids"].tolist() == [[1, 2, 3, 5], [4, 6, 7, 9]]
+    assert {name: each.shape for name, each in narrowed(packed, 3).items()} == {
+        "input_ids": (2, 6), "attention_mask": (2, 6), "response_mask": (2, 2),
+    }  # fmt: skip
 
 
 def test_a_pad_id_within_prompt_and_answer_is_a_token_like_any_other() -> None:
-    ids, attention, mask = pack_episodes([[9, 1], [9]], [[9, 9], [3]], pad_id=9)
-    assert ids.tolist() == [[9, 1, 9, 9], [9, 9, 3, 9]]
-    assert attention.tolist() == [[1, 1, 1, 1], [0, 1, 1, 0]]
-    assert mask.tolist() == [[True, True], [True, False]]
+    packed = narrowed(pack_episodes([[9, 1], [9]], [[9, 9], [3]], pad_id=9))
+    assert packed["input_ids"].tolist() == [[9, 1, 9, 9], [9, 3, 9, 9]]
+    assert packed["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert packed["response_mask"].tolist() == [[True, True], [True, False]]
+
+
+def test_rows_read_in_batches_of_like_length_come_back_in_their_places() -> None:
+    """Each row is read once, by a reader that tells its ids and how wide its batch was; padding stays zero."""
+    packed = pack_episodes([[3], [5, 5, 5, 5], [7, 7]], [[1, 1, 1], [2], [4, 4]])
+    widths = []
+
+    def read(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+        widths.append(input_ids.shape[1])
+        return response_mask * input_ids[:, :1], (input_ids * attention_mask)[..., None].float()
+
+    answers, states = in_batches(read, packed, [[0, 2], [1]])
+    assert widths == [4, 5]
+    assert answers.tolist() == [[3, 3, 3], [5, 0, 0], [7, 7, 0]]
+    assert torch.equal(states[..., 0], (packed["input_ids"] * packed["attention_mask"]).float())
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -86,7 +107,7 @@ def test_everything_that_follows_agrees_with_float64(shape: RewardShape, referen
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_wider_padding_and_another_pad_id_change_nothing(shape: RewardShape) -> None:
-    narrow, wide = rollout_of(shape), rollout_of(shape, left=3, right=5, pad_id=12)
+    narrow, wide = rollout_of(shape), rollout_of(shape, further=5, pad_id=12)
     for name in ("kl", "rewards", "advantages", "returns", "scores"):
         found = getattr(wide, name)
         found = found if found.dim() == 1 else found[:, :4]
@@ -124,7 +145,7 @@ def test_explained_variance_is_one_less_the_unexplained_share(reference: ModuleT
 def test_a_micro_batch_is_the_same_rows_of_everything() -> None:
     rollout = rollout_of(PLAIN)
     chosen = rollout.select(torch.tensor([3, 0]))
-    assert set(chosen) == {item.name for item in fields(Rollout)}
+    assert set(chosen) == {item.name for item in fields(Rollout)} - {"lower_states"}, "there are none here"
     for name, value in chosen.items():
         assert torch.equal(value, torch.stack([getattr(rollout, name)[3], getattr(rollout, name)[0]]))
 

@@ -21,11 +21,13 @@ from rlhf_recipes.models.loading import (
 )
 from rlhf_recipes.models.padding import read_left_padding
 from rlhf_recipes.models.start import Start, check_policy, check_start
+from rlhf_recipes.models.trunk import UpperLayers, freeze_below, lower_layers
 
 __all__ = [
     "SIZES",
     "KeptCasts",
     "Start",
+    "UpperLayers",
     "attach_lora",
     "build_gpt2",
     "casts_kept",
@@ -33,6 +35,7 @@ __all__ = [
     "check_start",
     "context_length",
     "fit_to_hardware",
+    "freeze_below",
     "hardware",
     "is_adapter",
     "is_judge",
@@ -41,6 +44,7 @@ __all__ = [
     "load_config",
     "load_judge",
     "load_tokenizer",
+    "lower_layers",
     "positive_label_count",
     "prepare_for_lora",
     "quicken",

@@ -49,7 +49,7 @@ def short_attention(
     if groups > 1:
         key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    return _CausalAttention.apply(query, key, value, scaling).transpose(1, 2), None  # type: ignore[no-untyped-call]
+    return _CausalAttention.apply(query, key, value, scaling).transpose(1, 2), None
 
 
 class _CausalAttention(torch.autograd.Function):

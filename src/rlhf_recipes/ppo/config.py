@@ -95,6 +95,13 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
             "False: a head on the policy's."
         },
     )
+    num_layers_unfrozen: int | None = field(
+        default=None,
+        metadata={
+            "help": "Let only so many of the policy's upper layers learn. Those below run once an update, for policy, "
+            "reference and value together. Unset: all layers learn."
+        },
+    )
     save_value_model: bool = field(
         default=True, metadata={"help": "Leave the value beside the policy, in value_model/."}
     )

@@ -1,6 +1,7 @@
 """From answered and scored prompts to a rollout: what policy, value and reference say of every generated token."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from rlhf_recipes.models import casts_kept, tokens_at_once
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rewards import KLCoefficient, ScoreScale
 from rlhf_recipes.ppo.roles import Reference
-from rlhf_recipes.ppo.rollout import RewardShape, Rollout, finish_rollout, pack_episodes
+from rlhf_recipes.ppo.rollout import TILE, RewardShape, Rollout, finish_rollout, in_batches, pack_episodes
 from rlhf_recipes.ppo.tally import Tally
-from rlhf_recipes.ppo.value_head import PolicyAndValue, in_batches, policy_outputs
+from rlhf_recipes.ppo.value_head import PolicyAndValue, policy_outputs
 from rlhf_recipes.scoring import Scores
 from rlhf_recipes.tensors import Reduce, length_batches
 
@@ -23,6 +24,9 @@ class Experience:
 
     def __init__(self, model: PolicyAndValue, reference: Reference, accelerator: Any, args: PPOConfig) -> None:
         self.model, self.reference, self.accelerator, self.args = model, reference, accelerator, args
+        # In bfloat16 rows of another width may round otherwise, but for whole tiles.
+        low = args.bf16 or next(model.policy.parameters()).dtype == torch.bfloat16
+        self.multiple = TILE if low else 1
         self.kl_coef = KLCoefficient(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
         held = args.reward_clip_range
         self.scale = ScoreScale(
@@ -43,13 +47,15 @@ class Experience:
         learn: let the scores of all processes move the running scale.
         """
         device = self.args.device
-        packed = pack_episodes(queries, completions.ids)
-        input_ids, attention_mask, mask = (tensor.to(device) for tensor in packed)
-        episodes, batches = (input_ids, attention_mask, mask), self._batches(attention_mask)
-        log_probs, _, values = self._token_outputs(self.model, episodes, batches)
+        episodes = {name: tensor.to(device) for name, tensor in pack_episodes(queries, completions.ids).items()}
+        mask, batches = episodes["response_mask"], self._batches(episodes["attention_mask"])
+        if self.model.lower is not None:
+            (episodes["lower_states"],) = self._read(self.model.read_lower, episodes, batches)
+        temperature = self.args.temperature
+        log_probs, _, values = self._read(partial(self.model, temperature=temperature), episodes, batches)
         with self.reference.asked() as module:
-            asked = lambda *columns, **told: policy_outputs(module, *columns, **told)[1:]  # noqa: E731
-            reference_log_probs, _ = self._token_outputs(asked, episodes, batches, module)
+            reads = partial(policy_outputs, module, temperature=temperature)
+            reference_log_probs = self._read(lambda **columns: reads(**columns)[1:2], episodes, batches, module)[0]
         totals, token_totals = added_up(scores, weights, mask)
         return finish_rollout(
             episodes,
@@ -77,11 +83,13 @@ class Experience:
             pieces += [rows[batch].tolist() for batch in inner]
         return pieces
 
-    def _token_outputs(self, ask: Any, episodes: Any, batches: list[list[int]], module: Any = None) -> Any:
-        """In eval mode and in the precision that trains. module: whose weights `ask` uses, if it is no module."""
+    def _read(
+        self, ask: Any, episodes: dict[str, Tensor], batches: list[list[int]], module: Any = None
+    ) -> list[Tensor]:
+        """In eval mode and in the precision that trains. module: whose weights `ask` uses, if not the model's."""
         self.model.eval()
-        with casts_kept(module or ask), self.accelerator.autocast():
-            return in_batches(ask, episodes, batches, temperature=self.args.temperature)
+        with casts_kept(module or self.model), self.accelerator.autocast():
+            return in_batches(ask, episodes, batches, self.multiple)
 
     def metrics(self, rollout: Rollout, scores: Mapping[str, Scores], reduce: Reduce) -> dict[str, float]:
         """Means over the episodes of all processes."""

@@ -57,7 +57,8 @@ class MinimizingTrainer(ResumableTrainer):
             return []
         lengths = inputs["attention_mask"].sum(1).tolist()
         batches = length_batches(lengths, len(lengths), tokens_at_once(self.args.device))
-        return [narrowed({name: tensor[rows] for name, tensor in inputs.items()}) for rows in batches]
+        multiple = self.experience.multiple
+        return [narrowed({name: tensor[rows] for name, tensor in inputs.items()}, multiple) for rows in batches]
 
     def _keep_casts(self, on: bool) -> None:
         """Weights stay as they are until the optimizer moves them. Activations that are computed again need theirs anew."""

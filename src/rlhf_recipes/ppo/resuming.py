@@ -7,7 +7,6 @@ Trainer writes trainer_state.json last, so a checkpoint without a readable one w
 
 import json
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def save_progress(folder: str | Path, process: int, rollout: Rollout | None, tol
     path = Path(folder) / f"ppo_{process}.json"
     if rollout is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {item.name: getattr(rollout, item.name).contiguous() for item in fields(rollout)}
+        tensors = {name: tensor.contiguous() for name, tensor in rollout.tensors().items()}
         save_file(tensors, path.with_suffix(".safetensors"))
     else:
         path.with_suffix(".safetensors").unlink(missing_ok=True)

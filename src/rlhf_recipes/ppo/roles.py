@@ -3,17 +3,26 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.models import adapters, is_quantized, load_causal_lm, load_tokenizer, prepare_for_lora, quicken
+from rlhf_recipes.models import (
+    UpperLayers,
+    adapters,
+    is_quantized,
+    load_causal_lm,
+    load_tokenizer,
+    prepare_for_lora,
+    quicken,
+)
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import Prompts
 from rlhf_recipes.ppo.riding import RidingJudge, rides_on
-from rlhf_recipes.ppo.value_head import PolicyAndValue, base_model
+from rlhf_recipes.ppo.value_head import PolicyAndValue, ValueHead, base_model
 from rlhf_recipes.scoring import ModelReward, Reward, load_reward
 
 
@@ -90,7 +99,8 @@ def with_adapter(model: Any, peft_config: Any, args: PPOConfig) -> Any:
                 "the policy has an adapter already; leave peft_config out to train that one, or merge it into its base "
                 "and save that first (merge_and_unload)"
             )
-        return _no_prompt_learning(get_peft_model(prepare_for_lora(model, args.gradient_checkpointing), peft_config))
+        base, fitted = prepare_for_lora(model, args.gradient_checkpointing), within(peft_config, model, args)
+        return _no_prompt_learning(get_peft_model(base, fitted))
     if is_quantized(base_model(model)) and not adapters.has_adapter(model):
         raise UserError("a policy in 4 or 8 bits cannot be trained itself; pass peft_config to train an adapter on it")
     if args.model_adapter_name is not None and adapters.has_adapter(model):
@@ -98,6 +108,14 @@ def with_adapter(model: Any, peft_config: Any, args: PPOConfig) -> Any:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the policy has nothing that trains; read its adapter with is_trainable=True, or unfreeze it")
     return _no_prompt_learning(model) if adapters.has_adapter(model) else model
+
+
+def within(peft_config: Any, model: Any, args: PPOConfig) -> Any:
+    """The adapter's config, for no other layers than those that learn, where it does not say for which."""
+    if args.num_layers_unfrozen is None or getattr(peft_config, "layers_to_transform", None) is not None:
+        return peft_config
+    layers = base_model(model).config.get_text_config().num_hidden_layers
+    return replace(peft_config, layers_to_transform=list(range(layers - args.num_layers_unfrozen, layers)))
 
 
 def _no_prompt_learning(model: Any) -> Any:
@@ -117,41 +135,48 @@ def _known(model: Any, name: str) -> str:
 def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
     """Policy and value in one module; where the policy has an adapter, the value may have one on the same base."""
     _check_vocabulary("value_model", value_model, policy)
-    if value_model is not None:
-        quicken(value_model, args.device)
     own = args.value_adapter and value_model is None and adapters.has_adapter(policy)
     if own and args.gradient_checkpointing:
         raise UserError(
             "gradient_checkpointing computes states again when another adapter may be on, so the value cannot have an "
             "adapter of its own; set value_adapter to false"
         )
-    return PolicyAndValue(policy, value_model, adapters.twin(policy, adapters.VALUE, trainable=True) if own else None)
+    adapter = adapters.twin(policy, adapters.VALUE, trainable=True) if own else None
+    both = PolicyAndValue(policy, value_model, adapter, args.num_layers_unfrozen)
+    if not isinstance(both.value_model, ValueHead):
+        quicken(both.value_model, args.device)
+    return both
 
 
 class Reference:
-    """What the KL penalty holds the policy near: another model, or the policy's base under another adapter or none."""
+    """What the KL penalty holds the policy near.
 
-    def __init__(self, module: Any, adapter: str | None = None, shared: bool = False) -> None:
-        self.module, self.adapter, self.shared = module, adapter, shared
+    reader: what answers. policy: whose adapters are switched for the time, where the reader is the policy itself: to
+    `adapter`, or off.
+    """
+
+    def __init__(self, reader: Any, policy: Any = None, adapter: str | None = None) -> None:
+        self.module, self.policy, self.adapter = reader, policy, adapter
 
     @contextmanager
     def asked(self) -> Iterator[nn.Module]:
         """The module that answers as the reference, for the time."""
-        if not self.shared:
+        if self.policy is None:
             yield self.module
         else:
             with (
-                adapters.silent(self.module) if self.adapter is None else adapters.speaking(self.module, self.adapter)
+                adapters.silent(self.policy) if self.adapter is None else adapters.speaking(self.policy, self.adapter)
             ):
                 yield self.module
 
 
-def the_reference(policy: Any, arrived: bool, ref_model: Any, args: PPOConfig) -> Reference:
+def the_reference(model: PolicyAndValue, arrived: bool, ref_model: Any, args: PPOConfig) -> Reference:
     """The reference of a policy, before anything trains. arrived: the policy came with the adapter that trains.
 
-    Without `ref_model` it is the policy as it is now: a copy, its base where the adapter is new, or a frozen twin of
-    the adapter that it arrived with.
+    Without `ref_model` it is the policy as it is now: a copy (of the layers that learn), its base where the adapter is
+    new, or a frozen twin of the adapter that it arrived with.
     """
+    policy = model.policy
     if ref_model is policy:
         raise UserError(
             "ref_model is the policy itself, and would move with it; pass a copy, or None to have one made"
@@ -160,14 +185,16 @@ def the_reference(policy: Any, arrived: bool, ref_model: Any, args: PPOConfig) -
     if ref_model is not None:
         return Reference(_still(quicken(ref_model, args.device)).to(args.device))
     if not adapters.has_adapter(policy):
+        if isinstance(model.upper, UpperLayers):
+            return Reference(_still(model.upper.frozen_copy()).to(args.device))
         return Reference(_still(copy.deepcopy(policy)).to(args.device))
     if args.ref_adapter_name is not None:
         name = _known(policy, args.ref_adapter_name)
         for parameter in adapters.parameters_of(policy, name):
             parameter.requires_grad_(False)
-        return Reference(policy, name, shared=True)
+        return Reference(model.upper, policy, name)
     twin = adapters.twin(policy, adapters.REFERENCE, trainable=False) if arrived else None
-    return Reference(policy, twin, shared=True)
+    return Reference(model.upper, policy, twin)
 
 
 def _still(module: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """One update's worth of episodes: what was asked, what was answered, and what it was worth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +12,12 @@ from rlhf_recipes.ppo.advantages import generalized_advantages
 from rlhf_recipes.ppo.rewards import kl_estimates, penalize_missing_eos, token_rewards
 from rlhf_recipes.tensors import Reduce, alone, length_mask, masked_mean, masked_whiten, pad
 
-WHOLE_ROWS = ("input_ids", "attention_mask")  # as wide as query and answer; all else is as wide as the answer
+TILE = 16  # columns: what the bfloat16 matrix units of processors and GPUs work on at a time
+WHOLE_ROWS = (
+    "input_ids",
+    "attention_mask",
+    "lower_states",
+)  # as wide as query and answer; all else is as wide as the answer
 
 
 @dataclass
@@ -34,13 +39,18 @@ class Rollout:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    lower_states: Tensor | None = None  # (batch, width, hidden_size): what the layers that stand still left, if any do
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All there is, by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) is not None}
+
     def select(self, rows: Tensor) -> dict[str, Tensor]:
-        """The episodes of one micro-batch, as the mapping that `compute_loss` takes, no wider than they need be."""
-        return narrowed({item.name: getattr(self, item.name)[rows] for item in fields(self)})
+        """The episodes of one micro-batch, as the mapping that `compute_loss` takes."""
+        return {name: tensor[rows] for name, tensor in self.tensors().items()}
 
     def by_length(self, rows: Tensor) -> Tensor:
         """Those rows, the shortest episode first."""
@@ -100,27 +110,49 @@ def as_samples(
 
 def pack_episodes(
     queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """input_ids, attention_mask (batch, width) and response_mask (batch, tokens) of episodes given as ids.
 
     pad_id fills the gaps and is looked at by nobody: the masks come from the lengths. So it need not be the
     tokenizer's, which may lie beyond the embedding.
     """
-    input_ids, attention_mask = pad([[*query, *answer] for query, answer in zip(queries, answers, strict=True)], pad_id)
+    rows = [[*query, *answer] for query, answer in zip(queries, answers, strict=True)]
+    input_ids, attention_mask = pad(rows, pad_id, multiple=TILE)
     lengths = torch.tensor([len(answer) for answer in answers])
-    return input_ids, attention_mask.long(), length_mask(lengths, int(lengths.max()) if len(answers) else 0)
+    response_mask = length_mask(lengths, int(lengths.max()) if len(answers) else 0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask.long(), "response_mask": response_mask}
 
 
-def narrowed(episodes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Episodes without the columns that are padding in all of them."""
-    width = int(episodes["attention_mask"].sum(1).max())
+def narrowed(episodes: dict[str, Tensor], multiple: int = 1) -> dict[str, Tensor]:
+    """Episodes without the columns that are padding in all of them, but for what fills the width up to a multiple."""
+    width = -(-int(episodes["attention_mask"].sum(1).max()) // multiple) * multiple
     tokens = int(episodes["response_mask"].sum(1).max())
     cut = {name: width if name in WHOLE_ROWS else tokens for name, tensor in episodes.items() if tensor.dim() > 1}
     return {name: tensor[:, : cut[name]] if name in cut else tensor for name, tensor in episodes.items()}
 
 
+@torch.no_grad()
+def in_batches(
+    ask: Callable[..., Sequence[Tensor]], episodes: dict[str, Tensor], batches: list[list[int]], multiple: int = 1
+) -> list[Tensor]:
+    """`ask` over the episodes, batch by batch, without gradient; its outputs, put together.
+
+    batches: row numbers, each row in one of them; multiple: see `narrowed`. Outputs are (rows, tokens) of the answers,
+    or (rows, width, ...).
+    """
+    whole: list[Tensor] = []
+    for rows in batches:
+        outputs = ask(**narrowed({name: tensor[rows] for name, tensor in episodes.items()}, multiple))
+        if not whole:
+            shapes = [episodes["response_mask" if output.dim() == 2 else "input_ids"].shape for output in outputs]
+            whole = [each.new_zeros(*shape, *each.shape[2:]) for each, shape in zip(outputs, shapes, strict=True)]
+        for target, output in zip(whole, outputs, strict=True):
+            target[rows, : output.shape[1]] = output
+    return whole
+
+
 def finish_rollout(
-    episodes: tuple[Tensor, Tensor, Tensor],
+    episodes: dict[str, Tensor],
     stopped: Tensor,
     scores: Tensor,
     log_probs: Tensor,
@@ -132,9 +164,10 @@ def finish_rollout(
 ) -> Rollout:
     """Shape rewards, estimate advantages, whiten them over the episodes of all processes, and put it all together.
 
+    episodes: what `pack_episodes` gives, with lower_states if there are any.
     scores: (batch,), of whole answers; token_scores: (batch, tokens), what single tokens earned besides.
     """
-    input_ids, attention_mask, mask = episodes
+    mask = episodes["response_mask"]
     kl = torch.where(
         mask, kl_estimates(log_probs, reference_log_probs, shape.kl_estimator), torch.zeros_like(log_probs)
     )
@@ -147,6 +180,6 @@ def finish_rollout(
     raw = generalized_advantages(rewards, values, mask, shape.gamma, shape.lam)
     advantages = torch.where(mask, masked_whiten(raw, mask, reduce=reduce), torch.zeros_like(raw))
     return Rollout(
-        input_ids, attention_mask, mask, stopped, scores, log_probs, reference_log_probs, values, kl,
-        rewards, advantages, returns=raw + values,
+        **episodes, stopped=stopped, scores=scores, log_probs=log_probs, reference_log_probs=reference_log_probs,
+        values=values, kl=kl, rewards=rewards, advantages=advantages, returns=raw + values,
     )  # fmt: skip

@@ -98,10 +98,11 @@ class PPOTrainer(MinimizingTrainer):
         )
         arrived = peft_config is None and adapters.has_adapter(model)
         policy = with_adapter(model, peft_config, args)
-        reference = the_reference(policy, arrived, ref_model, args)
+        both = with_value(policy, value_model, args)
+        reference = the_reference(both, arrived, ref_model, args)
         self.rewards = load_rewards(policy, sources, processing_class, reward_processing_classes, args, plays)
         super().__init__(
-            model=with_value(policy, value_model, args),
+            model=both,
             args=args,
             data_collator=data_collator or list,
             train_dataset=train_dataset,
@@ -145,8 +146,9 @@ class PPOTrainer(MinimizingTrainer):
     ) -> Any:
         """The PPO loss of one micro-batch: its share of the mean over the tokens of the minibatch."""
         args, mask = self.args, inputs["response_mask"]
+        lower = {"lower_states": inputs["lower_states"]} if "lower_states" in inputs else {}
         shape = {"temperature": args.temperature, "entropy_gradient": args.entropy_coef != 0}
-        outputs = model(inputs["input_ids"], inputs["attention_mask"], mask, **shape)
+        outputs = model(inputs["input_ids"], inputs["attention_mask"], mask, **shape, **lower)
         loss, metrics = objective(outputs, inputs, args, num_items_in_batch)
         self.updates.steps.add(metrics, mask & torch.isfinite(loss.detach()))
         self.guard.saw_divergence(metrics["policy/approxkl_avg"], mask)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_recipes.models import adapters
+from rlhf_recipes.models import UpperLayers, adapters, freeze_below, lower_layers
 from rlhf_recipes.tensors import log_probs_and_entropies
 
 
@@ -52,13 +52,19 @@ class PolicyAndValue(nn.Module):
 
     value_adapter: the policy's adapter that the value head reads through, where it has one of its own on the same
     base; None reads the policy's states.
+    upper_layers: only so many of the policy's layers learn; those below may be read once for many passes.
 
     Raises:
         TypeError: value_model is no sequence classifier with one label.
+        UserError: a policy that cannot be cut in two there.
     """
 
     def __init__(
-        self, policy: nn.Module, value_model: nn.Module | None = None, value_adapter: str | None = None
+        self,
+        policy: nn.Module,
+        value_model: nn.Module | None = None,
+        value_adapter: str | None = None,
+        upper_layers: int | None = None,
     ) -> None:
         super().__init__()
         self.policy: Any = policy
@@ -67,6 +73,13 @@ class PolicyAndValue(nn.Module):
         self.value_model: Any = (
             check_value_model(value_model) if value_model is not None else ValueHead(hidden_size(policy))
         )
+        if upper_layers is not None:
+            freeze_below(policy, upper_layers)
+        # Views of the policy's own modules, which it alone saves and moves: so they are not registered here.
+        parts = (
+            None if upper_layers is None else (lower_layers(policy, upper_layers), UpperLayers(policy, upper_layers))
+        )
+        self.__dict__["lower"], self.__dict__["upper"] = parts or (None, policy)
 
     def forward(
         self,
@@ -75,24 +88,30 @@ class PolicyAndValue(nn.Module):
         response_mask: Tensor,
         temperature: float = 1.0,
         entropy_gradient: bool = False,
+        lower_states: Tensor | None = None,
     ) -> TokenOutputs:
         """Log-probabilities, entropies and values of the generated tokens.
 
         input_ids, attention_mask: (batch, width), each row a query, its answer, and padding.
-        response_mask: (batch, tokens).
+        response_mask: (batch, tokens). lower_states: (batch, width, hidden_size), what `read_lower` gave for them.
         """
-        hidden, log_probs, entropies = policy_outputs(
-            self.policy, input_ids, attention_mask, response_mask, temperature, entropy_gradient
-        )
+        episodes = (input_ids, attention_mask, response_mask)
+        read = self.policy if lower_states is None else self.upper
+        hidden, log_probs, entropies = policy_outputs(read, *episodes, temperature, entropy_gradient, lower_states)
         if isinstance(self.value_model, ValueHead):
             if self.value_adapter is not None:
                 with adapters.speaking(self.policy, self.value_adapter):
-                    hidden = response_states(self.policy, input_ids, attention_mask, response_mask)
+                    hidden = response_states(read, *episodes, lower_states)
             values = self.value_model(hidden)
         else:
-            states = response_states(self.value_model, input_ids, attention_mask, response_mask)
+            states = response_states(self.value_model, *episodes)
             values = in_own_precision(self.value_model.score, states)
         return TokenOutputs(log_probs, entropies, scatter(values, response_mask))
+
+    def read_lower(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor]:
+        """What the layers that stand still leave: (batch, width, hidden_size), in a tuple."""
+        lower: Any = self.lower
+        return (lower(input_ids=input_ids, use_cache=False).last_hidden_state,)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass; what Trainer calls for ``gradient_checkpointing``."""
@@ -171,14 +190,19 @@ def check_value_model(model: nn.Module) -> nn.Module:
     )
 
 
-def response_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+def response_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, lower_states: Tensor | None = None
+) -> Tensor:
     """The hidden state in which each generated token was chosen. Returns (generated tokens, hidden_size).
 
     A token is chosen in the state of the position before it. Positions that generated nothing are left out here, so
     that no logits are ever computed for prompts or padding. A causal model never looks to the right, where the padding
-    is, so it is given no mask.
+    is, so it is given no mask. `UpperLayers` read lower_states, any other model the ids.
     """
-    states = trunk(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    if isinstance(model, UpperLayers):
+        states = model(lower_states)
+    else:
+        states = trunk(model)(input_ids=input_ids, use_cache=False).last_hidden_state
     return states[answer_columns(attention_mask, response_mask, first=-1)]
 
 
@@ -190,37 +214,22 @@ def answer_columns(attention_mask: Tensor, response_mask: Tensor, first: int = 0
 
 
 def policy_outputs(
-    policy: nn.Module,
+    policy: Any,
     input_ids: Tensor,
     attention_mask: Tensor,
     response_mask: Tensor,
     temperature: float = 1.0,
     entropy_gradient: bool = False,
+    lower_states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of those tokens."""
-    hidden = response_states(policy, input_ids, attention_mask, response_mask)
-    logits = base_model(policy).get_output_embeddings()(hidden)
+    hidden = response_states(policy, input_ids, attention_mask, response_mask, lower_states)
+    head = policy.head if isinstance(policy, UpperLayers) else base_model(policy).get_output_embeddings()
+    logits = head(hidden)
     chosen = input_ids[answer_columns(attention_mask, response_mask)]
     log_probs, entropies = log_probs_and_entropies(logits, chosen, temperature)
     entropies = entropies if entropy_gradient else entropies.detach()
     return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)
-
-
-@torch.no_grad()
-def in_batches(module: Any, episodes: tuple[Tensor, Tensor, Tensor], batches: list[list[int]], **told: Any) -> list[Tensor]:
-    """`module` over the episodes' tensors, batch by batch, without gradient; its (rows, tokens) outputs, put together.
-
-    episodes: input_ids, attention_mask, response_mask. batches: row numbers, each row in one of them.
-    """
-    whole: list[Tensor] = []
-    for rows in batches:
-        ids, attention, mask = (tensor[rows] for tensor in episodes)
-        width, tokens = int(attention.sum(1).max()), int(mask.sum(1).max())
-        outputs = module(ids[:, :width], attention[:, :width], mask[:, :tokens], **told)
-        whole = whole or [output.new_zeros(episodes[2].shape) for output in outputs]
-        for target, output in zip(whole, outputs, strict=True):
-            target[rows, :tokens] = output
-    return whole
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""Episodes per second and peak memory: ours against the PPOTrainer that TRL had up to 1.12, update by update in turns.
+
+    python benchmarks/ppo_speed.py [--shape 124M] [--rounds 5] [--cases "same algorithm" defaults]
+
+Each case runs both trainers as two processes that take turns, an update each, on the same random GPT-2, the same
+prompts (8 to 48 tokens) and answers of 48 tokens that no stop token ends. The ratio is taken round by round; told are its
+median and quartiles. Memory is the peak resident set above what the imports take.
+"""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+from peers import Worker, as_ratio, spread, take_turns
+
+RESULTS = Path(__file__).parent / "results"
+TRL = "trl==1.12.0"
+CASES: dict[str, tuple[list[str], float, float]] = {  # flags; targets: at least so fast, at most so much memory
+    "same algorithm": (["--value", "model", "--bf16", "false"], 1.5, 0.7),
+    "defaults": (["--value", "head", "--bf16", "unset"], 3.0, 0.5),
+    "LoRA, value adapter": (["--value", "adapter", "--bf16", "unset", "--lora"], 8.0, 0.3),
+    "two upper layers": (["--value", "head", "--bf16", "unset", "--unfrozen", "2"], 8.0, 0.3),
+    "two upper layers, LoRA": (["--value", "adapter", "--bf16", "unset", "--lora", "--unfrozen", "2"], 8.0, 0.3),
+}
+
+
+def compared(case: str, common: list[str], rounds: int) -> dict[str, object]:
+    flags, faster, smaller = CASES[case]
+    workers = [Worker("TRL 1.12", "ppo_worker.py", ["theirs", *common], TRL)]
+    workers.append(Worker(f"ours, {case}", "ppo_worker.py", ["ours", *common, *flags]))
+    try:
+        theirs, ours = take_turns(workers, rounds)
+    finally:
+        for worker in workers:
+            worker.close()
+    ratios = [one["seconds"] / other["seconds"] for one, other in zip(theirs, ours, strict=True)]
+    memory = ours[-1]["above_imports"] / theirs[-1]["above_imports"]
+    return {
+        "case": case, "ratios": ratios, "memory": memory, "targets": [faster, smaller], "theirs": theirs, "ours": ours,
+    }  # fmt: skip
+
+
+def line_of(found: dict[str, object]) -> str:
+    faster, smaller = found["targets"]  # type: ignore[misc]
+    middle, memory = spread(found["ratios"])[0], float(found["memory"])  # type: ignore[arg-type]
+    met = " and ".join(
+        f"{what} {'met' if so else 'missed'}"
+        for what, so in (("speed", middle >= faster), ("memory", memory <= smaller))
+    )
+    return f"| {found['case']} | {as_ratio(found['ratios'])} | {memory:.2f}x | >= {faster}x, <= {smaller}x | {met} |"  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="14M", help="14M, 124M, or [width, layers, heads, vocabulary]")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--accumulation", type=int, default=1)
+    asked = parser.parse_args()
+    from rlhf_recipes.models import hardware
+
+    common = ["--shape", asked.shape, "--batch", str(asked.batch), "--accumulation", str(asked.accumulation)]
+    found = []
+    for case in asked.cases:
+        print(case, flush=True)
+        found.append(compared(case, common, asked.rounds))
+        print(line_of(found[-1]), flush=True)
+    lines = ["| ours | episodes per second, to TRL 1.12's | peak memory | target | |", "|---|---|---|---|---|"]
+    lines += [line_of(each) for each in found]
+    head = f"{datetime.date.today()}, {hardware()}, one thread; GPT-2 {asked.shape}, {asked.rounds} paired updates."
+    name = RESULTS / f"ppo_speed_{asked.shape.strip('[]').replace(',', '_').replace(' ', '')}"
+    name.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")
+    name.with_suffix(".json").write_text(json.dumps({"head": head, "found": found}, indent=1), encoding="utf-8")
+    print("\n".join([head, "", *lines]))
+
+
+if __name__ == "__main__":
+    main()
