@@ -39,8 +39,9 @@ def python_with(requirement: str | None) -> str:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         (folder / "pins.txt").write_text("\n".join(pins))
         install = [str(python), "-m", "pip", "install", "-qq", "-c", str(folder / "pins.txt")]
+        alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         for what in (["torch"], [requirement, "peft"]):
-            subprocess.run([*install, *what], check=True)
+            subprocess.run([*install, *what], check=True, env=alone)
         (folder / ".ready").touch()
     return str(python)
 

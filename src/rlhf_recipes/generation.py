@@ -152,8 +152,8 @@ def _choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:
     """The next token of each row, by inverting the cumulative distribution at `draw`. (batch, vocabulary) -> (batch,)."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = _cut(torch.softmax(logits.double() / sampling.temperature, dim=-1), sampling)
-    cumulative = probabilities.cumsum(dim=-1)
+    probabilities = _cut(torch.softmax(logits.float() / sampling.temperature, dim=-1), sampling)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     # Scaled by the last sum, so that rounding can never lead past the last token that has any probability.
     index = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
     return index.clamp(max=logits.shape[-1] - 1)

@@ -26,6 +26,7 @@ from rlhf_recipes.ppo.trainer import PPOTrainer
 STEPS = 22  # of optimizer steps: five updates of four, and half of one
 CASES: dict[str, dict[str, Any]] = {
     "full": {"adaptive_kl_target": 0.5, "use_score_scaling": True, "use_score_norm": True},
+    "upper": {"num_layers_unfrozen": 1},
     "lora": {"lora": True, "target_kl": 0.02, "value_learning_rate": 3e-3, "value_warmup_updates": 1},
 }
 

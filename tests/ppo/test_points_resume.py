@@ -40,7 +40,7 @@ def whole(policy: Path, killed: ModuleType) -> dict[str, Any]:
     return {case: killed.end_of(policy.parent / case) for case in killed.CASES}
 
 
-@pytest.mark.parametrize("case", ["full", "lora"])
+@pytest.mark.parametrize("case", ["full", "upper", "lora"])
 def test_point_13_killed_at_random_moments(
     case: str, policy: Path, whole: dict[str, Any], killed: ModuleType, tmp_path: Path
 ) -> None:

@@ -1,0 +1,103 @@
+"""Eight optimizer steps of pretraining at a time: by a plain loop on GPT2LMHeadModel, or by the pretrain stage's trainer."""
+
+import argparse
+import tempfile
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peers import answer_when_told
+from ppo_worker import SHAPES, peak
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+STEPS, BATCH, BLOCK = 8, 8, 256
+
+
+def model_of(shape: str) -> Any:
+    width, layers, heads, vocabulary = SHAPES[shape]
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary, n_positions=BLOCK, n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=0.0,
+            attn_pdrop=0.0, embd_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def blocks_of(shape: str, count: int) -> torch.Tensor:
+    return torch.randint(0, SHAPES[shape][3], (count, BLOCK), generator=torch.Generator().manual_seed(0))
+
+
+def plain(asked: Any) -> None:
+    """What one writes by hand: float32, AdamW, clipping, a schedule."""
+    model, blocks = model_of(asked.shape).train(), blocks_of(asked.shape, 64 * BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    imported, started = peak(), 0.0
+
+    def begin() -> None:
+        nonlocal started
+        started = time.perf_counter()
+
+    tell, step = answer_when_told(begin), 0
+    while True:
+        for _ in range(STEPS):
+            rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(blocks)
+            loss = model(input_ids=blocks[rows], labels=blocks[rows]).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+        tell({"seconds": time.perf_counter() - started, "above_imports": peak() - imported, "loss": float(loss)})
+
+
+class Turns(TrainerCallback):
+    def __init__(self) -> None:
+        self.imported = peak()
+
+    def begin(self) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.tell = answer_when_told(self.begin)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % STEPS == 0:
+            self.tell({"seconds": time.perf_counter() - self.started, "above_imports": peak() - self.imported})
+
+
+def ours(asked: Any, folder: str) -> None:
+    """The trainer that the pretrain stage builds, on blocks that are there already."""
+    from rlhf_recipes import PretrainConfig
+    from rlhf_recipes.models import fit_to_hardware
+    from rlhf_recipes.pretraining import PretrainTrainer, collate_blocks
+
+    chosen = {} if asked.defaults else {"bf16": False}
+    args = PretrainConfig(
+        output_dir=folder, per_device_train_batch_size=BATCH, report_to="none", save_strategy="no", disable_tqdm=True,
+        logging_steps=100_000, max_steps=100_000, lr_scheduler_type="constant", **chosen,
+    )  # fmt: skip
+    args = fit_to_hardware(args, SHAPES[asked.shape][0])
+    torch.set_num_threads(1)
+    rows = Dataset.from_dict({"input_ids": blocks_of(asked.shape, 64 * BATCH).numpy()})
+    PretrainTrainer(
+        model=model_of(asked.shape), args=args, train_dataset=rows, data_collator=collate_blocks, callbacks=[Turns()]
+    ).train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=["plain", "ours"])
+    parser.add_argument("--shape", default="14M", choices=list(SHAPES))
+    parser.add_argument("--defaults", action="store_true", help="bfloat16 where the hardware has it")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        plain(asked) if asked.side == "plain" else ours(asked, folder)
+
+
+if __name__ == "__main__":
+    main()

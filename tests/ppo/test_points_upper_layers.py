@@ -1,0 +1,123 @@
+"""num_layers_unfrozen: what stands still is read once an update, and nothing else about the run is another."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from rlhf_recipes.arguments import UserError
+
+Make = Callable[..., Any]
+ADAPTER: dict[str, Any] = {
+    "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True,
+}  # fmt: skip
+
+
+def freeze_all_but_the_last_layer(policy: Any) -> Any:
+    """By hand: what the option does, without its reading anything once."""
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("transformer.h.1." in name or "ln_f" in name)
+    return policy
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    """What was said of each update, but for what the clock says."""
+    return [
+        {name: value for name, value in entry.items() if not name.startswith(("time/", "eps"))}
+        for entry in trainer.state.log_history
+        if "objective/kl" in entry
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_mini_batches": 2, "per_device_train_batch_size": 4}], ids=str)
+def test_reading_the_lower_layers_once_changes_nothing(
+    make_trainer: Make, make_policy: Make, weights_of: Make, options: dict[str, Any]
+) -> None:
+    # Adam would make whole steps out of the rounding of gradients that are zero, such as those of the keys' biases.
+    options = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 12} | options
+    plain = make_trainer(freeze_all_but_the_last_layer(make_policy(initializer_range=0.2)), **options)
+    once = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, **options)
+    start = weights_of(once.model)
+    for trainer in (plain, once):
+        trainer.train()
+    wanted, found = weights_of(plain.model), weights_of(once.model)
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, atol=2e-5, rtol=0, msg=name)
+        moved = not torch.equal(found[name], start[name])
+        assert moved == (".h.1." in name or "ln_f" in name or "value" in name), name
+    for one, other in zip(logged(once), logged(plain), strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def test_the_lower_layers_run_once_for_a_rollout_and_never_in_its_optimizer_steps(
+    make_trainer: Make, make_policy: Make
+) -> None:
+    """Every position of every episode once, in all of an update, beside what answering takes."""
+    model = make_policy()
+    trainer = make_trainer(model, num_layers_unfrozen=1, num_ppo_epochs=3, max_steps=3, rows=8)
+    tokens = {0: 0, 1: 0}
+    for layer in tokens:
+        model.transformer.h[layer].register_forward_pre_hook(
+            lambda _, inputs, layer=layer: tokens.__setitem__(layer, tokens[layer] + inputs[0].shape[:2].numel())
+        )
+    inner, widths = trainer.generate, []
+
+    def generate(*args: Any) -> Any:
+        answers = inner(*args)
+        tokens.update({0: 0, 1: 0})
+        widths.extend(len(query) + len(ids) for query, ids in zip(args[0], answers.ids, strict=True))
+        return answers
+
+    trainer.generate = generate
+    trainer.train()
+    assert sum(widths) <= tokens[0] <= 8 * max(widths), "once"
+    assert tokens[1] == tokens[0] * (1 + 3), "the policy's upper layer: in the rollout and in each epoch"
+
+
+def test_the_reference_is_the_policy_as_it_was_and_no_copy_of_what_stands_still(
+    make_trainer: Make, make_policy: Make
+) -> None:
+    trainer = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, learning_rate=0.0)
+    copied = sum(each.numel() for each in trainer.experience.reference.module.trunk.h.parameters())
+    assert copied == sum(each.numel() for each in trainer.model.policy.transformer.h[1].parameters())
+    trainer.train()
+    assert all(entry["objective/kl"] == pytest.approx(0, abs=1e-6) for entry in logged(trainer))
+
+
+@pytest.mark.parametrize("separate", ["value_model", "ref_model"])
+def test_models_of_their_own_read_whole_rows(
+    make_trainer: Make, make_policy: Make, make_judge: Make, separate: str
+) -> None:
+    """A value model, or a reference, of another make has no use for the policy's lower states."""
+    own = {"value_model": make_judge(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
+    plain = make_trainer(
+        freeze_all_but_the_last_layer(make_policy(initializer_range=0.2)), max_steps=4, **{separate: own}
+    )
+    own = {"value_model": make_judge(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
+    once = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, max_steps=4, **{separate: own})
+    for trainer in (plain, once):
+        trainer.train()
+    for one, other in zip(logged(once), logged(plain), strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def test_an_adapter_goes_on_the_upper_layers_alone(make_trainer: Make, make_policy: Make) -> None:
+    trainer = make_trainer(
+        make_policy(initializer_range=0.2), num_layers_unfrozen=1, peft_config=LoraConfig(**ADAPTER), max_steps=8
+    )
+    names = [name for name, each in trainer.model.named_parameters() if each.requires_grad]
+    assert names and all(".h.1." in name or "value" in name for name in names)
+    trainer.train()
+    first, last = logged(trainer)[0], logged(trainer)[-1]
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-6), "the base is the reference"
+    assert last["objective/kl"] != 0
+
+
+def test_an_adapter_below_is_refused(make_trainer: Make, make_policy: Make) -> None:
+    with pytest.raises(UserError, match="has weights below the last 1 layers"):
+        make_trainer(
+            make_policy(), num_layers_unfrozen=1, peft_config=LoraConfig(layers_to_transform=[0, 1], **ADAPTER)
+        )

@@ -1,0 +1,201 @@
+"""Quicker forms of the same arithmetic: each against the slow one, in float64 where rounding would hide a difference."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.models import UpperLayers, casts_kept, freeze_below, lower_layers, quicken, roomy_cache
+from rlhf_recipes.models.kernels import ATTENTION, KeptCasts, _CausalAttention, short_attention
+
+CPU = torch.device("cpu")
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
+CONFIGS = {
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=60, bos_token_id=0, eos_token_id=0),
+    "llama": lambda: LlamaConfig(intermediate_size=48, num_key_value_heads=2, **SMALL),
+    "neox": lambda: GPTNeoXConfig(intermediate_size=48, **SMALL),
+}
+IDS = torch.randint(1, 60, (3, 11), generator=torch.Generator().manual_seed(0))
+
+
+def model_of(kind: str) -> Any:
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+
+
+# Attention and GELU.
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention as its definition reads."""
+    future = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+    scores = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("tokens", [2, 17, 96])
+def test_the_backward_pass_of_short_attention_is_that_of_its_definition(tokens: int) -> None:
+    draw = torch.Generator().manual_seed(tokens)
+    exact = [torch.randn(2, 3, tokens, 8, dtype=torch.float64, generator=draw).requires_grad_() for _ in "qkv"]
+    found = [each.detach().clone().requires_grad_() for each in exact]
+    weights = torch.randn(2, 3, tokens, 8, dtype=torch.float64, generator=draw)
+    wanted, told = attend(*exact), _CausalAttention.apply(*found, 8**-0.5)
+    torch.testing.assert_close(told, wanted, atol=1e-6, rtol=0)
+    (wanted * weights).sum().backward()
+    (told * weights).sum().backward()
+    for one, other in zip(found, exact, strict=True):  # the weights of attention are float32 in between
+        torch.testing.assert_close(one.grad, other.grad, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_short_attention_in_bfloat16_is_as_near_to_float64_as_pytorch_s(groups: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 40, 16, generator=draw).bfloat16()
+    key, value = (torch.randn(2, 4 // groups, 40, 16, generator=draw).bfloat16() for _ in "kv")
+    module = nn.Module()
+    module.num_key_value_groups = groups
+    wide = [each.double().repeat_interleave(groups, 1) for each in (key, value)]
+    exact = [each.requires_grad_() for each in (query.double(), *wide)]
+    attend(*exact).sum().backward()
+    errors = []
+    for function in (short_attention, None):
+        mine = [each.clone().requires_grad_() for each in (query, key, value)]
+        if function is None:
+            out = nn.functional.scaled_dot_product_attention(*mine, is_causal=True, enable_gqa=groups > 1)
+        else:
+            out = function(module, *mine, None, scaling=0.25)[0].transpose(1, 2)
+        torch.testing.assert_close(out.double(), attend(*(each.detach() for each in exact)), atol=0.03, rtol=0)
+        out.sum().backward()
+        far = (mine[0].grad.double() - exact[0].grad).abs().max()  # type: ignore[union-attr]
+        errors.append(float(far))
+    assert errors[0] <= 2 * errors[1] + 1e-3
+
+
+def test_a_model_reads_the_same_after_it_was_quickened_and_saves_the_same_config() -> None:
+    model = model_of("gpt2")
+    before, config = model(IDS).logits, model.config.to_json_string()
+    assert not any(isinstance(each, nn.GELU) for each in model.modules())
+    quicken(model, CPU)
+    assert sum(isinstance(each, nn.GELU) for each in model.modules()) == 3
+    assert model.config._attn_implementation == ATTENTION
+    torch.testing.assert_close(model(IDS).logits, before, atol=1e-5, rtol=0)
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0  # padding goes the ordinary way
+    plain = model_of("gpt2")(IDS, attention_mask=mask).logits
+    torch.testing.assert_close(model(IDS, attention_mask=mask).logits[1:], plain[1:], atol=1e-5, rtol=0)
+    assert model.config.to_json_string() == config
+
+
+def test_a_model_with_eager_attention_keeps_it() -> None:
+    model = model_of("gpt2")
+    model.set_attn_implementation("eager")
+    assert quicken(model, CPU).config._attn_implementation == "eager"
+
+
+# Casts.
+
+
+def casts_in(model: nn.Module, passes: int) -> int:
+    """How many copies of float32 weights autocast makes in so many passes."""
+    with torch.profiler.profile(record_shapes=True) as profile, torch.autocast("cpu", torch.bfloat16):
+        for _ in range(passes):
+            model(torch.ones(1, 6))
+    return sum(each.name == "aten::_to_copy" and each.input_shapes[0] == [5, 6] for each in profile.events())
+
+
+def test_casts_are_made_once_and_are_those_of_the_weights_as_they_are() -> None:
+    model = nn.Linear(6, 5).requires_grad_(False)
+    with torch.no_grad():
+        assert casts_in(model, 4) == 4, "frozen weights are cast again and again"
+    with casts_kept(model):
+        assert casts_in(model, 4) == 1
+        assert casts_in(model, 4) == 0
+    assert not model.weight.requires_grad
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    with casts_kept(model), torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.ones(1, 6)).tolist() == [[6.0] * 5], "nothing is kept from before"
+
+
+def test_gradients_through_a_kept_cast_add_up() -> None:
+    """Two backward passes through one cast give what two casts give."""
+    grads = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        model, kept = nn.Linear(6, 5), KeptCasts()
+        if keep:
+            kept.begin()
+        for row in (1.0, 2.0):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(torch.full((3, 6), row)).float().square().sum()
+            loss.backward()
+        kept.end()
+        grads.append(model.weight.grad)
+    assert torch.equal(grads[0], grads[1])  # type: ignore[arg-type]
+
+
+# The cache.
+
+
+def test_the_roomy_cache_holds_what_transformers_cache_holds() -> None:
+    model = model_of("llama")
+    plain, roomy = DynamicCache(config=model.config), roomy_cache(model.config)
+    rows = torch.arange(3)
+    for step in range(70):  # past the room that is made at first
+        ids = IDS[rows] if step == 0 else IDS[rows, step % 11 : step % 11 + 1]
+        with torch.no_grad():
+            told = [model(ids, past_key_values=cache, use_cache=True).logits for cache in (plain, roomy)]
+        torch.testing.assert_close(told[1], told[0], atol=1e-5, rtol=0)
+        if step in (5, 30):
+            for cache in (plain, roomy):
+                cache.batch_select_indices(torch.tensor([1, 0] if step == 5 else [1]))
+            rows = rows[[1, 0]] if step == 5 else rows[[1]]
+    for one, other in zip(plain.layers, roomy.layers, strict=True):
+        assert one.keys.shape == other.keys.shape
+        torch.testing.assert_close(other.values, one.values, atol=1e-5, rtol=0)
+
+
+# A model in two.
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_upper_layers_on_the_lower_ones_are_the_model(kind: str) -> None:
+    model = model_of(kind)
+    freeze_below(model, 1)
+    upper = UpperLayers(model, 1)
+    states = lower_layers(model, 1)(input_ids=IDS, use_cache=False).last_hidden_state
+    torch.testing.assert_close(upper.head(upper(states)), model(IDS).logits, atol=1e-5, rtol=0)
+    learning = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert learning and all(".2." in name or "norm" in name or "ln_f" in name or "head" in name for name in learning)
+    assert model.training is False
+
+
+def test_a_frozen_copy_stays_and_shares_what_cannot_move() -> None:
+    model = model_of("gpt2")
+    freeze_below(model, 2)
+    upper = UpperLayers(model, 2)
+    copy = upper.frozen_copy()
+    states = torch.randn(1, 4, 32)
+    before = copy(states)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.add_(0.1)
+    assert torch.equal(copy(states), before) and not torch.equal(upper(states), before)
+    assert copy.head.weight is model.lm_head.weight, "the tied head stands still, so there is one"
+    assert not any(each.requires_grad for each in copy.parameters())
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_there_must_be_something_above_and_below(count: int) -> None:
+    with pytest.raises(UserError, match="the policy has 3 layers: take 1 to 2"):
+        freeze_below(model_of("gpt2"), count)
+
+
+def test_a_model_that_cannot_be_cut_is_refused(make_model: Callable[..., Any]) -> None:
+    model = AutoModelForCausalLM.from_config(OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SMALL))
+    with pytest.raises(UserError, match="does not know the layers of a OPTModel"):
+        freeze_below(model, 1)
