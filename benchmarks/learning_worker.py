@@ -67,6 +67,8 @@ class Clock(TrainerCallback):
         self.trained += time.perf_counter() - self.last
         if self.trained >= self.due or self.trained >= self.asked.seconds:
             self.look()
+        for group in kwargs["optimizer"].param_groups:  # the rate falls to nothing over the time there is
+            group["lr"] = self.asked.learning_rate * max(0.0, 1 - self.trained / self.asked.seconds)
         if self.trained >= self.asked.seconds:
             Path(self.asked.out).write_text(json.dumps(self.points))
             os._exit(0)
@@ -87,7 +89,8 @@ class Clock(TrainerCallback):
         if self.prepared.told["world"] == "quickstart":
             from rlhf_recipes.world.gold import gold_score
 
-            point["score"] = mean(gold_score([""] * len(texts), texts, answer=[row["answer"] for row in rows]))
+            asked = [row["prompt"] for row in rows]
+            point["score"] = mean(gold_score(asked, texts, answer=[row["answer"] for row in rows]))
         else:  # the judge's own probability of a positive text
             spread, shift = self.prepared.told["spread"], self.prepared.told["shift"]
             point["score"] = mean(torch.sigmoid(torch.tensor(scores) * spread + shift).tolist())
@@ -117,7 +120,7 @@ def ours(prepared: Prepared, asked: Any, folder: str) -> None:
 
     policy = prepared.policy()
     least = {"generation_kwargs": {"min_new_tokens": prepared.least}} if prepared.least else {}
-    frugal = {"num_layers_unfrozen": asked.unfrozen} if asked.unfrozen else {}
+    frugal = {"num_layers_unfrozen": prepared.told["upper"]} if asked.upper else {}
     args = PPOConfig(
         **ppo_arguments(prepared, asked, folder), **least, **frugal, max_steps=1_000_000, hints=False,
         log_completions=False,
@@ -187,7 +190,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--every", type=float, default=8)
     parser.add_argument("--learning_rate", type=float, default=4e-4)
-    parser.add_argument("--unfrozen", type=int)
+    parser.add_argument("--upper", action="store_true", help="let only the upper layers learn")
     parser.add_argument("--bf16", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)

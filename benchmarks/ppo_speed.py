@@ -2,7 +2,7 @@
 
     python benchmarks/ppo_speed.py [--shape 124M] [--rounds 5] [--cases "same algorithm" defaults]
 
-Each case runs both trainers as two processes that take turns, an update each, on the same random GPT-2, the same
+Every case is a process, and so is TRL's trainer; they take turns, an update each, on the same random GPT-2, the same
 prompts (8 to 48 tokens) and answers of 48 tokens that no stop token ends. The ratio is taken round by round; told are its
 median and quartiles. Memory is the peak resident set above what the imports take.
 """
@@ -20,25 +20,29 @@ CASES: dict[str, tuple[list[str], float, float]] = {  # flags; targets: at least
     "same algorithm": (["--value", "model", "--bf16", "false"], 1.5, 0.7),
     "defaults": (["--value", "head", "--bf16", "unset"], 3.0, 0.5),
     "LoRA, value adapter": (["--value", "adapter", "--bf16", "unset", "--lora"], 8.0, 0.3),
+    "LoRA, value head": (["--value", "head", "--bf16", "unset", "--lora"], 8.0, 0.3),
     "two upper layers": (["--value", "head", "--bf16", "unset", "--unfrozen", "2"], 8.0, 0.3),
+    "one upper layer": (["--value", "head", "--bf16", "unset", "--unfrozen", "1"], 8.0, 0.3),
     "two upper layers, LoRA": (["--value", "adapter", "--bf16", "unset", "--lora", "--unfrozen", "2"], 8.0, 0.3),
 }
 
 
-def compared(case: str, common: list[str], rounds: int) -> dict[str, object]:
-    flags, faster, smaller = CASES[case]
+def compared(cases: list[str], common: list[str], rounds: int) -> list[dict[str, object]]:
+    """All cases and TRL's trainer, an update each in every round."""
     workers = [Worker("TRL 1.12", "ppo_worker.py", ["theirs", *common], TRL)]
-    workers.append(Worker(f"ours, {case}", "ppo_worker.py", ["ours", *common, *flags]))
     try:
-        theirs, ours = take_turns(workers, rounds)
+        for case in cases:
+            workers.append(Worker(case, "ppo_worker.py", ["ours", *common, *CASES[case][0]]))
+        theirs, *all_of_ours = take_turns(workers, rounds, warm_up=2)
     finally:
         for worker in workers:
             worker.close()
-    ratios = [one["seconds"] / other["seconds"] for one, other in zip(theirs, ours, strict=True)]
-    memory = ours[-1]["above_imports"] / theirs[-1]["above_imports"]
-    return {
-        "case": case, "ratios": ratios, "memory": memory, "targets": [faster, smaller], "theirs": theirs, "ours": ours,
-    }  # fmt: skip
+    found: list[dict[str, object]] = []
+    for case, ours in zip(cases, all_of_ours, strict=True):
+        ratios = [one["seconds"] / other["seconds"] for one, other in zip(theirs, ours, strict=True)]
+        memory = ours[-1]["above_imports"] / theirs[-1]["above_imports"]
+        found.append({"case": case, "ratios": ratios, "memory": memory, "targets": CASES[case][1:], "ours": ours})
+    return [{"case": "TRL 1.12", "theirs": theirs}, *found]
 
 
 def line_of(found: dict[str, object]) -> str:
@@ -62,13 +66,9 @@ def main() -> None:
     from rlhf_recipes.models import hardware
 
     common = ["--shape", asked.shape, "--batch", str(asked.batch), "--accumulation", str(asked.accumulation)]
-    found = []
-    for case in asked.cases:
-        print(case, flush=True)
-        found.append(compared(case, common, asked.rounds))
-        print(line_of(found[-1]), flush=True)
+    found = compared(asked.cases, common, asked.rounds)
     lines = ["| ours | episodes per second, to TRL 1.12's | peak memory | target | |", "|---|---|---|---|---|"]
-    lines += [line_of(each) for each in found]
+    lines += [line_of(each) for each in found[1:]]
     head = f"{datetime.date.today()}, {hardware()}, one thread; GPT-2 {asked.shape}, {asked.rounds} paired updates."
     name = RESULTS / f"ppo_speed_{asked.shape.strip('[]').replace(',', '_').replace(' ', '')}"
     name.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")

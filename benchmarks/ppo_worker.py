@@ -81,7 +81,7 @@ class Turns(TrainerCallback):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.started
-        phases = dict(getattr(self, "phases", dict)()) if seconds else {}
+        phases = dict(getattr(self, "phases", dict)())
         self.tell({"seconds": seconds, "peak": peak(), "above_imports": peak() - self.imported} | phases)
 
 
@@ -138,14 +138,23 @@ def ours(asked: Any, folder: str, turns: Turns) -> Any:
         from peft import LoraConfig
 
         options["peft_config"] = LoraConfig(
-            task_type="CAUSAL_LM", r=8, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
-        )
+            task_type="CAUSAL_LM", r=8, fan_in_fan_out=True
+        )  # on c_attn, as peft has it
         if args.bf16:
             policy = policy.to(torch.bfloat16)
     trainer = PPOTrainer(
         policy, [judge], args, prompts_of(asked), None, tokenizer_of(shape_of(asked)[3]), callbacks=[turns], **options
     )
-    turns.phases = lambda: phases_of(trainer)  # type: ignore[attr-defined]
+    told: dict[str, float] = {}
+    inner = trainer.experience.rollout
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        rollout = inner(*args, **kwargs)
+        told.update(tokens=int(rollout.attention_mask.sum()), answers=int(rollout.response_mask.sum()))
+        return rollout
+
+    trainer.experience.rollout = counted  # type: ignore[method-assign]
+    turns.phases = lambda: phases_of(trainer) | told  # type: ignore[attr-defined]
     return trainer
 
 

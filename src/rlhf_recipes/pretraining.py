@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.artifacts import write_text
 from rlhf_recipes.generation import Sampling, row_seed, sample, stop_ids
+from rlhf_recipes.models import quicken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ class PretrainTrainer(Trainer):
 
     def __init__(self, *args: Any, l1_penalty: float = 0.0, held_out_texts: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        quicken(self.model, self.args.device)
         self.l1_penalty, self.held_out_texts = l1_penalty, list(held_out_texts)
         decayed = set(self.get_decay_parameter_names(self.model))
         self._penalised = [weight for name, weight in self.model.named_parameters() if name in decayed]

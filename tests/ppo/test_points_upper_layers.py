@@ -1,4 +1,4 @@
-"""num_layers_unfrozen: what stands still is read once an update, and nothing else about the run is another."""
+"""What makes an update quick changes nothing about it: layers that stand still, kept casts, pieces of like length."""
 
 from collections.abc import Callable
 from typing import Any
@@ -85,6 +85,49 @@ def test_the_reference_is_the_policy_as_it_was_and_no_copy_of_what_stands_still(
     assert copied == sum(each.numel() for each in trainer.model.policy.transformer.h[1].parameters())
     trainer.train()
     assert all(entry["objective/kl"] == pytest.approx(0, abs=1e-6) for entry in logged(trainer))
+
+
+def test_kept_casts_are_those_of_the_weights_as_they_are(
+    make_trainer: Make, make_policy: Make, weights_of: Make, recorder: type
+) -> None:
+    """In bfloat16, with and without casting the weights anew for each piece: the same run to the last bit."""
+
+    class Anew(recorder):  # type: ignore[misc, valid-type]
+        def _keep_casts(self, on: bool) -> None:
+            return
+
+    found = []
+    for kind in (recorder, Anew):
+        trainer = make_trainer(
+            make_policy(initializer_range=0.2), kind=kind, bf16=True, max_steps=8, per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+        )  # fmt: skip
+        trainer.train()
+        found.append(weights_of(trainer.model))
+    assert all(torch.equal(found[0][name], weight) for name, weight in found[1].items())
+    assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.autocast_decrement_nesting() == -1
+    assert torch.autocast_increment_nesting() == 0, "nothing is kept when the run is over"
+
+
+def test_pieces_of_a_minibatch_change_nothing(make_trainer: Make, make_policy: Make, weights_of: Make) -> None:
+    """One piece of all eight episodes, or a piece for each: the same weights but for rounding."""
+    found, pieces = [], []
+    for tokens in (10_000, 1):
+        trainer = make_trainer(make_policy(initializer_range=0.2), max_steps=8, optim="sgd", learning_rate=0.05)
+        trainer.experience.at_once = tokens
+        inner, rows = trainer.compute_loss, []
+
+        def counted(model: Any, inputs: Any, inner: Any = inner, rows: Any = rows, **told: Any) -> Any:
+            rows.append(len(inputs["input_ids"]))
+            return inner(model, inputs, **told)
+
+        trainer.compute_loss = counted
+        trainer.train()
+        found.append(weights_of(trainer.model))
+        pieces.append(rows)
+    assert pieces == [[8] * 8, [1] * 64]
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, atol=2e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("separate", ["value_model", "ref_model"])

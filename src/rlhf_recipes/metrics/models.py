@@ -6,6 +6,7 @@ luck, and a model compared with itself ties on every prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ class Evaluation:
         values: dict[int, list[float]] = {}
         for row in self.rows:
             values.setdefault(row["index"], []).append(float(row[column]))
-        return [sum(of_prompt) / len(of_prompt) for of_prompt in values.values()]
+        return [math.fsum(of_prompt) / len(of_prompt) for of_prompt in values.values()]  # ties stay ties
 
 
 def evaluate_model(

@@ -50,7 +50,7 @@ STYLE = {
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
-    "svg.hashsalt": "rlhf-recipes",  # the same figure gives the same bytes
+    "svg.hashsalt": "rlhf-recipes",  # the same calls give the same bytes
 }
 
 LABELS = {

@@ -26,7 +26,7 @@ class Experience:
         self.model, self.reference, self.accelerator, self.args = model, reference, accelerator, args
         # In bfloat16 rows of another width may round otherwise, but for whole tiles.
         low = args.bf16 or next(model.policy.parameters()).dtype == torch.bfloat16
-        self.multiple = TILE if low else 1
+        self.multiple, self.at_once = TILE if low else 1, tokens_at_once(args.device, low)
         self.kl_coef = KLCoefficient(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
         held = args.reward_clip_range
         self.scale = ScoreScale(
@@ -75,11 +75,11 @@ class Experience:
         """
         args, lengths = self.args, attention_mask.sum(1).tolist()
         if args.num_mini_batches > 1 or args.device.type != "cpu":
-            return length_batches(lengths, args.local_rollout_forward_batch_size, tokens_at_once(args.device))
+            return length_batches(lengths, args.local_rollout_forward_batch_size, self.at_once)
         pieces = []
         order = torch.tensor(lengths).argsort(stable=True)
         for rows in order.split(args.per_device_train_batch_size):
-            inner = length_batches([lengths[row] for row in rows], len(rows), tokens_at_once(args.device))
+            inner = length_batches([lengths[row] for row in rows], len(rows), self.at_once)
             pieces += [rows[batch].tolist() for batch in inner]
         return pieces
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes.models import KeptCasts, tokens_at_once
+from rlhf_recipes.models import KeptCasts
 from rlhf_recipes.ppo.guard import split_groups
 from rlhf_recipes.ppo.resuming import ResumableTrainer
 from rlhf_recipes.ppo.rollout import narrowed
@@ -56,7 +56,7 @@ class MinimizingTrainer(ResumableTrainer):
         if not inputs:
             return []
         lengths = inputs["attention_mask"].sum(1).tolist()
-        batches = length_batches(lengths, len(lengths), tokens_at_once(self.args.device))
+        batches = length_batches(lengths, len(lengths), self.experience.at_once)
         multiple = self.experience.multiple
         return [narrowed({name: tensor[rows] for name, tensor in inputs.items()}, multiple) for rows in batches]
 

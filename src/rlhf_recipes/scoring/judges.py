@@ -104,7 +104,8 @@ class ModelReward:
         limit = context_length(self.model.config)
         rows = [row[-limit:] if limit else row for row in rows]
         scores = [0.0] * len(rows)
-        at_once = tokens_at_once(next(self.model.parameters()).device)
+        weight = next(self.model.parameters())
+        at_once = tokens_at_once(weight.device, weight.dtype == torch.bfloat16)
         for batch in length_batches([len(row) for row in rows], self.batch_size, at_once):
             logits = classify(self.model, [rows[index] for index in batch])
             values = logits[:, 0] if logits.shape[-1] == 1 else logits[:, 1] - logits[:, 0]

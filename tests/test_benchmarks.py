@@ -1,0 +1,97 @@
+"""The arithmetic of the benchmarks: turns, ratios, exponents, and the count of operations."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a program of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        return __import__(name)
+
+    return load
+
+
+def test_median_and_quartiles_by_hand(program: Any) -> None:
+    peers = program("peers")
+    assert peers.spread([1.0, 5.0, 2.0, 4.0, 3.0]) == (3.0, 2.0, 4.0)
+    assert peers.spread([2.0]) == (2.0, 2.0, 2.0)
+    assert peers.as_ratio([1.0, 5.0, 2.0, 4.0, 3.0]) == "3.00x (2.00-4.00)"
+
+
+def test_workers_take_turns_and_only_what_is_meant_is_read(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two real processes write down when they work: never both, and the first rounds are not told."""
+    peers = program("peers")
+    script, shared = tmp_path / "worker.py", tmp_path / "turns"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "from peers import answer_when_told\n"
+        "tell, done = answer_when_told(lambda: None), 0\n"
+        "while True:\n"
+        "    print('chatter')\n"
+        "    open(sys.argv[2], 'a').write(sys.argv[1])\n"
+        "    done += 1\n"
+        "    tell({'seconds': 1.0, 'done': done})\n"
+    )
+    monkeypatch.setattr(peers, "HERE", tmp_path)
+    workers = [peers.Worker(name, "worker.py", [name, str(shared)]) for name in "ab"]
+    try:
+        found = peers.take_turns(workers, rounds=3, warm_up=2)
+    finally:
+        for worker in workers:
+            worker.close()
+    assert [[said["done"] for said in each] for each in found] == [[3, 4, 5], [3, 4, 5]]
+    assert shared.read_text() == "ab" * 5
+
+
+def test_a_worker_that_dies_is_told_with_where_its_words_are(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = program("peers")
+    (tmp_path / "worker.py").write_text("raise SystemExit('no such thing')")
+    monkeypatch.setattr(peers, "HERE", tmp_path)
+    with pytest.raises(SystemExit, match=r"ended by itself; see .*dying\.log"):
+        peers.Worker("dying", "worker.py", [])
+    assert "no such thing" in (tmp_path / "results" / "logs" / "dying.log").read_text()
+
+
+def test_the_exponent_of_a_power_is_that_power(program: Any) -> None:
+    sizes = [1.0, 2.0, 8.0, 20.0]
+    assert program("growth").exponent(sizes, [3 * size**1.7 for size in sizes]) == pytest.approx(1.7)
+    assert program("growth").exponent(sizes, [4.0] * 4) == pytest.approx(0.0)
+
+
+def test_operations_are_those_that_pytorch_counts(program: Any) -> None:
+    """A forward pass of all rows, counted on tensors without content; attention is counted there for the whole square."""
+    growth = program("growth")
+    width, layers, heads, vocabulary = program("ppo_worker").SHAPES["14M"]
+    rows, length = growth.BATCH, 80
+    with torch.device("meta"):
+        config = GPT2Config(
+            n_embd=width, n_layer=layers, n_head=heads, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0
+        )
+        model = GPT2LMHeadModel(config)
+        with FlopCounterMode(display=False) as counter:
+            model.transformer(torch.zeros(rows, length, dtype=torch.long))
+    counted = counter.get_total_flops()
+    told = growth.work(growth.CASES["defaults"], {"tokens": rows * length, "answers": rows * 48})
+    square = 4 * rows * layers * length**2 * width  # scores and mixtures, two operations each
+    assert told["score"] == pytest.approx(counted - square / 2, rel=1e-3)
+    head = 2 * width * vocabulary * rows * 48
+    assert told["forward"] == pytest.approx(2 * (told["score"] + head))
+    assert told["update"] == pytest.approx(4 * 3 * (told["score"] + head))
+    upper = growth.work(growth.CASES["two upper layers"], {"tokens": rows * length, "answers": rows * 48})
+    assert upper["update"] == pytest.approx(4 * (told["score"] + 2 * head)), "a third of the layers, a frozen head"
