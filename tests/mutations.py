@@ -143,7 +143,7 @@ MUTATIONS = [
         "ppo/roles.py",
         "model.upper.frozen_copy()",
         "model.upper",
-        "the_reference_is",
+        "changes_nothing",
         ("tests/ppo/test_points_upper_layers.py",),
     ),
     Mutation(
