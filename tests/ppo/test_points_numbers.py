@@ -73,6 +73,19 @@ def test_point_02_without_learning_kl_is_zero_and_ratio_one(
     assert logged(trainer, "val/ratio_var") == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
+@pytest.mark.parametrize("context", [27, 32])
+def test_point_02_tiles_of_bfloat16_stay_within_the_context(
+    make_trainer: Make, make_policy: Make, context: int
+) -> None:
+    """Prompts and answers that fill a context, whole tiles or not, and the padding id among the last tokens."""
+    rows = [{"prompt": "x" * length} for length in (context - 6, 3, 9, context - 6)] * 2
+    model = make_policy(n_positions=context, pad_token_id=0)
+    trainer = make_trainer(model, rows=rows, bf16=True, learning_rate=0.0, num_mini_batches=2, response_length=6)
+    trainer.train()
+    assert trainer.experience.multiple == (16 if context == 32 else 1)
+    assert logged(trainer, "objective/kl") == pytest.approx([0.0], abs=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_point_02_log_probabilities_are_those_of_the_tempered_model_alone(
     make_trainer: Make, make_policy: Make, make_judge: Make, recorder: type, reference: ModuleType, temperature: float

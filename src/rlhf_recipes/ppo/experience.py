@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.generation import Completions
-from rlhf_recipes.models import casts_kept, tokens_at_once
+from rlhf_recipes.models import casts_kept, context_length, tokens_at_once
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rewards import KLCoefficient, ScoreScale
 from rlhf_recipes.ppo.roles import Reference
 from rlhf_recipes.ppo.rollout import TILE, RewardShape, Rollout, finish_rollout, in_batches, pack_episodes
 from rlhf_recipes.ppo.tally import Tally
-from rlhf_recipes.ppo.value_head import PolicyAndValue, policy_outputs
+from rlhf_recipes.ppo.value_head import PolicyAndValue, base_model, policy_outputs
 from rlhf_recipes.scoring import Scores
 from rlhf_recipes.tensors import Reduce, length_batches
 
@@ -24,9 +24,10 @@ class Experience:
 
     def __init__(self, model: PolicyAndValue, reference: Reference, accelerator: Any, args: PPOConfig) -> None:
         self.model, self.reference, self.accelerator, self.args = model, reference, accelerator, args
-        # In bfloat16 rows of another width may round otherwise, but for whole tiles.
+        # In bfloat16 rows of another width may round otherwise, but for whole tiles; these must fit the context.
         low = args.bf16 or next(model.policy.parameters()).dtype == torch.bfloat16
-        self.multiple, self.at_once = TILE if low else 1, tokens_at_once(args.device, low)
+        fits = (context_length(base_model(model.policy).config) or TILE) % TILE == 0
+        self.multiple, self.at_once = TILE if low and fits else 1, tokens_at_once(args.device, low)
         self.kl_coef = KLCoefficient(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
         held = args.reward_clip_range
         self.scale = ScoreScale(

@@ -111,7 +111,7 @@ class PolicyAndValue(nn.Module):
     def read_lower(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor]:
         """What the layers that stand still leave: (batch, width, hidden_size), in a tuple."""
         lower: Any = self.lower
-        return (lower(input_ids=input_ids, use_cache=False).last_hidden_state,)
+        return (lower(**unmasked(input_ids)).last_hidden_state,)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass; what Trainer calls for ``gradient_checkpointing``."""
@@ -197,13 +197,18 @@ def response_states(
 
     A token is chosen in the state of the position before it. Positions that generated nothing are left out here, so
     that no logits are ever computed for prompts or padding. A causal model never looks to the right, where the padding
-    is, so it is given no mask. `UpperLayers` read lower_states, any other model the ids.
+    is, so it is told that there is none. `UpperLayers` read lower_states, any other model the ids.
     """
     if isinstance(model, UpperLayers):
         states = model(lower_states)
     else:
-        states = trunk(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+        states = trunk(model)(**unmasked(input_ids)).last_hidden_state
     return states[answer_columns(attention_mask, response_mask, first=-1)]
+
+
+def unmasked(input_ids: Tensor) -> dict[str, Any]:
+    """All columns to be read. Without a mask at all transformers warns of ids that look like padding."""
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
 
 
 def answer_columns(attention_mask: Tensor, response_mask: Tensor, first: int = 0) -> Tensor:
