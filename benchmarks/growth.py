@@ -155,7 +155,9 @@ def main() -> None:
     asked = parser.parse_args()
     from rlhf_recipes.models import hardware
 
-    head = f"{datetime.date.today()}, {hardware()}, one thread; GPT-2 14M, {BATCH} episodes an update."
+    torch.set_num_threads(1)
+
+    head = f"{datetime.date.today()}, {hardware()}; GPT-2 14M, {BATCH} episodes an update."
     lines, used = utilisation(asked.rounds)
     grown = growth(asked.rounds)
     draw(grown, RESULTS / "growth.png")

@@ -63,13 +63,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--accumulation", type=int, default=1)
     asked = parser.parse_args()
+    import torch
+
     from rlhf_recipes.models import hardware
+
+    torch.set_num_threads(1)
 
     common = ["--shape", asked.shape, "--batch", str(asked.batch), "--accumulation", str(asked.accumulation)]
     found = compared(asked.cases, common, asked.rounds)
     lines = ["| ours | episodes per second, to TRL 1.12's | peak memory | target | |", "|---|---|---|---|---|"]
     lines += [line_of(each) for each in found[1:]]
-    head = f"{datetime.date.today()}, {hardware()}, one thread; GPT-2 {asked.shape}, {asked.rounds} paired updates."
+    head = f"{datetime.date.today()}, {hardware()}; GPT-2 {asked.shape}, {asked.rounds} paired updates."
     name = RESULTS / f"ppo_speed_{asked.shape.strip('[]').replace(',', '_').replace(' ', '')}"
     name.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")
     name.with_suffix(".json").write_text(json.dumps({"head": head, "found": found}, indent=1), encoding="utf-8")

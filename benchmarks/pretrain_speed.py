@@ -21,7 +21,11 @@ def main() -> None:
     parser.add_argument("--shape", default="14M")
     parser.add_argument("--rounds", type=int, default=7)
     asked = parser.parse_args()
+    import torch
+
     from rlhf_recipes.models import hardware
+
+    torch.set_num_threads(1)
 
     lines = ["| ours | tokens per second, to the plain loop's | peak memory | target | |", "|---|---|---|---|---|"]
     found = []
@@ -42,7 +46,7 @@ def main() -> None:
         lines.append(f"| {case} | {as_ratio(ratios)} | {memory:.2f}x | >= {target}x | {met} |")
         print(lines[-1], flush=True)
         found.append({"case": case, "ratios": ratios, "memory": memory, "theirs": theirs, "ours": ours})
-    head = f"{datetime.date.today()}, {hardware()}, one thread; GPT-2 {asked.shape}, {asked.rounds} paired rounds of 8 steps."
+    head = f"{datetime.date.today()}, {hardware()}; GPT-2 {asked.shape}, {asked.rounds} paired rounds of 8 steps."
     name = Path(__file__).parent / "results" / f"pretrain_speed_{asked.shape}"
     name.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")
     name.with_suffix(".json").write_text(json.dumps({"head": head, "found": found}, indent=1), encoding="utf-8")

@@ -16,10 +16,11 @@ from peers import HERE, OFFLINE, Worker, as_ratio, python_with
 
 TRL = "trl==1.12.0"
 ROOT = HERE.parent
+HELP = "import sys; from trl.cli import main; sys.argv = ['trl', 'rloo', '--help']; main()"
 COMMANDS = {  # what, theirs (today's TRL, in this environment), ours
     "import": (["-c", "import trl"], ["-c", "import rlhf_recipes"]),
     "import of the trainer": (["-c", "from trl import RLOOTrainer"], ["-c", "from rlhf_recipes import PPOTrainer"]),
-    "--help": (["-m", "trl.cli", "rloo", "--help"], ["recipes/ppo.py", "--help"]),
+    "--help": (["-c", HELP], ["recipes/ppo.py", "--help"]),
 }
 
 
@@ -46,7 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
+    import torch
+
     from rlhf_recipes.models import hardware
+
+    torch.set_num_threads(1)
 
     python_with(TRL)
     rows: dict[str, list[tuple[float, float]]] = {}
