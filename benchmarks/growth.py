@@ -131,6 +131,10 @@ def growth(rounds: int) -> dict[str, Any]:
     return found
 
 
+def short(size: float) -> str:
+    return f"{size / 1e6:.1f}M" if size >= 1e6 else f"{size:,.0f}"
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -145,6 +149,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axes.set(
                 xlabel=axis, ylabel=unit if column == 0 else "", title=f"grows as size^{each[what + '_exponent']:.2f}"
             )
+            axes.xaxis.set_minor_formatter("")
+            axes.set_xticks(each["sizes"], [short(size) for size in each["sizes"]])
+            axes.yaxis.set_minor_formatter("{x:,.0f}")
+            axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=130)
 
