@@ -51,13 +51,13 @@ def functions_of(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def house_files() -> list[Path]:
-    """Every text file that belongs to the project: the house's folders, and what lies beside them."""
+    """Every text file that belongs to the project: the house's folders, and what lies beside them; nothing that is made."""
     below = (path for folder in HOUSE_FOLDERS for path in (ROOT / folder).rglob("*"))
     beside = (path for path in ROOT.iterdir() if path.name != ".git")
     return [
         path
         for path in (*below, *beside)
-        if path.is_file() and path.suffix in TEXT_SUFFIXES and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix in TEXT_SUFFIXES and not {"__pycache__", ".venvs", "logs"} & set(path.parts)
     ]
 
 

@@ -162,6 +162,7 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
     (_nothing, {"learning_rate": "fast"}, "invalid float value: 'fast'"),
     (_nothing, {"kl_estimator": "k2"}, "invalid choice: 'k2'"),
     (_nothing, {"temperature": 0}, "temperature is 0.0"),
+    (_nothing, {"num_layers_unfrozen": 2}, "the policy has 2 layers: take 1 to 1"),
     (_nothing, {"kl_coeff": 0.1}, "did you mean 'kl_coef'"),
     (_three_labels, {}, "3 labels"),
     (_no_pad, {}, "no pad token"),

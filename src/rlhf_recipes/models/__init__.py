@@ -21,7 +21,7 @@ from rlhf_recipes.models.loading import (
 )
 from rlhf_recipes.models.padding import read_left_padding
 from rlhf_recipes.models.start import Start, check_policy, check_start
-from rlhf_recipes.models.trunk import UpperLayers, freeze_below, lower_layers
+from rlhf_recipes.models.trunk import UpperLayers, check_upper_layers, freeze_below, lower_layers
 
 __all__ = [
     "SIZES",
@@ -33,6 +33,7 @@ __all__ = [
     "casts_kept",
     "check_policy",
     "check_start",
+    "check_upper_layers",
     "context_length",
     "fit_to_hardware",
     "freeze_below",

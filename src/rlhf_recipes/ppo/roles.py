@@ -13,6 +13,7 @@ from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.models import (
     UpperLayers,
     adapters,
+    check_upper_layers,
     is_quantized,
     load_causal_lm,
     load_tokenizer,
@@ -50,6 +51,8 @@ def checked_prompts(
             raise UserError(
                 f"the policy bends its logits ({name}), which PPOTrainer would leave out; take another model"
             )
+    if args.num_layers_unfrozen is not None:
+        check_upper_layers(args.num_layers_unfrozen, config.get_text_config().num_hidden_layers)
     if tokenizer.eos_token_id is None:
         raise UserError("the policy's tokenizer has no EOS token, so no answer could end; set tokenizer.eos_token")
     train = None
