@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peers import answer_when_told
-from ppo_worker import SHAPES, peak
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from ppo_worker import SHAPES, Turns, peak
+from transformers import GPT2Config, GPT2LMHeadModel
 
 STEPS, BATCH, BLOCK = 8, 8, 256
 
@@ -54,21 +54,6 @@ def plain(asked: Any) -> None:
         tell({"seconds": time.perf_counter() - started, "above_imports": peak() - imported, "loss": float(loss)})
 
 
-class Turns(TrainerCallback):
-    def __init__(self) -> None:
-        self.imported = peak()
-
-    def begin(self) -> None:
-        self.started = time.perf_counter()
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.tell = answer_when_told(self.begin)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % STEPS == 0:
-            self.tell({"seconds": time.perf_counter() - self.started, "above_imports": peak() - self.imported})
-
-
 def ours(asked: Any, folder: str) -> None:
     """The trainer that the pretrain stage builds, on blocks that are there already."""
     from rlhf_recipes import PretrainConfig
@@ -84,7 +69,11 @@ def ours(asked: Any, folder: str) -> None:
     torch.set_num_threads(1)
     rows = Dataset.from_dict({"input_ids": blocks_of(asked.shape, 64 * BATCH).numpy()})
     PretrainTrainer(
-        model=model_of(asked.shape), args=args, train_dataset=rows, data_collator=collate_blocks, callbacks=[Turns()]
+        model=model_of(asked.shape),
+        args=args,
+        train_dataset=rows,
+        data_collator=collate_blocks,
+        callbacks=[Turns(STEPS, args.device)],
     ).train()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_recipes.data import prompt_ids
 from rlhf_recipes.models import roomy_cache
-from rlhf_recipes.tensors import pad, positions
+from rlhf_recipes.tensors import length_batches, pad, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,11 +97,9 @@ def sample(
     """
     training = model.training
     model.eval()
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     ids: list[list[int]] = [[] for _ in prompts]
     try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in length_batches([len(prompt) for prompt in prompts], batch_size):
             answers = _sample_batch(model, [prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
             for row, answer in zip(rows, answers, strict=True):
                 ids[row] = answer

@@ -99,15 +99,16 @@ def _row_slices(logits: Tensor) -> list[slice]:
     return [slice(start, start + at_once) for start in range(0, len(logits), at_once)]
 
 
-def length_batches(lengths: Sequence[int], most_rows: int, most_tokens: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], most_rows: int, most_tokens: int | None = None) -> list[list[int]]:
     """Rows of like length together: row numbers, shortest rows first, in batches of at most `most_rows`.
 
-    A batch, padded to its longest row, has at most `most_tokens` tokens, or one row.
+    A batch, padded to its longest row, has at most `most_tokens` tokens (None: any number), or one row.
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         batch = batches[-1] if batches else []
-        if not batch or len(batch) == most_rows or (len(batch) + 1) * lengths[row] > most_tokens:
+        tokens = (len(batch) + 1) * lengths[row]
+        if not batch or len(batch) == most_rows or (most_tokens is not None and tokens > most_tokens):
             batches.append(batch := [])
         batch.append(row)
     return batches

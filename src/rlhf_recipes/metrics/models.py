@@ -21,7 +21,7 @@ from rlhf_recipes.metrics.divergence import sequence_kl
 from rlhf_recipes.metrics.language_model import perplexity
 from rlhf_recipes.metrics.text import distinct_n, eos_share, length_statistics
 from rlhf_recipes.scoring import ModelReward, Reward, score
-from rlhf_recipes.tensors import log_probs_and_entropies, pad, positions
+from rlhf_recipes.tensors import length_batches, log_probs_and_entropies, pad, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -169,11 +169,10 @@ def _batches(rows: Sequence[Sequence[int]], batch_size: int, label: str, progres
     """Places of rows in batches of like length, with a progress bar."""
     from tqdm.auto import tqdm
 
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     with tqdm(total=len(rows), desc=label, disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
-            bar.update(len(order[start : start + batch_size]))
+        for batch in length_batches([len(row) for row in rows], batch_size):
+            yield batch
+            bar.update(len(batch))
 
 
 def _text_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:

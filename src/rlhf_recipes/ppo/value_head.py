@@ -73,13 +73,12 @@ class PolicyAndValue(nn.Module):
         self.value_model: Any = (
             check_value_model(value_model) if value_model is not None else ValueHead(hidden_size(policy))
         )
+        lower, upper = None, policy
         if upper_layers is not None:
             freeze_below(policy, upper_layers)
+            lower, upper = lower_layers(policy, upper_layers), UpperLayers(policy, upper_layers)
         # Views of the policy's own modules, which it alone saves and moves: so they are not registered here.
-        parts = (
-            None if upper_layers is None else (lower_layers(policy, upper_layers), UpperLayers(policy, upper_layers))
-        )
-        self.__dict__["lower"], self.__dict__["upper"] = parts or (None, policy)
+        self.__dict__.update(lower=lower, upper=upper)
 
     def forward(
         self,
