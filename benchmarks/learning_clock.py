@@ -90,7 +90,7 @@ def run(kind: str, seed: int, asked: Any, folder: Path) -> None:
     python = python_with("trl==1.12.0" if algorithm == "trl_ppo" else None)
     rate = ["--learning_rate", str(asked.rates.get(kind, asked.learning_rate))]
     words = [algorithm, str(folder), str(out), "--seed", str(seed), "--seconds", str(asked.seconds), *flags, *rate]
-    words += ["--every", str(asked.seconds / 24)]
+    words += ["--every", str(asked.seconds / asked.looks)]
     environment = os.environ | OFFLINE | {"PYTHONPATH": str(HERE.parent / "src")}
     with out.with_suffix(".log").open("w") as log:
         command = [python, str(HERE / "learning_worker.py"), *words]
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--dataset_name", help="imdb: a folder of reviews, or its Hub id")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--looks", type=int, default=24, help="how often held-out prompts are answered")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--learning_rate", type=float, default=4e-4)

@@ -249,7 +249,7 @@ MUTATIONS = [
     Mutation(
         "a resumed run forgets what has moved",
         "ppo/resuming.py",
-        'self.experience.restore(told["experience"])',
+        'self.experience.restore(told[0]["experience"])',
         "pass",
         "point_13_killed_at_random",
         RESUME,

@@ -23,11 +23,13 @@ SOURCE_FILES = sorted(SOURCE.rglob("*.py"))
 DOOR_FILES = sorted((ROOT / "recipes").glob("*.py"))
 STAGE_WORDS = sorted(path.stem for path in STAGES.glob("*.py") if not path.stem.startswith("_"))
 RUN_YAMLS = sorted(CONFIGS.glob("*/*.yaml"))
-NEEDS_NO_YAML = {"quickstart"}  # its defaults are the run
+NEEDS_NO_YAML = {"push", "quickstart"}  # two flags are all there is to say; its defaults are the run
 
 WHERE = set(
-    "compute_environment distributed_type use_cpu gpu_ids num_machines num_processes main_process_port".split()
+    "compute_environment distributed_type use_cpu gpu_ids num_machines num_processes main_process_port machine_rank "
+    "main_process_ip rdzv_backend same_network fsdp_config deepspeed_config".split()
 )
+WHAT = {"gradient_clipping", "gradient_accumulation_steps", "train_batch_size", "mixed_precision"}  # inside those two
 HEAVY = {"accelerate", "datasets", "matplotlib", "numpy", "peft", "sklearn", "torch", "transformers", "trl"}
 
 # Written as patterns that do not match themselves, so that this file needs no exception.
@@ -166,6 +168,7 @@ def test_a_launch_file_says_where_and_never_what(path: Path) -> None:
 
     asked = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert set(asked) <= WHERE
+    assert not WHAT & {*asked.get("fsdp_config", {}), *asked.get("deepspeed_config", {})}
     assert load_config_from_file(str(path)).num_processes == asked["num_processes"]
 
 

@@ -13,7 +13,10 @@ PACKAGE = "rlhf_recipes"
 SOURCE = ROOT / "src" / PACKAGE
 DOORS = ROOT / "recipes"
 
-GROUND = ("arguments", "artifacts", "tensors", "models", "data")
+GROUND = (
+    *("arguments", "artifacts", "checkpoints", "launching", "locks", "safe_trainer"),
+    *("cards", "hub", "secrecy", "tensors", "models", "data"),
+)
 FLOOR_OF = {**dict.fromkeys(GROUND, 0), "generation": 1, "scoring": 1, "stages": 3}
 ROOM_FLOOR = 2  # whatever has no line above is a room
 STAGES_THAT_CHAIN = {"quickstart", "improve"}
@@ -26,7 +29,7 @@ PPO_SIBLINGS = {
     "guard": {"config", "tally", "value_head"},
     "resuming": {"callbacks", "config", "experience", "guard", "rollout", "tally", "value_head"},
     "minimizing": {"guard", "resuming", "rollout"},
-    "experience": {"config", "rewards", "roles", "rollout", "tally", "value_head"},
+    "experience": {"config", "prior", "rewards", "roles", "rollout", "tally", "value_head"},
     "stepping": {"rollout"},
     "heldout": {"prompts", "rollout"},
     "trainer": None,

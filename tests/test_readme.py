@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("recipes/**/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RECIPE = re.compile(
-    r"^(?:\S+/)?(?:python|accelerate launch.*?) (?:recipes/(\w+)\.py|-m rlhf_recipes (\w+))(?: (.*))?$"
+    r"^(?:\S+/)?(?:python|torchrun.*?|accelerate launch.*?) (?:recipes/(\w+)\.py|-m rlhf_recipes (\w+))(?: (.*))?$"
 )
 SMALL = ", corpus=60, demonstrations=24, preferences=24, prompts=16, test=8"
 

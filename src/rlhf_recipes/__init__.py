@@ -7,8 +7,14 @@ import importlib
 import os
 from typing import Any
 
-# TRL reports each trainer that is built to the Hub. Nothing is sent from here unless the user asks for it.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Nothing is sent unless it is asked for. TRL reports each trainer that is built, datasets each local file that is read, and
+# transformers has the weights of a repo that holds pickles only converted, in public.
+for _name, _value in (
+    ("HF_HUB_DISABLE_TELEMETRY", "1"),
+    ("HF_UPDATE_DOWNLOAD_COUNTS", "0"),
+    ("DISABLE_SAFETENSORS_CONVERSION", "1"),
+):
+    os.environ.setdefault(_name, _value)
 
 __version__ = "0.1.0"
 
@@ -26,6 +32,7 @@ _HOMES = {
     "stages.dpo": ["DPOArguments", "DPOConfig", "build_dpo_trainer", "run_dpo"],
     "stages.rloo": ["RLOOArguments", "RLOOConfig", "build_rloo_trainer", "run_rloo"],
     "stages.eval": ["EvalArguments", "run_eval"],
+    "stages.push": ["PushArguments", "run_push"],
     "world": ["gold_score", "write_world"],
     "stages.quickstart": ["QuickstartArguments", "run_quickstart"],
 }

@@ -17,6 +17,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from rlhf_recipes.secrecy import SECRETS, without_secrets
+
 DataclassT = TypeVar("DataclassT")
 
 
@@ -35,8 +37,14 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RowError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {without_secrets(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except SystemExit as ended:
+        if line := getattr(ended, "line", None):  # told to end, and it has saved what it had
+            if os.environ.get("RANK", "0") == "0":
+                print(line, file=sys.stderr, flush=True)
+            _leave_process_group()
+        raise
     _leave_process_group()
 
 
@@ -110,7 +118,7 @@ def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -
 
 
 def asked_for(*instances: Any) -> dict[str, Any]:
-    """What the caller asked for, as one flat mapping that ``--config`` reads back.
+    """What the caller asked for, as one flat mapping that ``--config`` reads back; a token of the Hub is not in it.
 
     Instances from `parse_arguments` remember it; for others it is every field that differs from a fresh default.
     """
@@ -119,7 +127,7 @@ def asked_for(*instances: Any) -> dict[str, Any]:
         remembered = instance.__dict__.get("_asked")
         asked |= remembered if remembered is not None else _differences(instance)
     plain = {key: value.value if isinstance(value, Enum) else value for key, value in asked.items()}
-    return {key: value for key, value in plain.items() if _is_plain(value)}
+    return {key: value for key, value in plain.items() if _is_plain(value) and key not in SECRETS}
 
 
 def _differences(instance: Any) -> dict[str, Any]:
@@ -279,10 +287,47 @@ class TrainingDefaults:
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Data parallelism: look for parameters without a gradient in each step."}
     )
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={"help": "Checkpoints kept beside the final model: the last, and one should that be damaged."},
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows in one optimizer step (ppo: episodes in one update), of all processes together. With it a run is "
+            "the same on any number of them: gradient_accumulation_steps follows from it."
+        },
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows at once in each process. Unset: 8; with global_batch_size, as many as it leaves to a process."
+        },
+    )
+    hub_private_repo: bool | None = field(
+        default=True,
+        metadata={"help": "A new repo on the Hub is private, and a public one is refused; false: a public one."},
+    )
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "When push_to_hub sends: end, or at each checkpoint too: every_save (the model), checkpoint (and the "
+            "checkpoint, to last-checkpoint/) or all_checkpoints (to a folder each)."
+        },
+    )
+    resume: str | None = field(
+        default=None,
+        metadata={"help": "auto: go on from the last whole checkpoint in output_dir; begin where there is none."},
+    )
 
     def __post_init__(self) -> None:
         import torch
 
+        if self.resume not in (None, "auto"):
+            raise UserError(f"resume is {self.resume!r}; give auto, or name a checkpoint in resume_from_checkpoint")
+        if self.global_batch_size is not None:
+            self._fit_batch(self.global_batch_size, int(os.environ.get("WORLD_SIZE", "1")))
+        self.per_device_train_batch_size = self.per_device_train_batch_size or 8
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
@@ -296,3 +341,15 @@ class TrainingDefaults:
         super().__post_init__()  # type: ignore[misc]
         if pad_token is not None:
             self.pad_token = pad_token
+
+    def _fit_batch(self, rows: int, processes: int) -> None:
+        """Rows at once, and how often, so that all processes together come to `rows` an optimizer step."""
+        share = rows // processes
+        if share < 1 or rows % processes:
+            raise UserError(
+                f"global_batch_size {rows} does not divide among {processes} processes; launch a number of them that "
+                f"divides it, or set another global_batch_size"
+            )
+        most = min(self.per_device_train_batch_size or share, share)
+        self.per_device_train_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
+        self.gradient_accumulation_steps = share // self.per_device_train_batch_size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.data import prompt_ids
-from rlhf_recipes.models import roomy_cache
+from rlhf_recipes.models import without_traps, roomy_cache
 from rlhf_recipes.tensors import length_batches, pad, positions
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def sample(
     The model is put into eval mode for the time, and given back in the mode it had.
     """
     training = model.training
-    model.eval()
+    without_traps(model).eval()
     ids: list[list[int]] = [[] for _ in prompts]
     try:
         for rows in length_batches([len(prompt) for prompt in prompts], batch_size):

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.artifacts import write_text
 from rlhf_recipes.generation import Sampling, row_seed, sample, stop_ids
 from rlhf_recipes.models import quicken
+from rlhf_recipes.safe_trainer import SafeTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ def collate_blocks(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Ten
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(SafeTrainer):
     """`Trainer` with `l1_penalty` times the sum of |w| over the weights that weight decay also shrinks.
 
     The penalty is part of the training loss and of its gradient once per optimizer step, however many micro-batches or

@@ -17,15 +17,20 @@ TRAINERS_OWN = ("trainer_state", "log_extra", "log_metric")  # what TRL hands ov
 
 
 def load_functions(
-    sources: Sequence[str], tokenizer: "PreTrainedTokenizerBase", device: Any, normalize: bool = False
+    sources: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    device: Any,
+    normalize: bool = False,
+    quantization_config: Any = None,
 ) -> list[RewardFunction]:
     """One function for each judge's folder, Hub id or ``package.module:function``, each under a name of its own.
 
     tokenizer: the policy's. normalize: shift and scale judges' scores to mean 0 and variance 1 on their held-out rows.
+    quantization_config: in how many bits judges are read.
     """
     functions: list[RewardFunction] = []
     for index, source in enumerate(sources):
-        reward = load_reward(source, tokenizer, device=device)
+        reward = load_reward(source, tokenizer, device=device, quantization_config=quantization_config)
         if normalize and isinstance(reward, ModelReward):
             reward.normalize()
         if reward.name in [function.__name__ for function in functions]:

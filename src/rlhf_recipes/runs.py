@@ -1,29 +1,113 @@
 """What surrounds a trainer, whatever it trains: a folder that may be used, the run itself, the model it leaves."""
 
+import json
+import logging
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rlhf_recipes.artifacts import check_output_folder, prepare_output_folder, resume_point
+import yaml
+
+from rlhf_recipes.arguments import UserError, asked_for
+from rlhf_recipes.artifacts import MARK, check_output_folder, prepare_output_folder
+from rlhf_recipes.checkpoints import STAGING, move_in, resume_point
+from rlhf_recipes.hub import HubArguments, check_push, open_asked, push_asked
+from rlhf_recipes.launching import check_launch
+from rlhf_recipes.locks import folder_lock, require_unlocked
+
+# Says nothing of what is learnt.
+HOW = {
+    "resume",
+    "resume_from_checkpoint",
+    "overwrite",
+    "output_dir",
+    "hub_strategy",
+    *HubArguments.__dataclass_fields__,
+}
+
+logger = logging.getLogger(__name__)
 
 
-def open_run(training: Any, overwrite: bool, inputs: Sequence[str | None]) -> tuple[Path, str | None]:
-    """The output folder and the checkpoint to go on from, if any; both checked, nothing written.
+class Run(NamedTuple):
+    """checkpoint: what to go on from, if anything; finished: `--resume auto` found nothing left to do."""
 
+    folder: Path
+    checkpoint: str | None
+    finished: bool = False
+
+
+def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
+    """The folder of a run and where in it to begin. All is checked, nothing is written; a finished run that was asked to
+    be pushed is pushed.
+
+    training, others: the stage's arguments, among them one with `overwrite`.
     inputs: the models and datasets that are read, none of which may live in the folder.
+
+    Raises:
+        UserError: the folder holds something else, or somebody else's run; the launch is not what it asked for.
     """
-    checkpoint = resume_point(training.resume_from_checkpoint, training.output_dir)
-    folder = check_output_folder(training.output_dir, overwrite, inputs, resuming=checkpoint is not None)
-    return folder, checkpoint
+    check_launch(training)
+    check_push(training)
+    folder = Path(training.output_dir)
+    require_unlocked(folder)
+    auto, asked = training.resume == "auto", _asked(training, *others)
+    overwrite = any(getattr(each, "overwrite", False) for each in others)
+    if auto and (folder / MARK).is_file() and not overwrite:
+        changed = _changed(yaml.safe_load((folder / MARK).read_text(encoding="utf-8")) or {}, asked)
+        if changed:
+            raise UserError(
+                f"output folder {folder} holds a finished run that was asked otherwise ({changed}); choose another "
+                "--output_dir, or pass --overwrite true"
+            )
+        logger.warning("%s is finished; there is nothing to resume", folder)
+        if training.process_index == 0:
+            push_asked(folder, training)
+        return Run(folder, None, finished=True)
+    checkpoint = resume_point("auto" if auto else training.resume_from_checkpoint, folder)
+    check_output_folder(folder, overwrite or auto, inputs, resuming=checkpoint is not None)
+    if checkpoint is not None and (changed := _changed(_asked_then(checkpoint), asked)):
+        logger.warning("%s was asked otherwise than this run goes on: %s", checkpoint, changed)
+    return Run(folder, checkpoint)
 
 
-def train(trainer: Any, folder: Path, checkpoint: str | None) -> dict[str, Any]:
-    """Train in a folder emptied of what an earlier run left, or on from the checkpoint; loss, seconds and steps."""
-    if trainer.is_world_process_zero() and checkpoint is None:
-        prepare_output_folder(folder)
+def _asked(*arguments: Any) -> dict[str, Any]:
+    return {name: value for name, value in asked_for(*arguments).items() if name not in HOW}
+
+
+def _asked_then(checkpoint: str) -> dict[str, Any]:
+    told = Path(checkpoint) / "progress_0.json"
+    return json.loads(told.read_text(encoding="utf-8")).get("asked") or {} if told.is_file() else {}
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """`name then -> now` of each that differs; nothing where it is not known what was asked then."""
+    names = sorted(name for name in {*then, *now} - HOW if then and then.get(name) != now.get(name))
+    return ", ".join(f"{name} {then.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names)
+
+
+@contextmanager
+def under_way(trainer: Any, run: Run, *arguments: Any) -> Iterator[None]:
+    """For the time, no other process writes into the folder; it is emptied of what an earlier run left, if this one
+    begins; at the end it is pushed, if that is asked for. arguments: the stage's, which each checkpoint remembers."""
+    trainer.asked = _asked(*arguments)
+    if trainer.is_world_process_zero():
+        open_asked(trainer.args)
+    with folder_lock(run.folder) if trainer.args.should_save else nullcontext():
+        if trainer.args.should_save and run.checkpoint is None:
+            prepare_output_folder(run.folder)
+        trainer.accelerator.wait_for_everyone()
+        yield
+        if trainer.is_world_process_zero():
+            push_asked(run.folder, trainer.args)
+
+
+def train(trainer: Any, run: Run) -> dict[str, Any]:
+    """Train, from the start or on from the checkpoint; returns loss, seconds and steps."""
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=run.checkpoint)
     return {
         "train_loss": result.training_loss,
         "seconds": time.perf_counter() - started,
@@ -32,11 +116,22 @@ def train(trainer: Any, folder: Path, checkpoint: str | None) -> dict[str, Any]:
 
 
 def save_model(trainer: Any, folder: Path) -> None:
-    """Leave the model (or its adapter), its tokenizer, how its answers end, and the log of its training."""
-    trainer.save_model(str(folder))
-    # An adapter is saved without it.
-    trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(folder)
-    trainer.save_state()
+    """Leave the model (or its adapter), its tokenizer, how its answers end, and the log of its training.
+
+    Every process calls it. The files come into the folder once all of them are whole.
+    """
+    staged = folder / STAGING / "model"
+    trainer.save_model(str(staged), _internal_call=True)
+    if not trainer.args.should_save:
+        return
+    # An adapter is saved without it, and in the model's own Trainer has named the tokenizer's EOS.
+    generation_config = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
+    if generation_config is not None:
+        generation_config.save_pretrained(staged)
+    trainer.state.save_to_json(str(staged / "trainer_state.json"))
+    (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same in the open
+    move_in(staged, folder)
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def logged_panels(

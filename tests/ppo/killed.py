@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.artifacts import resume_point
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.trainer import PPOTrainer
 
@@ -54,11 +53,7 @@ def train(policy: Path, folder: Path, case: str) -> PPOTrainer:
         [{"prompt": f"held out {row}"} for row in range(4)],
         peft_config=adapter if options.get("lora") else None,
     )
-    try:
-        point = resume_point(True, folder)
-    except UserError:
-        point = None
-    trainer.train(resume_from_checkpoint=point)
+    trainer.train(resume_from_checkpoint="auto")
     return trainer
 
 
@@ -73,7 +68,7 @@ def end_of(folder: Path) -> dict[str, Any]:
     weights = {str(path.relative_to(last)): load_file(path) for path in sorted(last.rglob("*model*.safetensors"))}
     weights |= {str(path.relative_to(last)): load_file(path) for path in sorted(last.rglob("value_head.safetensors"))}
     kept = {name: torch.load(last / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler")}
-    told = json.loads((last / "ppo_0.json").read_text())
+    told = json.loads((last / "progress_0.json").read_text())
     answers = (folder / "completions.jsonl").read_text()
     return {"log": log, "weights": weights, **kept, "experience": told["experience"], "answers": answers}
 
@@ -99,6 +94,8 @@ def attempt(run: Callable[[], Any], seconds: float | None) -> bool:
             os.dup2(silence, 1)
             run()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     deadline = time.monotonic() + seconds if seconds is not None else None

@@ -93,9 +93,27 @@ def test_each_step_gets_its_micro_batches_and_each_pass_every_episode_once(
 
 
 def test_every_pass_over_a_rollout_is_shuffled_anew() -> None:
-    pieces = Walk(16, epochs=4, mini_batches=1, micro_size=8, accumulation=1).epoch()
-    orders = [tuple(piece["row"].tolist()) for piece in pieces]
-    assert len(orders) == 8 and len(set(orders)) == 8
+    pieces = Walk(64, episodes=32, epochs=4, mini_batches=2, micro_size=32, accumulation=1).epoch()
+    orders = [frozenset(piece["row"].tolist()) for piece in pieces]
+    assert len(orders) == 16 and len(set(orders)) == 16
+
+
+@pytest.mark.parametrize(("processes", "mini_batches"), [(2, 2), (2, 4), (4, 2), (4, 1), (2, 8)])
+def test_the_minibatches_are_the_same_for_any_number_of_processes(processes: int, mini_batches: int) -> None:
+    """And each process has as much of each to do."""
+    sizes = {"episodes": 32, "mini_batches": mini_batches, "micro_size": 32, "accumulation": 1}
+    whole = [sorted(piece["row"].tolist()) for piece in Walk(64, **sizes).epoch()]
+    share = 32 // processes
+    parts = []
+    for process in range(processes):
+        walk = Walk(64, **sizes, process=process)
+        loader, collect = walk.loader, walk.loader.collect
+        loader.collect = lambda rows, first, c=collect, p=process: c(rows[p * share : (p + 1) * share], first)
+        parts.append([(piece["row"] + process * share).tolist() for piece in walk.epoch()])
+    for step, rows in enumerate(whole):
+        mine = [part[step] for part in parts]
+        assert sorted(row for each in mine for row in each) == rows
+        assert {len(each) for each in mine} == {32 // mini_batches // processes}
 
 
 def test_the_loader_goes_on_at_the_update_that_the_step_counter_stands_at() -> None:

@@ -101,11 +101,11 @@ def test_point_08_a_step_that_one_process_cannot_take_is_taken_by_none(folder: P
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_in(folder / "spoilt-by-2").values())
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
 def test_point_20_sharded_weights_are_refused_with_the_way_out(kind: str) -> None:
-    with pytest.raises(ValueError, match=f"does not run under {kind}.*accelerate_configs/ddp.yaml"):
+    with pytest.raises(ValueError, match=f"does not run under {kind}.*accelerate_configs/fsdp2.yaml"):
         refuse_sharding(SimpleNamespace(distributed_type=DistributedType[kind]))
     with pytest.raises(ValueError, match="one process sees 2 GPUs"):
         refuse_sharding(SimpleNamespace(distributed_type=DistributedType.NO), gpus=2)
-    for allowed in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    for allowed in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         refuse_sharding(SimpleNamespace(distributed_type=allowed))

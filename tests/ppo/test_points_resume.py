@@ -71,8 +71,9 @@ def kill_at(owner: Any, name: str, call: int, cut: bool) -> None:
 def places() -> dict[str, tuple[Any, str, int, bool]]:
     """Where a run is cut off: owner and name of a function, in which call, and whether its file is cut as well."""
     import torch
-    from transformers import TrainerState, trainer
+    from transformers import TrainerState
 
+    from rlhf_recipes import safe_trainer
     from rlhf_recipes.ppo import callbacks, resuming, value_head
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
@@ -84,7 +85,7 @@ def places() -> dict[str, tuple[Any, str, int, bool]]:
         "as the rollout is saved": (resuming, "save_file", 5, True),
         "as the optimizer is saved": (torch, "save", 16, True),
         "as the state is saved": (TrainerState, "save_to_json", 7, True),
-        "as an old checkpoint goes": (trainer, "rotate_checkpoints", 7, False),
+        "as an old checkpoint goes": (safe_trainer, "rotate_checkpoints", 7, False),
         "as answers are written": (callbacks.Answers, "add", 3, False),
     }
 

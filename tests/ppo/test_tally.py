@@ -33,3 +33,15 @@ def test_no_token_at_all_is_zero_and_not_nan() -> None:
     tally = Tally()
     tally.add({"here": torch.full((2, 3), torch.nan)}, torch.zeros(2, 3, dtype=torch.bool))
     assert tally.means() == {"here": 0.0}
+
+
+def test_what_several_processes_held_is_added_up_for_other_ones() -> None:
+    """Two processes go on as three: the sums are counted once, and all of them know the names."""
+    held = [Tally(), Tally()]
+    held[0].add({"here": torch.tensor([1.0, 2.0])}, torch.tensor([True, True]))
+    held[1].add({"here": torch.tensor([6.0, 0.0])}, torch.tensor([True, False]))
+    states, later = [tally.state() for tally in held], [Tally(), Tally(), Tally()]
+    for process, tally in enumerate(later):
+        tally.restore(states, torch.device("cpu"), counts=process == 0)
+    totals = sum(tally._sums["here"] for tally in later)
+    assert later[2].means(lambda mine: mine * 0 + totals)["here"] == pytest.approx(9 / 3)

@@ -13,6 +13,7 @@ from rlhf_recipes.data.chat import (
 from rlhf_recipes.data.checks import fit_prompts, fit_rows, require_batch, require_text, require_texts
 from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.sources import (
+    data_splits,
     first_row,
     has_columns,
     load_parts,
@@ -25,6 +26,7 @@ from rlhf_recipes.data.sources import (
 __all__ = [
     "ROLE_TOKENS",
     "chat_template",
+    "data_splits",
     "ensure_chat_template",
     "first_row",
     "fit_prompts",

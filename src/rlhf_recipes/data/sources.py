@@ -1,8 +1,10 @@
 """Rows from a folder, a file or a Hub id."""
 
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +81,7 @@ def load_parts(arguments: DatasetArguments, name: str | None = None, streaming: 
 def _load_test(arguments: DatasetArguments, source: str) -> "Any | None":
     path = Path(source).expanduser()
     split = arguments.dataset_test_split
-    if path.is_file() or (path.is_dir() and split not in _splits(path)):
+    if path.is_file() or (path.is_dir() and split not in data_splits(path)):
         return None
     try:
         return load_split(source, split, config=arguments.dataset_config)
@@ -192,7 +194,7 @@ def _builder_of(path: Path) -> str:
     return builder
 
 
-def _splits(folder: Path) -> dict[str, list[Path]]:
+def data_splits(folder: Path) -> dict[str, list[Path]]:
     """The data files of each split that the folder holds; a report or a card is none."""
     places = [folder, folder / "data"]
     files = [file for place in places if place.is_dir() for file in sorted(place.iterdir()) if file.is_file()]
@@ -205,7 +207,7 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    splits = _splits(folder)
+    splits = data_splits(folder)
     if split not in splits:
         there = ", ".join(splits) or "no data files"
         raise UserError(f"dataset folder {folder} has no split {split!r} (it has {there}); name one of them")
@@ -220,7 +222,8 @@ def _load(files: Sequence[Path], name: str, streaming: bool) -> Any:
     options: dict[str, Any] = {"sep": "\t"} if ".tsv" in files[0].suffixes else {}
     try:
         paths = [str(file) for file in files]
-        dataset = load_dataset(builder, split="train", data_files=paths, streaming=streaming, **options)
+        with _unreported():
+            dataset = load_dataset(builder, split="train", data_files=paths, streaming=streaming, **options)
         first_row(dataset)  # a stream reads its file now or never
         return dataset
     except StopIteration:  # how the JSON reader says that the file is empty
@@ -228,6 +231,19 @@ def _load(files: Sequence[Path], name: str, streaming: bool) -> Any:
     except (DatasetGenerationError, OSError, ValueError, UnicodeDecodeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"dataset {name} cannot be read as {builder}: {reason}; mend or replace the file") from None
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """For the time, datasets does not tell a server what it reads, local files included, unless it is asked to."""
+    from datasets import config
+
+    before = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = before and os.environ.get("HF_UPDATE_DOWNLOAD_COUNTS", "0") != "0"
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any:
@@ -238,7 +254,8 @@ def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffixes:
         raise UserError(f"dataset {name}: no such file or folder")
     try:
-        return load_dataset(name, config, split=split, streaming=streaming)
+        with _unreported():
+            return load_dataset(name, config, split=split, streaming=streaming)
     except (OfflineModeIsEnabled, ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
         reason = "the Hub cannot be asked while HF_HUB_OFFLINE=1" if _offline() else str(error).strip().splitlines()[0]
         raise UserError(

@@ -20,6 +20,7 @@ from rlhf_recipes.metrics.comparison import mean_with_interval, win_rate
 from rlhf_recipes.metrics.divergence import sequence_kl
 from rlhf_recipes.metrics.language_model import perplexity
 from rlhf_recipes.metrics.text import distinct_n, eos_share, length_statistics
+from rlhf_recipes.models import without_traps
 from rlhf_recipes.scoring import ModelReward, Reward, score
 from rlhf_recipes.tensors import length_batches, log_probs_and_entropies, pad, positions
 
@@ -137,7 +138,7 @@ def completion_log_probs(
     One batch: prompts and completions are rows of ids; both results are (batch, longest completion), on the CPU.
     The model should be in eval mode.
     """
-    device = next(model.parameters()).device
+    device = next(without_traps(model).parameters()).device
     before, before_mask = pad(prompts, value=0, side="left")
     after, after_mask = pad(completions, value=0)
     width = after.shape[1]

@@ -7,7 +7,6 @@ from rlhf_recipes.models.kernels import KeptCasts, casts_kept, quicken
 from rlhf_recipes.models.loading import (
     attach_lora,
     context_length,
-    is_adapter,
     is_judge,
     is_quantized,
     load_causal_lm,
@@ -20,24 +19,34 @@ from rlhf_recipes.models.loading import (
     trainable_to_float32,
 )
 from rlhf_recipes.models.padding import read_left_padding
-from rlhf_recipes.models.start import Start, check_policy, check_start
+from rlhf_recipes.models.quantized import FrozenArguments, ReadingArguments, asks_for_bits, in_bits, without_traps
+from rlhf_recipes.models.sources import file_of, is_adapter
+from rlhf_recipes.models.start import Start, check_bits, check_policy, check_start
 from rlhf_recipes.models.trunk import UpperLayers, check_upper_layers, freeze_below, lower_layers
+from rlhf_recipes.models.unwrapping import base_model, trunk_of
 
 __all__ = [
     "SIZES",
+    "FrozenArguments",
     "KeptCasts",
+    "ReadingArguments",
     "Start",
     "UpperLayers",
+    "asks_for_bits",
     "attach_lora",
+    "base_model",
     "build_gpt2",
     "casts_kept",
+    "check_bits",
     "check_policy",
     "check_start",
     "check_upper_layers",
     "context_length",
+    "file_of",
     "fit_to_hardware",
     "freeze_below",
     "hardware",
+    "in_bits",
     "is_adapter",
     "is_judge",
     "is_quantized",
@@ -54,4 +63,6 @@ __all__ = [
     "save_judge_config",
     "tokens_at_once",
     "trainable_to_float32",
+    "trunk_of",
+    "without_traps",
 ]

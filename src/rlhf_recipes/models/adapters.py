@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_recipes.arguments import UserError
+from rlhf_recipes.models.sources import file_of
 
 VALUE, REFERENCE = "ppo_value", "ppo_reference"
 FILE = "adapter_model.safetensors"
@@ -93,7 +94,7 @@ def ride(model: Any, folder: str, name: str) -> dict[str, Tensor]:
         model.delete_adapter(name)
     model.add_adapter(name, config)
     _restore(flags)
-    state = load_file(Path(folder) / FILE)
+    state = load_file(file_of(folder, FILE) or Path(folder) / FILE)
     inner = {key: value for key, value in state.items() if ".lora_" in key}
     load(model, name, inner)
     for parameter in parameters_of(model, name):

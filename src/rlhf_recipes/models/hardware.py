@@ -60,6 +60,12 @@ def keep_freed_memory() -> None:
             library.mallopt(name, 2**30)
 
 
+def give_back_freed_memory() -> None:
+    """Return to the system what this process has freed and kept (glibc; other C libraries are left alone)."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def set_threads(width: int) -> int:
     """Choose the number of CPU threads by a short measurement of one layer's work; returns it.
 

@@ -14,6 +14,9 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_recipes.models.quantized import without_traps
+from rlhf_recipes.models.unwrapping import base_model
+
 ATTENTION = "sdpa_with_short_backward"
 SHORT = 256  # tokens; from there on PyTorch's own backward pass is the quicker one (benchmarks/attention.py)
 
@@ -24,11 +27,11 @@ def quicken(model: Any, device: torch.device) -> Any:
     Attention is exchanged only where it is PyTorch's (sdpa). Returns the model, changed in place. device: where it will
     run.
     """
-    for module in model.modules():
+    for module in without_traps(model).modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    base = model.get_base_model() if "get_base_model" in dir(model) else model
+    base = base_model(model)
     if device.type == "cpu" and getattr(base.config, "_attn_implementation", None) == "sdpa":
         base.set_attn_implementation(ATTENTION)
     return model

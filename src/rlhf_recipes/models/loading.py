@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.models.gpt2 import CAUSAL_LOSS
+from rlhf_recipes.models.hardware import give_back_freed_memory
+from rlhf_recipes.models.quantized import quantization_of, without_traps
+from rlhf_recipes.models.sources import base_of, check_source, config_source, file_of, is_adapter, place_of
+from rlhf_recipes.models.unwrapping import base_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,9 +24,10 @@ def load_config(name: str, role: str = "model", **kwargs: Any) -> "PretrainedCon
     """The configuration alone: cheap, so a wrong path or shape is found before any weights are read."""
     from transformers import AutoConfig
 
-    _check_source(name, role)
+    check_source(name, role)
     try:
-        return AutoConfig.from_pretrained(_config_source(name), **kwargs)
+        place, inside = place_of(config_source(name))
+        return AutoConfig.from_pretrained(place, **inside, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(_not_loadable(name, role, "config.json", error)) from None
 
@@ -35,9 +40,10 @@ def load_tokenizer(name: str, role: str = "tokenizer", **kwargs: Any) -> "PreTra
     """
     from transformers import AutoTokenizer
 
-    _check_source(name, role)
+    check_source(name, role)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        place, inside = place_of(name)
+        tokenizer = AutoTokenizer.from_pretrained(place, **inside, **kwargs)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(_not_loadable(name, role, "tokenizer files", error)) from None
     if tokenizer.eos_token_id is None:
@@ -51,12 +57,16 @@ def load_tokenizer(name: str, role: str = "tokenizer", **kwargs: Any) -> "PreTra
 
 
 def load_causal_lm(name: str, model_config: "ModelConfig | None" = None, **kwargs: Any) -> "PreTrainedModel":
-    """A causal language model from a folder or Hub id; a LoRA folder is merged into the base it names."""
+    """A causal language model from a folder or Hub id; a LoRA folder is merged into the base it names.
+
+    In 4 or 8 bits merging would round again, so there the adapter stays one, on the base as it was trained on.
+    """
     from transformers import AutoModelForCausalLM
 
     model = _load(AutoModelForCausalLM, name, "model", model_config, **kwargs)
-    if model.loss_type is None:
-        model.loss_type = CAUSAL_LOSS
+    base = base_model(model)
+    if base.loss_type is None:
+        base.loss_type = CAUSAL_LOSS
     return model
 
 
@@ -77,7 +87,7 @@ def load_judge(
             f"judge {name} has another number of labels than {labels}, so its head cannot be trained on; "
             "start from a language model"
         )
-    if _base_of(name) != name and is_judge(name):
+    if base_of(name) != name and is_judge(name):
         kwargs["config"] = load_config(name, "judge")  # a LoRA folder's own: its base may have any number of labels
     else:
         kwargs["num_labels"] = labels
@@ -162,7 +172,7 @@ def trainable_to_float32(model: Any) -> None:
 def save_judge_config(model: Any, folder: str | Path) -> None:
     """Leave a judge's config.json beside its weights, which LoRA leaves out: labels and pad id are not the base's."""
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model.get_base_model() if is_peft(model) else model).__name__]
+    config.architectures = [type(base_model(model)).__name__]
     config.__dict__.pop("quantization_config", None)
     config.save_pretrained(folder)
 
@@ -173,43 +183,49 @@ def is_peft(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a folder holds LoRA weights on another model's."""
-    return _base_of(name) != name
-
-
 def _load(
     auto_class: Any, name: str, role: str, model_config: "ModelConfig | None", **kwargs: Any
 ) -> "PreTrainedModel":
-    _check_source(name, role)
+    check_source(name, role)
     options = _options(model_config) | kwargs
     options.setdefault("use_safetensors", True)  # a pickle can run code while it is read
+    base = base_of(name)
+    if is_adapter(base) and "quantization_config" in options:
+        raise UserError(
+            f"{role} {name} is an adapter on {base}, itself one, which would have to be merged in 4 or 8 bits; read it in "
+            "full precision, or save it merged first: load_causal_lm(...).save_pretrained(...)"
+        )
     try:
-        base = _base_of(name)
         if is_adapter(base):  # an adapter on a model that was itself made by merging one
             model = _load(auto_class, base, role, model_config, **kwargs)
         else:
-            model = auto_class.from_pretrained(base, **options)
-        _never_repack_on_cpu(model)
-        return _merge_adapter(model, name) if is_adapter(name) else model
+            place, inside = place_of(base)
+            model = without_traps(auto_class.from_pretrained(place, **inside, **options))
+        if is_quantized(model):
+            give_back_freed_memory()  # of the weights as they were read
+        return _add_adapter(model, name) if is_adapter(name) else model
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(_not_loadable(name, role, "safetensors weights", error)) from None
 
 
-def _merge_adapter(model: "PreTrainedModel", name: str) -> "PreTrainedModel":
+def _add_adapter(model: "PreTrainedModel", name: str) -> Any:
+    """The model with the adapter of a folder: merged into it, or on it where it is quantized."""
     from peft import PeftConfig, PeftModel
     from transformers import GenerationConfig
 
-    config = PeftConfig.from_pretrained(name)
+    place, inside = place_of(name)
+    config = PeftConfig.from_pretrained(place, **inside)
     if config.task_type == "CAUSAL_LM" and "SequenceClassification" in type(model).__name__:
         config.task_type = None  # the trunk of a language model, which peft would ask how it generates
-    merged = PeftModel.from_pretrained(model, name, config=config, is_trainable=False).merge_and_unload()
+    if file_of(name, GENERATION_FILE) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(place, **inside)
+    if is_quantized(model):
+        return PeftModel.from_pretrained(prepare_for_lora(model), place, config=config, **inside, is_trainable=True)
+    merged = PeftModel.from_pretrained(model, place, config=config, **inside, is_trainable=False).merge_and_unload()
     for parameter in merged.parameters():
         if parameter.is_floating_point():  # peft froze the base; merged, it is a model like any other
             parameter.requires_grad_(True)
     merged.name_or_path = name  # no longer the base, on which other adapters would fit
-    if (Path(name) / GENERATION_FILE).is_file():
-        merged.generation_config = GenerationConfig.from_pretrained(name)
     return merged
 
 
@@ -222,9 +238,7 @@ def _options(model_config: "ModelConfig | None") -> dict[str, Any]:
     }
     if model_config.attn_implementation:
         options["attn_implementation"] = model_config.attn_implementation
-    from trl import get_quantization_config
-
-    quantization = get_quantization_config(model_config)
+    quantization = quantization_of(model_config)
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": _device()}
     return options
@@ -237,48 +251,8 @@ def _device() -> str:
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
-def _never_repack_on_cpu(model: Any) -> None:
-    """bitsandbytes repacks 4-bit weights at the first CPU forward; the layer then trains and saves wrongly."""
-    if not getattr(model, "is_loaded_in_4bit", False):
-        return
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _config_source(name: str) -> str:
-    return name if (Path(name) / "config.json").is_file() else _base_of(name)
-
-
-def _base_of(name: str) -> str:
-    """A LoRA folder names its base model in adapter_config.json; any other source is its own base."""
-    adapter = Path(name) / "adapter_config.json"
-    if not adapter.is_file():
-        return name
-    import json
-
-    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
-
-
-def _check_source(name: str, role: str) -> None:
-    path = Path(name)
-    if path.is_file():
-        raise UserError(f"{role} {name} is a file; give the folder that holds config.json, or a Hub id")
-    if path.is_dir():
-        return
-    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.split("/")[0] == "runs"
-    if looks_like_a_path:
-        raise UserError(f"{role} {name}: no such folder; run the stage that makes it first, or give a Hub id")
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        raise UserError(
-            f"{role} {name} is no local folder, and as a Hub id it cannot be fetched while HF_HUB_OFFLINE=1; "
-            "give a folder, or unset HF_HUB_OFFLINE"
-        )
-
-
 def _not_loadable(name: str, role: str, missing: str, error: Exception) -> str:
-    return f"{role} {name} cannot be loaded ({missing}): {str(error).strip().splitlines()[0]}"
+    why = str(error).strip().splitlines()[0]
+    unseen = why.startswith("401 ") or "is not a valid model identifier" in why
+    hint = "; if the repo is private, log in with `hf auth login` or set HF_TOKEN" if unseen else ""
+    return f"{role} {name} cannot be loaded ({missing}): {why}{hint}"

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from rlhf_recipes.models.unwrapping import base_model
 from rlhf_recipes.tensors import positions
 
 
@@ -15,12 +16,8 @@ def read_left_padding(model: nn.Module | None) -> None:
     it: the probabilities they learn from would be those of other positions than the answers were sampled at, by up to
     a nat and more an answer. Rows without padding, and calls that give `position_ids`, are read as before.
     """
-    if model is not None and "position_ids" in inspect.signature(_base(model).forward).parameters:
+    if model is not None and "position_ids" in inspect.signature(type(base_model(model)).forward).parameters:
         model.register_forward_pre_hook(_fill_positions, with_kwargs=True)
-
-
-def _base(model: Any) -> Any:
-    return type(model.get_base_model() if "get_base_model" in dir(model) else model)
 
 
 def _fill_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -3,7 +3,9 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_recipes.arguments import UserError
-from rlhf_recipes.models.loading import context_length, is_adapter, is_judge, load_config, load_tokenizer
+from rlhf_recipes.models.loading import context_length, is_judge, load_config, load_tokenizer
+from rlhf_recipes.models.quantized import asks_for_bits
+from rlhf_recipes.models.sources import is_adapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -44,14 +46,31 @@ def check_start(
         raise UserError(f"max_length is {max_length}; give at least 2 tokens")
     if max_length is not None and limit is not None and max_length > limit:
         raise UserError(f"max_length {max_length} is beyond the {limit} tokens that {name} reads; lower it")
-    if (model_config.load_in_4bit or model_config.load_in_8bit) and not model_config.use_peft:
-        raise UserError("quantized weights cannot be trained; add --use_peft true, or leave out load_in_4bit/8bit")
+    check_bits(model_config, config)
     if model_config.use_peft and is_adapter(name):
         raise UserError(
-            f"model {name} is itself a LoRA adapter; start from its base model, or go on without --use_peft "
-            "(the adapter is then merged)"
+            f"model {name} is itself a LoRA adapter; start from its base model, or go on without --use_peft and without "
+            "load_in_4bit/8bit (the adapter is then merged)"
         )
     return Start(name, config, tokenizer, max_length or limit)
+
+
+def check_bits(model_config: "ModelConfig", config: "PretrainedConfig", adapter_goes_on: bool = False) -> None:
+    """Refuse to train quantized weights themselves. adapter_goes_on: one that the folder holds is what will be trained.
+
+    Raises:
+        UserError: they would be; or a new adapter would be put on one that goes on.
+    """
+    if not asks_for_bits(model_config, config):
+        return
+    holds_one = adapter_goes_on and is_adapter(str(model_config.model_name_or_path))
+    if holds_one and model_config.use_peft:
+        raise UserError(
+            f"model {model_config.model_name_or_path} is itself a LoRA adapter, and goes on as one in 4 or 8 bits; leave "
+            "--use_peft out"
+        )
+    if not holds_one and not model_config.use_peft:
+        raise UserError("quantized weights cannot be trained; add --use_peft true, or leave out load_in_4bit/8bit")
 
 
 def check_policy(model_config: "ModelConfig", max_length: int | None, **tokens: str | None) -> Start:

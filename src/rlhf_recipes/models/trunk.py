@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_recipes.arguments import UserError
+from rlhf_recipes.models.unwrapping import base_model, trunk_of
 
 LAYERS = ("h", "layers")
 NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm")
@@ -23,14 +24,13 @@ class UpperLayers(nn.Module):
 
     def __init__(self, model: Any, count: int) -> None:
         super().__init__()
-        base = _base(model)
-        trunk = getattr(base, base.base_model_prefix)
+        trunk = trunk_of(model)
         layers, _ = _names(trunk)
         put: dict[str, nn.Module] = {layers: nn.ModuleList(list(getattr(trunk, layers))[-count:])}
         if LEARNT_POSITIONS in dict(trunk.named_children()):
             put[LEARNT_POSITIONS] = _Nothing()  # the layers below have added them
         self.trunk = _view(trunk, put)
-        self.head = base.get_output_embeddings()
+        self.head = base_model(model).get_output_embeddings()
 
     def forward(self, lower_states: Tensor) -> Tensor:
         """(batch, tokens, hidden_size) -> (batch, tokens, hidden_size): the states that the head reads."""
@@ -44,8 +44,7 @@ class UpperLayers(nn.Module):
 
 def lower_layers(model: Any, count: int) -> Any:
     """All but the last `count` layers, without the final norm, on the weights of the model. input_ids -> states."""
-    base = _base(model)
-    trunk = getattr(base, base.base_model_prefix)
+    trunk = trunk_of(model)
     layers, norm = _names(trunk)
     return _view(trunk, {layers: nn.ModuleList(list(getattr(trunk, layers))[:-count]), norm: nn.Identity()})
 
@@ -63,8 +62,7 @@ def freeze_below(model: Any, count: int) -> None:
     Raises:
         UserError: a model that cannot be cut in two, too few layers, or an adapter on the lower ones.
     """
-    base = _base(model)
-    trunk = getattr(base, base.base_model_prefix)
+    trunk = trunk_of(model)
     layers, norm = _names(trunk)
     total = len(getattr(trunk, layers))
     check_upper_layers(count, total)
@@ -80,12 +78,12 @@ def freeze_below(model: Any, count: int) -> None:
         )
     for each in lower.values():
         each.requires_grad_(False)
-    _check(base, count)
+    _check(base_model(model), count)
 
 
 def _check(base: Any, count: int) -> None:
     """Whether the two parts, one on the other, are the whole."""
-    trunk, device = getattr(base, base.base_model_prefix), next(base.parameters()).device
+    trunk, device = trunk_of(base), next(base.parameters()).device
     mode = base.training
     base.eval()
     ids = torch.arange(1, 9, device=device)[None] % base.config.vocab_size
@@ -95,10 +93,6 @@ def _check(base: Any, count: int) -> None:
     base.train(mode)
     if not same or len(set(getattr(base.config, "layer_types", None) or ["one"])) > 1:
         raise UserError(f"num_layers_unfrozen does not know how to cut a {type(base).__name__} in two; leave it out")
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if "get_base_model" in dir(model) else model
 
 
 def _names(trunk: nn.Module) -> tuple[str, str]:

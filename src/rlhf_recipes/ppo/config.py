@@ -95,6 +95,13 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
             "False: a head on the policy's."
         },
     )
+    value_prior: bool = field(
+        default=True,
+        metadata={
+            "help": "Where a value head is learnt: start it from what the judges read of the unfinished answer, as far as "
+            "that tells the score. Costs nothing; no effect without a judge that reads the policy's ids."
+        },
+    )
     num_layers_unfrozen: int | None = field(
         default=None,
         metadata={
@@ -142,6 +149,7 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     logging_first_step: bool = field(
         default=False, metadata={"help": "Log the first step; the first update is anyway."}
     )
+    save_total_limit: int | None = field(default=None, metadata={"help": "Checkpoints kept; unset: all."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns reach the reward functions."})
 
     def __post_init__(self) -> None:

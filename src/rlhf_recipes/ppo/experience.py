@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.generation import Completions
-from rlhf_recipes.models import casts_kept, context_length, tokens_at_once
+from rlhf_recipes.models import base_model, casts_kept, context_length, tokens_at_once
+from rlhf_recipes.models.sharding import whole_weights
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.prior import JudgePrior
 from rlhf_recipes.ppo.rewards import KLCoefficient, ScoreScale
 from rlhf_recipes.ppo.roles import Reference
 from rlhf_recipes.ppo.rollout import TILE, RewardShape, Rollout, finish_rollout, in_batches, pack_episodes
 from rlhf_recipes.ppo.tally import Tally
-from rlhf_recipes.ppo.value_head import PolicyAndValue, base_model, policy_outputs
+from rlhf_recipes.ppo.value_head import PolicyAndValue, policy_outputs
 from rlhf_recipes.scoring import Scores
 from rlhf_recipes.tensors import Reduce, length_batches
 
 
 class Experience:
-    """Makes rollouts, and owns the two numbers of their rewards that may move: the KL coefficient and the scores' scale."""
+    """Makes rollouts, and owns what of them may move: the KL coefficient, the scores' scale and the value's prior."""
 
     def __init__(self, model: PolicyAndValue, reference: Reference, accelerator: Any, args: PPOConfig) -> None:
         self.model, self.reference, self.accelerator, self.args = model, reference, accelerator, args
@@ -33,6 +35,7 @@ class Experience:
         self.scale = ScoreScale(
             args.use_score_scaling, args.use_score_norm, None if held is None else (held[0], held[1])
         )
+        self.prior = JudgePrior([], None, on=False)
 
     def rollout(
         self,
@@ -47,6 +50,18 @@ class Experience:
 
         learn: let the scores of all processes move the running scale.
         """
+        with whole_weights(self.model):
+            return self._rollout(queries, completions, scores, weights, reduce, learn)
+
+    def _rollout(
+        self,
+        queries: Sequence[Sequence[int]],
+        completions: Completions,
+        scores: Mapping[str, Scores],
+        weights: Sequence[float] | None,
+        reduce: Reduce,
+        learn: bool,
+    ) -> Rollout:
         device = self.args.device
         episodes = {name: tensor.to(device) for name, tensor in pack_episodes(queries, completions.ids).items()}
         mask, batches = episodes["response_mask"], self._batches(episodes["attention_mask"])
@@ -58,10 +73,17 @@ class Experience:
             reads = partial(policy_outputs, module, temperature=temperature)
             reference_log_probs = self._read(lambda **columns: reads(**columns)[1:2], episodes, batches, module)[0]
         totals, token_totals = added_up(scores, weights, mask)
+        totals = self.scale(totals, reduce, learn)
+        readings = self.prior.readings(mask) if learn else None
+        if readings is not None:
+            earned = totals if token_totals is None else totals + token_totals.sum(1)
+            self.prior.learn(readings, earned, mask, reduce)
+            episodes["prior"] = torch.where(mask, self.prior(readings), torch.zeros_like(values))
+            values = values + episodes["prior"]
         return finish_rollout(
             episodes,
             torch.tensor(completions.stopped, device=device),
-            self.scale(totals, reduce, learn),
+            totals,
             log_probs,
             reference_log_probs,
             values,
@@ -100,11 +122,12 @@ class Experience:
         return tally.means(reduce) | {"objective/kl_coef": self.kl_coef.value}
 
     def state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef.value, "scale": self.scale.state()}
+        return {"kl_coef": self.kl_coef.value, "scale": self.scale.state(), "prior": self.prior.sums.tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.kl_coef.value = state["kl_coef"]
         self.scale.restore(state["scale"])
+        self.prior.sums = torch.tensor(state["prior"], dtype=torch.float64)
 
 
 def added_up(

@@ -47,11 +47,12 @@ class RolloutLoader:
         seed: int,
         steps_done: Callable[[], int],
         ended: Callable[[], bool] = lambda: False,
+        process: int = 0,
     ) -> None:
         self.rows, self.collect, self.episodes, self.seed = rows, collect, episodes, seed
         self.epochs, self.mini_batches = epochs, mini_batches
         self.micro_size, self.accumulation = micro_size, accumulation
-        self.steps_done, self.ended = steps_done, ended
+        self.steps_done, self.ended, self.process = steps_done, ended, process
         self.epoch = 0
         self.batch_size = micro_size
         self.dataset = range(rows)  # what Trainer counts as examples
@@ -70,6 +71,7 @@ class RolloutLoader:
             micro_size=config.per_device_train_batch_size,
             accumulation=config.gradient_accumulation_steps,
             seed=config.seed,
+            process=config.process_index,
             **state,
         )
 
@@ -102,14 +104,25 @@ class RolloutLoader:
     def optimizer_steps(self, rollout: Selectable, number: int, first: int = 0) -> Iterator[list[dict[str, Any]]]:
         """The micro-batches of each optimizer step on the rollout of update `number`, from the `first` step on."""
         for epoch in range(self.epochs):
-            order = torch.randperm(len(rollout), generator=self._generator(number, epoch))
-            for index, rows in enumerate(order.chunk(self.mini_batches), start=epoch * self.mini_batches):
+            minibatches = self._minibatches(len(rollout), self._generator(number, epoch))
+            for index, rows in enumerate(minibatches, start=epoch * self.mini_batches):
                 if index < first:
                     continue
                 # Which episodes share a micro-batch changes nothing but the padding between them.
                 pieces = () if self.ended() else rollout.by_length(rows).split(self.micro_size)
                 empty: list[dict[str, Any]] = [{}] * (self.accumulation - len(pieces))
                 yield empty + [rollout.select(piece) for piece in pieces]
+
+    def _minibatches(self, share: int, generator: torch.Generator) -> Tensor:
+        """This process's rows of each minibatch of a pass, (mini_batches, share / mini_batches).
+
+        Of every `mini_batches` episodes in a row, drawn over all processes, each goes into another minibatch. So the
+        minibatches are the same for any number of processes, and each process has as much of each to do.
+        """
+        groups, size = share // self.mini_batches, self.mini_batches
+        drawn = torch.rand(self.episodes // size, size, generator=generator).argsort(dim=1)
+        mine = drawn[self.process * groups : (self.process + 1) * groups]
+        return (mine + torch.arange(groups)[:, None] * size).T
 
     def _generator(self, number: int, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(row_seed(row_seed(self.seed, number), epoch))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_recipes.models import KeptCasts
+from rlhf_recipes.models.sharding import is_sharded
 from rlhf_recipes.ppo.guard import split_groups
 from rlhf_recipes.ppo.resuming import ResumableTrainer
 from rlhf_recipes.ppo.rollout import narrowed
@@ -35,9 +36,12 @@ class MinimizingTrainer(ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Trainer's step, a few episodes of like length at a time, after which `StepGuard` says whose gradients count."""
         loss = torch.zeros((), device=self.args.device)
-        self._keep_casts(True)
+        sharded = is_sharded(model)
+        self._keep_casts(not sharded)
         try:
             pieces = self._pieces(inputs)
+            if sharded:
+                pieces = self._as_many_everywhere(pieces)
             for number, piece in enumerate(pieces):  # the last one's backward pass makes the processes' gradients one
                 with self.accelerator.no_sync(model) if number + 1 < len(pieces) else nullcontext():
                     one = super().training_step(model, piece, num_items_in_batch)
@@ -51,6 +55,16 @@ class MinimizingTrainer(ResumableTrainer):
             if inputs:  # else: a minibatch that needs fewer micro-batches than Trainer counts
                 self.guard.judge(self.state.global_step, self.reduce, loss.device)
         return loss
+
+    def _as_many_everywhere(self, pieces: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Each pass over sharded weights is a meeting: who has fewer pieces comes with ones in which no token counts."""
+        counts = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device))
+        missing = int(counts.max()) - len(pieces)
+        if missing and self.underway is not None:
+            one = self.underway.select(torch.zeros(1, dtype=torch.long, device=self.args.device))
+            one["response_mask"] = torch.zeros_like(one["response_mask"])
+            pieces = [narrowed(one, self.experience.multiple)] * missing + pieces
+        return pieces
 
     def _pieces(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         if not inputs:

@@ -1,34 +1,43 @@
-"""A run that is killed goes on as if it had not been.
+"""PPO goes on where it was killed as if it had not been, by as many processes or by others.
 
-Trainer's checkpoints hold weights, optimizer, schedule and log. One in the middle of an update needs the rollout that
-the remaining steps learn from as well, and every checkpoint what has been summed up towards the next line of the log.
-Trainer writes trainer_state.json last, so a checkpoint without a readable one was cut off, and is passed over.
+A checkpoint in the middle of an update needs the rollout that the remaining steps learn from, and every checkpoint what
+has been summed up towards the next line of the log.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.artifacts import resume_point, write_text
+from rlhf_recipes.artifacts import write_text
+from rlhf_recipes.models import base_model
+from rlhf_recipes.models.sharding import (
+    by_name,
+    is_sharded,
+    load_whole_optimizer_state,
+    whole_optimizer_state,
+    whole_state,
+)
 from rlhf_recipes.ppo.callbacks import Answers
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.experience import Experience
 from rlhf_recipes.ppo.guard import StepGuard
-from rlhf_recipes.ppo.rollout import Rollout
+from rlhf_recipes.ppo.rollout import Rollout, joined
 from rlhf_recipes.ppo.tally import UpdateLog
-from rlhf_recipes.ppo.value_head import base_model
+from rlhf_recipes.safe_trainer import SafeTrainer
 
-STATE = "trainer_state.json"
+BY_NAME = (
+    "optimizer_by_name.pt"  # of sharded weights: whole tensors, which any number of processes can take apart again
+)
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(SafeTrainer):
     """Saves and restores PPO: the policy's folder is an ordinary model folder, the value lies beside it."""
 
     args: PPOConfig
@@ -38,51 +47,54 @@ class ResumableTrainer(Trainer):
     underway: Rollout | None
     answers: Answers | None
     last_samples: list[dict[str, Any]]
-    _resuming_from: str | None = None
+    stops_at_nan = False  # `StepGuard` leaves such a step out
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; `True` goes on from the last complete checkpoint, bit for bit as if the run had never stopped."""
-        self._resuming_from = resume_point(resume_from_checkpoint, str(self.args.output_dir))
-        return super().train(self._resuming_from, *args, **kwargs)
-
-    def restore_progress(self) -> None:
-        """Put back, as training begins, what Trainer does not keep."""
-        told: dict[str, Any] = {}
+    def begin(self) -> None:
+        """As training begins: nothing is under way, and of the answers those are kept that the run already gave."""
         self.underway = None
-        if self._resuming_from is not None:
-            _check_processes(self._resuming_from, self.args.world_size)
-            self.underway, told = load_progress(self._resuming_from, self.args.process_index, self.args.device)
-        if told:
-            self.updates.restore(told["updates"], self.args.device)
-            self.experience.restore(told["experience"])
-            self.guard.restore(told["guard"])
-            self.last_samples = told["samples"]
-            self._tr_loss += told["loss"]
-            self._total_loss_scalar = -told["loss"]  # `train_loss` is of the steps of this call, as Trainer has it
-            self._globalstep_last_logged = told["last_logged"]
         if self.answers is not None and self.args.should_save:
             self.answers.begin(math.ceil(self.state.global_step / self.args.steps_per_update))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:  # one that is written over is incomplete until its state is there again
-            (folder / STATE).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
-        told = {
-            "processes": self.args.world_size,
+    def progress(self) -> dict[str, Any]:
+        return super().progress() | {
             "updates": self.updates.state(),
             "experience": self.experience.state(),
             "guard": self.guard.state(),
             "samples": self.last_samples,
-            "loss": self._tr_loss.item(),
-            "last_logged": self._globalstep_last_logged,
         }
-        if not self.args.save_only_model:
-            save_progress(folder, self.args.process_index, self.underway, told)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+
+    def save_progress(self, folder: Path) -> None:
+        super().save_progress(folder)
+        if self.underway is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in self.underway.tensors().items()}
+            save_file(tensors, folder / f"rollout_{self.args.process_index}.safetensors")
+
+    def load_progress(self, folder: Path) -> None:
+        super().load_progress(folder)
+        paths = sorted(folder.glob("progress_*.json"), key=_process_of)
+        told = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        if not told or "updates" not in told[0]:
+            return  # a checkpoint of weights alone
+        alike, here = len(told) == self.args.world_size, self.args.process_index
+        mine = [told[here]["updates"]] if alike else [each["updates"] for each in told]
+        self.updates.restore(mine, self.args.device, counts=alike or here == 0)
+        self.experience.restore(told[0]["experience"])  # the same in every process
+        self.guard.restore(told[0]["guard"])
+        self.last_samples = self._mine([row for each in told for row in each["samples"]])
+        kept = sorted(folder.glob("rollout_*.safetensors"), key=_process_of)
+        if kept:
+            parts = [_rollout_in(path, self.args.device) for path in (kept[here : here + 1] if alike else kept)]
+            whole = joined(parts)
+            self.underway = whole if alike else Rollout(**whole.select(torch.tensor(self._mine(range(len(whole))))))
+
+    def _mine(self, rows: Sequence[Any]) -> list[Any]:
+        """This process's share of what all processes have, in the order of the processes."""
+        share = len(rows) // self.args.world_size
+        return list(rows[self.args.process_index * share : (self.args.process_index + 1) * share])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is None and is_sharded(self.model):
+            state_dict = whole_state(self.model)
         if not self.args.should_save:  # Trainer asks every process
             return
         folder = Path(output_dir or str(self.args.output_dir))
@@ -92,6 +104,27 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_pretrained(resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's; of sharded weights the optimizer's whole state, so that any number of processes goes on from it."""
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_optimizer_state(self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / BY_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        named = checkpoint is not None and (Path(checkpoint) / BY_NAME).is_file()
+        if checkpoint is None or not (named or is_sharded(self.model)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = self.optimizer.optimizer
+        kept = Path(checkpoint) / (BY_NAME if named else OPTIMIZER_NAME)
+        state = torch.load(kept, map_location="cpu", weights_only=True)
+        load_whole_optimizer_state(self.model, optimizer, state if named else by_name(state, self.model, optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
         """A short card, where the folder has none yet. Trainer's own reads a `config` that policy and value have not."""
@@ -107,35 +140,9 @@ class ResumableTrainer(Trainer):
         self.model.load_pretrained(self.state.best_model_checkpoint)
 
 
-def _check_processes(folder: str | Path, processes: int) -> None:
-    """Refuse to go on with another number of processes: half a rollout has no other half then."""
-    _, told = load_progress(folder, 0)
-    if told and told["processes"] != processes:
-        raise UserError(
-            f"{folder} was saved by {told['processes']} processes and this run has {processes}; launch as many, or start "
-            "a new run from the weights in it"
-        )
+def _rollout_in(path: Path, device: torch.device) -> Rollout:
+    return Rollout(**{name: tensor.to(device) for name, tensor in load_file(path).items()})
 
 
-def save_progress(folder: str | Path, process: int, rollout: Rollout | None, told: dict[str, Any]) -> None:
-    """rollout: this process's, or None between two updates. told: what JSON takes; floats come back bit for bit."""
-    path = Path(folder) / f"ppo_{process}.json"
-    if rollout is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in rollout.tensors().items()}
-        save_file(tensors, path.with_suffix(".safetensors"))
-    else:
-        path.with_suffix(".safetensors").unlink(missing_ok=True)
-    write_text(path, json.dumps(told))
-
-
-def load_progress(
-    folder: str | Path, process: int, device: torch.device | str = "cpu"
-) -> tuple[Rollout | None, dict[str, Any]]:
-    """What `save_progress` left for this process; nothing, where a checkpoint holds nothing for it."""
-    path = Path(folder) / f"ppo_{process}.json"
-    if not path.is_file():
-        return None, {}
-    told = json.loads(path.read_text(encoding="utf-8"))
-    kept = path.with_suffix(".safetensors")
-    return (Rollout(**load_file(kept, device=str(device))) if kept.is_file() else None), told
+def _process_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])

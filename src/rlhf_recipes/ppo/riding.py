@@ -10,8 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlhf_recipes.arguments import UserError
-from rlhf_recipes.models import adapters, is_adapter, load_config
-from rlhf_recipes.ppo.value_head import base_model, trunk
+from rlhf_recipes.models import adapters, base_model, is_adapter, load_config, trunk_of
 
 
 def rides_on(judge: str, policy: Any) -> bool:
@@ -71,12 +70,16 @@ class RidingJudge(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """logits (batch, labels), read at the last token of each row that is not the pad id, as transformers does."""
-        policy, adapter = self.__dict__["_ridden"]
-        with adapters.speaking(policy, adapter):
-            states = trunk(policy)(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
+        logits = self.read_along(input_ids, attention_mask)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (places * (input_ids != self.config.pad_token_id)).argmax(dim=-1)
-        pooled = states[torch.arange(len(states), device=states.device), last]
-        return SimpleNamespace(logits=self.score(pooled.to(self.score.weight.dtype)))
+        return SimpleNamespace(logits=logits[torch.arange(len(logits), device=logits.device), last])
+
+    def read_along(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """logits (batch, width, labels), as if each row ended at each of its tokens."""
+        policy, adapter = self.__dict__["_ridden"]
+        with adapters.speaking(policy, adapter):
+            states = trunk_of(policy)(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        return torch.as_tensor(self.score(states.to(self.score.weight.dtype)))

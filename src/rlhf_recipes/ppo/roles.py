@@ -13,6 +13,7 @@ from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.models import (
     UpperLayers,
     adapters,
+    base_model,
     check_upper_layers,
     is_quantized,
     load_causal_lm,
@@ -23,7 +24,7 @@ from rlhf_recipes.models import (
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import Prompts
 from rlhf_recipes.ppo.riding import RidingJudge, rides_on
-from rlhf_recipes.ppo.value_head import PolicyAndValue, ValueHead, base_model
+from rlhf_recipes.ppo.value_head import PolicyAndValue, ValueHead
 from rlhf_recipes.scoring import ModelReward, Reward, load_reward
 
 
@@ -74,7 +75,7 @@ def held_out_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig)
 
 
 def refuse_sharding(accelerator: Any, gpus: int = 0) -> None:
-    """FSDP and DeepSpeed cut weights apart that rollouts read whole; DataParallel (several `gpus` in one process)
+    """DeepSpeed and Megatron cut weights apart that rollouts read whole; DataParallel (several `gpus` in one process)
     trains them in another precision than it plays.
 
     Raises:
@@ -85,10 +86,11 @@ def refuse_sharding(accelerator: Any, gpus: int = 0) -> None:
             f"one process sees {gpus} GPUs; launch one for each with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
         )
     kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
         raise UserError(
-            f"PPOTrainer does not run under {kind}: it answers with whole weights; launch with data parallelism "
-            "(accelerate_configs/ddp.yaml), and save memory by peft_config, a quantized base or gradient_checkpointing"
+            f"PPOTrainer does not run under {kind}: it answers with whole weights; launch with FSDP2 "
+            "(accelerate_configs/fsdp2.yaml) or data parallelism (ddp.yaml), and save memory by peft_config, a quantized base or "
+            "gradient_checkpointing"
         )
 
 
@@ -138,6 +140,8 @@ def _known(model: Any, name: str) -> str:
 def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
     """Policy and value in one module; where the policy has an adapter, the value may have one on the same base."""
     _check_vocabulary("value_model", value_model, policy)
+    if value_model is not None and is_quantized(base_model(value_model)) and not adapters.has_adapter(value_model):
+        raise UserError("a value model in 4 or 8 bits cannot be trained itself; put an adapter on it (get_peft_model)")
     own = args.value_adapter and value_model is None and adapters.has_adapter(policy)
     if own and args.gradient_checkpointing:
         raise UserError(
@@ -206,9 +210,12 @@ def _still(module: nn.Module) -> nn.Module:
 
 
 def load_rewards(
-    policy: Any, sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig, needed: bool = True
+    policy: Any, sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig, needed: bool = True, bits: Any = None
 ) -> list[Reward]:
-    """What scores answers, each with a name of its own. A judge that is an adapter on the policy's base rides on it."""
+    """What scores answers, each with a name of its own. A judge that is an adapter on the policy's base rides on it.
+
+    bits: the quantization_config that other judges are read with, where they are given by name.
+    """
     if sources is None and needed:
         raise UserError(
             "PPOTrainer needs something that scores answers; pass reward_funcs (a model, a path or a function)"
@@ -231,7 +238,7 @@ def load_rewards(
                 own[index] or load_tokenizer(source),
             )
     rewards = [
-        load_reward(source, tokenizer, tokenizer=each, device=args.device, batch_size=batch)
+        load_reward(source, tokenizer, tokenizer=each, device=args.device, batch_size=batch, quantization_config=bits)
         for source, each in zip(sources, own, strict=True)
     ]
     for reward in rewards:

@@ -39,6 +39,7 @@ class Rollout:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    prior: Tensor | None = None  # (batch, tokens) float32: what of `values` is not the head's, if anything
     lower_states: Tensor | None = None  # (batch, width, hidden_size): what the layers that stand still left, if any do
 
     def __len__(self) -> int:
@@ -92,6 +93,24 @@ class RewardShape:
     def of(cls, config: Any, **moved: float) -> "RewardShape":
         """Those numbers of a `PPOConfig`, but for those that have moved since."""
         return cls(**{item.name: getattr(config, item.name) for item in fields(cls)} | moved)
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """The episodes of several rollouts in one, as wide as the widest."""
+    widths = {name: max(getattr(part, name).shape[-1 if name != "lower_states" else 1] for part in parts)
+              for name, tensor in parts[0].tensors().items() if tensor.dim() > 1}  # fmt: skip
+    return Rollout(
+        **{
+            name: torch.cat([_widened(getattr(part, name), widths.get(name)) for part in parts])
+            for name in parts[0].tensors()
+        }
+    )
+
+
+def _widened(tensor: Tensor, width: int | None) -> Tensor:
+    if width is None or tensor.shape[1] == width:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(len(tensor), width - tensor.shape[1], *tensor.shape[2:])], dim=1)
 
 
 def as_samples(

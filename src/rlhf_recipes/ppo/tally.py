@@ -1,7 +1,7 @@
 """Sums and counts of an update, so that its metrics are exact for any number of minibatches and processes."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,8 +37,12 @@ class Tally:
         """Sum and count of each name, in this process."""
         return {name: entry.tolist() for name, entry in self._sums.items()}
 
-    def restore(self, state: Mapping[str, list[float]], device: torch.device) -> None:
-        self._sums = {name: torch.tensor(entry, dtype=torch.float64, device=device) for name, entry in state.items()}
+    def restore(self, states: Sequence[Mapping[str, list[float]]], device: torch.device, counts: bool = True) -> None:
+        """Go on from what several tallies with the same names held together; not `counts`: from their names alone."""
+        self._sums = {
+            name: torch.tensor([state[name] for state in states], dtype=torch.float64, device=device).sum(0) * counts
+            for name in states[0]
+        }
 
 
 class UpdateLog:
@@ -80,9 +84,10 @@ class UpdateLog:
         """All of it, as JSON takes it: a run that is resumed logs what the uninterrupted one would have."""
         return {"steps": self.steps.state(), "rollout": self._rollout, "ended": self._ended}
 
-    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self.steps.restore(state["steps"], device)
-        self._rollout, self._ended = dict(state["rollout"]), list(state["ended"])
+    def restore(self, states: Sequence[Mapping[str, Any]], device: torch.device, counts: bool = True) -> None:
+        """states: of one process or of several, whose steps are added up (see `Tally.restore`)."""
+        self.steps.restore([state["steps"] for state in states], device, counts)
+        self._rollout, self._ended = dict(states[0]["rollout"]), list(states[0]["ended"])
         self._started = time.perf_counter()
 
 

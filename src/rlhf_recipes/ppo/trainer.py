@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallb
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Completions, row_seed, sample
-from rlhf_recipes.models import adapters, casts_kept, quicken
+from rlhf_recipes.models import adapters, base_model, casts_kept, quicken
+from rlhf_recipes.models.sharding import is_sharded, whole_weights
 from rlhf_recipes.ppo.callbacks import Answers, SampleTable, UpdateEnd, UpdateLine
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.experience import Experience
@@ -23,6 +24,7 @@ from rlhf_recipes.ppo.hints import Hints
 from rlhf_recipes.ppo.loader import RolloutLoader
 from rlhf_recipes.ppo.minimizing import MinimizingTrainer
 from rlhf_recipes.ppo.objective import objective
+from rlhf_recipes.ppo.prior import JudgePrior
 from rlhf_recipes.ppo.roles import (
     checked_prompts,
     chosen_sampling,
@@ -39,7 +41,7 @@ from rlhf_recipes.ppo.roles import (
 from rlhf_recipes.ppo.rollout import Rollout, as_samples
 from rlhf_recipes.ppo.stepping import checked_episodes, take_update
 from rlhf_recipes.ppo.tally import Clock, UpdateLog
-from rlhf_recipes.ppo.value_head import base_model
+from rlhf_recipes.ppo.value_head import TokenOutputs, ValueHead
 from rlhf_recipes.scoring import RewardSource, Scores, score_by_each
 
 
@@ -60,6 +62,7 @@ class PPOTrainer(MinimizingTrainer):
             adapter of its own where the policy has one (`args.value_adapter`).
         reward_processing_classes: the judges' tokenizers, where they are not the policy's.
         peft_config: train an adapter on the policy instead of all its weights.
+        quantization_config, judge_quantization_config: read the policy, or the judges, in 8 or 4 bits where a name is given.
 
     Raises:
         UserError: anything about data, tokenizer, judge or arithmetic that can be known before training.
@@ -68,6 +71,7 @@ class PPOTrainer(MinimizingTrainer):
 
     control: Any
     prompts: Any
+    _met = False
 
     def __init__(
         self,
@@ -87,6 +91,7 @@ class PPOTrainer(MinimizingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         quantization_config: Any = None,
+        judge_quantization_config: Any = None,
     ) -> None:
         args = args or PPOConfig(output_dir="ppo")
         model, processing_class = loaded_policy(model, processing_class, quantization_config)
@@ -100,7 +105,8 @@ class PPOTrainer(MinimizingTrainer):
         policy = with_adapter(model, peft_config, args)
         both = with_value(policy, value_model, args)
         reference = the_reference(both, arrived, ref_model, args)
-        self.rewards = load_rewards(policy, sources, processing_class, reward_processing_classes, args, plays)
+        judges = (sources, processing_class, reward_processing_classes)
+        self.rewards = load_rewards(policy, *judges, args, plays, judge_quantization_config)
         super().__init__(
             model=both,
             args=args,
@@ -112,7 +118,7 @@ class PPOTrainer(MinimizingTrainer):
             optimizers=optimizers,
         )
         refuse_sharding(self.accelerator, args.n_gpu)
-        self.add_callback(UpdateEnd(self.restore_progress, self._end_update))
+        self.add_callback(UpdateEnd(self.begin, self._end_update))
         self.add_callback(SampleTable(lambda: self.last_samples, lambda: self.callback_handler.callbacks))
         if args.hints:
             self.add_callback(Hints(lambda: watched_names(self.rewards, args.reward_weights)))
@@ -122,6 +128,9 @@ class PPOTrainer(MinimizingTrainer):
         without_dropout(self.model)
         self.sampling = chosen_sampling(model, processing_class, args)
         self.experience = Experience(self.model, reference, self.accelerator, args)
+        self.experience.prior = JudgePrior(
+            self.rewards, args.reward_weights, args.value_prior and isinstance(both.value_model, ValueHead)
+        )
         self.guard, self.clock = StepGuard(self.model, args), Clock()
         self.updates = UpdateLog(args.episodes_per_update)
         self.answers = Answers(Path(str(args.output_dir)) / "completions.jsonl") if args.log_completions else None
@@ -148,7 +157,9 @@ class PPOTrainer(MinimizingTrainer):
         args, mask = self.args, inputs["response_mask"]
         lower = {"lower_states": inputs["lower_states"]} if "lower_states" in inputs else {}
         shape = {"temperature": args.temperature, "entropy_gradient": args.entropy_coef != 0}
-        outputs = model(inputs["input_ids"], inputs["attention_mask"], mask, **shape, **lower)
+        outputs: TokenOutputs = model(inputs["input_ids"], inputs["attention_mask"], mask, **shape, **lower)
+        if "prior" in inputs:
+            outputs = outputs._replace(values=outputs.values + inputs["prior"])
         loss, metrics = objective(outputs, inputs, args, num_items_in_batch)
         self.updates.steps.add(metrics, mask & torch.isfinite(loss.detach()))
         self.guard.saw_divergence(metrics["policy/approxkl_avg"], mask)
@@ -219,10 +230,22 @@ class PPOTrainer(MinimizingTrainer):
 
     def answer(self, asked: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Completions, dict[str, Scores]]:
         """Generate and score. asked: what `Prompts.rows` gives; seeds: one a row."""
-        with self.clock.time("generate"):
-            completions = self.generate(asked["prompt_ids"], seeds)
-        with self.clock.time("score"):
-            return completions, self.score(asked, completions)
+        self.meet()
+        self.experience.prior.forget()
+        with whole_weights(self.model):
+            with self.clock.time("generate"):
+                completions = self.generate(asked["prompt_ids"], seeds)
+            with self.clock.time("score"):
+                return completions, self.score(asked, completions)
+
+    @torch.no_grad()
+    def meet(self) -> None:
+        """Sharded weights want the whole module to be run before any part of it: once, on an episode of two tokens."""
+        if self._met or not is_sharded(self.model):
+            return
+        self._met = True
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.args.device)
+        self.model(ids, torch.ones_like(ids), torch.ones(1, 1, dtype=torch.bool, device=self.args.device))
 
     def _begin_update(self, number: int, queries: Any, completions: Completions, scores: Any, weights: Any) -> Rollout:
         with self.clock.time("forward"):

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_recipes.models import UpperLayers, adapters, freeze_below, lower_layers
+from rlhf_recipes.models import UpperLayers, adapters, base_model, freeze_below, lower_layers, trunk_of
+from rlhf_recipes.models.sharding import is_sharded, load_whole_state, whole_state
 from rlhf_recipes.tensors import log_probs_and_entropies
 
 
@@ -77,6 +78,7 @@ class PolicyAndValue(nn.Module):
         if upper_layers is not None:
             freeze_below(policy, upper_layers)
             lower, upper = lower_layers(policy, upper_layers), UpperLayers(policy, upper_layers)
+        self._no_split_modules = base_model(policy)._no_split_modules  # what FSDP asks for
         # Views of the policy's own modules, which it alone saves and moves: so they are not registered here.
         self.__dict__.update(lower=lower, upper=upper)
 
@@ -145,8 +147,15 @@ class PolicyAndValue(nn.Module):
                 adapters.save(self.policy, self.value_adapter, beside, policy)
 
     def load_pretrained(self, folder: str | Path) -> None:
-        """Read back the weights that `save_pretrained` left, in place."""
+        """Read back the weights that `save_pretrained` left, in place. Of sharded weights, all processes call it."""
         beside = Path(folder) / "value_model"
+        if is_sharded(self):
+            state = _saved("policy.", self.policy, Path(folder), self.policy_adapter)
+            if self.value_adapter is not None:
+                state |= _saved("policy.", self.policy, beside, self.value_adapter)
+            state |= _saved("value_model.", self.value_model, beside, None)
+            load_whole_state(self, whole_state(self) | state)
+            return
         _read_back(self.policy, Path(folder), self.policy_adapter)
         if self.value_adapter is not None:
             adapters.load(self.policy, self.value_adapter, load_file(beside / adapters.FILE))
@@ -176,6 +185,18 @@ def _read_back(module: Any, folder: Path, adapter: str | None) -> None:
         module.load_state_dict(type(module).from_pretrained(folder, dtype=module.dtype).state_dict())
 
 
+def _saved(prefix: str, module: Any, folder: Path, adapter: str | None) -> dict[str, Tensor]:
+    """The weights in a folder under the names that they have in a `PolicyAndValue`."""
+    if isinstance(module, ValueHead):
+        state = load_file(folder / ValueHead.FILE)
+    elif adapter is None:
+        state = type(module).from_pretrained(folder, dtype=module.dtype).state_dict()
+    else:
+        kept = load_file(folder / adapters.FILE)
+        state = {f"{name.removesuffix('.weight')}.{adapter}.weight": tensor for name, tensor in kept.items()}
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
 def check_value_model(model: nn.Module) -> nn.Module:
     """A `ValueHead`, or a sequence classifier with one label and its head under ``score``; else a TypeError."""
     score = getattr(model, "score", None)
@@ -201,7 +222,7 @@ def response_states(
     if isinstance(model, UpperLayers):
         states = model(lower_states)
     else:
-        states = trunk(model)(**unmasked(input_ids)).last_hidden_state
+        states = trunk_of(model)(**unmasked(input_ids)).last_hidden_state
     return states[answer_columns(attention_mask, response_mask, first=-1)]
 
 
@@ -239,18 +260,6 @@ def policy_outputs(
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
     """Put one value a True position back into the shape of the mask; zero elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model inside an adapter wrapper, or the model itself."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap is not None else model
-
-
-def trunk(model: nn.Module) -> Any:
-    """The transformer without its head."""
-    base = base_model(model)
-    return getattr(base, base.base_model_prefix)
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -64,18 +64,21 @@ def load_reward(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     device: "torch.device | str | None" = None,
     batch_size: int = 64,
+    quantization_config: Any = None,
 ) -> Reward:
     """Make a `Reward` of a model, a folder or Hub id, ``package.module:function``, or a function.
 
     tokenizer: the judge's own; by default the one in its folder, or the policy's for a model object.
+    quantization_config: read the judge in 8 or 4 bits; whatever is no folder or Hub id is taken as it is.
     """
     if isinstance(source, str) and is_function_name(source):
         source = import_function(source)
     if isinstance(source, str):
         positive_label_count(source)
+        quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
         tokenizer = tokenizer or load_tokenizer(source, "judge")
         name = os.path.basename(os.path.normpath(source))
-        source = load_judge(source)
+        source = load_judge(source, **quantized)
         return ModelReward(source.to(device), tokenizer, policy_tokenizer, name, batch_size)
     if isinstance(source, nn.Module):
         name = os.path.basename(os.path.normpath(getattr(source.config, "_name_or_path", "") or "judge"))

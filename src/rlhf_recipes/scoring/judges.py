@@ -8,7 +8,7 @@ import torch
 
 from rlhf_recipes.arguments import RowError, UserError
 from rlhf_recipes.data import ensure_chat_template, is_conversation, prompt_text, text_of
-from rlhf_recipes.models import context_length, tokens_at_once
+from rlhf_recipes.models import base_model, context_length, without_traps, tokens_at_once, trunk_of
 from rlhf_recipes.tensors import length_batches, pad
 
 if TYPE_CHECKING:
@@ -30,7 +30,12 @@ class ModelReward:
             raise UserError(
                 f"judge {name} has {model.config.num_labels} labels; a judge has one (a score) or two (bad, good)"
             )
-        self.model, self.tokenizer, self.name, self.batch_size = model.eval(), tokenizer, name, batch_size
+        self.model, self.tokenizer, self.name, self.batch_size = (
+            without_traps(model).eval(),
+            tokenizer,
+            name,
+            batch_size,
+        )
         self.policy_tokenizer = policy_tokenizer
         # The same vocabulary reads the policy's ids as they are; another one reads the text.
         self.shares_ids = tokenizer is policy_tokenizer or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
@@ -45,6 +50,11 @@ class ModelReward:
         if not self.shares_ids:
             ensure_chat_template(tokenizer)
         self.shift, self.scale = 0.0, 1.0
+        self.can_read_along = self.shares_ids and (hasattr(model, "read_along") or hasattr(base_model(model), "score"))
+        self.reads_along = False
+        self.readings: list[
+            torch.Tensor
+        ] = []  # of each row scored last, with `reads_along`: the score up to each token
 
     def normalize(self) -> None:
         """From now on give scores of mean 0 and variance 1 over the judge's held-out rows (Ziegler et al. 2019, 2.1).
@@ -106,12 +116,23 @@ class ModelReward:
         scores = [0.0] * len(rows)
         weight = next(self.model.parameters())
         at_once = tokens_at_once(weight.device, weight.dtype == torch.bfloat16)
+        self.readings = [torch.empty(0)] * len(rows) if self.reads_along else []
         for batch in length_batches([len(row) for row in rows], self.batch_size, at_once):
-            logits = classify(self.model, [rows[index] for index in batch])
-            values = logits[:, 0] if logits.shape[-1] == 1 else logits[:, 1] - logits[:, 0]
-            for index, value in zip(batch, values.tolist(), strict=True):
-                scores[index] = (value - self.shift) / self.scale
+            asked = [rows[index] for index in batch]
+            if self.reads_along:
+                logits, everywhere = read_along(self.model, asked)
+                for index, row, each in zip(batch, asked, everywhere, strict=True):
+                    self.readings[index] = self._values(each[: len(row)])
+            else:
+                logits = classify(self.model, asked)
+            for index, value in zip(batch, self._values(logits).tolist(), strict=True):
+                scores[index] = value
         return scores
+
+    def _values(self, logits: torch.Tensor) -> torch.Tensor:
+        """(..., labels) -> (...): the one label, or the log-odds of the second, normalised."""
+        values = logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
+        return ((values.double() - self.shift) / self.scale).cpu()
 
 
 def classify(model: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -120,12 +141,38 @@ def classify(model: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> torch.T
     The models of transformers read a row at its last token that is not the pad id. So where pad and EOS are one token,
     an EOS at the end of a row is not looked at: in training as here, alone or in a batch.
     """
-    pad_id = model.config.pad_token_id
-    device = next(model.parameters()).device
-    unknown = pad_id is None or pad_id >= getattr(model.config, "vocab_size", math.inf)
-    if unknown and len(rows) > 1:
-        # Without a pad id, or with one beyond its embedding, such a model takes one row at a time.
+    if _one_by_one(model) and len(rows) > 1:
         return torch.cat([classify(model, [row]) for row in rows])
-    ids, mask = pad(rows, value=pad_id or 0)
-    output = model(input_ids=ids.to(device), attention_mask=mask.long().to(device))
+    output = model(**_padded(model, rows))
     return torch.as_tensor(output.logits).float()
+
+
+def read_along(model: Any, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What `classify` gives, and of each row the logits (width, labels) as if it ended at each of its tokens.
+
+    One pass gives both: the trunk is causal, and the head is the same everywhere.
+    """
+    if _one_by_one(model) and len(rows) > 1:
+        each = [read_along(model, [row]) for row in rows]
+        return torch.cat([logits for logits, _ in each]), [everywhere[0] for _, everywhere in each]
+    asked = _padded(model, rows)
+    if hasattr(model, "read_along"):
+        logits = model.read_along(**asked).float()
+    else:
+        logits = base_model(model).score(trunk_of(model)(**asked, use_cache=False).last_hidden_state).float()
+    ids, places = asked["input_ids"], torch.arange(asked["input_ids"].shape[1], device=logits.device)
+    pad_id = model.config.pad_token_id
+    last = len(rows[0]) - 1 if pad_id is None else (places * (ids != pad_id)).argmax(dim=-1)
+    return logits[torch.arange(len(rows), device=logits.device), last], list(logits)
+
+
+def _one_by_one(model: Any) -> bool:
+    """Without a pad id, or with one beyond its embedding, such a model takes one row at a time."""
+    pad_id = model.config.pad_token_id
+    return pad_id is None or pad_id >= getattr(model.config, "vocab_size", math.inf)
+
+
+def _padded(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    ids, mask = pad(rows, value=model.config.pad_token_id or 0)
+    device = next(model.parameters()).device
+    return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}

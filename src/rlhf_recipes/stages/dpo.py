@@ -26,7 +26,8 @@ from rlhf_recipes.models import (
     trainable_to_float32,
 )
 from rlhf_recipes.plots import plot_curves
-from rlhf_recipes.runs import logged_panels, open_run, save_model, train
+from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
+from rlhf_recipes.safe_trainer import SafeTrainer
 
 COLUMNS = ("prompt", "chosen", "rejected")
 CURVES = [
@@ -63,7 +64,10 @@ class DPOConfig(TrainingDefaults, trl.DPOConfig):
         default=None,
         metadata={"help": "Token that pads, for a tokenizer without one (the released GPT-2: <|endoftext|>)."},
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the final model."})
+
+
+class SafeDPOTrainer(SafeTrainer, DPOTrainer):
+    """TRL's, whose runs lose nothing."""
 
 
 def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, training: DPOConfig) -> DPOTrainer:
@@ -79,7 +83,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     model = load_causal_lm(start.name, model_config)
     # Left to itself TRL reads the reference by the model's name, which for a LoRA folder is that of its base.
     shared = model_config.use_peft or training.precompute_ref_log_probs
-    trainer = DPOTrainer(
+    trainer = SafeDPOTrainer(
         model=prepare_for_lora(model, training.gradient_checkpointing),
         ref_model=None if shared else load_causal_lm(start.name, model_config),
         args=training,
@@ -97,26 +101,34 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
 def run_dpo(arguments: DPOArguments, model_config: ModelConfig, training: DPOConfig) -> Path:
     """Train and leave a folder with the model (or its LoRA adapter), its tokenizer and what was measured."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    folder, checkpoint = open_run(training, arguments.overwrite, inputs)
+    run = open_run(training, arguments, model_config, inputs=inputs)
+    if run.finished:
+        return run.folder
     trainer = build_dpo_trainer(arguments, model_config, training)
-    metrics = train(trainer, folder, checkpoint)
-    if trainer.eval_dataset is not None:
-        measured = trainer.evaluate()
-        metrics |= {name: measured[name] for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")}
-    if trainer.is_world_process_zero():
-        save_model(trainer, folder)
-        log = trainer.state.log_history
-        plot_curves(log, folder / "curves.png", logged_panels(CURVES, log), title="Direct preference optimisation")
-        leave_folder(
-            folder,
-            stage="dpo",
-            title="A model that answers as people prefer",
-            parents={"model": model_config.model_name_or_path, "preferences": arguments.dataset_name},
-            metrics=metrics,
-            arguments=[arguments, model_config, training],
-            images=["curves.png"],
-        )
-    return folder
+    with under_way(trainer, run, arguments, model_config, training):
+        metrics = train(trainer, run)
+        save_model(trainer, run.folder)
+        if trainer.eval_dataset is not None:
+            measured = trainer.evaluate()
+            metrics |= {
+                name: measured[name] for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+            }
+        if trainer.is_world_process_zero():
+            trainer.save_state()
+            log = trainer.state.log_history
+            plot_curves(
+                log, run.folder / "curves.png", logged_panels(CURVES, log), title="Direct preference optimisation"
+            )
+            leave_folder(
+                run.folder,
+                stage="dpo",
+                title="A model that answers as people prefer",
+                parents={"model": model_config.model_name_or_path, "preferences": arguments.dataset_name},
+                metrics=metrics,
+                arguments=[arguments, model_config, training],
+                images=["curves.png"],
+            )
+    return run.folder
 
 
 def load_pairs(arguments: DPOArguments, start: Start) -> "tuple[Any, Any | None]":

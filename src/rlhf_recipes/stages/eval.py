@@ -17,7 +17,7 @@ from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_ou
 from rlhf_recipes.data import load_split, prompt_ids, require_columns, text_of, write_rows
 from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.metrics.models import METRICS, Evaluation, compare, evaluate_model
-from rlhf_recipes.models import context_length, is_judge, load_causal_lm, load_config, load_tokenizer
+from rlhf_recipes.models import ReadingArguments, context_length, is_judge, load_causal_lm, load_config, load_tokenizer
 from rlhf_recipes.plots import plot_ladder
 from rlhf_recipes.report.markdown import plain, table
 from rlhf_recipes.scoring import check_reward, load_reward
@@ -33,7 +33,7 @@ COUNTS = ("max_new_tokens", "completions_per_prompt", "batch_size", "num_prompts
 
 
 @dataclass
-class EvalArguments(OutputArguments):
+class EvalArguments(OutputArguments, ReadingArguments):
     """Which models, asked what, judged by whom."""
 
     models: list[str] = field(
@@ -87,6 +87,7 @@ class EvalArguments(OutputArguments):
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where there is a GPU."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -210,12 +211,13 @@ def evaluate_all(
     )
     device = device or torch.device("cpu")
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, min_new_tokens=arguments.min_new_tokens)
-    reference = load_causal_lm(arguments.reference or arguments.models[0]).to(device)
+    bits, frozen = arguments.measured(), arguments.frozen(arguments)
+    reference_name, reads = (arguments.reference, frozen) if arguments.reference else (arguments.models[0], bits)
+    reference = load_causal_lm(reference_name, **reads).to(device)
     evaluations = {}
     for name, source, tokenizer in zip(names, arguments.models, tokenizers, strict=True):
         logger.info("measuring %s", name)
-        is_reference = source == (arguments.reference or arguments.models[0])
-        model = reference if is_reference else load_causal_lm(source).to(device)
+        model = reference if (source, bits) == (reference_name, reads) else load_causal_lm(source, **bits).to(device)
         comparable = tokenizer.get_vocab() == tokenizers[0].get_vocab()  # an explicit reference has been checked
         if not comparable:
             logger.warning("%s has another vocabulary than %s, so its KL is left out", name, names[0])
@@ -229,7 +231,7 @@ def evaluate_all(
             seed=arguments.seed,
             completions_per_prompt=arguments.completions_per_prompt,
             columns=questions.columns,
-            judge=load_reward(arguments.judge, tokenizer, device=device) if arguments.judge else None,
+            judge=load_reward(arguments.judge, tokenizer, device=device, **frozen) if arguments.judge else None,
             gold=load_reward(arguments.gold, tokenizer, device=device) if arguments.gold else None,
             reference=reference if comparable else None,
             texts=questions.texts,

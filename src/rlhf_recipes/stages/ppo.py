@@ -10,19 +10,24 @@ from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import first_row, load_train_and_test, require_columns, write_rows
 from rlhf_recipes.models import (
+    FrozenArguments,
     attach_lora,
+    check_bits,
     fit_to_hardware,
+    in_bits,
+    is_quantized,
     load_causal_lm,
     load_config,
     load_judge,
     load_tokenizer,
     positive_label_count,
+    prepare_for_lora,
 )
 from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.roles import checked_prompts
 from rlhf_recipes.ppo.trainer import PPOTrainer
-from rlhf_recipes.runs import logged_panels, open_run, train
+from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
 from rlhf_recipes.scoring import check_reward
 
 CURVES = [
@@ -38,7 +43,7 @@ CURVES = [
 
 
 @dataclass
-class PPOArguments(DatasetArguments):
+class PPOArguments(DatasetArguments, FrozenArguments):
     """Prompts (column `prompt`: text, messages or ids) and what scores their answers."""
 
     reward: list[str] | None = field(
@@ -75,6 +80,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         raise UserError("nothing scores the answers; pass --reward with a judge's folder or package.module:function")
     pad = {"pad_token": arguments.pad_token} if arguments.pad_token else {}
     config, tokenizer = load_config(name), load_tokenizer(name, **pad)
+    check_bits(model_config, config, adapter_goes_on=True)
     if arguments.value_model and positive_label_count(arguments.value_model) != 1:
         raise UserError(f"value model {arguments.value_model} has two labels; give a ranking judge, which has one")
     splits = load_train_and_test(arguments)
@@ -83,6 +89,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         check_reward(reward, [name for name in first_row(train) or {} if name != "prompt"])
     checked_prompts(config, tokenizer, train, test, training)
     training = fit_to_hardware(training, config.get_text_config().hidden_size)
+    frozen = arguments.frozen(model_config)
     return PPOTrainer(
         load_causal_lm(name, model_config),
         rewards,
@@ -90,41 +97,57 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         train,
         test,
         tokenizer,
-        ref_model=load_causal_lm(arguments.reference_model) if arguments.reference_model else None,
-        value_model=load_judge(arguments.value_model) if arguments.value_model else None,
+        ref_model=load_causal_lm(arguments.reference_model, **frozen) if arguments.reference_model else None,
+        value_model=load_value_model(arguments.value_model, model_config) if arguments.value_model else None,
         peft_config=attach_lora(model_config),
+        judge_quantization_config=frozen.get("quantization_config"),
     )
+
+
+def load_value_model(name: str, model_config: ModelConfig) -> Any:
+    """A value model of its own. Where the policy is read in 4 or 8 bits so is this, and learns by an adapter as well."""
+    bits = 8 if model_config.load_in_8bit else 4 if model_config.load_in_4bit else None
+    model = load_judge(name, **in_bits(bits, model_config.bnb_4bit_quant_type, model_config.use_bnb_nested_quant))
+    adapter = attach_lora(model_config, "SEQ_CLS")
+    if adapter is None or not is_quantized(model):
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(prepare_for_lora(model), adapter)
 
 
 def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> Path:
     """Train and leave a folder with the policy, its value model, its tokenizer and what was measured."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
     inputs += [*(arguments.reward or []), arguments.reference_model, arguments.value_model]
-    folder, checkpoint = open_run(training, arguments.overwrite, inputs)
+    run = open_run(training, arguments, model_config, inputs=inputs)
+    if run.finished:
+        return run.folder
     trainer = build_ppo_trainer(arguments, model_config, training)
-    metrics = train(trainer, folder, checkpoint)
-    held_out = trainer.evaluate() if trainer.eval_prompts is not None else {}
-    metrics |= ppo_metrics(trainer.state.log_history) | held_out
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        write_rows(folder / "samples.jsonl", trainer.last_samples)
-        trainer.save_state()
-        log = trainer.state.log_history
-        plot_curves(log, folder / "curves.png", logged_panels(CURVES, log), title="PPO")
-        leave_folder(
-            folder,
-            stage="ppo",
-            title="A model that answers better",
-            parents={
-                "model": model_config.model_name_or_path,
-                "reward": ", ".join(arguments.reward or []),
-                "prompts": arguments.dataset_name,
-            },
-            metrics=metrics,
-            arguments=[arguments, model_config, training],
-            images=["curves.png"],
-        )
-    return folder
+    with under_way(trainer, run, arguments, model_config, training):
+        metrics = train(trainer, run)
+        save_model(trainer, run.folder)
+        held_out = trainer.evaluate() if trainer.eval_prompts is not None else {}
+        metrics |= ppo_metrics(trainer.state.log_history) | held_out
+        if trainer.is_world_process_zero():
+            write_rows(run.folder / "samples.jsonl", trainer.last_samples)
+            trainer.save_state()
+            log = trainer.state.log_history
+            plot_curves(log, run.folder / "curves.png", logged_panels(CURVES, log), title="PPO")
+            leave_folder(
+                run.folder,
+                stage="ppo",
+                title="A model that answers better",
+                parents={
+                    "model": model_config.model_name_or_path,
+                    "reward": ", ".join(arguments.reward or []),
+                    "prompts": arguments.dataset_name,
+                },
+                metrics=metrics,
+                arguments=[arguments, model_config, training],
+                images=["curves.png"],
+            )
+    return run.folder
 
 
 def with_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int | None) -> Any:

@@ -1,6 +1,5 @@
 """Text and a tokenizer -> a GPT-2 language model, from scratch by named size or continued from a checkpoint."""
 
-import time
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -10,11 +9,12 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
-from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder, resume_point
+from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import load_train_and_test, pack_documents, require_batch, require_text
 from rlhf_recipes.metrics import perplexity
 from rlhf_recipes.models import (
     SIZES,
+    asks_for_bits,
     build_gpt2,
     context_length,
     fit_to_hardware,
@@ -25,6 +25,7 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.pretraining import PretrainTrainer, SampleContinuations, collate_blocks
+from rlhf_recipes.runs import open_run, save_model, train, under_way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +92,6 @@ class PretrainConfig(TrainingDefaults, TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "Decay of Adam's second moment."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients longer than this are scaled down to it."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "adamw_torch_fused, sgd, adamw_8bit, ..."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the final model."})
 
 
 def build_pretrain_trainer(
@@ -130,36 +130,30 @@ def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, traini
     """Pretrain and leave a folder with the model, its tokenizer and what was measured on the held-out text."""
     sources = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
     inputs = [*sources, arguments.tokenizer_name, model_config.model_name_or_path]
-    checkpoint = resume_point(training.resume_from_checkpoint, training.output_dir)
-    folder = check_output_folder(training.output_dir, arguments.overwrite, inputs, resuming=checkpoint is not None)
+    run = open_run(training, arguments, model_config, inputs=inputs)
+    if run.finished:
+        return run.folder
     trainer = build_pretrain_trainer(arguments, model_config, training)
-    writes = trainer.is_world_process_zero()
-    if writes and checkpoint is None:
-        prepare_output_folder(folder)
-    started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    metrics = {"train_loss": result.training_loss, "seconds": seconds, "steps": result.global_step}
-    if writes:
-        metrics |= {"parameters": trainer.model.num_parameters()} | _held_out(trainer)
-        trainer.save_model(str(folder))
-        trainer.save_state()
-        plot_curves(trainer.state.log_history, folder / "curves.png", title="Pretraining")
-        leave_folder(
-            folder,
-            stage="pretrain",
-            title="GPT-2 language model",
-            parents={
-                "text": ", ".join(filter(None, sources)),
-                "tokenizer": arguments.tokenizer_name,
-                "model": model_config.model_name_or_path,
-            },
-            metrics=metrics,
-            arguments=[arguments, model_config, training],
-            images=["curves.png"],
-        )
-    trainer.accelerator.wait_for_everyone()
-    return folder
+    with under_way(trainer, run, arguments, model_config, training):
+        metrics = train(trainer, run)
+        save_model(trainer, run.folder)
+        if trainer.is_world_process_zero():
+            metrics |= {"parameters": trainer.model.num_parameters()} | _held_out(trainer)
+            plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Pretraining")
+            leave_folder(
+                run.folder,
+                stage="pretrain",
+                title="GPT-2 language model",
+                parents={
+                    "text": ", ".join(filter(None, sources)),
+                    "tokenizer": arguments.tokenizer_name,
+                    "model": model_config.model_name_or_path,
+                },
+                metrics=metrics,
+                arguments=[arguments, model_config, training],
+                images=["curves.png"],
+            )
+    return run.folder
 
 
 def _check_model(arguments: PretrainArguments, model_config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, int]":
@@ -177,6 +171,8 @@ def _check_model(arguments: PretrainArguments, model_config: ModelConfig) -> "tu
     if checkpoint is None:
         return load_tokenizer(name), arguments.max_length or SIZES[str(arguments.model_size)]["n_positions"]
     config = load_config(checkpoint, revision=model_config.model_revision)
+    if asks_for_bits(model_config, config):
+        raise UserError(f"model {checkpoint} was saved in 4 or 8 bits; pretrain trains all weights, so give it whole")
     if is_judge(checkpoint):
         raise UserError(f"model {checkpoint} is a judge, which predicts no text; go on from a language model")
     tokenizer = load_tokenizer(name)

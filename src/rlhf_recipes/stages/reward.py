@@ -39,7 +39,8 @@ from rlhf_recipes.models import (
     trainable_to_float32,
 )
 from rlhf_recipes.plots import plot_curves, plot_reliability
-from rlhf_recipes.runs import open_run, train
+from rlhf_recipes.runs import open_run, save_model, train, under_way
+from rlhf_recipes.safe_trainer import SafeTrainer
 from rlhf_recipes.scoring import Reward, load_reward
 
 if TYPE_CHECKING:
@@ -88,7 +89,10 @@ class RewardConfig(TrainingDefaults, trl.RewardConfig):
         default=None,
         metadata={"help": "Token that pads, for a tokenizer without one (the released GPT-2: <|endoftext|>)."},
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the final judge."})
+
+
+class SafeRewardTrainer(SafeTrainer, RewardTrainer):
+    """TRL's, whose runs lose nothing."""
 
 
 def build_reward_trainer(
@@ -116,35 +120,38 @@ def build_reward_trainer(
 def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: RewardConfig) -> Path:
     """Train a judge and leave a folder that ppo takes as it is, with what the judge is worth on held-out rows."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    folder, checkpoint = open_run(training, arguments.overwrite, inputs)
+    run = open_run(training, arguments, model_config, inputs=inputs)
+    if run.finished:
+        return run.folder
     trainer = build_reward_trainer(arguments, model_config, training)
-    metrics = train(trainer, folder, checkpoint)
-    if trainer.eval_dataset is not None:
-        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
-    if trainer.is_world_process_zero():
-        trainer.save_model(str(folder))
-        save_judge_config(trainer.accelerator.unwrap_model(trainer.model), folder)
-        images = ["curves.png"]
-        trainer.save_state()
-        plot_curves(trainer.state.log_history, folder / "curves.png", title="Reward model")
+    with under_way(trainer, run, arguments, model_config, training):
+        metrics = train(trainer, run)
+        save_model(trainer, run.folder)
         if trainer.eval_dataset is not None:
-            measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
-            metrics |= measured | {"calibration_table": table}
+            metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+        if trainer.is_world_process_zero():
             judge = trainer.accelerator.unwrap_model(trainer.model)
-            judge.config.score_mean, judge.config.score_std = measured["score_mean"], measured["score_std"]
-            save_judge_config(judge, folder)
-            plot_reliability(table, folder / "reliability.png")
-            images.append("reliability.png")
-        leave_folder(
-            folder,
-            stage="reward",
-            title="A judge of answers",
-            parents={"model": model_config.model_name_or_path, "judgements": arguments.dataset_name},
-            metrics=metrics,
-            arguments=[arguments, model_config, training],
-            images=images,
-        )
-    return folder
+            save_judge_config(judge, run.folder)
+            images = ["curves.png"]
+            trainer.save_state()
+            plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Reward model")
+            if trainer.eval_dataset is not None:
+                measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
+                metrics |= measured | {"calibration_table": table}
+                judge.config.score_mean, judge.config.score_std = measured["score_mean"], measured["score_std"]
+                save_judge_config(judge, run.folder)
+                plot_reliability(table, run.folder / "reliability.png")
+                images.append("reliability.png")
+            leave_folder(
+                run.folder,
+                stage="reward",
+                title="A judge of answers",
+                parents={"model": model_config.model_name_or_path, "judgements": arguments.dataset_name},
+                metrics=metrics,
+                arguments=[arguments, model_config, training],
+                images=images,
+            )
+    return run.folder
 
 
 def load_judgements(arguments: RewardArguments, start: Start) -> "tuple[str, Any, Any | None]":
@@ -190,7 +197,7 @@ def _check_labels(dataset: Any, start: Start, name: str) -> Any:
 def _ranking_trainer(
     model: "PreTrainedModel", start: Start, model_config: ModelConfig, training: RewardConfig, train: Any, test: Any
 ) -> RewardTrainer:
-    trainer = RewardTrainer(
+    trainer = SafeRewardTrainer(
         model=model,
         args=training,
         train_dataset=train,
@@ -224,7 +231,7 @@ def _classifier_trainer(
     if training.disable_dropout:
         disable_dropout_in_model(model)
     encode = partial(encode_labelled, tokenizer=start.tokenizer, max_length=start.max_length)
-    return Trainer(
+    return SafeTrainer(
         model=model,
         args=training,
         train_dataset=train.map(encode, batched=True, remove_columns=train.column_names, desc="Tokenizing"),

@@ -18,6 +18,7 @@ from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import load_train_and_test, require_columns, require_texts
 from rlhf_recipes.generation import stop_ids
 from rlhf_recipes.models import (
+    FrozenArguments,
     Start,
     attach_lora,
     check_policy,
@@ -31,7 +32,8 @@ from rlhf_recipes.models import (
 from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.ppo.prompts import Prompts
 from rlhf_recipes.rewarding import load_functions, missing_eos
-from rlhf_recipes.runs import logged_panels, open_run, save_model, train
+from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
+from rlhf_recipes.safe_trainer import SafeTrainer
 from rlhf_recipes.scoring import check_reward
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ CURVES = [
 
 
 @dataclass
-class RLOOArguments(DatasetArguments):
+class RLOOArguments(DatasetArguments, FrozenArguments):
     """Prompts (column `prompt`: text or messages) and what scores their answers."""
 
     reward: list[str] | None = field(
@@ -91,7 +93,6 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
         default=None,
         metadata={"help": "Token that pads, for a tokenizer without one (the released GPT-2: <|endoftext|>)."},
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the final model."})
 
     def __post_init__(self) -> None:
         evaluated = self.per_device_eval_batch_size * _processes()
@@ -134,6 +135,10 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+class SafeRLOOTrainer(SafeTrainer, RLOOTrainer):
+    """TRL's, whose runs lose nothing that was saved."""
+
+
 def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, training: RLOOConfig) -> RLOOTrainer:
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
     from transformers import set_seed
@@ -142,7 +147,9 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     prompts, held_out = load_prompts(arguments, start, training)
     sources = checked_rewards(arguments, training, prompts.column_names)
     training = fit_to_hardware(training, start.config.hidden_size)
-    functions = load_functions(sources, start.tokenizer, training.device, training.normalize_rewards)
+    functions = load_functions(
+        sources, start.tokenizer, training.device, training.normalize_rewards, **arguments.frozen(model_config)
+    )
     set_seed(training.seed)
     model = load_causal_lm(start.name, model_config)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
@@ -150,7 +157,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     if training.missing_eos_penalty is not None:
         functions.append(missing_eos(training.missing_eos_penalty, stops))
         training.reward_weights = training.reward_weights and [*training.reward_weights, 1.0]
-    trainer = RLOOTrainer(
+    trainer = SafeRLOOTrainer(
         model=prepare_for_lora(model, training.gradient_checkpointing),
         reward_funcs=functions,
         args=training,
@@ -172,31 +179,35 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
 def run_rloo(arguments: RLOOArguments, model_config: ModelConfig, training: RLOOConfig) -> Path:
     """Train and leave a folder with the model (or its LoRA adapter), its tokenizer and what was measured."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.reward or [])]
-    folder, checkpoint = open_run(training, arguments.overwrite, inputs)
+    run = open_run(training, arguments, model_config, inputs=inputs)
+    if run.finished:
+        return run.folder
     trainer = build_rloo_trainer(arguments, model_config, training)
-    metrics = train(trainer, folder, checkpoint)
-    held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    if trainer.is_world_process_zero():
-        save_model(trainer, folder)
-        log = trainer.state.log_history
-        metrics["episodes"] = trainer.args.episodes(trainer.state.global_step)
-        metrics |= rloo_metrics(log) | answer_metrics(held_out, "eval_")
-        metrics |= {name: value for name, value in held_out.items() if name.startswith("eval_rewards/")}
-        plot_curves(log, folder / "curves.png", logged_panels(CURVES, log), title="RLOO")
-        leave_folder(
-            folder,
-            stage="rloo",
-            title="A model that answers better",
-            parents={
-                "model": model_config.model_name_or_path,
-                "reward": ", ".join(arguments.reward or []),
-                "prompts": arguments.dataset_name,
-            },
-            metrics=metrics,
-            arguments=[arguments, model_config, training],
-            images=["curves.png"],
-        )
-    return folder
+    with under_way(trainer, run, arguments, model_config, training):
+        metrics = train(trainer, run)
+        save_model(trainer, run.folder)
+        held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        if trainer.is_world_process_zero():
+            trainer.save_state()
+            log = trainer.state.log_history
+            metrics["episodes"] = trainer.args.episodes(trainer.state.global_step)
+            metrics |= rloo_metrics(log) | answer_metrics(held_out, "eval_")
+            metrics |= {name: value for name, value in held_out.items() if name.startswith("eval_rewards/")}
+            plot_curves(log, run.folder / "curves.png", logged_panels(CURVES, log), title="RLOO")
+            leave_folder(
+                run.folder,
+                stage="rloo",
+                title="A model that answers better",
+                parents={
+                    "model": model_config.model_name_or_path,
+                    "reward": ", ".join(arguments.reward or []),
+                    "prompts": arguments.dataset_name,
+                },
+                metrics=metrics,
+                arguments=[arguments, model_config, training],
+                images=["curves.png"],
+            )
+    return run.folder
 
 
 def load_prompts(arguments: RLOOArguments, start: Start, training: RLOOConfig) -> "tuple[Any, Any | None]":

@@ -29,7 +29,8 @@ from rlhf_recipes.models import (
     trainable_to_float32,
 )
 from rlhf_recipes.plots import plot_curves
-from rlhf_recipes.runs import open_run, train
+from rlhf_recipes.runs import open_run, save_model, train, under_way
+from rlhf_recipes.safe_trainer import SafeTrainer
 
 PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
 IGNORED = -100  # the label of a token without loss
@@ -63,7 +64,10 @@ class SFTConfig(TrainingDefaults, trl.SFTConfig):
         default=None,
         metadata={"help": "Token that pads, for a tokenizer without one (the released GPT-2: <|endoftext|>)."},
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the final model."})
+
+
+class SafeSFTTrainer(SafeTrainer, SFTTrainer):
+    """TRL's, whose runs lose nothing."""
 
 
 def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, training: SFTConfig) -> SFTTrainer:
@@ -83,7 +87,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
         _require_markers(start)
     set_seed(training.seed)
     model = load_causal_lm(start.name, model_config)
-    trainer = SFTTrainer(
+    trainer = SafeSFTTrainer(
         model=prepare_for_lora(model, training.gradient_checkpointing),
         args=training,
         train_dataset=train,
@@ -100,28 +104,29 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
 def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTConfig) -> Path:
     """Fine-tune and leave a folder with the model (or its LoRA adapter), its tokenizer and what was measured."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    folder, checkpoint = open_run(training, arguments.overwrite, inputs)
+    run = open_run(training, arguments, model_config, inputs=inputs)
+    if run.finished:
+        return run.folder
     trainer = build_sft_trainer(arguments, model_config, training)
-    metrics = train(trainer, folder, checkpoint)
-    if trainer.eval_dataset is not None:
-        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
-    if trainer.is_world_process_zero():
-        metrics |= _held_out(trainer)
-        trainer.save_model(str(folder))
-        # Trainer has named the tokenizer's EOS in it, and an adapter is saved without it.
-        trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(folder)
-        trainer.save_state()
-        plot_curves(trainer.state.log_history, folder / "curves.png", title="Supervised fine-tuning")
-        leave_folder(
-            folder,
-            stage="sft",
-            title="A model that answers",
-            parents={"model": model_config.model_name_or_path, "demonstrations": arguments.dataset_name},
-            metrics=metrics,
-            arguments=[arguments, model_config, training],
-            images=["curves.png"],
-        )
-    return folder
+    with under_way(trainer, run, arguments, model_config, training):
+        metrics = train(trainer, run)
+        save_model(trainer, run.folder)
+        if trainer.eval_dataset is not None:
+            metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+        if trainer.is_world_process_zero():
+            metrics |= _held_out(trainer)
+            trainer.save_state()
+            plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Supervised fine-tuning")
+            leave_folder(
+                run.folder,
+                stage="sft",
+                title="A model that answers",
+                parents={"model": model_config.model_name_or_path, "demonstrations": arguments.dataset_name},
+                metrics=metrics,
+                arguments=[arguments, model_config, training],
+                images=["curves.png"],
+            )
+    return run.folder
 
 
 def load_demonstrations(arguments: SFTArguments, start: Start, text_column: str = "text") -> "tuple[Any, Any | None]":

@@ -19,6 +19,7 @@ from rlhf_recipes.data import (
     require_columns,
     require_text,
 )
+from rlhf_recipes.hub import HubArguments, check_push, open_asked, push_asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ BYTES = 256
 
 
 @dataclass
-class TokenizerArguments(DatasetArguments):
+class TokenizerArguments(HubArguments, DatasetArguments):
     """What text to learn from, and how large the vocabulary becomes."""
 
     output_dir: str = field(default="runs/tokenizer", metadata={"help": "Folder to leave the tokenizer in."})
@@ -94,6 +95,7 @@ def train_tokenizer(texts: Iterable[str], arguments: TokenizerArguments) -> "Pre
 
 def run_tokenizer(arguments: TokenizerArguments) -> Path:
     """Train a tokenizer and leave a folder that `AutoTokenizer` loads. Of several processes, the first one works."""
+    check_push(arguments)
     sources = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
     folder = check_output_folder(arguments.output_dir, arguments.overwrite, sources)
     learnt_from, held_out = _load_texts(arguments)
@@ -101,9 +103,10 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
         return folder
     tokenizer = train_tokenizer(_texts(learnt_from, arguments), arguments)
     measured = measure_tokenizer(tokenizer, _texts(held_out or learnt_from, arguments))
+    open_asked(arguments)
     prepare_output_folder(folder)
     tokenizer.save_pretrained(folder)
-    return leave_folder(
+    leave_folder(
         folder,
         stage="tokenizer",
         title="Byte-level BPE tokenizer",
@@ -112,6 +115,8 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
         arguments=[arguments],
         notes=f"`bytes_per_token` is measured on {'held-out text' if held_out else 'the text it was learnt from'}.",
     )
+    push_asked(folder, arguments)
+    return folder
 
 
 def _load_texts(arguments: TokenizerArguments) -> tuple[list[Any], list[Any]]:

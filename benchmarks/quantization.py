@@ -1,0 +1,171 @@
+"""What 8 and 4 bits save and cost, stage by stage, and the four traps of bitsandbytes on a CPU, closed.
+
+    python benchmarks/quantization.py [runs/quickstart]
+
+Each row is a process of its own, one thread, on what `make quickstart` left; under twelve minutes. It prints the tables and
+leaves them in benchmarks/results/quantization.md, and all that it measured in quantization.json beside it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.models import hardware
+
+RESULTS = Path(__file__).parent / "results"
+PRECISIONS = ("full", "8-bit", "4-bit", "4-bit double")
+Row = dict[str, Any]
+
+
+def work(stage: str, precision: str, run: Path) -> Row:
+    """One row, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("quantization_worker.py")), stage, precision, str(run)]
+    alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    said = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | alone)
+    if said.returncode:
+        raise SystemExit(f"{stage}, {precision}: {said.stderr[-3000:]}")
+    found: Row = json.loads(said.stdout.strip().splitlines()[-1])
+    return found
+
+
+def size(count: float) -> str:
+    return f"{count / 1e6:.1f}" if count >= 1e7 else f"{count / 1e6:.2f}"
+
+
+def memory(row: Row, full: Row) -> list[str]:
+    """MB held of each role, as a share of full precision, the peak of the process, and how long it took."""
+    cells = [f"{size(held)} ({held / full['roles'][role]:.0%})" for role, held in row["roles"].items()]
+    return [*cells, f"{row['peak'] / 2**20:.0f}", f"{row['seconds'] / full['seconds']:.2f}x"]
+
+
+def pair(found: dict[str, float]) -> str:
+    return f"{found['gold']:.3f} / {found['judge']:.2f}"
+
+
+def plain(digits: int) -> Callable[[Any], str]:
+    return lambda found: f"{found:.{digits}f}"
+
+
+MEMORY = ["peak, MiB", "time"]
+# Of each stage: its heading, what is measured (key, heading, how it is told), and the roles that are held.
+TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]], list[str]]] = {
+    "eval": (
+        "Eval: the pretrained and the fine-tuned model, read in these bits",
+        [
+            ("perplexity", "perplexity of the pretrained", plain(3)),
+            ("gold", "gold of the fine-tuned", plain(3)),
+            ("kl", "its KL to itself in full, nats an answer", plain(4)),
+        ],
+        ["weights, MB"],
+    ),
+    "sft": (
+        "SFT by LoRA, from the pretrained model: perplexity of held-out answers",
+        [
+            (key, name, plain(3))
+            for key, name in (("before", "before"), ("after", "after"), ("again", "read again"), ("merged", "merged"))
+        ],
+        ["base, MB", "adapter, MB"],
+    ),
+    "reward": (
+        "Reward by LoRA, from the fine-tuned model: held-out pairs in the right order",
+        [(key, name, plain(3)) for key, name in (("after", "after"), ("again", "read again"), ("merged", "merged"))],
+        ["base, MB", "adapter and head, MB"],
+    ),
+    "ppo": (
+        "PPO by LoRA, from the fine-tuned model: gold / the judge's score of held-out answers",
+        [
+            (key, name, pair)
+            for key, name in (("before", "before"), ("after", "after"), ("again", "read again"), ("merged", "merged"))
+        ],
+        ["base: policy, value, reference, MB", "adapters and value head, MB", "judge, MB"],
+    ),
+    "gpt2": (
+        "PPO on GPT-2's own shape (124M, random weights), one update: what is held",
+        [],
+        ["base: policy, value, reference, MB", "adapters and value head, MB", "judge, MB"],
+    ),
+}
+
+
+def table(heading: str, columns: list[str], rows: list[list[str]]) -> list[str]:
+    line = [f"| {' | '.join(['', *columns])} |", f"|{'---|' * (len(columns) + 1)}"]
+    return [f"## {heading}", "", *line, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def stage_table(stage: str, found: dict[str, Row]) -> list[str]:
+    heading, measured, roles = TABLES[stage]
+    columns = [*(name for _, name, _ in measured), *roles, *MEMORY]
+    rows = [
+        [precision, *(tell(row[key]) for key, _, tell in measured), *memory(row, found["full"])]
+        for precision, row in found.items()
+    ]
+    return table(heading, columns, rows)
+
+
+def optimizer_table(found: dict[str, Row]) -> list[str]:
+    first = found["adamw_torch_fused"]
+    rows = [[name, f"{row['after']:.3f}", *memory(row, first)] for name, row in found.items()]
+    columns = ["perplexity of held-out answers", "weights, MB", "state of AdamW, MB", *MEMORY]
+    return table("SFT of all weights: an optimizer in 8 bits", columns, rows)
+
+
+def traps_table(found: Row) -> list[str]:
+    there = "" if found["packs"] else " (this processor has no AVX512_BF16, so bitsandbytes does not pack here)"
+    rows = [[name, told["plain"], told["ours"]] for name, told in found["rows"].items()]
+    return table(f"The traps, in 4 bits on this CPU{there}", ["plain bitsandbytes", "here"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="what make quickstart left")
+    parser.add_argument("--only", nargs="+", help="these tables alone; nothing is written")
+    asked = parser.parse_args()
+    if not (asked.run / "reward" / "model.safetensors").is_file():
+        raise SystemExit(f"{asked.run} is no finished quickstart; make one: make quickstart")
+    chosen = asked.only or [*TABLES, "optimizer", "traps"]
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    for stage in chosen:
+        if stage == "traps":
+            found[stage] = work(stage, "-", asked.run.resolve())
+            new = traps_table(found[stage])
+        elif stage == "optimizer":
+            found[stage] = {
+                name: work(stage, name, asked.run.resolve()) for name in ("adamw_torch_fused", "adamw_8bit")
+            }
+            new = optimizer_table(found[stage])
+        else:
+            found[stage] = rows_of(stage, asked.run.resolve())
+            new = stage_table(stage, found[stage])
+        lines += new
+        print("\n".join(new), flush=True)
+    if asked.only:
+        return
+    told = {"hardware": hardware(), "date": str(datetime.date.today()), "seed": 42, "threads": 1}
+    head = (
+        f"Measured {told['date']} on {told['hardware']}, by `python benchmarks/quantization.py`, seed {told['seed']}, each "
+        "row once. Peak: of the resident set above what the imports take, mapped checkpoint files included. Time: of "
+        "training, to full precision; of eval as a whole.\n\n"
+    )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "quantization.md").write_text(head + "\n".join(lines), encoding="utf-8")
+    (RESULTS / "quantization.json").write_text(json.dumps(told | found, indent=1) + "\n", encoding="utf-8")
+
+
+def rows_of(stage: str, run: Path) -> dict[str, Row]:
+    if stage != "gpt2":
+        return {precision: work(stage, precision, run) for precision in PRECISIONS}
+    with tempfile.TemporaryDirectory() as name:
+        work(stage, "none yet", Path(name))
+        return {precision: work(stage, precision, Path(name)) for precision in PRECISIONS}
+
+
+if __name__ == "__main__":
+    main()

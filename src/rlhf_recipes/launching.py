@@ -1,0 +1,53 @@
+"""Whether a run is launched as it was asked: Accelerate falls back to less without a word."""
+
+import os
+from typing import Any
+
+from rlhf_recipes.arguments import UserError
+
+
+def check_launch(training: Any) -> None:
+    """Refuse a launch that became less than it asked for.
+
+    Raises:
+        UserError: several processes were asked for and one was started, or FSDP where Accelerate has none; says which
+            line to change.
+    """
+    asked = os.environ
+    # `accelerate launch` names an address for several processes, and who starts them says how many there are.
+    if "ACCELERATE_MIXED_PRECISION" in asked and "MASTER_ADDR" in asked and "WORLD_SIZE" not in asked:
+        raise UserError(
+            "the launch asks for several processes and started one, as accelerate does for `--cpu --num_processes N` and "
+            "for `distributed_type: MULTI_CPU`; write `distributed_type: MULTI_GPU` with `use_cpu: true` in the "
+            "configuration (accelerate_configs/two_cpu_processes.yaml), or launch with torchrun --nproc-per-node N; if "
+            "one process is meant, unset MASTER_ADDR"
+        )
+    if _on("ACCELERATE_USE_FSDP") and training.use_cpu:
+        raise UserError(
+            "the launch asks for FSDP, but Accelerate has it on no CPU and would run plain data parallelism; write "
+            "`distributed_type: MULTI_GPU` in the configuration, or leave out `use_cpu` where there is a GPU"
+        )
+    if training.world_size != int(asked.get("WORLD_SIZE", "1")):
+        raise UserError(
+            f"the launch started {asked['WORLD_SIZE']} processes, but each would train by itself; pass --use_cpu true on a "
+            "machine without a GPU, or give each process a GPU of its own (num_processes in the configuration)"
+        )
+
+
+def check_sharding(accelerator: Any) -> None:
+    """Refuse a trainer that does not shard its weights where the launch asked for it.
+
+    Raises:
+        UserError: names what was asked and what there is.
+    """
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    for name, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
+        if _on(name) and kind != wanted:
+            raise UserError(
+                f"the launch asks for {wanted} and runs as {kind}; change `distributed_type` in the configuration to "
+                "what is meant (MULTI_GPU: data parallel)"
+            )
+
+
+def _on(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")

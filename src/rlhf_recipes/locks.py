@@ -1,0 +1,72 @@
+"""One run in a folder: a lock that ends with the process that holds it, however that ends."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from rlhf_recipes.arguments import UserError
+
+LOCK = ".lock"
+_held: dict[Path, tuple[IO[str], int]] = {}  # of this process: the open file, and how many ask for it
+
+
+@contextmanager
+def folder_lock(folder: str | Path) -> Iterator[None]:
+    """For the time, no other process runs in the folder. One process may ask for the same folder again.
+
+    Raises:
+        UserError: another process is at it; names it.
+    """
+    path = Path(folder).absolute()
+    stream, count = _held.get(path, (None, 0))
+    if stream is None:
+        path.mkdir(parents=True, exist_ok=True)
+        stream = _locked(path / LOCK)
+    _held[path] = (stream, count + 1)
+    try:
+        yield
+    finally:
+        stream, count = _held.pop(path)
+        if count > 1:
+            _held[path] = (stream, count - 1)
+        else:
+            (path / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody's new one is taken away
+            stream.close()
+
+
+def require_unlocked(folder: str | Path) -> None:
+    """Refuse a folder that another process runs in. Writes nothing."""
+    path = Path(folder).absolute()
+    if path in _held or not (path / LOCK).is_file():
+        return
+    with (path / LOCK).open("r", encoding="utf-8") as stream:
+        _lock(stream, path)
+
+
+def _locked(path: Path) -> IO[str]:
+    while True:
+        stream = path.open("a+", encoding="utf-8")
+        _lock(stream, path.parent)
+        # The one before may have taken the file away between its opening and its locking.
+        if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+            break
+        stream.close()
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    stream.flush()
+    return stream
+
+
+def _lock(stream: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        owner = stream.read().strip() or "another process"
+        raise UserError(
+            f"output folder {folder} is in use by {owner}; choose another --output_dir, or wait until it has ended"
+        ) from None

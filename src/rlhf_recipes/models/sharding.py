@@ -1,0 +1,87 @@
+"""Weights that are cut apart over the processes (FSDP2, Zhao et al. 2023), where rollouts want them whole.
+
+Each forward pass of a sharded module is a meeting of all processes. Answers are of unequal length, so one process would
+wait for ever for another that has finished: while it answers, each holds the weights whole.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the model or to a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """For the time, every process holds all weights, and may run the model as often as it likes without the others.
+
+    All processes enter and leave together. A model that is not sharded is left as it is.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tensors, on the first process; empty on the others. All of them call it.
+
+    What is one weight under two names, such as a tied head, is one tensor here too.
+    """
+    state = get_model_state_dict(model, options=WHOLE)
+    firsts: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = firsts.setdefault(id(parameter), name)
+        if name in state:
+            state[name] = state[first]
+    return state
+
+
+def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Cut a whole state dict apart again. All processes call it; the first one's counts."""
+    set_model_state_dict(model, state, options=_from_first())
+
+
+def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state with whole tensors by the names of the weights, on the first process."""
+    return get_optimizer_state_dict(model, optimizer, options=WHOLE)
+
+
+def by_name(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's ordinary state dict, whose weights are numbered, by the names of the weights."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [group | {"params": [order[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {order[number]: value for number, value in state["state"].items()}, "param_groups": groups}
+
+
+def load_whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """What `whole_optimizer_state` gave, of the first process; all of them call it, or one that is alone."""
+    set_optimizer_state_dict(model, optimizer, state, options=_from_first())
+
+
+def _from_first() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())

@@ -1,0 +1,16 @@
+"""The transformers model inside an adapter's wrapper, and the trunk inside that."""
+
+from typing import Any
+
+from torch import nn
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside an adapter wrapper, or the model itself."""
+    return model.get_base_model() if "get_base_model" in dir(model) else model  # type: ignore[operator]
+
+
+def trunk_of(model: nn.Module) -> Any:
+    """The transformer without its head."""
+    base = base_model(model)
+    return getattr(base, base.base_model_prefix)

@@ -1,0 +1,374 @@
+"""Runs that are killed, told to end, out of disk, fed a NaN or a broken checkpoint: nothing that was saved is lost.
+
+Each ends, after `--resume auto`, bit for bit as the run that nothing happened to.
+"""
+
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from rlhf_recipes.arguments import UserError, one_line_errors
+from rlhf_recipes.checkpoints import SUMS, fault, saved_checkpoints
+from rlhf_recipes.safe_trainer import SafeTrainer
+
+STAGES = ("pretrain", "sft", "reward", "ppo")
+CASES: dict[str, tuple[str, dict[str, Any]]] = {stage: (stage, {}) for stage in STAGES} | {
+    "pretrain, dropout": ("pretrain", {"dropout": 0.2}),
+    "pretrain, streamed": ("pretrain", {"dataset_streaming": True}),
+    "sft, LoRA": ("sft", {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1}),
+    "sft, packed": ("sft", {"packing": True, "max_length": 32}),
+}
+
+
+def told(killed: ModuleType, act: Callable[[], Any], folder: Path) -> tuple[int, str]:
+    """Run in a process of its own, as a door does; returns its exit code (minus the signal) and what it said on stderr."""
+    said = folder / f"said-{random.random()}"
+
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stderr = said.open("w", buffering=1)
+            logging.getLogger().handlers.clear()  # pytest's own, so that warnings go where they go for a user
+            with one_line_errors():
+                act()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    text = said.read_text() if said.exists() else ""
+    said.unlink(missing_ok=True)
+    return status, text
+
+
+@pytest.fixture(scope="module")
+def whole(small_runs: ModuleType, killed: ModuleType, world: Path) -> Callable[[str], dict[str, Any]]:
+    """(case) -> how the run ends that nothing happens to."""
+    ends: dict[str, dict[str, Any]] = {}
+
+    def end(case: str) -> dict[str, Any]:
+        if case not in ends:
+            stage, options = CASES[case]
+            out = f"whole {case}"
+            assert not killed.attempt(lambda: small_runs.run(stage, world, out, **options), None)
+            ends[case] = small_runs.end_of(world / out)
+        return ends[case]
+
+    return end
+
+
+@pytest.fixture
+def again(
+    small_runs: ModuleType, killed: ModuleType, world: Path, whole: Callable[[str], dict[str, Any]]
+) -> Callable[[str, str], None]:
+    """(case, folder) -> resume the run there, and it must end as the whole one."""
+
+    def check(case: str, out: str) -> None:
+        stage, options = CASES[case]
+        assert not killed.attempt(lambda: small_runs.run(stage, world, out, resume="auto", **options), None)
+        end, expected = small_runs.end_of(world / out), whole(case)
+        assert end["log"] == expected["log"]
+        assert killed.same(end, expected)
+        assert not (world / out / ".saving").exists() and not (world / out / ".lock").exists()
+
+    return check
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_random_moments(
+    case: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    stage, options = CASES[case]
+    out, draw, kills = f"random {case}", random.Random(case), 0
+    while killed.attempt(
+        lambda: small_runs.run(stage, world, out, resume="auto", **options), draw.uniform(0.0, 0.7 + kills / 10)
+    ):
+        kills += 1
+    assert kills > 0
+    again(case, out)  # finished: nothing is left to do, and nothing is undone
+
+
+def in_the_second_save(act: Callable[[], None]) -> None:
+    """From now on `act` is called as the second checkpoint of this process begins to be written."""
+    save, saves = SafeTrainer._save_checkpoint, 0
+
+    def counted(self: Any, *args: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            act()
+        save(self, *args)
+
+    SafeTrainer._save_checkpoint = counted  # type: ignore[method-assign]
+
+
+def no_file_beyond(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", [0, 300, 20_000, 150_000])
+def test_killed_at_a_byte_of_a_save(
+    stage: str, size: int, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    """The kernel ends the process as it writes that byte of a file of the second checkpoint."""
+    out = f"byte {size} {stage}"
+
+    def act() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        in_the_second_save(lambda: no_file_beyond(size))
+        small_runs.run(stage, world, out)
+
+    assert told(killed, act, world)[0] == -signal.SIGXFSZ
+    assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
+    assert fault(world / out / "checkpoint-2") is None
+    again(stage, out)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_ends_the_run_in_one_line(
+    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    out = f"full {stage}"
+
+    def act() -> None:
+        in_the_second_save(lambda: no_file_beyond(20_000))
+        small_runs.run(stage, world, out)
+
+    code, said = told(killed, act, world)
+    assert code == 2 and "Traceback" not in said
+    line = said.strip().splitlines()[-1]
+    assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 is whole" in line
+    assert not (world / out / ".saving").exists()  # what was half written makes room
+    again(stage, out)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_told_to_end_it_saves_and_goes_on_later(
+    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    out = f"term {stage}"
+
+    def act() -> None:
+        step, steps = SafeTrainer.training_step, 0
+
+        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if self.state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)  # twice would end it at once
+                SafeTrainer.training_step = step  # type: ignore[method-assign]
+            return step(self, *args, **kwargs)
+
+        SafeTrainer.training_step = counted  # type: ignore[method-assign]
+        small_runs.run(stage, world, out, save_strategy="no")
+
+    code, said = told(killed, act, world)
+    assert code == 128 + signal.SIGTERM and "Traceback" not in said
+    assert said.strip().splitlines()[-1] == "ended by SIGTERM; saved at step 3: go on with --resume auto"
+    assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-3"]
+    again(stage, out)
+
+
+def unfinished(world: Path, whole: Callable[[str], dict[str, Any]], stage: str, out: str) -> Path:
+    """A copy of the whole run, as if it had been cut off right after its last checkpoint; returns that."""
+    whole(stage)
+    shutil.copytree(world / f"whole {stage}", world / out)
+    (world / out / "recipe.yaml").unlink()
+    return saved_checkpoints(world / out)[0]
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "a bit flips": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+    "a file is cut": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "a file is gone": lambda path: path.unlink(),
+    "a pickle is put beside": lambda path: path.with_name("pytorch_model.bin").write_bytes(b"x"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    stage: str, how: str, small_runs: ModuleType, killed: ModuleType, world: Path,
+    whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None],
+) -> None:  # fmt: skip
+    out = f"{how} {stage}"
+    last = unfinished(world, whole, stage, out)
+    DAMAGES[how](last / ("optimizer.pt" if how == "a bit flips" else "model.safetensors"))
+    code, said = told(killed, lambda: small_runs.run(stage, world, out, resume="auto"), world)
+    assert code == 0 and f"{last.name} is damaged and is passed over" in said
+    again(stage, out)
+
+
+def test_no_whole_checkpoint_is_said_and_a_damaged_one_is_not_taken_by_name(
+    small_runs: ModuleType, world: Path, whole: Callable[[str], dict[str, Any]]
+) -> None:
+    last = unfinished(world, whole, "sft", "none whole")
+    for point in saved_checkpoints(world / "none whole"):
+        (point / SUMS).write_text("0  model.safetensors\n")
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints in .* is whole"):
+        small_runs.run("sft", world, "none whole", resume="auto")
+    with pytest.raises(UserError, match=r"is damaged: model.safetensors is not what was saved"):
+        small_runs.run("sft", world, "none whole", resume_from_checkpoint=last)
+
+
+def test_a_finished_run_is_left_alone_unless_it_was_asked_otherwise(
+    small_runs: ModuleType, world: Path, whole: Callable[[str], dict[str, Any]]
+) -> None:
+    whole("sft")
+    before = {path: path.stat().st_mtime_ns for path in (world / "whole sft").rglob("*")}
+    assert small_runs.run("sft", world, "whole sft", resume="auto") == world / "whole sft"
+    assert {path: path.stat().st_mtime_ns for path in (world / "whole sft").rglob("*")} == before
+    with pytest.raises(
+        UserError, match=r"holds a finished run that was asked otherwise \(learning_rate 0.001 -> 0.5\)"
+    ):
+        small_runs.run("sft", world, "whole sft", resume="auto", learning_rate=0.5)
+
+
+def test_what_a_checkpoint_was_asked_otherwise_is_said(
+    small_runs: ModuleType, killed: ModuleType, world: Path, whole: Callable[[str], dict[str, Any]]
+) -> None:
+    unfinished(world, whole, "sft", "otherwise")
+    act = lambda: small_runs.run("sft", world, "otherwise", resume="auto", max_grad_norm=2.0)  # noqa: E731
+    code, said = told(killed, act, world)
+    assert code == 0 and "asked otherwise than this run goes on: max_grad_norm 1.0 -> 2.0" in said
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
+    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    out = f"nan {stage}"
+
+    def act() -> None:
+        step = Trainer.training_step
+
+        def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = step(self, *args, **kwargs)
+            return loss * torch.nan if self.state.global_step == 4 else loss
+
+        Trainer.training_step = spoilt  # type: ignore[method-assign]
+        small_runs.run(stage, world, out)
+
+    code, said = told(killed, act, world)
+    line = said.strip().splitlines()[-1]
+    assert code == 2 and line.startswith("error: step 5: the loss is not finite, and nothing of it is saved; ")
+    assert line.endswith("look for the rows that it comes from") and "checkpoint-4 is the last checkpoint" in line
+    again(stage, out)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_that_are_not_finite_are_not_saved(
+    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    """A gradient can overflow where the loss did not."""
+    out = f"inf {stage}"
+
+    def act() -> None:
+        save = SafeTrainer._save_checkpoint
+
+        def spoilt(self: Any, *args: Any) -> None:
+            if self.state.global_step == 4:
+                next(self.model.parameters()).data[0, 0] = torch.inf
+            save(self, *args)
+
+        SafeTrainer._save_checkpoint = spoilt  # type: ignore[method-assign]
+        small_runs.run(stage, world, out)
+
+    code, said = told(killed, act, world)
+    assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
+    assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
+    again(stage, out)
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
+    small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    ready, hold = os.pipe()
+
+    def first() -> None:
+        def wait() -> None:
+            os.write(hold, b"x")
+            signal.pause()
+
+        in_the_second_save(wait)
+        small_runs.run("sft", world, "shared folder")
+
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            first()
+        finally:
+            os._exit(1)
+    os.read(ready, 1)
+    for asked in ({"resume": "auto"}, {"overwrite": True}, {"resume_from_checkpoint": "true"}):
+        with pytest.raises(UserError, match=f"is in use by process {child} on .*; choose another --output_dir"):
+            small_runs.run("sft", world, "shared folder", **asked)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    again("sft", "shared folder")
+
+
+def test_a_judge_that_crashes_loses_nothing(
+    small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    from rlhf_recipes.scoring.judges import ModelReward
+
+    def act() -> None:
+        ask, calls = ModelReward.__call__, 0
+
+        def deadly(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise RuntimeError("the judge is gone")
+            return ask(self, *args, **kwargs)
+
+        ModelReward.__call__ = deadly  # type: ignore[method-assign]
+        small_runs.run("ppo", world, "crashed judge")
+
+    code, said = told(killed, act, world)
+    assert code == 1 and "the judge is gone" in said
+    assert saved_checkpoints(world / "crashed judge")
+    again("ppo", "crashed judge")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_data_file_cut_in_a_line_is_named_before_anything_is_written(
+    stage: str, small_runs: ModuleType, world: Path
+) -> None:
+    name = small_runs.OWN[stage]["dataset_name"]
+    cut = world / f"cut {name}"
+    shutil.copytree(world / name, cut)
+    rows = cut / "train.jsonl"
+    rows.write_bytes(rows.read_bytes()[:-9])
+    with pytest.raises(
+        UserError, match=rf"dataset {cut} cannot be read as json: .* in row \d+; mend or replace the file"
+    ):
+        small_runs.run(stage, world, f"from cut {stage}", dataset_name=cut.name)
+    assert not (world / f"from cut {stage}").exists()
+
+
+def test_trainers_own_pickle_of_arguments_is_left_out(world: Path, whole: Callable[[str], dict[str, Any]]) -> None:
+    for stage in STAGES:
+        whole(stage)
+        assert not list((world / f"whole {stage}").rglob("training_args.bin"))

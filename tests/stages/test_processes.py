@@ -1,0 +1,191 @@
+"""Each stage on two and on four processes joined by gloo, as users launch it, against one process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.checkpoints import saved_checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).with_name("small_runs.py")
+STAGES = ("pretrain", "sft", "reward", "ppo")
+LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+KINDS: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES} | {
+    f"{stage}, LoRA": LORA for stage in STAGES if stage != "pretrain"
+}  # fmt: skip
+TOLERANCE = 2e-5  # of any weight, after six optimizer steps (ppo: ten) that each move it by about 1e-3
+# Trainer counts an epoch in micro-batches, and TRL takes the mean of these over them.
+OF_MICRO_BATCHES = {"epoch", "mean_token_accuracy", "entropy", "min_reward", "max_reward"}
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def launch(world: Path) -> Launch:
+    """(processes, jobs) -> the launch that ran them, ended with code 0 unless `code` says otherwise."""
+
+    def start(processes: int, jobs: list[dict[str, Any]], code: int = 0) -> "subprocess.CompletedProcess[str]":
+        told = world / f"jobs-{processes}-{len(list(world.glob('jobs-*')))}.json"
+        told.write_text(json.dumps(jobs))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, str(PROGRAM), str(world), str(told)],
+            env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert (done.returncode != 0) == (code != 0), done.stderr[-3000:]
+        return done
+
+    return start
+
+
+def stage_of(kind: str) -> str:
+    return kind.partition(",")[0]
+
+
+@pytest.fixture(scope="module")
+def several(launch: Launch) -> None:
+    """Every kind of run on two and on four processes."""
+    for processes in (2, 4):
+        jobs = [{"stage": stage_of(kind), "out": f"{kind} by {processes}", **KINDS[kind]} for kind in KINDS]
+        launch(processes, [job | {"save_total_limit": 9} for job in jobs])
+
+
+@pytest.fixture(scope="module")
+def alone(small_runs: ModuleType, world: Path) -> Callable[[str], Path]:
+    """(kind) -> the folder of the run by this process alone."""
+
+    def made(kind: str) -> Path:
+        out = world / f"{kind} by 1"
+        return out if out.exists() else small_runs.run(stage_of(kind), world, out.name, **KINDS[kind])
+
+    return made
+
+
+def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys() and one
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_many_processes_end_as_one_does(
+    kind: str, processes: int, several: None, alone: Callable[[str], Path], small_runs: ModuleType, world: Path
+) -> None:
+    """Weights and what was logged; and the run did learn something."""
+    one, many = alone(kind), world / f"{kind} by {processes}"
+    start = small_runs.weights_in(world / "model")
+    learnt = small_runs.weights_in(one)
+    moved = {name: learnt[name] for name in learnt if name in start or "lora_B" in name}
+    assert farthest(moved, {name: start.get(name, torch.zeros_like(moved[name])) for name in moved}) > 1e-3
+    assert farthest(learnt, small_runs.weights_in(many)) < TOLERANCE
+    expected, found = (json.loads((each / "trainer_state.json").read_text())["log_history"] for each in (one, many))
+    assert [entry["step"] for entry in expected] == [entry["step"] for entry in found]
+    for mine, theirs in zip(expected, found, strict=True):
+        same = {name: value for name, value in small_runs.timeless(mine).items() if name not in OF_MICRO_BATCHES}
+        assert len(same) > 1
+        assert {name: theirs[name] for name in same} == pytest.approx(same, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_run_goes_on_with_another_number_of_processes(
+    stage: str,
+    steps: int,
+    several: None,
+    alone: Callable[[str], Path],
+    small_runs: ModuleType,
+    launch: Launch,
+    world: Path,
+) -> None:
+    """From two to one, and from one to four; for ppo also in the middle of an update (it takes four steps)."""
+    whole = alone(stage)
+    fewer, more = world / f"{stage} fewer {steps}", world / f"{stage} more {steps}"
+    point = f"checkpoint-{steps if stage == 'ppo' else steps - 2}"
+    shutil.copytree(world / f"{stage} by 2" / point, fewer / point)
+    small_runs.run(stage, world, fewer.name, resume="auto")
+    assert farthest(small_runs.weights_in(whole), small_runs.weights_in(fewer)) < TOLERANCE
+    small_runs.run(stage, world, f"{stage} for {steps}", save_total_limit=9)
+    shutil.copytree(world / f"{stage} for {steps}" / point, more / point)
+    launch(4, [{"stage": stage, "out": more.name, "resume": "auto"}])
+    assert farthest(small_runs.weights_in(whole), small_runs.weights_in(more)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("how", "words"), [("error", "this process has had enough"), ("9", "SIGKILL")])
+def test_a_process_that_dies_ends_the_run_which_then_goes_on(
+    how: str, words: str, alone: Callable[[str], Path], small_runs: ModuleType, launch: Launch, world: Path
+) -> None:
+    out = f"dead of {how}"
+    done = launch(2, [{"stage": "sft", "out": out, "dies": [3, how]}], code=1)
+    assert words in done.stderr + done.stdout
+    assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
+    launch(2, [{"stage": "sft", "out": out, "resume": "auto"}])
+    assert farthest(small_runs.weights_in(alone("sft")), small_runs.weights_in(world / out)) < TOLERANCE
+
+
+def test_one_process_that_is_told_to_end_ends_all_at_the_same_step(
+    alone: Callable[[str], Path], small_runs: ModuleType, launch: Launch, world: Path
+) -> None:
+    done = launch(2, [{"stage": "ppo", "out": "told", "dies": [5, str(int(signal.SIGTERM))]}], code=1)
+    assert "ended by SIGTERM; saved at step 6" in done.stderr
+    assert saved_checkpoints(world / "told")[0].name == "checkpoint-6"
+    small_runs.run("ppo", world, "told", resume="auto")
+    assert farthest(small_runs.weights_in(alone("ppo")), small_runs.weights_in(world / "told")) < TOLERANCE
+
+
+def test_a_batch_that_does_not_divide_is_one_line(launch: Launch, world: Path) -> None:
+    done = launch(2, [{"stage": "sft", "out": "odd", "global_batch_size": 7}], code=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: global_batch_size 7 does not divide among 2 processes; ")
+    assert not (world / "odd").exists()
+
+
+FALLBACKS = {
+    "cpu flag": (["--cpu", "--num_processes", "2"], "asks for several processes and started one"),
+    "MULTI_CPU": ({"distributed_type": "MULTI_CPU", "use_cpu": True}, "asks for several processes and started one"),
+    "FSDP": (
+        {"distributed_type": "FSDP", "use_cpu": True, "fsdp_config": {"fsdp_version": 2}},
+        "asks for FSDP, but Accelerate has it on no CPU",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FALLBACKS)
+def test_a_launch_that_would_quietly_be_less_is_refused(
+    kind: str, small_runs: ModuleType, world: Path, tmp_path: Path
+) -> None:
+    asked, words = FALLBACKS[kind]
+    if isinstance(asked, dict):
+        config = tmp_path / "launch.yaml"
+        config.write_text(
+            json.dumps({"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 2} | asked)
+        )
+        asked = ["--config_file", str(config)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *asked]
+    command += ["-m", "rlhf_recipes", "sft", *small_runs.flags("sft", world, f"fallen {kind}")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and words in lines[0] and "distributed_type: MULTI_GPU" in lines[0]
+    assert not (world / f"fallen {kind}").exists()
+
+
+def test_processes_that_would_each_train_by_themselves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from rlhf_recipes.launching import check_launch
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="started 2 processes, but each would train by itself"):
+        check_launch(SimpleNamespace(use_cpu=False, world_size=1))
+    check_launch(SimpleNamespace(use_cpu=False, world_size=2))
