@@ -151,8 +151,8 @@ def main() -> None:
     told = {"hardware": hardware(), "date": str(datetime.date.today()), "seed": 42, "threads": 1}
     head = (
         f"Measured {told['date']} on {told['hardware']}, by `python benchmarks/quantization.py`, seed {told['seed']}, each "
-        "row once. Peak: of the resident set above what the imports take, mapped checkpoint files included. Time: of "
-        "training, to full precision; of eval as a whole.\n\n"
+        "row once. Peak: of the resident set above what the imports take, mapped checkpoint files included. Time: "
+        "seconds of the processor, to full precision.\n\n"
     )
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "quantization.md").write_text(head + "\n".join(lines), encoding="utf-8")

@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hub_client import Client, Said
@@ -62,6 +64,7 @@ CASES = [
     Case("the connection is cut within the weights, always", [Fault("put", "cut", amount=50_000)], says="the connection failed"),
     Case("the connection is cut within the commit", [Fault("commit", "cut", amount=200)], says="the connection failed"),
     Case("the commit is made, its answer is lost", [Fault("commit", "lose", times=1)], pushed=True),
+    Case("a card that the Hub does not take (400)", [Fault("validate", status=400)], says="Invalid metadata in README.md"),
     Case("a slow link", [Fault("put", "slow", amount=1_000_000)], pushed=True),
     Case("a link that goes dead, once", [Fault("put", "hang", times=1)], pushed=True, stalled=0.4),
     Case("killed while the weights are sent", [Fault("put", "hang", amount=50_000)], killed=True),
@@ -119,10 +122,20 @@ def tell(case: Case, said: Said, before: dict[str, bytes], hub: Hub, repo: str, 
     return f"{outcome} | {state}"
 
 
+def provenance() -> str:
+    from huggingface_hub import __version__
+
+    from rlhf_recipes.models import hardware
+
+    when = f"{time.strftime('%Y-%m-%d')} on {hardware()}"
+    return f"Measured {when}, with huggingface_hub {__version__}, by `python tests/hub_faults.py`.\n"
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as place, Hub() as hub:
         hub.tokens = {GOOD: (OWNER, True), READ: (OWNER, False)}
         client = Client(hub.address, Path(place) / "home")
+        print(provenance())
         print("| what goes wrong | first try | the repo after it | second try |\n|---|---|---|---|")
         for number, case in enumerate(CASES):
             old, folder = (make_folder(Path(place) / f"run-{seed}", seed) for seed in (2 * number, 2 * number + 1))

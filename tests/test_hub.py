@@ -372,6 +372,26 @@ def test_a_run_that_is_not_asked_to_push_meets_nobody(run: Callable[..., Any], w
         assert said.met == []
 
 
+def test_a_local_folder_that_is_named_like_a_repo_is_looked_for_nowhere_else(
+    client: Any, small_runs: ModuleType, world: Path, repos: Path, hub: Any
+) -> None:
+    """PPO with an adapter of its own on a merged adapter: peft would ask the Hub for the base's configuration."""
+    (world / "out").mkdir()
+    (world / "out" / "lora").symlink_to(repos / "adapter")
+    words = small_runs.flags("ppo", world, "out/ppo", **FEW, model_name_or_path="out/lora", use_peft=True, lora_r=4)
+    here = """
+import os, sys
+from rlhf_recipes.__main__ import main
+os.chdir(world)
+sys.argv = ["rlhf_recipes", "ppo", *words.split("|")]
+main()
+"""
+    asked = len(hub.requests)
+    said = client.program(here, token=GOOD, world=world, words="|".join(words).replace(f"{world}/", ""))
+    assert said.code == 0, said.err
+    assert said.met == [] and len(hub.requests) == asked
+
+
 def test_sft_pushes_with_the_token_of_its_flag(run: Callable[..., Any], hub: Any, world: Path) -> None:
     said = run("sft", "sft", token=None, **to("me/sft", hub_token=GOOD))
     assert said.code == 0 and said.out.rstrip().splitlines()[-1].startswith(
@@ -602,3 +622,91 @@ def test_a_checkpoint_that_cannot_be_pushed_does_not_end_the_training(
     assert said.code == 0, said.err
     assert said.err.count("The training goes on") == 2 and "checkpoint-1 was not pushed to me/on" in said.err
     assert set(hub.files("me/on")) >= {"model.safetensors", "README.md", "recipe.yaml"}
+
+
+# A machine whose network is watched.
+
+GUARD = """
+import os, sys
+
+def watch(event, details):
+    if event == "socket.getaddrinfo":
+        place = str(details[0])
+    elif event == "socket.connect" and isinstance(details[1], tuple):
+        place = str(details[1][0])
+    else:
+        return
+    if place not in ("None", "localhost", "::1", "0.0.0.0") and not place.startswith("127."):
+        with open(os.environ["WATCHED"], "a") as stream:
+            print(place, sys.argv, file=stream)
+        raise PermissionError(f"{place} is elsewhere")
+
+sys.addaudithook(watch)
+"""
+
+
+def watched(folder: Path, *words: str) -> tuple[int, str, str]:
+    """A process with nothing switched off that may be switched off; how it ended, and whom it asked for."""
+    import os
+    import subprocess
+
+    (folder / "guard").mkdir(exist_ok=True)
+    (folder / "guard" / "sitecustomize.py").write_text(GUARD)
+    (folder / "met").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DISABLE_"))}
+    environment |= {
+        "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home"), "WATCHED": str(folder / "met"), "HF_TOKEN": GOOD,
+        "PYTHONPATH": f"{folder / 'guard'}{os.pathsep}{Path(__file__).parents[1] / 'src'}", "CI": "",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr, (folder / "met").read_text()
+
+
+def test_the_watch_sees_who_is_asked_for(tmp_path: Path) -> None:
+    """Else the test below could not fail: a name, an address, and a library that swallows what happens to it."""
+    for program in (
+        "import socket; socket.getaddrinfo('huggingface.co', 443)",
+        "import socket; socket.create_connection(('192.0.2.1', 80), 1)",
+        "from huggingface_hub.utils import send_telemetry as send; from huggingface_hub.utils import _telemetry as t; "
+        "send('x'); t._TELEMETRY_QUEUE.join()",
+    ):
+        before = (tmp_path / "met").read_text() if (tmp_path / "met").exists() else ""
+        *_, met = watched(tmp_path, "-c", program)
+        assert len(met) > len(before), program
+
+
+@pytest.mark.slow
+def test_no_stage_asks_for_anybody_unless_it_is_told_to(tmp_path: Path) -> None:
+    """The whole chain in small, as processes of their own, from relative folders, on a machine that is online."""
+    from rlhf_recipes import write_world
+
+    write_world(tmp_path / "world", 0, corpus=80, demonstrations=48, preferences=48, prompts=40, test=12)
+    few = ["--max_steps", "2", "--save_steps", "1", "--report_to", "none"]
+    lora = ["--use_peft", "true", "--lora_r", "4"]
+    sft = ["--model_name_or_path", "out/sft"]
+    reward = ["--reward", "out/reward", "rlhf_recipes.world:gold_score", "--dataset_name", "world/prompts"]
+    short = ["--per_device_train_batch_size", "4", "--response_length", "8"]
+    pairs = ["--dataset_name", "world/preferences"]
+    stages = {
+        "tokenizer": ["--dataset_name", "world/corpus", "--vocab_size", "400"],
+        "pretrain": [
+            "--dataset_name",
+            "world/corpus",
+            "--tokenizer_name",
+            "out/tokenizer",
+            "--model_size",
+            "tiny",
+            *few,
+        ],
+        "sft": ["--dataset_name", "world/demonstrations", "--model_name_or_path", "out/pretrain", *few, *lora],
+        "reward": [*pairs, *sft, *few],
+        "ppo": [*reward, *sft, *few, *short, *lora],
+        "dpo": [*pairs, *sft, *few],
+        "rloo": [*reward, *sft, *few, *short[:2], "--num_generations", "2", "--max_completion_length", "8"],
+        "eval": ["--models", "out/sft", "out/ppo", "--dataset_name", "world/prompts", "--judge", "out/reward"],
+    }
+    for stage, words in stages.items():
+        code, told, met = watched(tmp_path, "-m", "rlhf_recipes", stage, *words, "--output_dir", f"out/{stage}")
+        assert code == 0, told
+        assert met == "", f"{stage}: {met}"
+        require_no_secret(told)

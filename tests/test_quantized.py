@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: what is kept of them, what they compute, and the four traps of bitsandbytes on a CPU.
+"""Weights in 8 and 4 bits: what is kept of them, what they compute, and the traps of bitsandbytes on a CPU.
 
 Each trap is shown to be there in plain bitsandbytes, on a CPU that has it, and closed at every door of ours. The truth
 is a GPT-2 in float64 whose weights are decoded here by hand (Dettmers et al. 2023, "QLoRA", section 3 and appendix E).
@@ -34,6 +34,7 @@ from rlhf_recipes.generation import Sampling
 from rlhf_recipes.metrics import completion_perplexity, perplexity
 from rlhf_recipes.metrics.models import completion_log_probs, evaluate_model
 from rlhf_recipes.models import in_bits, load_causal_lm, load_judge, quicken, save_judge_config, without_traps
+from rlhf_recipes.models import quantized as quantized_module
 from rlhf_recipes.safe_trainer import SafeTrainer
 
 Make = Callable[..., Any]
@@ -255,6 +256,15 @@ def test_odd_widths_load_answer_and_learn(
     assert losses[-1] < losses[0]
 
 
+def test_what_is_said_of_every_product_in_8_bits_is_said_once(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = ours(base, "8 bits")
+    quantized_module._SAID.clear()
+    logits(model), logits(model)
+    assert [record.getMessage() for record in caplog.records if "MatMul8bitLt" in record.getMessage()] == [
+        "MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization"
+    ]
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_4_bits_are_asked_for_in_any_dtype(dtype: str, base: Path) -> None:
     model = load_causal_lm(str(base), ModelConfig(load_in_4bit=True, dtype=dtype))
@@ -323,11 +333,13 @@ def test_trap_odd_rows_are_decoded_with_the_scales_of_others() -> None:
 # The traps, at our doors: each is given a model that a user read without us, and asks it.
 
 
-def trainer_of(folder: Path, model: Any, tokenizer: Any, reward: Any = None, **options: Any) -> PPOTrainer:
+def trainer_of(
+    folder: Path, model: Any, tokenizer: Any, reward: Any = None, unfrozen: int | None = None, **options: Any
+) -> PPOTrainer:
     args = PPOConfig(
         output_dir=str(folder), per_device_train_batch_size=4, response_length=3, max_steps=4, report_to="none",
         disable_tqdm=True, save_strategy="no", hints=False, use_cpu=True, bf16=False, learning_rate=1e-3,
-        log_completions=False, logging_steps=4,
+        log_completions=False, logging_steps=4, num_layers_unfrozen=unfrozen,
     )  # fmt: skip
     rows = [{"prompt": f"{row}?"} for row in range(4)]
     return PPOTrainer(model, reward or low_share, args, rows, processing_class=tokenizer, **options)
@@ -346,9 +358,7 @@ def as_policy(model: Any, tokenizer: Any, folder: Path, base: Path) -> None:
 
 
 def as_upper_policy(model: Any, tokenizer: Any, folder: Path, base: Path) -> None:
-    trainer = trainer_of(folder, model, tokenizer, peft_config=lora(layers_to_transform=[1]))
-    trainer.args.num_layers_unfrozen = 1
-    trainer.train()
+    trainer_of(folder, model, tokenizer, unfrozen=1, peft_config=lora()).train()
 
 
 def as_reference(model: Any, tokenizer: Any, folder: Path, base: Path) -> None:
@@ -372,6 +382,7 @@ DOORS: dict[str, Callable[[Any, Any, Path, Path], Any]] = {
         model, tokenizer, ["ab", "cde"], sampling=Sampling(2), reference=model, texts=["a text"]
     ),
     "policy": as_policy,
+    "policy, upper layers": as_upper_policy,
     "reference": as_reference,
     "SafeTrainer": in_safe_trainer,
     "without_traps": lambda model, *_: logits(without_traps(model)),
@@ -389,7 +400,7 @@ def test_a_model_that_was_asked_is_saved_as_before_and_is_what_it_was(
     assert packed(model) == 0
     found = hand(model)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    if door in ("policy", "SafeTrainer"):  # the adapter's layers are inside; what is saved is the adapter alone
+    if door in ("policy", "policy, upper layers", "SafeTrainer"):  # an adapter is on it, which alone would be saved
         return
     assert files(model, tmp_path / "after") == before
     again = without_traps(AutoModelForCausalLM.from_pretrained(tmp_path / "after", device_map="cpu"))
@@ -500,6 +511,14 @@ def test_an_adapter_is_merged_into_the_base_in_full_precision(kind: str, saved: 
     rounded = truth(base, hand(model), adapter)
     assert (logits(model) - rounded).abs().max() < (0.2 if kind == "8 bits" else 1e-4)  # whose states are rounded too
     assert (logits(merged) - truth(base, {})).abs().max() > 0.5  # the adapter says something
+
+
+def test_an_adapter_is_read_back_in_bfloat16_too(base: Path, tmp_path: Path) -> None:
+    """Training brings what is not quantized to float32; reading does the same."""
+    how: dict[str, Any] = {"dtype": torch.bfloat16} | in_bits(4)
+    model = adapted(load_causal_lm(str(base), **how))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_causal_lm(str(tmp_path), **how).eval()), logits(model))
 
 
 def test_an_adapter_in_bits_answers_and_is_measured_as_any_model(saved: Any, tokenizer: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.data import prompt_ids
-from rlhf_recipes.models import without_traps, roomy_cache
+from rlhf_recipes.models import roomy_cache, without_traps
 from rlhf_recipes.tensors import length_batches, pad, positions
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ def test_explained_variance_is_one_less_the_unexplained_share(reference: ModuleT
 def test_a_micro_batch_is_the_same_rows_of_everything() -> None:
     rollout = rollout_of(PLAIN)
     chosen = rollout.select(torch.tensor([3, 0]))
-    assert set(chosen) == {item.name for item in fields(Rollout)} - {"lower_states"}, "there are none here"
+    assert set(chosen) == {item.name for item in fields(Rollout)} - {"lower_states", "prior"}, "there are none here"
     for name, value in chosen.items():
         assert torch.equal(value, torch.stack([getattr(rollout, name)[3], getattr(rollout, name)[0]]))
 

@@ -59,7 +59,7 @@ def prepare(folder: Path, model: Any, judge: Any, tokenizer: Any) -> Path:
     }
     for name, each in rows.items():
         (folder / name).mkdir(parents=True)
-        for split, part in (("train", each), ("test", each[:6])):
+        for split, part in (("train", each), ("test", each[:8])):
             (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
 
@@ -121,9 +121,9 @@ def die_at(step: int, how: str) -> None:
     def deadly(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step and self.args.process_index == self.args.world_size - 1:
             SafeTrainer.training_step = take  # type: ignore[method-assign]
-            if how != "error":
-                os.kill(os.getpid(), int(how))
-            raise RuntimeError("this process has had enough")
+            if how == "error":
+                raise RuntimeError("this process has had enough")
+            os.kill(os.getpid(), int(how))
         return take(self, *args, **kwargs)
 
     SafeTrainer.training_step = deadly  # type: ignore[method-assign]

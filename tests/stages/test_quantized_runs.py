@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file
+from trl import ModelConfig
 
 from rlhf_recipes import UserError, load_reward
 from rlhf_recipes.checkpoints import saved_checkpoints
 from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.metrics.models import evaluate_model
-from rlhf_recipes.models import in_bits, load_causal_lm, load_config, load_tokenizer
+from rlhf_recipes.models import in_bits, load_causal_lm, load_config, load_judge, load_tokenizer
 from rlhf_recipes.stages.eval import EvalArguments, run_eval
+from rlhf_recipes.stages.ppo import load_value_model
 
 FOUR = {"load_in_4bit": True, "use_bnb_nested_quant": True, "use_peft": True, "lora_r": 4, "lora_dropout": 0.1}
 EIGHT = {"load_in_8bit": True, "use_peft": True, "lora_r": 4}
@@ -199,7 +202,26 @@ def test_the_perplexity_that_sft_tells_is_that_of_the_adapter_on_its_quantized_b
     assert completion_perplexity(model, tokenizer, pairs)["perplexity"] == pytest.approx(told, rel=1e-6)
 
 
-# PPO goes on where sft stopped, and the doors.
+# The other two, PPO where sft stopped, and the doors.
+
+
+@pytest.mark.parametrize("stage", ["dpo", "rloo"])
+def test_dpo_and_rloo_learn_by_an_adapter_in_bits(
+    stage: str, small_runs: ModuleType, bits_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges: list[Any] = []
+    monkeypatch.setattr(
+        "rlhf_recipes.scoring.load_judge", lambda *args, **how: judges.append(load_judge(*args, **how)) or judges[-1]
+    )
+    own = {"dataset_name": "preferences"} if stage == "dpo" else {"dataset_name": "prompts", "reward": "judge"}
+    monkeypatch.setitem(small_runs.OWN, stage, own)
+    asked = FOUR | {"max_steps": 2, "save_strategy": "no", "global_batch_size": None, "per_device_train_batch_size": 8}
+    asked |= {"frozen_bits": 8} if stage == "rloo" else {}
+    out = small_runs.run(stage, bits_world, f"{stage} in bits", **asked)
+    up = [value for name, value in load_file(out / "adapter_model.safetensors").items() if "lora_B" in name]
+    assert len(up) == 8 and any(value.any() for value in up) and not (out / "model.safetensors").exists()
+    kinds = [sum(isinstance(each, Linear8bitLt) for each in judge.modules()) for judge in judges]
+    assert kinds == ([8] if stage == "rloo" else [])
 
 
 def test_ppo_goes_on_with_what_sft_left_in_bits(
@@ -215,6 +237,19 @@ def test_ppo_goes_on_with_what_sft_left_in_bits(
     assert config["base_model_name_or_path"] == str(bits_world / "model")
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, out))
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_value_model_starts_from_a_judge_or_from_its_adapter(whole: Callable[[str], Path], bits_world: Path) -> None:
+    """In bits each learns by one adapter and the head; in full precision by all weights."""
+    asked = ModelConfig(load_in_4bit=True, use_bnb_nested_quant=True, use_peft=True, lora_r=4)
+    for folder in (bits_world / "judge", whole("reward, 4 bits")):
+        model = load_value_model(str(folder), asked)
+        trained = [name for name, each in model.named_parameters() if each.requires_grad]
+        assert sum(".lora_" in name for name in trained) == 2 * 8 == len(trained) - 1
+        assert "score.modules_to_save.default.weight" in trained[-1]
+        assert sum(isinstance(each, Linear4bit) for each in model.modules()) == 8
+        whole_model = load_value_model(str(folder), ModelConfig())
+        assert all(each.requires_grad for each in whole_model.parameters())
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -12,7 +12,7 @@ from rlhf_recipes.secrecy import without_secrets
 
 T = TypeVar("T")
 
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try, where the Hub names none
+WAITS = (2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try, where the Hub names none
 LONGEST_WAIT = 300.0  # what it may name
 STALLED = 300.0  # seconds without a byte, after which a connection counts as dead
 PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # answers that may be another one the next time

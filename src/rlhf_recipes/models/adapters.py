@@ -107,7 +107,12 @@ def ride(model: Any, folder: str, name: str) -> dict[str, Tensor]:
 def state_of(model: Any, adapter: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+    base = Path(str(model.peft_config[adapter].base_model_name_or_path))
+    # Of a folder without a config, such as an adapter's that was merged into this base, peft asks the Hub by its name.
+    embeddings = False if base.is_dir() and not (base / "config.json").is_file() else "auto"
+    state = get_peft_model_state_dict(
+        model, state_dict=state_dict, adapter_name=adapter, save_embedding_layers=embeddings
+    )
     return {key: value.detach().clone().contiguous() for key, value in state.items()}
 
 

@@ -31,8 +31,10 @@ def file_of(name: str, file: str) -> Path | None:
 
 
 def config_source(name: str) -> str:
-    """Where the configuration is: an adapter need not have one beside it, and its base has."""
-    return base_of(name) if file_of(name, "config.json") is None else name
+    """Where the configuration is: an adapter need not have one beside it, and its base, or that one's, has."""
+    while file_of(name, "config.json") is None and is_adapter(name):
+        name = base_of(name)
+    return name
 
 
 def base_of(name: str) -> str:

@@ -40,7 +40,11 @@ class JudgePrior:
 
         mask: (batch, tokens), True where a token was generated. None, where no judge has read them.
         """
-        read = [(judge.readings, weight) for judge, weight in self.judges if len(judge.readings) == len(mask)]
+        read = [
+            (judge.readings, weight)
+            for judge, weight in self.judges
+            if len(judge.readings) == len(mask) and all(map(len, judge.readings))
+        ]
         if not read:
             return None
         total = torch.zeros(mask.shape)

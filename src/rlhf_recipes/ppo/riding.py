@@ -70,16 +70,12 @@ class RidingJudge(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """logits (batch, labels), read at the last token of each row that is not the pad id, as transformers does."""
-        logits = self.read_along(input_ids, attention_mask)
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (places * (input_ids != self.config.pad_token_id)).argmax(dim=-1)
-        return SimpleNamespace(logits=logits[torch.arange(len(logits), device=logits.device), last])
-
-    def read_along(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """logits (batch, width, labels), as if each row ended at each of its tokens."""
         policy, adapter = self.__dict__["_ridden"]
         with adapters.speaking(policy, adapter):
             states = trunk_of(policy)(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
-        return torch.as_tensor(self.score(states.to(self.score.weight.dtype)))
+        logits = self.score(states.to(self.score.weight.dtype))
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (places * (input_ids != self.config.pad_token_id)).argmax(dim=-1)
+        return SimpleNamespace(logits=logits[torch.arange(len(logits), device=logits.device), last])

@@ -8,7 +8,7 @@ import torch
 
 from rlhf_recipes.arguments import RowError, UserError
 from rlhf_recipes.data import ensure_chat_template, is_conversation, prompt_text, text_of
-from rlhf_recipes.models import base_model, context_length, without_traps, tokens_at_once, trunk_of
+from rlhf_recipes.models import base_model, context_length, tokens_at_once, without_traps
 from rlhf_recipes.tensors import length_batches, pad
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ModelReward:
         if not self.shares_ids:
             ensure_chat_template(tokenizer)
         self.shift, self.scale = 0.0, 1.0
-        self.can_read_along = self.shares_ids and (hasattr(model, "read_along") or hasattr(base_model(model), "score"))
+        self.can_read_along = self.shares_ids and hasattr(base_model(model), "score")
         self.reads_along = False
         self.readings: list[
             torch.Tensor
@@ -150,20 +150,20 @@ def classify(model: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> torch.T
 def read_along(model: Any, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What `classify` gives, and of each row the logits (width, labels) as if it ended at each of its tokens.
 
-    One pass gives both: the trunk is causal, and the head is the same everywhere.
+    One pass gives both, where the model's head is asked at every token, as transformers does; else there is nothing of
+    the second.
     """
-    if _one_by_one(model) and len(rows) > 1:
-        each = [read_along(model, [row]) for row in rows]
-        return torch.cat([logits for logits, _ in each]), [everywhere[0] for _, everywhere in each]
-    asked = _padded(model, rows)
-    if hasattr(model, "read_along"):
-        logits = model.read_along(**asked).float()
-    else:
-        logits = base_model(model).score(trunk_of(model)(**asked, use_cache=False).last_hidden_state).float()
-    ids, places = asked["input_ids"], torch.arange(asked["input_ids"].shape[1], device=logits.device)
-    pad_id = model.config.pad_token_id
-    last = len(rows[0]) - 1 if pad_id is None else (places * (ids != pad_id)).argmax(dim=-1)
-    return logits[torch.arange(len(rows), device=logits.device), last], list(logits)
+    found: list[torch.Tensor] = []
+    hook = base_model(model).score.register_forward_hook(lambda module, given, logits: found.append(logits.float()))
+    try:
+        logits = classify(model, rows)
+    finally:
+        hook.remove()
+    everywhere = [row for batch in found if batch.dim() == 3 for row in batch]
+    whole = len(everywhere) == len(rows) and all(
+        len(each) >= len(row) for each, row in zip(everywhere, rows, strict=True)
+    )
+    return logits, everywhere if whole else [logits.new_empty(0, logits.shape[-1])] * len(rows)
 
 
 def _one_by_one(model: Any) -> bool:

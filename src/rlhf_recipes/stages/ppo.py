@@ -11,6 +11,7 @@ from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import first_row, load_train_and_test, require_columns, write_rows
 from rlhf_recipes.models import (
     FrozenArguments,
+    adapters,
     attach_lora,
     check_bits,
     fit_to_hardware,
@@ -105,11 +106,13 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
 
 
 def load_value_model(name: str, model_config: ModelConfig) -> Any:
-    """A value model of its own. Where the policy is read in 4 or 8 bits so is this, and learns by an adapter as well."""
+    """A value model of its own. Where the policy gets an adapter in 4 or 8 bits so does this, unless it is one already."""
+    adapter = attach_lora(model_config, "SEQ_CLS")
+    if adapter is None:
+        return load_judge(name)
     bits = 8 if model_config.load_in_8bit else 4 if model_config.load_in_4bit else None
     model = load_judge(name, **in_bits(bits, model_config.bnb_4bit_quant_type, model_config.use_bnb_nested_quant))
-    adapter = attach_lora(model_config, "SEQ_CLS")
-    if adapter is None or not is_quantized(model):
+    if not is_quantized(model) or adapters.has_adapter(model):
         return model
     from peft import get_peft_model
 
