@@ -474,16 +474,19 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 assert AutoTokenizer.from_pretrained("me/model")("a cat").input_ids == list(b"a cat")
 rows = load_dataset("me/prompts")
-assert {name: len(split) for name, split in rows.items()} == {"train": 20, "test": 6}
+here = {name: len(open(f"{world}/prompts/{name}.jsonl").readlines()) for name in ("train", "test")}
+assert {name: len(split) for name, split in rows.items()} == here
 assert rows["train"].column_names == ["prompt"]
 """,
         token=GOOD,
+        world=repos,
     )
     assert said.code == 0, said.err
     held = hub.files("me/prompts", "dataset")
     assert {name: held[name] for name in held if name != "README.md"} == contents(repos / "prompts")
     card = held["README.md"].decode()
-    assert "| train | 20 | prompt |" in card and "| test | 6 | prompt |" in card
+    for split in ("train", "test"):
+        assert f"| {split} | {len((repos / 'prompts' / f'{split}.jsonl').read_text().splitlines())} | prompt |" in card
     assert hub.repos["datasets", "me/prompts"].private and not (repos / "prompts" / "README.md").exists()
 
 
@@ -567,6 +570,10 @@ def test_a_repo_that_may_not_be_written_to_is_found_before_the_folder_is_touched
     said = run("sft", "kept", token=READ, overwrite=True, **to("me/kept"))
     assert said.code == 2 and said.last.startswith("error: me/kept cannot be pushed to: the token may not write there")
     assert contents(world / "kept") == before and ("models", "me/kept") not in hub.repos
+    hub.make("me/kept")  # it is there, and may be read
+    said = run("sft", "kept", token=READ, overwrite=True, **to("me/kept"))
+    assert said.code == 2 and said.last.startswith("error: me/kept cannot be pushed to: the token may not write there")
+    assert contents(world / "kept") == before
     said = run("sft", "fresh", token=None, **to("me/kept"))
     assert said.code == 2 and "no token" in said.last and not (world / "fresh").exists()
 

@@ -209,6 +209,12 @@ def test_every_conv1d_is_really_quantized(kind: str, base: Path) -> None:
         held, count = layer.weight.data, conv1d[name].weight.numel()
         assert held.dtype == (torch.int8 if kind == "8 bits" else torch.uint8)
         assert held.numel() == (count if kind == "8 bits" else count // 2)
+        if kind != "8 bits":  # a scale for each 64 weights; nested in 8 bits, with one more for each 256 of those
+            state, blocks = layer.weight.quant_state, count // 64
+            assert state.absmax.numel() == blocks and state.nested == ("nested" in kind)
+            assert state.absmax.dtype == (torch.uint8 if state.nested else torch.float32)
+            assert not state.nested or state.state2.absmax.numel() == math.ceil(blocks / 256)
+            assert state.quant_type == ("fp4" if kind == "fp4" else "nf4")
 
 
 @pytest.mark.parametrize("kind", KINDS)

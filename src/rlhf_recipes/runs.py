@@ -134,6 +134,12 @@ def save_model(trainer: Any, folder: Path) -> None:
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
+def measures(trainer: Any) -> bool:
+    """Whether this process takes part in measuring the model: the first, or all of them where the weights are cut apart,
+    since each pass over such weights is a meeting of all."""
+    return bool(trainer.is_world_process_zero() or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+
+
 def logged_panels(
     panels: Sequence[tuple[str, Sequence[str]]], log_history: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, list[str]]]:

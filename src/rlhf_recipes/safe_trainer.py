@@ -69,6 +69,8 @@ class SafeTrainer(Trainer):
         self._told_to_end = self._agreed_to_end = False
         self._loss_is_finite = True
         check_sharding(self.accelerator)
+        if self._resuming_from is not None and self.is_deepspeed_enabled:
+            _require_as_many(Path(self._resuming_from), self.args.world_size)
         self.remove_callback(_Watch)
         self.add_callback(_Watch(self))  # last, so that it sees what the others wish
         with folder_lock(folder) if self.args.should_save else nullcontext(), _listening(self._hear):
@@ -232,6 +234,20 @@ class SafeTrainer(Trainer):
         raise UserError(
             f"step {self.state.global_step + 1}: {what}, and nothing of it is saved{last}; lower learning_rate or "
             "max_grad_norm, or look for the rows that it comes from"
+        )
+
+
+def _require_as_many(checkpoint: Path, processes: int) -> None:
+    """ZeRO's states are cut for as many processes as saved them.
+
+    Raises:
+        UserError: there were more or fewer.
+    """
+    told = checkpoint / "progress_0.json"
+    saved = json.loads(told.read_text(encoding="utf-8"))["processes"] if told.is_file() else processes
+    if saved != processes:
+        raise UserError(
+            f"{checkpoint} was saved by {saved} processes under DeepSpeed, whose states are cut for so many; launch {saved}"
         )
 
 

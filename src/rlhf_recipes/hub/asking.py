@@ -107,13 +107,13 @@ def reason(error: Exception) -> str:
     if isinstance(error, (UserError, Unlike)):
         return str(error)
     status = status_of(error)
-    told = " ".join(QUERY.sub(r"\1", str(_deepest(error))).split())[:300]
     if status is None:
+        told = _line(_deepest(error))
         if _is_connection(error):
             return f"the connection failed ({told or type(error).__name__}); look at the network and try again"
         return told or type(error).__name__
     why = REASONS.get(status, f"the Hub answers {status}" + ("; wait and try again" if status >= 500 else ""))
-    words = _answer(error)
+    words = _answer(error) if isinstance(error, OSError) else _line(error)  # others say themselves what was amiss
     return f"{why} ({words})" if words else why
 
 
@@ -126,7 +126,11 @@ def status_of(error: BaseException) -> int | None:
 def _answer(error: Exception) -> str:
     """What the Hub says itself, if anything."""
     said = next((each.server_message for each in _causes(error) if getattr(each, "server_message", None)), "")
-    return " ".join(QUERY.sub(r"\1", str(said)).split())[:200]
+    return _line(said)
+
+
+def _line(said: object) -> str:
+    return " ".join(QUERY.sub(r"\1", str(said)).split())[:300]
 
 
 def _may_pass(error: Exception) -> bool:

@@ -102,11 +102,10 @@ class PPOTrainer(MinimizingTrainer):
             config, processing_class, train_dataset, eval_dataset, args, plays
         )
         arrived = peft_config is None and adapters.has_adapter(model)
-        policy = with_adapter(model, peft_config, args)
-        both = with_value(policy, value_model, args)
+        both = with_value(with_adapter(model, peft_config, args), value_model, args)
         reference = the_reference(both, arrived, ref_model, args)
         judges = (sources, processing_class, reward_processing_classes)
-        self.rewards = load_rewards(policy, *judges, args, plays, judge_quantization_config)
+        self.rewards = load_rewards(both.policy, *judges, args, plays, judge_quantization_config)
         super().__init__(
             model=both,
             args=args,

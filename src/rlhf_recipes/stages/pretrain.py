@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig
 
 from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
@@ -25,7 +26,7 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.pretraining import PretrainTrainer, SampleContinuations, collate_blocks
-from rlhf_recipes.runs import open_run, save_model, train, under_way
+from rlhf_recipes.runs import measures, open_run, save_model, train, under_way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,8 +138,9 @@ def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, traini
     with under_way(trainer, run, arguments, model_config, training):
         metrics = train(trainer, run)
         save_model(trainer, run.folder)
+        metrics |= _held_out(trainer) if measures(trainer) else {}
         if trainer.is_world_process_zero():
-            metrics |= {"parameters": trainer.model.num_parameters()} | _held_out(trainer)
+            metrics["parameters"] = get_model_param_count(trainer.model)
             plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Pretraining")
             leave_folder(
                 run.folder,

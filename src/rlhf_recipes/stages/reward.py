@@ -39,7 +39,7 @@ from rlhf_recipes.models import (
     trainable_to_float32,
 )
 from rlhf_recipes.plots import plot_curves, plot_reliability
-from rlhf_recipes.runs import open_run, save_model, train, under_way
+from rlhf_recipes.runs import measures, open_run, save_model, train, under_way
 from rlhf_recipes.safe_trainer import SafeTrainer
 from rlhf_recipes.scoring import Reward, load_reward
 
@@ -129,14 +129,16 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         save_model(trainer, run.folder)
         if trainer.eval_dataset is not None:
             metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+        measured, table = {}, []
+        if trainer.eval_dataset is not None and measures(trainer):
+            measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
         if trainer.is_world_process_zero():
             judge = trainer.accelerator.unwrap_model(trainer.model)
             save_judge_config(judge, run.folder)
             images = ["curves.png"]
             trainer.save_state()
             plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Reward model")
-            if trainer.eval_dataset is not None:
-                measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
+            if measured:
                 metrics |= measured | {"calibration_table": table}
                 judge.config.score_mean, judge.config.score_std = measured["score_mean"], measured["score_std"]
                 save_judge_config(judge, run.folder)

@@ -29,7 +29,7 @@ from rlhf_recipes.models import (
     trainable_to_float32,
 )
 from rlhf_recipes.plots import plot_curves
-from rlhf_recipes.runs import open_run, save_model, train, under_way
+from rlhf_recipes.runs import measures, open_run, save_model, train, under_way
 from rlhf_recipes.safe_trainer import SafeTrainer
 
 PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
@@ -113,8 +113,8 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
         save_model(trainer, run.folder)
         if trainer.eval_dataset is not None:
             metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+        metrics |= _held_out(trainer) if measures(trainer) else {}
         if trainer.is_world_process_zero():
-            metrics |= _held_out(trainer)
             trainer.save_state()
             plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Supervised fine-tuning")
             leave_folder(

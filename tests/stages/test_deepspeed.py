@@ -1,0 +1,109 @@
+"""DeepSpeed ZeRO-2 and ZeRO-3 on CPU processes, against one process. Slow: it compiles its communication when first run."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).with_name("small_runs.py")
+LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+KINDS: dict[str, dict[str, Any]] = {
+    "pretrain": {}, "sft": {}, "reward": {}, "sft, LoRA": LORA, "reward, LoRA": LORA,
+}  # fmt: skip
+TOLERANCE = 2e-5
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is an extra; not installed"),
+]
+
+
+def launched(
+    world: Path, stage: int, processes: int, jobs: list[dict[str, Any]]
+) -> "subprocess.CompletedProcess[str]":
+    """As a user would: the file of accelerate_configs/, for a CPU. Weights of every size are cut apart."""
+    asked = yaml.safe_load((ROOT / f"accelerate_configs/deepspeed_zero{stage}.yaml").read_text())
+    told, config = world / "jobs.json", world / f"zero{stage}.yaml"
+    told.write_text(json.dumps(jobs))
+    config.write_text(yaml.safe_dump(asked | {"use_cpu": True, "num_processes": processes}))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return subprocess.run(
+        [*command, str(PROGRAM), str(world), str(told)],
+        env=environment, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+
+
+def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """A tied head is saved under its own name as well."""
+    assert set(one) <= set(other) <= {*one, "model.safetensors:lm_head.weight"}
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def alone(small_runs: ModuleType, world: Path) -> Callable[[str], Path]:
+    def made(kind: str) -> Path:
+        out = world / f"{kind} alone"
+        return out if out.exists() else small_runs.run(kind.partition(",")[0], world, out.name, **KINDS[kind])
+
+    return made
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
+    stage: int, processes: int, small_runs: ModuleType, world: Path, alone: Callable[[str], Path]
+) -> None:
+    """Weights, and what was measured; then from its own checkpoint."""
+    name = f"by {processes} zero {stage}"
+    jobs = [
+        {"stage": kind.partition(",")[0], "out": f"{kind} {name}", "save_total_limit": 9, **KINDS[kind]}
+        for kind in KINDS
+    ]
+    done = launched(world, stage, processes, jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in KINDS:
+        one, many = alone(kind), world / f"{kind} {name}"
+        assert farthest(small_runs.weights_in(one), small_runs.weights_in(many)) < TOLERANCE
+        told = [json.loads((folder / "metrics.json").read_text()) for folder in (one, many)]
+        for key in {"perplexity", "judge_accuracy", "margin"} & set(told[0]):
+            assert told[1][key] == pytest.approx(told[0][key], rel=1e-4)
+        shutil.copytree(many / "checkpoint-4", world / f"{kind} {name} on" / "checkpoint-4")
+    on = [job | {"out": f"{job['out']} on", "resume": "auto"} for job in jobs]
+    done = launched(world, stage, processes, on)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in KINDS:
+        weights = small_runs.weights_in(world / f"{kind} {name} on")
+        assert farthest(small_runs.weights_in(alone(kind)), weights) < TOLERANCE
+
+
+def test_ppo_is_refused_with_the_way_out(world: Path) -> None:
+    done = launched(world, 2, 2, [{"stage": "ppo", "out": "ppo zero"}])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1
+    assert "does not run under DEEPSPEED" in lines[0] and "accelerate_configs/fsdp2.yaml" in lines[0]
+    assert not (world / "ppo zero").exists()
+
+
+def test_another_number_of_processes_is_refused_in_one_line(world: Path) -> None:
+    """ZeRO's checkpoints are cut for as many processes as saved them."""
+    assert launched(world, 2, 2, [{"stage": "sft", "out": "cut for two"}]).returncode == 0
+    shutil.copytree(world / "cut for two" / "checkpoint-4", world / "taken by one" / "checkpoint-4")
+    done = launched(world, 2, 1, [{"stage": "sft", "out": "taken by one", "resume": "auto"}])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "was saved by 2 processes" in lines[0]

@@ -1,0 +1,82 @@
+"""What the push stage takes a folder for, and what it adds to what it pushes; the way to the Hub is in test_hub.py."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.hub import files_of
+from rlhf_recipes.stages import push
+from rlhf_recipes.stages.push import PushArguments, kind_of, run_push
+
+
+def filled(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["config.json", "model.safetensors", "train.jsonl"], "model"),
+        (["adapter_config.json", "samples.jsonl"], "model"),
+        (["tokenizer_config.json", "vocab.json"], "model"),
+        (["value_head.safetensors"], "model"),
+        (["recipe.yaml", "metrics.json", "completions.jsonl"], "model"),
+        (["train.jsonl.gz"], "dataset"),
+        (["recipe.yaml", "data/train-00000-of-00001.parquet"], "dataset"),
+        (["corpus_only.csv"], "dataset"),
+    ],
+)
+def test_a_folder_is_taken_for_what_it_holds(names: list[str], kind: str, tmp_path: Path) -> None:
+    assert kind_of(filled(tmp_path, *names)) == kind
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds neither what a stage left nor rows"):
+        kind_of(filled(tmp_path, "letter.docx", "pictures/cat.png"))
+    with pytest.raises(UserError, match="no folder to push"):
+        run_push(PushArguments())
+
+
+def test_rows_get_a_card_that_says_where_each_split_is(tmp_path: Path) -> None:
+    rows = [{"prompt": "one", "an|swer": 1}, {"prompt": "two", "an|swer": 2}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "train-00000-of-00002.jsonl").write_text(text)
+    (tmp_path / "train-00001-of-00002.jsonl").write_text(text)
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    made: Any = push._cards_of_rows(tmp_path)["README.md"]
+    front, _, body = made.decode().removeprefix("---\n").partition("\n---\n")
+    (config,) = yaml.safe_load(front)["configs"]
+    assert config["data_files"] == [
+        {"split": "test", "path": ["test.jsonl.gz"]},
+        {"split": "train", "path": ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]},
+    ]
+    assert "| train | 4 | prompt, an\\|swer |" in body and "| test | 2 | prompt, an\\|swer |" in body
+    (tmp_path / "README.md").write_text("mine")
+    assert push._cards_of_rows(tmp_path) == {}
+
+
+def test_an_adapter_gets_the_id_of_its_base_and_keeps_the_rest(tmp_path: Path) -> None:
+    for place in ("", "value_model/", "checkpoint-3/"):
+        filled(tmp_path, f"{place}adapter_config.json").joinpath(f"{place}adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": "runs/sft", "r": 4})
+        )
+    changed = push._adapters(tmp_path, "me/sft")
+    assert set(changed) == {"adapter_config.json", "value_model/adapter_config.json"}
+    assert all(json.loads(text) == {"base_model_name_or_path": "me/sft", "r": 4} for text in changed.values())  # type: ignore[arg-type]
+    assert "runs/sft" in (tmp_path / "adapter_config.json").read_text()
+
+
+def test_hidden_files_and_links_to_nowhere_are_left_out(tmp_path: Path) -> None:
+    filled(
+        tmp_path, "config.json", ".env", ".git/config", "value_model/.cache/x", "value_model/config.json", ".saving/a"
+    )
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    assert [name for name, _ in files_of(tmp_path)] == ["config.json", "value_model/config.json"]
