@@ -66,7 +66,7 @@ CASES = [
     Case("the commit is made, its answer is lost", [Fault("commit", "lose", times=1)], pushed=True),
     Case("a card that the Hub does not take (400)", [Fault("validate", status=400)], says="Invalid metadata in README.md"),
     Case("a slow link", [Fault("put", "slow", amount=1_000_000)], pushed=True),
-    Case("a link that goes dead, once", [Fault("put", "hang", times=1)], pushed=True, stalled=0.4),
+    Case("a link that goes dead, once", [Fault("put", "hang", times=1)], pushed=True, waits=[1.0], stalled=0.4),
     Case("killed while the weights are sent", [Fault("put", "hang", amount=50_000)], killed=True),
     Case("killed while the commit is made", [Fault("commit", "hang")], killed=True),
     Case("the Hub keeps something else than it was given", [Fault("commit", "spoil")], says="is not the file", spoils=True),

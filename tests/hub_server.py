@@ -118,7 +118,7 @@ class Hub:
 
     def hang(self) -> None:
         self.waiting.set()
-        self._open.wait(60)
+        self._open.wait(20)
 
     def files(self, name: str, kind: str = "model", revision: str = "main") -> dict[str, bytes]:
         """What the repo holds; nothing where there is none."""

@@ -548,6 +548,12 @@ def test_a_judges_adapter_is_read_back_on_its_base_with_its_head(
     rows = [[5, 6, 7, 8], [9, 10]]
     expected = load_reward(model, tokenizer).score_ids(rows)
     assert load_reward(str(tmp_path), tokenizer, **options).score_ids(rows) == expected
+    policy: Any = AutoModelForCausalLM.from_pretrained(base)
+    trainer = trainer_of(
+        tmp_path / "out", policy, tokenizer, str(tmp_path), judge_quantization_config=options["quantization_config"]
+    )
+    trainer.train()
+    assert trainer.rewards[0].score_ids(rows) == pytest.approx(expected, abs=1e-3)  # it was quickened
     in_full = load_reward(str(tmp_path), tokenizer)
     assert not quantized_layers(in_full.model)
     assert in_full.score_ids(rows) == pytest.approx(expected, abs=0.5) and in_full.score_ids(rows) != expected

@@ -4,6 +4,7 @@ A checkpoint is written beside its place, flushed to the disk, sealed with the S
 renamed. Whatever ends the process before that leaves the checkpoints that were there as they were.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ from rlhf_recipes.arguments import UserError
 STATE = "trainer_state.json"  # which Trainer writes last
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 STAGING = ".saving"  # where a checkpoint is until it is whole
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pkl", "*.pickle")
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,24 @@ def saved_checkpoints(folder: str | Path) -> list[Path]:
         if path.is_dir() and (number := path.name.removeprefix("checkpoint-")).isdigit()
     ]
     return [path for _, path in sorted(points, reverse=True)]
+
+
+def say_if_full(error: Exception, run: Path, step: int) -> None:
+    """One line in place of a trace, where the disk did not take a checkpoint; makes room of what was half written.
+
+    Raises:
+        UserError: that it is the disk.
+    """
+    text = str(error)
+    words = ("No space left", "File too large", "PytorchStreamWriter", "Disk quota", "Read-only file system")
+    if not (isinstance(error, OSError) and error.errno in FULL) and not any(word in text for word in words):
+        return
+    shutil.rmtree(run / STAGING, ignore_errors=True)
+    points = saved_checkpoints(run)
+    kept = f"{points[0]} is whole, go on from it with --resume auto" if points else "no checkpoint is there yet"
+    raise UserError(
+        f"checkpoint-{step} could not be written to {run} ({text.splitlines()[0]}); make room there: {kept}"
+    ) from error
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

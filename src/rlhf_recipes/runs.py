@@ -32,10 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """checkpoint: what to go on from, if anything; finished: `--resume auto` found nothing left to do."""
+    """checkpoint: what to go on from, if anything; asked: all that says what is learnt; finished: `--resume auto` found
+    nothing left to do."""
 
     folder: Path
     checkpoint: str | None
+    asked: dict[str, Any]
     finished: bool = False
 
 
@@ -65,12 +67,12 @@ def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
         logger.warning("%s is finished; there is nothing to resume", folder)
         if training.process_index == 0:
             push_asked(folder, training)
-        return Run(folder, None, finished=True)
+        return Run(folder, None, asked, finished=True)
     checkpoint = resume_point("auto" if auto else training.resume_from_checkpoint, folder)
     check_output_folder(folder, overwrite or auto, inputs, resuming=checkpoint is not None)
     if checkpoint is not None and (changed := _changed(_asked_then(checkpoint), asked)):
         logger.warning("%s was asked otherwise than this run goes on: %s", checkpoint, changed)
-    return Run(folder, checkpoint)
+    return Run(folder, checkpoint, asked)
 
 
 def _asked(*arguments: Any) -> dict[str, Any]:
@@ -89,10 +91,10 @@ def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def under_way(trainer: Any, run: Run, *arguments: Any) -> Iterator[None]:
+def under_way(trainer: Any, run: Run) -> Iterator[None]:
     """For the time, no other process writes into the folder; it is emptied of what an earlier run left, if this one
-    begins; at the end it is pushed, if that is asked for. arguments: the stage's, which each checkpoint remembers."""
-    trainer.asked = _asked(*arguments)
+    begins; at the end it is pushed, if that is asked for."""
+    trainer.asked = run.asked
     if trainer.is_world_process_zero():
         open_asked(trainer.args)
     with folder_lock(run.folder) if trainer.args.should_save else nullcontext():

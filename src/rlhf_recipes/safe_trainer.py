@@ -1,6 +1,5 @@
 """What every trainer here has beyond `transformers.Trainer`: nothing that was saved is lost, nothing broken is saved."""
 
-import errno
 import json
 import logging
 import os
@@ -21,13 +20,11 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.artifacts import write_text
-from rlhf_recipes.checkpoints import STAGING, STATE, publish, resume_point, saved_checkpoints
+from rlhf_recipes.checkpoints import STAGING, STATE, publish, resume_point, saved_checkpoints, say_if_full
 from rlhf_recipes.hub import Repo, push_checkpoint, push_folder
 from rlhf_recipes.launching import check_sharding
 from rlhf_recipes.locks import folder_lock
 from rlhf_recipes.models import without_traps
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +142,7 @@ class SafeTrainer(Trainer):
                 (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
                 publish(staged, place)
         except (OSError, RuntimeError, SafetensorError) as error:
-            _say_if_full(error, run, step)
+            say_if_full(error, run, step)
             raise
         finally:
             self._staging = False
@@ -290,21 +287,3 @@ def _listening(hear: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _say_if_full(error: Exception, run: Path, step: int) -> None:
-    """One line in place of a trace, where the disk did not take a checkpoint; makes room of what was half written.
-
-    Raises:
-        UserError: that it is the disk.
-    """
-    text = str(error)
-    words = ("No space left", "File too large", "PytorchStreamWriter", "Disk quota", "Read-only file system")
-    if not (isinstance(error, OSError) and error.errno in FULL) and not any(word in text for word in words):
-        return
-    shutil.rmtree(run / STAGING, ignore_errors=True)
-    points = saved_checkpoints(run)
-    kept = f"{points[0]} is whole, go on from it with --resume auto" if points else "no checkpoint is there yet"
-    raise UserError(
-        f"checkpoint-{step} could not be written to {run} ({text.splitlines()[0]}); make room there: {kept}"
-    ) from error

@@ -16,7 +16,7 @@ from rlhf_recipes.ppo.rewards import KLCoefficient, ScoreScale
 from rlhf_recipes.ppo.roles import Reference
 from rlhf_recipes.ppo.rollout import TILE, RewardShape, Rollout, finish_rollout, in_batches, pack_episodes
 from rlhf_recipes.ppo.tally import Tally
-from rlhf_recipes.ppo.value_head import PolicyAndValue, policy_outputs
+from rlhf_recipes.ppo.value_head import PolicyAndValue, ValueHead, policy_outputs
 from rlhf_recipes.scoring import Scores
 from rlhf_recipes.tensors import Reduce, length_batches
 
@@ -24,7 +24,14 @@ from rlhf_recipes.tensors import Reduce, length_batches
 class Experience:
     """Makes rollouts, and owns what of them may move: the KL coefficient, the scores' scale and the value's prior."""
 
-    def __init__(self, model: PolicyAndValue, reference: Reference, accelerator: Any, args: PPOConfig) -> None:
+    def __init__(
+        self,
+        model: PolicyAndValue,
+        reference: Reference,
+        accelerator: Any,
+        args: PPOConfig,
+        rewards: Sequence[Any] = (),
+    ) -> None:
         self.model, self.reference, self.accelerator, self.args = model, reference, accelerator, args
         # In bfloat16 rows of another width may round otherwise, but for whole tiles; these must fit the context.
         low = args.bf16 or next(model.policy.parameters()).dtype == torch.bfloat16
@@ -35,7 +42,8 @@ class Experience:
         self.scale = ScoreScale(
             args.use_score_scaling, args.use_score_norm, None if held is None else (held[0], held[1])
         )
-        self.prior = JudgePrior([], None, on=False)
+        starts = args.value_prior and isinstance(model.value_model, ValueHead)
+        self.prior = JudgePrior(rewards, args.reward_weights, on=starts)
 
     def rollout(
         self,

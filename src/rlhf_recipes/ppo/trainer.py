@@ -24,7 +24,6 @@ from rlhf_recipes.ppo.hints import Hints
 from rlhf_recipes.ppo.loader import RolloutLoader
 from rlhf_recipes.ppo.minimizing import MinimizingTrainer
 from rlhf_recipes.ppo.objective import objective
-from rlhf_recipes.ppo.prior import JudgePrior
 from rlhf_recipes.ppo.roles import (
     checked_prompts,
     chosen_sampling,
@@ -41,7 +40,7 @@ from rlhf_recipes.ppo.roles import (
 from rlhf_recipes.ppo.rollout import Rollout, as_samples
 from rlhf_recipes.ppo.stepping import checked_episodes, take_update
 from rlhf_recipes.ppo.tally import Clock, UpdateLog
-from rlhf_recipes.ppo.value_head import TokenOutputs, ValueHead
+from rlhf_recipes.ppo.value_head import TokenOutputs
 from rlhf_recipes.scoring import RewardSource, Scores, score_by_each
 
 
@@ -126,10 +125,7 @@ class PPOTrainer(MinimizingTrainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
         without_dropout(self.model)
         self.sampling = chosen_sampling(model, processing_class, args)
-        self.experience = Experience(self.model, reference, self.accelerator, args)
-        self.experience.prior = JudgePrior(
-            self.rewards, args.reward_weights, args.value_prior and isinstance(both.value_model, ValueHead)
-        )
+        self.experience = Experience(self.model, reference, self.accelerator, args, self.rewards)
         self.guard, self.clock = StepGuard(self.model, args), Clock()
         self.updates = UpdateLog(args.episodes_per_update)
         self.answers = Answers(Path(str(args.output_dir)) / "completions.jsonl") if args.log_completions else None

@@ -12,9 +12,10 @@ from typing import Any
 import trl
 from trl import DPOTrainer, ModelConfig
 
-from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults
+from rlhf_recipes.arguments import DatasetArguments
 from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import fit_rows, load_train_and_test, require_batch
+from rlhf_recipes.defaults import TrainingDefaults
 from rlhf_recipes.models import (
     Start,
     attach_lora,
@@ -105,7 +106,7 @@ def run_dpo(arguments: DPOArguments, model_config: ModelConfig, training: DPOCon
     if run.finished:
         return run.folder
     trainer = build_dpo_trainer(arguments, model_config, training)
-    with under_way(trainer, run, arguments, model_config, training):
+    with under_way(trainer, run):
         metrics = train(trainer, run)
         save_model(trainer, run.folder)
         if trainer.eval_dataset is not None:

@@ -127,7 +127,7 @@ def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOCon
     if run.finished:
         return run.folder
     trainer = build_ppo_trainer(arguments, model_config, training)
-    with under_way(trainer, run, arguments, model_config, training):
+    with under_way(trainer, run):
         metrics = train(trainer, run)
         save_model(trainer, run.folder)
         held_out = trainer.evaluate() if trainer.eval_prompts is not None else {}

@@ -9,9 +9,10 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig
 
-from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
+from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import load_train_and_test, pack_documents, require_batch, require_text
+from rlhf_recipes.defaults import TrainingDefaults
 from rlhf_recipes.metrics import perplexity
 from rlhf_recipes.models import (
     SIZES,
@@ -135,7 +136,7 @@ def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, traini
     if run.finished:
         return run.folder
     trainer = build_pretrain_trainer(arguments, model_config, training)
-    with under_way(trainer, run, arguments, model_config, training):
+    with under_way(trainer, run):
         metrics = train(trainer, run)
         save_model(trainer, run.folder)
         metrics |= _held_out(trainer) if measures(trainer) else {}

@@ -15,7 +15,7 @@ import trl
 from transformers import EvalPrediction, Trainer
 from trl import ModelConfig, RewardTrainer
 
-from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
+from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import (
     fit_prompts,
@@ -25,6 +25,7 @@ from rlhf_recipes.data import (
     require_texts,
     split_ids,
 )
+from rlhf_recipes.defaults import TrainingDefaults
 from rlhf_recipes.judging import collate_labelled, encode_labelled, mean_cross_entropy
 from rlhf_recipes.metrics import calibration_table, compute_classification_metrics, preference_metrics
 from rlhf_recipes.models import (
@@ -124,7 +125,7 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
     if run.finished:
         return run.folder
     trainer = build_reward_trainer(arguments, model_config, training)
-    with under_way(trainer, run, arguments, model_config, training):
+    with under_way(trainer, run):
         metrics = train(trainer, run)
         save_model(trainer, run.folder)
         if trainer.eval_dataset is not None:

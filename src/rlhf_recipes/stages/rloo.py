@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import trl
 from trl import ModelConfig, RLOOTrainer
 
-from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
+from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import load_train_and_test, require_columns, require_texts
+from rlhf_recipes.defaults import TrainingDefaults
 from rlhf_recipes.generation import stop_ids
 from rlhf_recipes.models import (
     FrozenArguments,
@@ -95,6 +96,7 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
     )
 
     def __post_init__(self) -> None:
+        self.fit_batch(_processes())
         evaluated = self.per_device_eval_batch_size * _processes()
         compared = self.num_generations_eval or self.num_generations
         if self.num_generations < 2:
@@ -183,7 +185,7 @@ def run_rloo(arguments: RLOOArguments, model_config: ModelConfig, training: RLOO
     if run.finished:
         return run.folder
     trainer = build_rloo_trainer(arguments, model_config, training)
-    with under_way(trainer, run, arguments, model_config, training):
+    with under_way(trainer, run):
         metrics = train(trainer, run)
         save_model(trainer, run.folder)
         held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}

@@ -7,7 +7,7 @@ from typing import Any
 import trl
 from trl import ModelConfig, SFTTrainer
 
-from rlhf_recipes.arguments import DatasetArguments, TrainingDefaults, UserError
+from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import (
     fit_prompts,
@@ -16,6 +16,7 @@ from rlhf_recipes.data import (
     require_columns,
     require_texts,
 )
+from rlhf_recipes.defaults import TrainingDefaults
 from rlhf_recipes.metrics import completion_perplexity
 from rlhf_recipes.models import (
     Start,
@@ -108,7 +109,7 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
     if run.finished:
         return run.folder
     trainer = build_sft_trainer(arguments, model_config, training)
-    with under_way(trainer, run, arguments, model_config, training):
+    with under_way(trainer, run):
         metrics = train(trainer, run)
         save_model(trainer, run.folder)
         if trainer.eval_dataset is not None:
