@@ -37,8 +37,8 @@ class TrainingDefaults:
             "the same on any number of them: gradient_accumulation_steps follows from it."
         },
     )
-    per_device_train_batch_size: int | None = field(
-        default=None,
+    per_device_train_batch_size: int = field(
+        default=None,  # type: ignore[assignment]  # until `fit_batch`
         metadata={
             "help": "Rows at once in each process. Unset: 8; with global_batch_size, as many as it leaves to a process."
         },

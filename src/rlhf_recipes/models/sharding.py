@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -46,7 +46,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def whole_state(model: nn.Module) -> dict[str, Any]:
     """The state dict with whole tensors, on the first process; empty on the others. All of them call it.
 
     What is one weight under two names, such as a tied head, is one tensor here too.
@@ -60,7 +60,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_whole_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Cut a whole state dict apart again. All processes call it; the first one's counts."""
     set_model_state_dict(model, state, options=_from_first())
 

@@ -130,7 +130,8 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         save_model(trainer, run.folder)
         if trainer.eval_dataset is not None:
             metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
-        measured, table = {}, []
+        measured: dict[str, float] = {}
+        table: list[dict[str, float]] = []
         if trainer.eval_dataset is not None and measures(trainer):
             measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
         if trainer.is_world_process_zero():
