@@ -54,6 +54,12 @@ def plain(digits: int) -> Callable[[Any], str]:
 
 
 MEMORY = ["peak, MiB", "time"]
+BEFORE_AND_AFTER: list[tuple[str, str, Callable[[Any], str]]] = [
+    ("before", "before", plain(3)),
+    ("after", "after", plain(3)),
+    ("again", "read again", plain(3)),
+    ("merged", "merged", plain(3)),
+]
 # Of each stage: its heading, what is measured (key, heading, how it is told), and the roles that are held.
 TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]], list[str]]] = {
     "eval": (
@@ -67,23 +73,17 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]], list[s
     ),
     "sft": (
         "SFT by LoRA, from the pretrained model: perplexity of held-out answers",
-        [
-            (key, name, plain(3))
-            for key, name in (("before", "before"), ("after", "after"), ("again", "read again"), ("merged", "merged"))
-        ],
+        BEFORE_AND_AFTER,
         ["base, MB", "adapter, MB"],
     ),
     "reward": (
-        "Reward by LoRA, from the fine-tuned model: held-out pairs in the right order",
-        [(key, name, plain(3)) for key, name in (("after", "after"), ("again", "read again"), ("merged", "merged"))],
+        "Reward by LoRA, going on from the judge: held-out pairs in the right order",
+        BEFORE_AND_AFTER,
         ["base, MB", "adapter and head, MB"],
     ),
     "ppo": (
         "PPO by LoRA, from the fine-tuned model: gold / the judge's score of held-out answers",
-        [
-            (key, name, pair)
-            for key, name in (("before", "before"), ("after", "after"), ("again", "read again"), ("merged", "merged"))
-        ],
+        [(key, name, pair) for key, name, _ in BEFORE_AND_AFTER],
         ["base: policy, value, reference, MB", "adapters and value head, MB", "judge, MB"],
     ),
     "gpt2": (

@@ -46,12 +46,12 @@ LORA: dict[str, Any] = {"use_peft": True, "lora_r": 16, "lora_dropout": 0.0}
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 READS: dict[str, dict[str, str]] = {  # what a stage reads below the quickstart's folder
     "sft": {"model_name_or_path": "pretrain", "dataset_name": "world/demonstrations"},
-    "reward": {"model_name_or_path": "sft", "dataset_name": "world/preferences"},
+    "reward": {"model_name_or_path": "reward", "dataset_name": "world/preferences"},
     "ppo": {"model_name_or_path": "sft", "dataset_name": "world/prompts"},
 }
 ASKED: dict[str, dict[str, Any]] = {  # beside the YAML of the stage: fewer steps, and the rates that an adapter wants
     "sft": {"max_steps": 200, "learning_rate": 3e-3},
-    "reward": {"max_steps": 550, "learning_rate": 3e-3},
+    "reward": {"max_steps": 200, "learning_rate": 3e-4},
     "ppo": {"total_episodes": 960, "learning_rate": 2e-3, "max_test_samples": 16},
 }
 PROMPTS = 200
@@ -151,11 +151,9 @@ def of_sft(run: Path, precision: str, out: Path) -> dict[str, Any]:
 
 
 def of_reward(run: Path, precision: str, out: Path) -> dict[str, Any]:
-    roles = roles_of(reward.build_reward_trainer(*ask("reward", run, out, precision)).model)
-    started = time.process_time()
-    told = metrics_in(reward.run_reward(*ask("reward", run, out, precision)))
-    seconds = time.process_time() - started
-    tokenizer, rows = load_tokenizer(str(out)), rows_of(run, "preferences")
+    """Going on from the judge: from a model that is none the moment when so small a judge learns is a matter of luck."""
+    model = reward.build_reward_trainer(*ask("reward", run, out, precision)).model
+    tokenizer, rows, roles = load_tokenizer(str(run / "reward")), rows_of(run, "preferences"), roles_of(model)
 
     def measured(model: Any) -> float:
         judge: Any = load_reward(model, tokenizer)
@@ -163,8 +161,11 @@ def of_reward(run: Path, precision: str, out: Path) -> dict[str, Any]:
         one, other = (judge.score_ids([[*prompt, *answer] for prompt, answer in side]) for side in ids)
         return sum(map(float.__gt__, one, other)) / len(rows)
 
+    before, started = measured(model), time.process_time()
+    told = metrics_in(reward.run_reward(*ask("reward", run, out, precision)))
+    seconds = time.process_time() - started
     read = {name: measured(model) for name, model in both_ways(out, precision, load_judge).items()}
-    return {"after": told["judge_accuracy"], **read, "roles": roles, "seconds": seconds}
+    return {"before": before, "after": told["judge_accuracy"], **read, "roles": roles, "seconds": seconds}
 
 
 def of_ppo(run: Path, precision: str, out: Path) -> dict[str, Any]:

@@ -559,6 +559,30 @@ def test_a_tokenizer_is_pushed_and_read_by_its_id(client: Any, hub: Any, repos: 
     assert said.code == 0, said.err
 
 
+def test_a_trainer_pushes_when_it_is_called(client: Any, small_runs: ModuleType, world: Path, hub: Any) -> None:
+    """Without a stage around it, as `Trainer.push_to_hub`: card included, pickles and checkpoints not."""
+    words = small_runs.flags("ppo", world, "called", **FEW, save_strategy="no", hub_model_id="me/called")
+    said = client.program(
+        """
+from trl import ModelConfig
+from rlhf_recipes.arguments import parse_arguments
+from rlhf_recipes.stages.ppo import PPOArguments, PPOConfig, build_ppo_trainer
+trainer = build_ppo_trainer(*parse_arguments(PPOArguments, ModelConfig, PPOConfig, argv=words.split("|")))
+trainer.train()
+print(trainer.push_to_hub("By hand", dataset_name="someone/prompts"))
+""",
+        token=GOOD,
+        words="|".join(words),
+    )
+    assert said.code == 0, said.err
+    held = hub.files("me/called")
+    assert {"model.safetensors", "config.json", "README.md", "value_model/value_head.safetensors"} <= set(held)
+    assert "training_args.bin" not in held and "someone/prompts" in held["README.md"].decode()
+    assert (
+        hub.repos["models", "me/called"].at("main").message == "By hand" and hub.repos["models", "me/called"].private
+    )
+
+
 # A push that fails around a training.
 
 

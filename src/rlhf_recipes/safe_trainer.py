@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.artifacts import write_text
 from rlhf_recipes.checkpoints import STAGING, STATE, publish, resume_point, saved_checkpoints, say_if_full
-from rlhf_recipes.hub import Repo, push_checkpoint, push_folder
+from rlhf_recipes.hub import Repo, check_repo, push_checkpoint, push_folder
 from rlhf_recipes.launching import check_sharding
 from rlhf_recipes.locks import folder_lock
 from rlhf_recipes.models import without_traps
@@ -174,6 +174,14 @@ class SafeTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """Trainer's, as one commit that is read back before this returns its address (see `hub`)."""
+        repo = Repo.asked(self.args)
+        repo = repo._replace(
+            token=token or repo.token,
+            revision=revision or repo.revision,
+            private=repo.private if private is None else private,
+        )
+        check_repo(repo)
+        self.init_hf_repo()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -181,12 +189,6 @@ class SafeTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         if not (folder / "README.md").is_file():
             self.create_model_card(**kwargs)
-        repo = Repo.asked(self.args)
-        repo = repo._replace(
-            token=token or repo.token,
-            revision=revision or repo.revision,
-            private=repo.private if private is None else private,
-        )
         return push_folder(folder, repo, commit_message or "Left by rlhf-recipes")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

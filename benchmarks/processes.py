@@ -1,0 +1,133 @@
+"""Every training stage on 1, 2 and 4 CPU processes, cut apart in every way, against one process: what ran, and how far off.
+
+    python benchmarks/processes.py --output_dir runs/processes
+
+Runs of seconds, of a two-layer GPT-2, so that all of them fit into a quarter of an hour; DeepSpeed where it is installed.
+A cell is the largest difference of any weight to the run of one process by itself, or the line that refused it.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "tests" / "stages" / "small_runs.py"
+LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "LoRA": LORA,
+    "4-bit": LORA | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+STAGES = ("pretrain", "sft", "reward", "ppo")
+WAYS = {"DDP": "two_cpu_processes", "ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
+
+
+def small_runs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("small_runs", PROGRAM)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare(folder: Path, runs: ModuleType) -> None:
+    """A small policy and judge with random weights, and the rows that the small runs read."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    from rlhf_recipes.stages.tokenizer import TokenizerArguments, run_tokenizer
+
+    text = folder / "words" / "train.jsonl"
+    text.parent.mkdir(parents=True)
+    text.write_text("".join(json.dumps({"text": f"{' '.join(runs.WORDS)} {number}"}) + "\n" for number in range(200)))
+    run_tokenizer(TokenizerArguments(dataset_name=str(text.parent), output_dir=str(folder / "tok"), vocab_size=384))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tok")
+    shape: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128, "initializer_range": 0.1}
+    shape |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "vocab_size": len(tokenizer)}
+    shape |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    model, judge = (
+        GPT2LMHeadModel(GPT2Config(**shape)),
+        GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=1)),
+    )
+    runs.prepare(folder, model, judge, tokenizer)
+
+
+def launched(folder: Path, way: str, processes: int, job: dict[str, Any]) -> str:
+    """Nothing, if the run ended well; else the line that says why it did not."""
+    asked = yaml.safe_load((ROOT / "accelerate_configs" / f"{WAYS[way]}.yaml").read_text())
+    told, config = folder / "job.json", folder / "launch.yaml"
+    told.write_text(json.dumps([job]))
+    kind = {} if processes > 1 or way != "DDP" else {"distributed_type": "NO"}
+    config.write_text(yaml.safe_dump(asked | kind | {"use_cpu": True, "num_processes": processes}))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(PROGRAM), str(folder), str(told)],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    (folder / f"{job['out']}.log").write_text(done.stdout + done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return "" if done.returncode == 0 else lines[0] if lines else f"failed, see {job['out']}.log"
+
+
+def cell(folder: Path, runs: ModuleType, stage: str, kind: str, way: str, processes: int) -> str:
+    alone = folder / f"{stage} {kind} alone"
+    try:
+        if not alone.exists():
+            runs.run(stage, folder, alone.name, **KINDS[kind])
+    except ValueError as error:
+        return f"refused: {error}"
+    out = f"{stage} {kind} {way} {processes}"
+    fault = launched(folder, way, processes, {"stage": stage, "out": out, **KINDS[kind]})
+    if fault:
+        return f"refused: {fault.removeprefix('error: ')}"
+    one, many = runs.weights_in(alone), runs.weights_in(folder / out)
+    return f"{max((one[name].double() - many[name].double()).abs().max().item() for name in one):.0e}"
+
+
+def main() -> None:
+    from rlhf_recipes.models import hardware
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    asked = parser.parse_args()
+    runs, folder = small_runs(), asked.output_dir.absolute()
+    prepare(folder, runs)
+    ways = [way for way in asked.ways if way == "DDP" or importlib.util.find_spec("deepspeed") is not None]
+    lines = [f"{datetime.date.today()}, {hardware()}; one thread a process.", ""]
+    lines += [
+        "| stage | trained | " + " | ".join(f"{way}, {count}" for way in ways for count in asked.processes) + " |"
+    ]
+    lines += ["|---" * (2 + len(ways) * len(asked.processes)) + "|"]
+    refused: list[str] = []
+    for stage in STAGES:
+        for kind in KINDS:
+            cells = []
+            for way in ways:
+                for count in asked.processes:
+                    said = cell(folder, runs, stage, kind, way, count)
+                    if said.startswith("refused") and said not in refused:
+                        refused.append(said)
+                    cells.append(f"refused ({refused.index(said) + 1})" if said in refused else said)
+                    print(f"{stage}, {kind}, {way}, {count}: {said}", flush=True)
+            lines.append(f"| {stage} | {kind} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{number}. {words.removeprefix('refused: ')}" for number, words in enumerate(refused, 1))]
+    (folder / "processes.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
