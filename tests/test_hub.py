@@ -282,15 +282,17 @@ HOSTILE = [
 def test_nothing_becomes_markup_in_a_card(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a name, a value, a parent, a word of the command line and a line of the recipe."""
     monkeypatch.setattr(sys, "argv", ["recipes/sft.py", "--dataset_name", text])
-    recipe = yaml.safe_dump({"dataset_name": text, "odd": "```\n# out"}, sort_keys=False)
+    recipe = yaml.safe_dump({"dataset_name": text, "odd": "a\n```\n# out\n"}, sort_keys=False)
     told = card("sft", "Title", {"model": text, text: "me/other"}, {text: text, "loss": 0.5}, recipe, [], "")
     front, _, body = told.removeprefix("---\n").partition("\n---\n")
     assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["rlhf-recipes", "sft"]}
-    fence = re.search(r"^(`{3,})yaml\n(.*?)\n\1$", body, re.MULTILINE | re.DOTALL)
+    fence = re.search(r"^(`{3,})yaml\n(.*?)\n {0,3}\1`*$", body, re.MULTILINE | re.DOTALL)  # as CommonMark closes it
     assert fence is not None and yaml.safe_load(fence[2]) == yaml.safe_load(recipe)
     above = body[: fence.start()]
     assert len(re.findall(r"^#", above, re.MULTILINE)) == 2, "the title and the limits"
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in re.findall(r"^\|.*$", above, re.MULTILINE)] == [3] * 4
+    (parent,) = re.findall(r"^- model: (`+)( ?)(.*)\2\1$", above, re.MULTILINE)
+    assert parent[2] == " ".join(text.split()) and parent[0] not in re.findall("`+", parent[2])
     plain = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", above)  # less what stands as code
     assert not re.search(r"(?<!\\)[<\[`*~&]", plain)
 
@@ -385,6 +387,8 @@ from rlhf_recipes.__main__ import main
 os.chdir(world)
 sys.argv = ["rlhf_recipes", "ppo", *words.split("|")]
 main()
+from rlhf_recipes.models import load_causal_lm, load_config
+assert load_config("out/ppo").n_layer == load_causal_lm("out/ppo").config.n_layer == 2
 """
     asked = len(hub.requests)
     said = client.program(here, token=GOOD, world=world, words="|".join(words).replace(f"{world}/", ""))

@@ -635,6 +635,22 @@ def test_what_reading_took_is_given_back(kind: str, make_model: Make, tokenizer:
     assert anonymous() - before < held + whole / 4
 
 
+@pytest.mark.parametrize("kind", ["8 bits", "4 bits", "4 bits, nested"])
+def test_the_benchmark_counts_what_is_held_as_by_hand(kind: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    worker, model = __import__("quantization_worker"), ours(base, kind)
+    logits(model)  # 8 bits keep their weights elsewhere from then on
+    expected = 4 * (262 + 128) * 64 + 4 * 5 * 2 * 64  # embeddings, and five norms
+    for layer in quantized_layers(model).values():
+        count, blocks = layer.in_features * layer.out_features, layer.in_features * layer.out_features // 64
+        scales = {"8 bits": 4 * layer.out_features, "4 bits": 4 * blocks}.get(
+            kind, blocks + 4 * math.ceil(blocks / 256)
+        )
+        codes = {"8 bits": 0, "4 bits": 4 * 16}.get(kind, 4 * 16 + 4 * 256 + 4)
+        expected += count // (1 if kind == "8 bits" else 2) + scales + codes + 4 * layer.out_features  # and the bias
+    assert worker.bytes_in(worker.tensors_in(model)) == expected
+
+
 def anonymous() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
