@@ -16,7 +16,7 @@ FEW_STEPS = {
     "pretrain": {"max_steps": 6, "eval_steps": 3},
     "sft": {"max_steps": 3},
     "reward": {"max_steps": 3},
-    "ppo": {"per_device_train_batch_size": 12, "total_episodes": 24, "max_test_samples": 12, "logging_steps": 1},
+    "ppo": {"global_batch_size": 12, "total_episodes": 24, "max_test_samples": 12, "logging_steps": 1},
 }
 
 
