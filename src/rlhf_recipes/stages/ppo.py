@@ -71,6 +71,8 @@ class PPOArguments(DatasetArguments, FrozenArguments):
 
 def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> PPOTrainer:
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
+    from transformers import set_seed
+
     name = model_config.model_name_or_path
     if not name:
         raise UserError(
@@ -91,6 +93,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     checked_prompts(config, tokenizer, train, test, training)
     training = fit_to_hardware(training, config.get_text_config().hidden_size)
     frozen = arguments.frozen(model_config)
+    set_seed(training.seed)  # a new adapter is drawn at random
     return PPOTrainer(
         load_causal_lm(name, model_config),
         rewards,
