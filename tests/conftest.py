@@ -69,6 +69,14 @@ def _host_of_connection(this: socket.socket, address: Any) -> object:
     return address[0] if this.family in (socket.AF_INET, socket.AF_INET6) else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=1, help="how often runs are killed at random moments, in all")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(name): lays a fault upon a run (see tests/faults.py)")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _closed_network() -> Iterator[None]:
     """Looking a name up and connecting both fail, unless they stay on this machine."""

@@ -54,6 +54,10 @@ class TrainingDefaults:
             "checkpoint, to last-checkpoint/) or all_checkpoints (to a folder each)."
         },
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the Python code that the model's folder or repo brings along. Read it first."},
+    )
     resume: str | None = field(
         default=None,
         metadata={"help": "auto: go on from the last whole checkpoint in output_dir; begin where there is none."},

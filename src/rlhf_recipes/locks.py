@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -34,7 +34,8 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         if count > 1:
             _held[path] = (stream, count - 1)
         else:
-            (path / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody's new one is taken away
+            with suppress(OSError):  # a file that must stay where nothing can be written locks nobody out
+                (path / LOCK).unlink()  # while it is held, so that nobody's new one is taken away
             stream.close()
 
 

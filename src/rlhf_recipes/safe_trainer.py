@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.arguments import RowError, UserError
 from rlhf_recipes.artifacts import write_text
 from rlhf_recipes.checkpoints import STAGING, STATE, publish, resume_point, saved_checkpoints, say_if_full
 from rlhf_recipes.hub import Repo, check_repo, push_checkpoint, push_folder
@@ -71,7 +71,11 @@ class SafeTrainer(Trainer):
         self.remove_callback(_Watch)
         self.add_callback(_Watch(self))  # last, so that it sees what the others wish
         with folder_lock(folder) if self.args.should_save else nullcontext(), _listening(self._hear):
-            return super().train(self._resuming_from, *args, **kwargs)
+            try:
+                return super().train(self._resuming_from, *args, **kwargs)
+            except (MemoryError, RuntimeError) as error:
+                self._say_if_out_of_memory(error)
+                raise
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, which would take one step too many where a checkpoint of the last step is resumed."""
@@ -228,12 +232,29 @@ class SafeTrainer(Trainer):
             self._refuse("a weight is not finite")
 
     def _refuse(self, what: str) -> None:
-        points = saved_checkpoints(str(self.args.output_dir))
-        last = f"; {points[0]} is the last checkpoint" if points else ""
         raise UserError(
-            f"step {self.state.global_step + 1}: {what}, and nothing of it is saved{last}; lower learning_rate or "
-            "max_grad_norm, or look for the rows that it comes from"
+            f"step {self.state.global_step + 1}: {what}, and nothing of it is saved{self._last_checkpoint()}; lower "
+            "learning_rate or max_grad_norm, or look for the rows that it comes from"
         )
+
+    def _say_if_out_of_memory(self, error: Exception) -> None:
+        """One line in place of a trace, from the process whose memory it was.
+
+        Raises:
+            RowError: that it is memory.
+        """
+        lines = str(error).splitlines() or ["no memory is left"]
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in lines[0]:
+            return
+        raise RowError(
+            f"step {self.state.global_step + 1}: out of memory ({lines[0]}){self._last_checkpoint()}; lower "
+            "--per_device_train_batch_size (with global_batch_size the run stays the same), add --gradient_checkpointing "
+            "true or --use_peft true, and go on with --resume auto"
+        ) from error
+
+    def _last_checkpoint(self) -> str:
+        points = saved_checkpoints(str(self.args.output_dir))
+        return f"; {points[0]} is the last checkpoint" if points else ""
 
 
 def _require_as_many(checkpoint: Path, processes: int) -> None:

@@ -3,12 +3,15 @@
 Each ends, after `--resume auto`, bit for bit as the run that nothing happened to.
 """
 
+import ctypes
+import itertools
 import logging
 import os
 import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import traceback
 from collections.abc import Callable
@@ -92,18 +95,26 @@ def again(
     return check
 
 
+@pytest.mark.fault("killed at a random moment (SIGKILL, as for want of memory)")
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_random_moments(
-    case: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
-) -> None:
+    case: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None],
+    pytestconfig: pytest.Config, record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
+    """One run after the other, each killed until it has ended, until there were so many kills."""
     stage, options = CASES[case]
-    out, draw, kills = f"random {case}", random.Random(case), 0
-    while killed.attempt(
-        lambda: small_runs.run(stage, world, out, resume="auto", **options), draw.uniform(0.0, 0.7 + kills / 10)
-    ):
-        kills += 1
-    assert kills > 0
-    again(case, out)  # finished: nothing is left to do, and nothing is undone
+    draw, kills, wanted = random.Random(case), 0, pytestconfig.getoption("--kills") / len(CASES)
+    for number in itertools.count():
+        out, before = f"random {case} {number}", kills
+        while killed.attempt(
+            lambda out=out: small_runs.run(stage, world, out, resume="auto", **options),  # type: ignore[misc]
+            draw.uniform(0.0, 0.7 + (kills - before) / 10),
+        ):
+            kills += 1
+        again(case, out)  # finished: nothing is left to do, and nothing is undone
+        if kills >= max(1, wanted):
+            break
+    record_property("tries", kills)
 
 
 def in_the_second_save(act: Callable[[], None]) -> None:
@@ -124,6 +135,7 @@ def no_file_beyond(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+@pytest.mark.fault("ended by the kernel at a byte of a file of a checkpoint")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("size", [0, 300, 20_000, 150_000])
 def test_killed_at_a_byte_of_a_save(
@@ -143,6 +155,7 @@ def test_killed_at_a_byte_of_a_save(
     again(stage, out)
 
 
+@pytest.mark.fault("the disk takes no more of a checkpoint")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_ends_the_run_in_one_line(
     stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
@@ -161,6 +174,7 @@ def test_a_full_disk_ends_the_run_in_one_line(
     again(stage, out)
 
 
+@pytest.mark.fault("told to end (SIGTERM)")
 @pytest.mark.parametrize("stage", STAGES)
 def test_told_to_end_it_saves_and_goes_on_later(
     stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
@@ -188,6 +202,80 @@ def test_told_to_end_it_saves_and_goes_on_later(
     again(stage, out)
 
 
+def as_anybody() -> None:
+    """From now on this process may write only where modes of files let it, should it be root's."""
+    ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capability is left
+
+
+@pytest.mark.fault("the folder lets nothing be written any more")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(
+    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    out = f"closed {stage}"
+
+    def act() -> None:
+        as_anybody()
+        in_the_second_save(lambda: (world / out).chmod(0o555))
+        small_runs.run(stage, world, out)
+
+    code, said = told(killed, act, world)
+    (world / out).chmod(0o755)
+    line = said.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in said
+    assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 is whole" in line
+    assert fault(world / out / "checkpoint-2") is None
+    again(stage, out)
+
+
+@pytest.mark.fault("the folder is read-only from the start")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_read_only_folder_is_refused_before_anything_is_read(
+    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path
+) -> None:
+    closed = world / f"read-only {stage}"
+    closed.mkdir(mode=0o555)
+
+    def act() -> None:
+        as_anybody()
+        small_runs.run(stage, world, f"{closed.name}/run", model_name_or_path="nowhere")
+
+    code, said = told(killed, act, world)
+    assert code == 2 and said.splitlines() == [
+        f"error: output folder {closed}/run cannot be written; choose another --output_dir"
+    ]
+    assert not list(closed.iterdir())
+
+
+@pytest.mark.fault("no memory is left for a step")
+@pytest.mark.parametrize("stage", STAGES)
+def test_out_of_memory_ends_the_run_in_one_line(
+    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+) -> None:
+    """What the kernel refuses to give. (What it gives and takes back is a SIGKILL: see above.)"""
+    out = f"memory {stage}"
+
+    def act() -> None:
+        step = SafeTrainer.training_step
+
+        def large(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 2:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
+                torch.ones(2**27)
+            return step(self, *args, **kwargs)
+
+        SafeTrainer.training_step = large  # type: ignore[method-assign]
+        small_runs.run(stage, world, out)
+
+    code, said = told(killed, act, world)
+    line = said.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in said
+    assert line.startswith("error: step 3: out of memory (") and "checkpoint-2 is the last checkpoint" in line
+    assert "--per_device_train_batch_size" in line
+    again(stage, out)
+
+
 def unfinished(world: Path, whole: Callable[[str], dict[str, Any]], stage: str, out: str) -> Path:
     """A copy of the whole run, as if it had been cut off right after its last checkpoint; returns that."""
     whole(stage)
@@ -204,6 +292,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.fault("of the last checkpoint {how}")
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
@@ -218,6 +307,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     again(stage, out)
 
 
+@pytest.mark.fault("no checkpoint is whole")
 def test_no_whole_checkpoint_is_said_and_a_damaged_one_is_not_taken_by_name(
     small_runs: ModuleType, world: Path, whole: Callable[[str], dict[str, Any]]
 ) -> None:
@@ -252,6 +342,7 @@ def test_what_a_checkpoint_was_asked_otherwise_is_said(
     assert code == 0 and "asked otherwise than this run goes on: max_grad_norm 1.0 -> 2.0" in said
 
 
+@pytest.mark.fault("the loss is not finite")
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
     stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
@@ -275,6 +366,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
     again(stage, out)
 
 
+@pytest.mark.fault("a weight is not finite")
 @pytest.mark.parametrize("stage", STAGES)
 def test_weights_that_are_not_finite_are_not_saved(
     stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
@@ -299,6 +391,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     again(stage, out)
 
 
+@pytest.mark.fault("a second run in the folder")
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
     small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
 ) -> None:
@@ -328,6 +421,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
     again("sft", "shared folder")
 
 
+@pytest.mark.fault("the judge crashes")
 def test_a_judge_that_crashes_loses_nothing(
     small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
 ) -> None:
@@ -352,6 +446,7 @@ def test_a_judge_that_crashes_loses_nothing(
     again("ppo", "crashed judge")
 
 
+@pytest.mark.fault("a data file is cut in a line")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_data_file_cut_in_a_line_is_named_before_anything_is_written(
     stage: str, small_runs: ModuleType, world: Path

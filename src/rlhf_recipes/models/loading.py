@@ -25,6 +25,7 @@ def load_config(name: str, role: str = "model", **kwargs: Any) -> "PretrainedCon
     from transformers import AutoConfig
 
     check_source(name, role)
+    kwargs.setdefault("trust_remote_code", False)
     try:
         place, inside = place_of(config_source(name))
         return AutoConfig.from_pretrained(place, **inside, **kwargs)
@@ -41,11 +42,13 @@ def load_tokenizer(name: str, role: str = "tokenizer", **kwargs: Any) -> "PreTra
     from transformers import AutoTokenizer
 
     check_source(name, role)
+    kwargs.setdefault("trust_remote_code", False)
     try:
         place, inside = place_of(name)
         tokenizer = AutoTokenizer.from_pretrained(place, **inside, **kwargs)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(_not_loadable(name, role, "tokenizer files", error)) from None
+    _check_template_names(tokenizer, name, role)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{role} {name} has no EOS token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -54,6 +57,14 @@ def load_tokenizer(name: str, role: str = "tokenizer", **kwargs: Any) -> "PreTra
             "(the EOS token may serve as both)"
         )
     return tokenizer
+
+
+def _check_template_names(tokenizer: Any, name: str, role: str) -> None:
+    """Each further chat template is saved as a file of its name, which is to stay in its folder."""
+    templates = tokenizer.chat_template
+    for each in templates if isinstance(templates, dict) else ():
+        if not each or Path(each).name != each or "\\" in each:
+            raise UserError(f"{role} {name} has a chat template named {each!r}, which is no file name; rename it")
 
 
 def load_causal_lm(name: str, model_config: "ModelConfig | None" = None, **kwargs: Any) -> "PreTrainedModel":
@@ -80,28 +91,31 @@ def load_judge(
     """
     from transformers import AutoModelForSequenceClassification
 
+    code: dict[str, Any] = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     if labels is None:
-        labels = positive_label_count(name)
-    elif is_judge(name) and load_config(name, "judge").num_labels != labels:
+        labels = positive_label_count(name, **code)
+    elif is_judge(name, **code) and load_config(name, "judge", **code).num_labels != labels:
         raise UserError(
             f"judge {name} has another number of labels than {labels}, so its head cannot be trained on; "
             "start from a language model"
         )
-    if base_of(name) != name and is_judge(name):
-        kwargs["config"] = load_config(name, "judge")  # a LoRA folder's own: its base may have any number of labels
+    if base_of(name) != name and is_judge(name, **code):
+        kwargs["config"] = load_config(
+            name, "judge", **code
+        )  # a LoRA folder's own: its base may have any number of labels
     else:
         kwargs["num_labels"] = labels
     return _load(AutoModelForSequenceClassification, name, "judge", model_config, **kwargs)
 
 
-def positive_label_count(name: str) -> int:
-    """1 for a ranking judge, 2 for a classifier.
+def positive_label_count(name: str, **kwargs: Any) -> int:
+    """1 for a ranking judge, 2 for a classifier. kwargs: of `load_config`.
 
     Raises:
         UserError: `name` is no judge, or has another number of labels.
     """
-    config = load_config(name, "judge")
-    if not is_judge(name):
+    config = load_config(name, "judge", **kwargs)
+    if not is_judge(name, **kwargs):
         raise UserError(
             f"judge {name} is a {'/'.join(config.architectures or []) or 'model without a head'}, not a sequence "
             "classifier; train one with the reward stage"
@@ -114,9 +128,9 @@ def positive_label_count(name: str) -> int:
     return int(config.num_labels)
 
 
-def is_judge(name: str) -> bool:
-    """Whether a folder or Hub id holds a sequence classifier rather than a language model."""
-    architectures = load_config(name, "judge").architectures or []
+def is_judge(name: str, **kwargs: Any) -> bool:
+    """Whether a folder or Hub id holds a sequence classifier rather than a language model. kwargs: of `load_config`."""
+    architectures = load_config(name, "judge", **kwargs).architectures or []
     return any("SequenceClassification" in architecture for architecture in architectures)
 
 
@@ -189,6 +203,7 @@ def _load(
     check_source(name, role)
     options = _options(model_config) | kwargs
     options.setdefault("use_safetensors", True)  # a pickle can run code while it is read
+    options.setdefault("trust_remote_code", False)  # unset, transformers would ask at the terminal
     base = base_of(name)
     if is_adapter(base) and "quantization_config" in options:
         raise UserError(
@@ -253,6 +268,11 @@ def _device() -> str:
 
 def _not_loadable(name: str, role: str, missing: str, error: Exception) -> str:
     why = str(error).strip().splitlines()[0]
+    if "trust_remote_code=True" in str(error):
+        return (
+            f"{role} {name} brings Python code of its own, which is not run unasked; read it, then pass "
+            "--trust_remote_code true"
+        )
     unseen = why.startswith("401 ") or "is not a valid model identifier" in why
     hint = "; if the repo is private, log in with `hf auth login` or set HF_TOKEN" if unseen else ""
     return f"{role} {name} cannot be loaded ({missing}): {why}{hint}"

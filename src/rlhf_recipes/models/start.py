@@ -1,6 +1,6 @@
 """The model that fine-tuning starts from, checked from what is small to read."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.models.loading import context_length, is_judge, load_config, load_tokenizer
@@ -22,7 +22,12 @@ class Start(NamedTuple):
 
 
 def check_start(
-    model_config: "ModelConfig", max_length: int | None, *, eos_token: str | None = None, pad_token: str | None = None
+    model_config: "ModelConfig",
+    max_length: int | None,
+    *,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Start:
     """Read the configuration and tokenizer of ``--model_name_or_path``. No weights are read.
 
@@ -33,9 +38,10 @@ def check_start(
     name = model_config.model_name_or_path
     if not name:
         raise UserError("no model; pass --model_name_or_path with a folder that an earlier stage left, or a Hub id")
-    config = load_config(name, revision=model_config.model_revision)
+    reads: dict[str, Any] = {"revision": model_config.model_revision, "trust_remote_code": trust_remote_code}
+    config = load_config(name, **reads)
     tokens = {key: value for key, value in (("eos_token", eos_token), ("pad_token", pad_token)) if value is not None}
-    tokenizer = load_tokenizer(name, "tokenizer of the model", revision=model_config.model_revision, **tokens)
+    tokenizer = load_tokenizer(name, "tokenizer of the model", **reads, **tokens)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"model {name} has embeddings for {config.vocab_size} tokens, but its tokenizer has {len(tokenizer)}; "
@@ -73,13 +79,13 @@ def check_bits(model_config: "ModelConfig", config: "PretrainedConfig", adapter_
         raise UserError("quantized weights cannot be trained; add --use_peft true, or leave out load_in_4bit/8bit")
 
 
-def check_policy(model_config: "ModelConfig", max_length: int | None, **tokens: str | None) -> Start:
-    """`check_start` for a model that has to answer. tokens: `eos_token` and `pad_token`, where they are named.
+def check_policy(model_config: "ModelConfig", max_length: int | None, **reads: Any) -> Start:
+    """`check_start` for a model that has to answer. reads: `eos_token`, `pad_token`, `trust_remote_code`, where given.
 
     Raises:
         UserError: as `check_start`; or the model is a judge.
     """
-    start = check_start(model_config, max_length, **tokens)
-    if is_judge(start.name):
+    start = check_start(model_config, max_length, **reads)
+    if is_judge(start.name, trust_remote_code=reads.get("trust_remote_code", False)):
         raise UserError(f"model {start.name} is a judge, which cannot answer; start from a language model")
     return start

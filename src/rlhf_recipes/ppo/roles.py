@@ -28,14 +28,17 @@ from rlhf_recipes.ppo.value_head import PolicyAndValue, ValueHead
 from rlhf_recipes.scoring import ModelReward, Reward, load_reward
 
 
-def loaded_policy(model: nn.Module | str, tokenizer: Any, quantization: Any) -> tuple[nn.Module, Any]:
+def loaded_policy(
+    model: nn.Module | str, tokenizer: Any, quantization: Any, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
     """The policy and its tokenizer, read from the folder or Hub id where a name is given."""
     if not isinstance(model, str):
         if quantization is not None:
             raise UserError("quantization_config is for a policy given by its name; load yours with it instead")
         return model, tokenizer
-    tokenizer = tokenizer or load_tokenizer(model)
-    return load_causal_lm(model, **({"quantization_config": quantization} if quantization else {})), tokenizer
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    reads = code if quantization is None else code | {"quantization_config": quantization}
+    return load_causal_lm(model, **reads), tokenizer or load_tokenizer(model, **code)
 
 
 def checked_prompts(

@@ -93,7 +93,7 @@ class PPOTrainer(MinimizingTrainer):
         judge_quantization_config: Any = None,
     ) -> None:
         args = args or PPOConfig(output_dir="ppo")
-        model, processing_class = loaded_policy(model, processing_class, quantization_config)
+        model, processing_class = loaded_policy(model, processing_class, quantization_config, args.trust_remote_code)
         config = base_model(quicken(model, args.device)).config
         sources = reward_funcs if reward_funcs is not None else reward_model
         plays = train_dataset is not None or sources is not None  # neither: the caller plays, and calls step()

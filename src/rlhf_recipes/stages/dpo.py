@@ -75,18 +75,22 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
     from transformers import set_seed
 
-    start = check_policy(model_config, training.max_length, pad_token=training.pad_token)
+    start = check_policy(
+        model_config, training.max_length, pad_token=training.pad_token, trust_remote_code=training.trust_remote_code
+    )
     pairs, held_out = load_pairs(arguments, start)
     require_batch(len(pairs), training)
     training = fit_to_hardware(training, start.config.hidden_size)
     training.max_length = start.max_length
     set_seed(training.seed)
-    model = load_causal_lm(start.name, model_config)
+    model = load_causal_lm(start.name, model_config, trust_remote_code=training.trust_remote_code)
     # Left to itself TRL reads the reference by the model's name, which for a LoRA folder is that of its base.
     shared = model_config.use_peft or training.precompute_ref_log_probs
     trainer = SafeDPOTrainer(
         model=prepare_for_lora(model, training.gradient_checkpointing),
-        ref_model=None if shared else load_causal_lm(start.name, model_config),
+        ref_model=None
+        if shared
+        else load_causal_lm(start.name, model_config, trust_remote_code=training.trust_remote_code),
         args=training,
         train_dataset=pairs,
         eval_dataset=held_out,

@@ -84,6 +84,10 @@ class EvalArguments(OutputArguments, ReadingArguments):
     completions_per_prompt: int = field(default=1, metadata={"help": "Answers sampled for each prompt."})
     batch_size: int = field(default=64, metadata={"help": "Answers sampled at once; changes no number."})
     seed: int = field(default=0, metadata={"help": "Seed of the answers, the same for every model."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the Python code that the models' folders or repos bring along. Read it first."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where there is a GPU."})
 
     def __post_init__(self) -> None:
@@ -152,12 +156,13 @@ def load_tokenizers(arguments: EvalArguments) -> "list[PreTrainedTokenizerBase]"
     """
     if not arguments.models:
         raise UserError("no models; pass --models with one or more folders or Hub ids")
+    code: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     sources = [*arguments.models, *([arguments.reference] if arguments.reference else [])]
     for name in sources:
-        load_config(name)
-        if is_judge(name):
+        load_config(name, **code)
+        if is_judge(name, **code):
             raise UserError(f"model {name} is a judge; give a language model, and pass this one as --judge")
-    tokenizers = [load_tokenizer(name, "model") for name in sources]
+    tokenizers = [load_tokenizer(name, "model", **code) for name in sources]
     if arguments.reference:
         reference = tokenizers.pop()
         for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
@@ -193,7 +198,7 @@ def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTok
         require_columns(found, (arguments.text_column,), role=f"dataset {arguments.text_dataset_name}")
         texts = [text for text in found[arguments.text_column] if text]
     for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
-        _check_lengths(name, tokenizer, prompts, arguments.max_new_tokens)
+        _check_lengths(name, tokenizer, prompts, arguments)
     return Questions(prompts, columns, texts)
 
 
@@ -211,8 +216,11 @@ def evaluate_all(
     )
     device = device or torch.device("cpu")
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, min_new_tokens=arguments.min_new_tokens)
-    bits, frozen = arguments.measured(), arguments.frozen(arguments)
-    reference_name, reads = (arguments.reference, frozen) if arguments.reference else (arguments.models[0], bits)
+    code: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
+    bits, frozen = arguments.measured() | code, arguments.frozen(arguments)
+    reference_name, reads = (
+        (arguments.reference, frozen | code) if arguments.reference else (arguments.models[0], bits)
+    )
     reference = load_causal_lm(reference_name, **reads).to(device)
     evaluations = {}
     for name, source, tokenizer in zip(names, arguments.models, tokenizers, strict=True):
@@ -262,12 +270,14 @@ def _beginning(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int) -
     return str(tokenizer.decode(prompt_ids(prompt, tokenizer)[:tokens]))
 
 
-def _check_lengths(name: str, tokenizer: "PreTrainedTokenizerBase", prompts: list[Any], max_new_tokens: int) -> None:
-    limit = context_length(load_config(name))
+def _check_lengths(
+    name: str, tokenizer: "PreTrainedTokenizerBase", prompts: list[Any], arguments: EvalArguments
+) -> None:
+    limit = context_length(load_config(name, trust_remote_code=arguments.trust_remote_code))
     longest = max(len(prompt_ids(prompt, tokenizer)) for prompt in prompts)
-    if limit and longest + max_new_tokens > limit:
+    if limit and longest + arguments.max_new_tokens > limit:
         raise UserError(
-            f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit the context of model {name} "
+            f"a prompt of {longest} tokens and an answer of {arguments.max_new_tokens} do not fit the context of model {name} "
             f"({limit} tokens); drop long prompts or lower --max_new_tokens"
         )
 

@@ -82,7 +82,8 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     if not rewards:
         raise UserError("nothing scores the answers; pass --reward with a judge's folder or package.module:function")
     pad = {"pad_token": arguments.pad_token} if arguments.pad_token else {}
-    config, tokenizer = load_config(name), load_tokenizer(name, **pad)
+    code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
+    config, tokenizer = load_config(name, **code), load_tokenizer(name, **pad, **code)
     check_bits(model_config, config, adapter_goes_on=True)
     if arguments.value_model and positive_label_count(arguments.value_model) != 1:
         raise UserError(f"value model {arguments.value_model} has two labels; give a ranking judge, which has one")
@@ -92,16 +93,16 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         check_reward(reward, [name for name in first_row(train) or {} if name != "prompt"])
     checked_prompts(config, tokenizer, train, test, training)
     training = fit_to_hardware(training, config.get_text_config().hidden_size)
-    frozen = arguments.frozen(model_config)
+    frozen, name_of_reference = arguments.frozen(model_config), arguments.reference_model
     set_seed(training.seed)  # a new adapter is drawn at random
     return PPOTrainer(
-        load_causal_lm(name, model_config),
+        load_causal_lm(name, model_config, **code),
         rewards,
         training,
         train,
         test,
         tokenizer,
-        ref_model=load_causal_lm(arguments.reference_model, **frozen) if arguments.reference_model else None,
+        ref_model=load_causal_lm(name_of_reference, **frozen, **code) if name_of_reference else None,
         value_model=load_value_model(arguments.value_model, model_config) if arguments.value_model else None,
         peft_config=attach_lora(model_config),
         judge_quantization_config=frozen.get("quantization_config"),

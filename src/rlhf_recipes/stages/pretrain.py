@@ -100,7 +100,7 @@ def build_pretrain_trainer(
     arguments: PretrainArguments, model_config: ModelConfig, training: PretrainConfig
 ) -> PretrainTrainer:
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read or made."""
-    tokenizer, context = _check_model(arguments, model_config)
+    tokenizer, context = _check_model(arguments, model_config, trust_remote_code=training.trust_remote_code)
     tokenizer.model_max_length = context
     train, test = _load_texts(arguments, training)
     prompts = arguments.sample_prompts or []
@@ -114,7 +114,7 @@ def build_pretrain_trainer(
             f"eval_strategy is {training.eval_strategy.value}, but the dataset has no split "
             f"{arguments.dataset_test_split!r} of at least {context} tokens; add one or pass --eval_strategy no"
         )
-    model = _make_model(arguments, model_config, tokenizer, context, training.seed)
+    model = _make_model(arguments, model_config, tokenizer, context, training)
     return PretrainTrainer(
         model=model,
         args=fit_to_hardware(training, model.config.hidden_size),
@@ -159,7 +159,9 @@ def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, traini
     return run.folder
 
 
-def _check_model(arguments: PretrainArguments, model_config: ModelConfig) -> "tuple[PreTrainedTokenizerBase, int]":
+def _check_model(
+    arguments: PretrainArguments, model_config: ModelConfig, **code: Any
+) -> "tuple[PreTrainedTokenizerBase, int]":
     """The tokenizer and the context in tokens, from what is small to read."""
     checkpoint = model_config.model_name_or_path
     if (arguments.model_size is None) == (checkpoint is None):
@@ -172,14 +174,16 @@ def _check_model(arguments: PretrainArguments, model_config: ModelConfig) -> "tu
     if name is None:
         raise UserError("no tokenizer; pass --tokenizer_name with a folder that the tokenizer stage left, or a Hub id")
     if checkpoint is None:
-        return load_tokenizer(name), arguments.max_length or SIZES[str(arguments.model_size)]["n_positions"]
-    config = load_config(checkpoint, revision=model_config.model_revision)
+        return load_tokenizer(name, **code), arguments.max_length or SIZES[str(arguments.model_size)]["n_positions"]
+    config = load_config(checkpoint, revision=model_config.model_revision, **code)
     if asks_for_bits(model_config, config):
         raise UserError(f"model {checkpoint} was saved in 4 or 8 bits; pretrain trains all weights, so give it whole")
-    if is_judge(checkpoint):
+    if is_judge(checkpoint, **code):
         raise UserError(f"model {checkpoint} is a judge, which predicts no text; go on from a language model")
-    tokenizer = load_tokenizer(name)
-    if len(tokenizer) > config.vocab_size or _another_vocabulary(tokenizer, checkpoint, arguments.tokenizer_name):
+    tokenizer = load_tokenizer(name, **code)
+    if len(tokenizer) > config.vocab_size or _another_vocabulary(
+        tokenizer, checkpoint, arguments.tokenizer_name, **code
+    ):
         raise UserError(
             f"tokenizer {name} has another vocabulary than the model {checkpoint} was trained with; "
             "leave --tokenizer_name out, or start a new model with --model_size"
@@ -193,11 +197,11 @@ def _check_model(arguments: PretrainArguments, model_config: ModelConfig) -> "tu
     return tokenizer, context
 
 
-def _another_vocabulary(tokenizer: "PreTrainedTokenizerBase", checkpoint: str, name: str | None) -> bool:
+def _another_vocabulary(tokenizer: "PreTrainedTokenizerBase", checkpoint: str, name: str | None, **code: Any) -> bool:
     if name is None or name == checkpoint:
         return False
     try:
-        own = load_tokenizer(checkpoint)
+        own = load_tokenizer(checkpoint, **code)
     except UserError:
         return False  # a checkpoint without tokenizer files: the number of tokens is all there is to compare
     return bool(own.get_vocab() != tokenizer.get_vocab())
@@ -224,14 +228,15 @@ def _make_model(
     model_config: ModelConfig,
     tokenizer: "PreTrainedTokenizerBase",
     context: int,
-    seed: int,
+    training: PretrainConfig,
 ) -> "PreTrainedModel":
     from transformers import set_seed
 
-    set_seed(seed)
+    set_seed(training.seed)
     if model_config.model_name_or_path is not None:
-        rates = {} if arguments.dropout is None else _dropout_rates(arguments.dropout)
-        return load_causal_lm(model_config.model_name_or_path, model_config, **rates)
+        reads: dict[str, Any] = {} if arguments.dropout is None else _dropout_rates(arguments.dropout)
+        reads["trust_remote_code"] = training.trust_remote_code
+        return load_causal_lm(model_config.model_name_or_path, model_config, **reads)
     dropout = NEW_MODEL_DROPOUT if arguments.dropout is None else arguments.dropout
     model = build_gpt2(str(arguments.model_size), tokenizer, positions=context, dropout=dropout)
     if model_config.attn_implementation:

@@ -102,13 +102,14 @@ def build_reward_trainer(
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
     from transformers import set_seed
 
-    start = check_start(model_config, training.max_length, eos_token=training.eos_token, pad_token=training.pad_token)
+    tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
+    start = check_start(model_config, training.max_length, **tokens, trust_remote_code=training.trust_remote_code)
     kind, train, test = load_judgements(arguments, start)
     require_batch(len(train), training)
     training = fit_to_hardware(training, start.config.hidden_size)
     training.max_length = start.max_length
     set_seed(training.seed)  # a new head is drawn at random
-    model = load_judge(start.name, model_config, labels=LABELS[kind])
+    model = load_judge(start.name, model_config, labels=LABELS[kind], trust_remote_code=training.trust_remote_code)
     model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora(model, training.gradient_checkpointing)
     build = _ranking_trainer if kind == "ranking" else _classifier_trainer

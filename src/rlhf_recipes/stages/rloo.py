@@ -145,7 +145,9 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
     from transformers import set_seed
 
-    start = check_policy(model_config, None, pad_token=training.pad_token)
+    start = check_policy(
+        model_config, None, pad_token=training.pad_token, trust_remote_code=training.trust_remote_code
+    )
     prompts, held_out = load_prompts(arguments, start, training)
     sources = checked_rewards(arguments, training, prompts.column_names)
     training = fit_to_hardware(training, start.config.hidden_size)
@@ -153,7 +155,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         sources, start.tokenizer, training.device, training.normalize_rewards, **arguments.frozen(model_config)
     )
     set_seed(training.seed)
-    model = load_causal_lm(start.name, model_config)
+    model = load_causal_lm(start.name, model_config, trust_remote_code=training.trust_remote_code)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
     sample_plainly(model, stops)
     if training.missing_eos_penalty is not None:

@@ -21,9 +21,8 @@ from rlhf_recipes.metrics import completion_perplexity
 from rlhf_recipes.models import (
     Start,
     attach_lora,
-    check_start,
+    check_policy,
     fit_to_hardware,
-    is_judge,
     is_quantized,
     load_causal_lm,
     prepare_for_lora,
@@ -75,9 +74,8 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
     from transformers import set_seed
 
-    start = check_start(model_config, training.max_length, eos_token=training.eos_token, pad_token=training.pad_token)
-    if is_judge(start.name):
-        raise UserError(f"model {start.name} is a judge, which cannot answer; start from a language model")
+    tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
+    start = check_policy(model_config, training.max_length, **tokens, trust_remote_code=training.trust_remote_code)
     train, test = load_demonstrations(arguments, start, training.dataset_text_field)
     require_batch(len(train), training)
     training = fit_to_hardware(training, start.config.hidden_size)
@@ -87,7 +85,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     if training.assistant_only_loss:
         _require_markers(start)
     set_seed(training.seed)
-    model = load_causal_lm(start.name, model_config)
+    model = load_causal_lm(start.name, model_config, trust_remote_code=training.trust_remote_code)
     trainer = SafeSFTTrainer(
         model=prepare_for_lora(model, training.gradient_checkpointing),
         args=training,
