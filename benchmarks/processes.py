@@ -2,8 +2,9 @@
 
     python benchmarks/processes.py --output_dir runs/processes
 
-Runs of seconds, of a two-layer GPT-2, so that all of them fit into a quarter of an hour; DeepSpeed where it is installed.
-A cell is the largest difference of any weight to the run of one process by itself, or the line that refused it.
+Runs of seconds, of a two-layer GPT-2; DeepSpeed where it is installed (the extra `deepspeed`). FSDP2 is applied natively to
+PPO, since Accelerate does not reach it on a CPU. A cell is the largest difference of any weight to the run of one process by
+itself, or the line that refused it.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import datetime
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tests" / "stages" / "small_runs.py"
+SHARDED = ROOT / "tests" / "ppo" / "sharded_processes.py"
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -32,8 +35,8 @@ STAGES = ("pretrain", "sft", "reward", "ppo")
 WAYS = {"DDP": "two_cpu_processes", "ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
 
 
-def small_runs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("small_runs", PROGRAM)
+def module_of(program: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(program.stem, program)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -69,16 +72,21 @@ def launched(folder: Path, way: str, processes: int, job: dict[str, Any]) -> str
     told.write_text(json.dumps([job]))
     kind = {} if processes > 1 or way != "DDP" else {"distributed_type": "NO"}
     config.write_text(yaml.safe_dump(asked | kind | {"use_cpu": True, "num_processes": processes}))
+    command = ["accelerate.commands.launch", "--config_file", str(config), str(PROGRAM), str(folder), str(told)]
+    return said_by(command, folder / f"{job['out']}.log")
+
+
+def said_by(command: list[str], log: Path) -> str:
+    """Of a module and its words, run: nothing, if it ended well; else the line that says why it did not."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(PROGRAM), str(folder), str(told)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    (folder / f"{job['out']}.log").write_text(done.stdout + done.stderr)
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    log.write_text(done.stdout + done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return "" if done.returncode == 0 else lines[0] if lines else f"failed, see {job['out']}.log"
+    return "" if done.returncode == 0 else lines[0] if lines else f"failed, see {log.name}"
 
 
 def cell(folder: Path, runs: ModuleType, stage: str, kind: str, way: str, processes: int) -> str:
@@ -92,8 +100,31 @@ def cell(folder: Path, runs: ModuleType, stage: str, kind: str, way: str, proces
     fault = launched(folder, way, processes, {"stage": stage, "out": out, **KINDS[kind]})
     if fault:
         return f"refused: {fault.removeprefix('error: ')}"
-    one, many = runs.weights_in(alone), runs.weights_in(folder / out)
-    return f"{max((one[name].double() - many[name].double()).abs().max().item() for name in one):.0e}"
+    return farthest(runs, alone, folder / out)
+
+
+def farthest(runs: ModuleType, one: Path, other: Path) -> str:
+    mine, theirs = runs.weights_in(one), runs.weights_in(other)
+    return f"{max((mine[name].double() - theirs[name].double()).abs().max().item() for name in mine):.0e}"
+
+
+def fsdp2(folder: Path, runs: ModuleType, processes: int) -> list[str]:
+    """PPO whose weights are cut apart among processes: what is trained, and how far off that ended."""
+    program, place = module_of(SHARDED), folder / f"FSDP2 {processes}"
+    shutil.copytree(folder / "model", place / "policy")
+    shutil.copytree(folder / "judge", place / "judge")
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(SHARDED), str(place)]
+    if fault := said_by(launch, place / "run.log"):
+        return [f"- {processes} processes: {fault}"]
+    lines = []
+    for case in program.CASES:
+        trainer = program.made(place, f"{case} alone", case)
+        trainer.train()
+        trainer.save_model()
+        found = farthest(runs, place / f"{case} alone", place / f"{case} sharded")
+        again = farthest(runs, place / f"{case} sharded", place / f"{case} resumed")
+        lines.append(f"- {case}, {processes} processes: {found}; resumed in the middle of an update: {again}")
+    return lines
 
 
 def main() -> None:
@@ -104,7 +135,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     asked = parser.parse_args()
-    runs, folder = small_runs(), asked.output_dir.absolute()
+    runs, folder = module_of(PROGRAM), asked.output_dir.absolute()
     prepare(folder, runs)
     ways = [way for way in asked.ways if way == "DDP" or importlib.util.find_spec("deepspeed") is not None]
     lines = [f"{datetime.date.today()}, {hardware()}; one thread a process.", ""]
@@ -125,6 +156,9 @@ def main() -> None:
                     print(f"{stage}, {kind}, {way}, {count}: {said}", flush=True)
             lines.append(f"| {stage} | {kind} | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {words.removeprefix('refused: ')}" for number, words in enumerate(refused, 1))]
+    lines += ["", "PPO under native FSDP2:", ""]
+    for count in asked.processes:
+        lines += fsdp2(folder, runs, count) if count > 1 else []
     (folder / "processes.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     print("\n".join(lines))
 
