@@ -5,6 +5,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -186,3 +187,17 @@ def make_judge() -> Callable[..., "GPT2ForSequenceClassification"]:
             return GPT2ForSequenceClassification(_tiny_config({"num_labels": num_labels, **config})).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def world(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_judge: Callable[..., Any],
+    tokenizer: "PreTrainedTokenizerFast",
+) -> Path:  # fmt: skip
+    """The folder with what the small runs of each training stage read; they write below it."""
+    import small_runs
+
+    folder = tmp_path_factory.mktemp("small")
+    return small_runs.prepare(
+        folder, make_model(0, initializer_range=0.1), make_judge(3, initializer_range=0.2), tokenizer
+    )

@@ -3,9 +3,9 @@
 import importlib
 import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import get_type_hints
 
+import compare_algorithms as benchmark
 import pytest
 
 from rlhf_recipes.arguments import UserError, parse_arguments
@@ -13,17 +13,8 @@ from rlhf_recipes.arguments import UserError, parse_arguments
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "compare_algorithms.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("algorithm", ["ppo", "dpo", "rloo"])
-def test_every_launch_is_understood(benchmark: ModuleType, algorithm: str, tmp_path: Path) -> None:
+def test_every_launch_is_understood(algorithm: str, tmp_path: Path) -> None:
     """Each starts from the same model with the same seed, and the two that sample do so alike, next to the same KL."""
     run = importlib.import_module(f"rlhf_recipes.stages.{algorithm}").__dict__[f"run_{algorithm}"]
     kinds = [hint for name, hint in get_type_hints(run).items() if name != "return"]
@@ -49,7 +40,7 @@ def test_every_launch_is_understood(benchmark: ModuleType, algorithm: str, tmp_p
     assert shape == (2880, 8, 0.1, 40)
 
 
-def test_every_evaluation_is_understood(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_every_evaluation_is_understood(tmp_path: Path) -> None:
     from rlhf_recipes.stages.eval import EvalArguments
 
     flags = benchmark.evaluation_flags(Path("quick"), Path("one"), tmp_path, 7)
@@ -58,7 +49,7 @@ def test_every_evaluation_is_understood(benchmark: ModuleType, tmp_path: Path) -
     assert (asked.temperature, asked.max_new_tokens, asked.gold) == (0.7, 40, benchmark.GOLD)
 
 
-def test_the_table_gives_the_mean_and_each_seed(benchmark: ModuleType) -> None:
+def test_the_table_gives_the_mean_and_each_seed() -> None:
     runs = [{"gold_score": value, "kl": 2.0, "peak_mib": 100.4} for value in (0.9, 0.8, 1.0)]
     header, _, start, ppo = benchmark.comparison_table({"sft": [{"gold_score": 0.5}], "ppo": runs}).splitlines()
     cells = dict(zip(header.split("|"), ppo.split("|"), strict=True))
@@ -67,7 +58,7 @@ def test_the_table_gives_the_mean_and_each_seed(benchmark: ModuleType) -> None:
     assert "| sft | **0.500** |" in start
 
 
-def test_a_run_that_is_no_quickstart_is_refused(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_a_run_that_is_no_quickstart_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no folder world/prompts; give the folder of a finished quickstart"):
         benchmark.main([str(tmp_path), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

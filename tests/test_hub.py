@@ -1,15 +1,15 @@
 """Pushing to the Hub, against one on this machine: what is asked for arrives whole, and nothing else is ever sent."""
 
-import importlib.util
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import hub_faults as faults
 import pytest
+import small_runs
 import yaml
 
 from rlhf_recipes.arguments import UserError, asked_for, one_line_errors, parse_arguments
@@ -17,16 +17,6 @@ from rlhf_recipes.cards import card
 from rlhf_recipes.hub import HubArguments, check_push
 from rlhf_recipes.secrecy import SECRETS, shown, without_secrets
 
-
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-faults = _module("hub_faults")
 GOOD, READ, WRONG = faults.GOOD, faults.READ, faults.WRONG
 SECRET_TEXTS = (GOOD, READ, WRONG, faults.SIGNATURE)
 
@@ -316,31 +306,11 @@ def test_a_card_says_what_it_came_from_and_what_it_is_not(tmp_path: Path, monkey
 # Whole stages.
 
 
-@pytest.fixture(scope="module")
-def small_runs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("small_runs", Path(__file__).parent / "stages" / "small_runs.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["small_runs"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def world(
-    tmp_path_factory: pytest.TempPathFactory, small_runs: ModuleType, make_model: Callable[..., Any],
-    make_judge: Callable[..., Any], tokenizer: Any,
-) -> Path:  # fmt: skip
-    folder = tmp_path_factory.mktemp("small")
-    return small_runs.prepare(
-        folder, make_model(0, initializer_range=0.1), make_judge(3, initializer_range=0.2), tokenizer
-    )
-
-
 FEW = {"max_steps": 2, "save_steps": 1}
 
 
 @pytest.fixture
-def run(client: Any, small_runs: ModuleType, world: Path) -> Callable[..., Any]:
+def run(client: Any, world: Path) -> Callable[..., Any]:
     """(stage, out, token, **flags) -> how it ended; names that begin with `hub:` are ids of the Hub, others folders."""
 
     def act(stage: str, out: str, token: str | None = GOOD, **changes: Any) -> Any:
@@ -375,7 +345,7 @@ def test_a_run_that_is_not_asked_to_push_meets_nobody(run: Callable[..., Any], w
 
 
 def test_a_local_folder_that_is_named_like_a_repo_is_looked_for_nowhere_else(
-    client: Any, small_runs: ModuleType, world: Path, repos: Path, hub: Any
+    client: Any, world: Path, repos: Path, hub: Any
 ) -> None:
     """PPO with an adapter of its own on a merged adapter: peft would ask the Hub for the base's configuration."""
     (world / "out").mkdir()
@@ -563,7 +533,7 @@ def test_a_tokenizer_is_pushed_and_read_by_its_id(client: Any, hub: Any, repos: 
     assert said.code == 0, said.err
 
 
-def test_a_trainer_pushes_when_it_is_called(client: Any, small_runs: ModuleType, world: Path, hub: Any) -> None:
+def test_a_trainer_pushes_when_it_is_called(client: Any, world: Path, hub: Any) -> None:
     """Without a stage around it, as `Trainer.push_to_hub`: card included, pickles and checkpoints not."""
     words = small_runs.flags("ppo", world, "called", **FEW, save_strategy="no", hub_model_id="me/called")
     said = client.program(

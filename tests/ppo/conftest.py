@@ -1,8 +1,6 @@
 """A trainer that runs in a second, one that remembers everything it did, and PPO once more in float64."""
 
 import copy
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -29,11 +27,9 @@ def prompt_rows(count: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
     """The module beside this one that does the arithmetic of PPO again in float64."""
-    spec = importlib.util.spec_from_file_location("ppo_reference", Path(__file__).with_name("reference.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["ppo_reference"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import reference
+
+    return reference
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """PPO learns: the score of a tiny model rises in a few updates, for any seed and any place that the value lives in."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import learning_matrix as matrix
 import pytest
 
 Make = Callable[..., Any]
@@ -46,25 +45,14 @@ def test_the_penalty_holds_the_policy_near_its_reference(make_trainer: Make) -> 
     assert free_scores[-1] > held_scores[-1]
 
 
-@pytest.fixture(scope="module")
-def matrix() -> ModuleType:
-    """The benchmark that tries every way of setting PPO up."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "learning_matrix.py"
-    spec = importlib.util.spec_from_file_location("learning_matrix", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("case", ["LoRA, value adapter", "judge reward", "left-over generation_config"])
-def test_the_score_rises_in_the_matrix(case: str, matrix: ModuleType, tmp_path: Path) -> None:
+def test_the_score_rises_in_the_matrix(case: str, tmp_path: Path) -> None:
     first, last = matrix.run(case, 0, tmp_path)
     assert last > first + 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_score_rises_in_the_whole_matrix(seed: int, matrix: ModuleType) -> None:
+def test_the_score_rises_in_the_whole_matrix(seed: int) -> None:
     ends = {case: matrix.launched(case, seed) for case in matrix.CASES}
     assert len(ends) == 8 and all(last > first + 0.1 for first, last in ends.values()), ends

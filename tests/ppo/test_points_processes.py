@@ -1,16 +1,16 @@
 """Two processes joined by gloo, against one that does the work of both."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import several_processes as program
 import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
@@ -21,15 +21,6 @@ Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("several_processes.py")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 STOP_IDS = list(range(200, 256))
-
-
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("several_processes", PROGRAM)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +51,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", ["plain", "value-model", "lora"])
-def test_point_07_and_20_two_processes_are_one_of_twice_the_batch(
-    folder: Path, program: ModuleType, case: str
-) -> None:
+def test_point_07_and_20_two_processes_are_one_of_twice_the_batch(folder: Path, case: str) -> None:
     """With whitened rewards, answers of unequal length and a last update that is filled up: weights and metrics."""
     alone = program.train(folder, case, 8, **program.CASES[case])
     one, two = (weights_in(folder / f"{case}-by-{processes}") for processes in (1, 2))
@@ -81,12 +70,12 @@ def test_point_07_and_20_two_processes_are_one_of_twice_the_batch(
         assert {name: theirs[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
 
 
-def test_point_07_all_processes_hold_the_same_weights(folder: Path, program: ModuleType) -> None:
+def test_point_07_all_processes_hold_the_same_weights(folder: Path) -> None:
     """Also with minibatches, with micro-batches that are empty, and after a step that one process had to skip."""
     assert json.loads((folder / "equal.json").read_text()) == dict.fromkeys(program.CASES, True)
 
 
-def test_point_20_both_save_in_the_middle_and_at_the_end_once(folder: Path, program: ModuleType) -> None:
+def test_point_20_both_save_in_the_middle_and_at_the_end_once(folder: Path) -> None:
     for case in program.CASES:
         saved = sorted(path.name for path in (folder / f"{case}-by-2").glob("checkpoint-*"))
         steps = 3 * 2 * program.CASES[case].get("num_mini_batches", 1)

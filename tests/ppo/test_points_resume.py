@@ -1,27 +1,16 @@
 """Point 13: runs that are really killed, and end as the one that was not. See killed.py beside this file."""
 
-import importlib.util
 import os
 import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import killed
 import pytest
 
 Make = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def killed() -> ModuleType:
-    path = Path(__file__).with_name("killed.py")
-    spec = importlib.util.spec_from_file_location("ppo_killed", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +22,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, tokenize
 
 
 @pytest.fixture(scope="module")
-def whole(policy: Path, killed: ModuleType) -> dict[str, Any]:
+def whole(policy: Path) -> dict[str, Any]:
     """Of each case, how the uninterrupted run ended."""
     for case in killed.CASES:
         assert not killed.attempt(lambda case=case: killed.train(policy, policy.parent / case, case), None)
@@ -41,9 +30,7 @@ def whole(policy: Path, killed: ModuleType) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", ["full", "upper", "lora"])
-def test_point_13_killed_at_random_moments(
-    case: str, policy: Path, whole: dict[str, Any], killed: ModuleType, tmp_path: Path
-) -> None:
+def test_point_13_killed_at_random_moments(case: str, policy: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     draw = random.Random(case)
     assert killed.killed_until_done(policy, tmp_path, case, draw, longest=1.0) > 0
     assert killed.same(killed.end_of(tmp_path), whole[case])
@@ -97,9 +84,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_point_13_killed_in_the_middle(
-    place: str, policy: Path, whole: dict[str, Any], killed: ModuleType, tmp_path: Path
-) -> None:
+def test_point_13_killed_in_the_middle(place: str, policy: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     def die() -> None:
         kill_at(*places()[place])
         killed.train(policy, tmp_path, "full")
@@ -110,7 +95,7 @@ def test_point_13_killed_in_the_middle(
 
 
 @pytest.mark.slow
-def test_point_13_thirty_kills(policy: Path, killed: ModuleType) -> None:
+def test_point_13_thirty_kills(policy: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         killed.main(policy.parent, 30, seed=1)
     assert ended.value.code == 0

@@ -3,7 +3,6 @@
 Accelerate reaches FSDP2 on GPUs alone, so `fully_shard` is applied natively here, over gloo.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,10 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import sharded_processes as program
 import torch
 from safetensors.torch import load_file
 
@@ -22,15 +21,6 @@ Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("sharded_processes.py")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 CASES = ["full", "lora", "upper"]
-
-
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sharded_processes", PROGRAM)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_jud
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path, program: ModuleType) -> Callable[[str], Any]:
+def alone(folder: Path) -> Callable[[str], Any]:
     """(case) -> the trainer of the same run by one process, which has saved its model."""
     trainers: dict[str, Any] = {}
 
@@ -85,9 +75,7 @@ def test_point_20_each_process_keeps_a_half(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_point_07_sharded_weights_end_as_whole_ones_do(
-    folder: Path, alone: Callable[[str], Any], program: ModuleType, case: str
-) -> None:
+def test_point_07_sharded_weights_end_as_whole_ones_do(folder: Path, alone: Callable[[str], Any], case: str) -> None:
     """Policy and value, with answers of unequal length and pieces of unequal number, and what was logged."""
     expected = alone(case).state.log_history
     one, two = weights_in(folder / f"{case} alone"), weights_in(folder / f"{case} sharded")
@@ -103,7 +91,7 @@ def test_point_07_sharded_weights_end_as_whole_ones_do(
 
 @pytest.mark.parametrize("case", CASES)
 def test_point_13_a_sharded_run_goes_on_with_any_number_of_processes(
-    folder: Path, alone: Callable[[str], Any], program: ModuleType, case: str
+    folder: Path, alone: Callable[[str], Any], case: str
 ) -> None:
     """In the middle of an update: by as many processes bit for bit, and by one with whole weights."""
     assert farthest(weights_in(folder / f"{case} sharded"), weights_in(folder / f"{case} resumed")) == 0

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 import yaml
 
@@ -56,7 +56,7 @@ def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 @pytest.fixture(scope="module")
-def alone(small_runs: ModuleType, world: Path) -> Callable[[str], Path]:
+def alone(world: Path) -> Callable[[str], Path]:
     def made(kind: str) -> Path:
         out = world / f"{kind} alone"
         return out if out.exists() else small_runs.run(kind.partition(",")[0], world, out.name, **KINDS[kind])
@@ -67,7 +67,7 @@ def alone(small_runs: ModuleType, world: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
-    stage: int, processes: int, small_runs: ModuleType, world: Path, alone: Callable[[str], Path]
+    stage: int, processes: int, world: Path, alone: Callable[[str], Path]
 ) -> None:
     """Weights, and what was measured; then from its own checkpoint."""
     name = f"by {processes} zero {stage}"

@@ -4,10 +4,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 
 from rlhf_recipes.arguments import UserError
@@ -49,7 +49,7 @@ def brings_code(world: Path, ran: Path) -> Path:
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
 def test_code_of_a_model_needs_its_flag(
-    stage: str, brings_code: Path, ran: Path, small_runs: ModuleType, world: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, brings_code: Path, ran: Path, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where somebody would say yes at the terminal, where transformers would ask."""
     monkeypatch.setattr("builtins.input", lambda *words: "y")
@@ -78,7 +78,7 @@ def test_the_trainer_needs_it_too(brings_code: Path, ran: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_with_its_flag_it_learns_as_the_same_model_without_code_does(
-    stage: str, brings_code: Path, ran: Path, small_runs: ModuleType, world: Path
+    stage: str, brings_code: Path, ran: Path, world: Path
 ) -> None:
     own = small_runs.run(stage, world, f"own {stage}", model_name_or_path=brings_code.name, trust_remote_code=True)
     assert ran.read_text().startswith("ran")
@@ -88,9 +88,7 @@ def test_with_its_flag_it_learns_as_the_same_model_without_code_does(
 
 
 @pytest.mark.parametrize("name", ["../../climbed", "/climbed", "deep\\climbed", ""])
-def test_a_chat_template_is_not_saved_elsewhere(
-    name: str, small_runs: ModuleType, world: Path, tmp_path: Path
-) -> None:
+def test_a_chat_template_is_not_saved_elsewhere(name: str, world: Path, tmp_path: Path) -> None:
     """Each of several templates becomes a file of its name."""
     folder = tmp_path / "model"
     shutil.copytree(world / "model", folder)
@@ -115,7 +113,7 @@ def test_several_chat_templates_with_plain_names_are_kept(world: Path, tmp_path:
 
 
 @pytest.mark.parametrize("named", ["model_name_or_path", "dataset_name", "reward"])
-def test_a_run_does_not_replace_what_it_reads(named: str, small_runs: ModuleType, world: Path) -> None:
+def test_a_run_does_not_replace_what_it_reads(named: str, world: Path) -> None:
     """A path that leads out of the output folder and back into an input."""
     read = small_runs.flags("ppo", world, "out")
     source = Path(read[read.index(f"--{named}") + 1])

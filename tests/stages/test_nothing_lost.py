@@ -16,10 +16,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import killed
 import pytest
+import small_runs
 import torch
 from transformers import Trainer
 
@@ -36,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {stage: (stage, {}) for stage in 
 }
 
 
-def told(killed: ModuleType, act: Callable[[], Any], folder: Path) -> tuple[int, str]:
+def told(act: Callable[[], Any], folder: Path) -> tuple[int, str]:
     """Run in a process of its own, as a door does; returns its exit code (minus the signal) and what it said on stderr."""
     said = folder / f"said-{random.random()}"
 
@@ -63,7 +64,7 @@ def told(killed: ModuleType, act: Callable[[], Any], folder: Path) -> tuple[int,
 
 
 @pytest.fixture(scope="module")
-def whole(small_runs: ModuleType, killed: ModuleType, world: Path) -> Callable[[str], dict[str, Any]]:
+def whole(world: Path) -> Callable[[str], dict[str, Any]]:
     """(case) -> how the run ends that nothing happens to."""
     ends: dict[str, dict[str, Any]] = {}
 
@@ -79,9 +80,7 @@ def whole(small_runs: ModuleType, killed: ModuleType, world: Path) -> Callable[[
 
 
 @pytest.fixture
-def again(
-    small_runs: ModuleType, killed: ModuleType, world: Path, whole: Callable[[str], dict[str, Any]]
-) -> Callable[[str, str], None]:
+def again(world: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str, str], None]:
     """(case, folder) -> resume the run there, and it must end as the whole one."""
 
     def check(case: str, out: str) -> None:
@@ -98,7 +97,7 @@ def again(
 @pytest.mark.fault("killed at a random moment (SIGKILL, as for want of memory)")
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_random_moments(
-    case: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None],
+    case: str, world: Path, again: Callable[[str, str], None],
     pytestconfig: pytest.Config, record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
     """One run after the other, each killed until it has ended, until there were so many kills."""
@@ -138,9 +137,7 @@ def no_file_beyond(size: int) -> None:
 @pytest.mark.fault("ended by the kernel at a byte of a file of a checkpoint")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("size", [0, 300, 20_000, 150_000])
-def test_killed_at_a_byte_of_a_save(
-    stage: str, size: int, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
-) -> None:
+def test_killed_at_a_byte_of_a_save(stage: str, size: int, world: Path, again: Callable[[str, str], None]) -> None:
     """The kernel ends the process as it writes that byte of a file of the second checkpoint."""
     out = f"byte {size} {stage}"
 
@@ -149,7 +146,7 @@ def test_killed_at_a_byte_of_a_save(
         in_the_second_save(lambda: no_file_beyond(size))
         small_runs.run(stage, world, out)
 
-    assert told(killed, act, world)[0] == -signal.SIGXFSZ
+    assert told(act, world)[0] == -signal.SIGXFSZ
     assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
     assert fault(world / out / "checkpoint-2") is None
     again(stage, out)
@@ -157,16 +154,14 @@ def test_killed_at_a_byte_of_a_save(
 
 @pytest.mark.fault("the disk takes no more of a checkpoint")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk_ends_the_run_in_one_line(
-    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
-) -> None:
+def test_a_full_disk_ends_the_run_in_one_line(stage: str, world: Path, again: Callable[[str, str], None]) -> None:
     out = f"full {stage}"
 
     def act() -> None:
         in_the_second_save(lambda: no_file_beyond(20_000))
         small_runs.run(stage, world, out)
 
-    code, said = told(killed, act, world)
+    code, said = told(act, world)
     assert code == 2 and "Traceback" not in said
     line = said.strip().splitlines()[-1]
     assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 is whole" in line
@@ -176,9 +171,7 @@ def test_a_full_disk_ends_the_run_in_one_line(
 
 @pytest.mark.fault("told to end (SIGTERM)")
 @pytest.mark.parametrize("stage", STAGES)
-def test_told_to_end_it_saves_and_goes_on_later(
-    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
-) -> None:
+def test_told_to_end_it_saves_and_goes_on_later(stage: str, world: Path, again: Callable[[str, str], None]) -> None:
     out = f"term {stage}"
 
     def act() -> None:
@@ -195,7 +188,7 @@ def test_told_to_end_it_saves_and_goes_on_later(
         SafeTrainer.training_step = counted  # type: ignore[method-assign]
         small_runs.run(stage, world, out, save_strategy="no")
 
-    code, said = told(killed, act, world)
+    code, said = told(act, world)
     assert code == 128 + signal.SIGTERM and "Traceback" not in said
     assert said.strip().splitlines()[-1] == "ended by SIGTERM; saved at step 3: go on with --resume auto"
     assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-3"]
@@ -210,7 +203,7 @@ def as_anybody() -> None:
 @pytest.mark.fault("the folder lets nothing be written any more")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(
-    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+    stage: str, world: Path, again: Callable[[str, str], None]
 ) -> None:
     out = f"closed {stage}"
 
@@ -219,7 +212,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(
         in_the_second_save(lambda: (world / out).chmod(0o555))
         small_runs.run(stage, world, out)
 
-    code, said = told(killed, act, world)
+    code, said = told(act, world)
     (world / out).chmod(0o755)
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said
@@ -230,9 +223,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(
 
 @pytest.mark.fault("the folder is read-only from the start")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_read_only_folder_is_refused_before_anything_is_read(
-    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path
-) -> None:
+def test_a_read_only_folder_is_refused_before_anything_is_read(stage: str, world: Path) -> None:
     closed = world / f"read-only {stage}"
     closed.mkdir(mode=0o555)
 
@@ -240,7 +231,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_read(
         as_anybody()
         small_runs.run(stage, world, f"{closed.name}/run", model_name_or_path="nowhere")
 
-    code, said = told(killed, act, world)
+    code, said = told(act, world)
     assert code == 2 and said.splitlines() == [
         f"error: output folder {closed}/run cannot be written; choose another --output_dir"
     ]
@@ -249,9 +240,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_read(
 
 @pytest.mark.fault("no memory is left for a step")
 @pytest.mark.parametrize("stage", STAGES)
-def test_out_of_memory_ends_the_run_in_one_line(
-    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
-) -> None:
+def test_out_of_memory_ends_the_run_in_one_line(stage: str, world: Path, again: Callable[[str, str], None]) -> None:
     """What the kernel refuses to give. (What it gives and takes back is a SIGKILL: see above.)"""
     out = f"memory {stage}"
 
@@ -268,7 +257,7 @@ def test_out_of_memory_ends_the_run_in_one_line(
         SafeTrainer.training_step = large  # type: ignore[method-assign]
         small_runs.run(stage, world, out)
 
-    code, said = told(killed, act, world)
+    code, said = told(act, world)
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said
     assert line.startswith("error: step 3: out of memory (") and "checkpoint-2 is the last checkpoint" in line
@@ -296,20 +285,20 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    stage: str, how: str, small_runs: ModuleType, killed: ModuleType, world: Path,
+    stage: str, how: str, world: Path,
     whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None],
 ) -> None:  # fmt: skip
     out = f"{how} {stage}"
     last = unfinished(world, whole, stage, out)
     DAMAGES[how](last / ("optimizer.pt" if how == "a bit flips" else "model.safetensors"))
-    code, said = told(killed, lambda: small_runs.run(stage, world, out, resume="auto"), world)
+    code, said = told(lambda: small_runs.run(stage, world, out, resume="auto"), world)
     assert code == 0 and f"{last.name} is damaged and is passed over" in said
     again(stage, out)
 
 
 @pytest.mark.fault("no checkpoint is whole")
 def test_no_whole_checkpoint_is_said_and_a_damaged_one_is_not_taken_by_name(
-    small_runs: ModuleType, world: Path, whole: Callable[[str], dict[str, Any]]
+    world: Path, whole: Callable[[str], dict[str, Any]]
 ) -> None:
     last = unfinished(world, whole, "sft", "none whole")
     for point in saved_checkpoints(world / "none whole"):
@@ -321,7 +310,7 @@ def test_no_whole_checkpoint_is_said_and_a_damaged_one_is_not_taken_by_name(
 
 
 def test_a_finished_run_is_left_alone_unless_it_was_asked_otherwise(
-    small_runs: ModuleType, world: Path, whole: Callable[[str], dict[str, Any]]
+    world: Path, whole: Callable[[str], dict[str, Any]]
 ) -> None:
     whole("sft")
     before = {path: path.stat().st_mtime_ns for path in (world / "whole sft").rglob("*")}
@@ -333,19 +322,17 @@ def test_a_finished_run_is_left_alone_unless_it_was_asked_otherwise(
         small_runs.run("sft", world, "whole sft", resume="auto", learning_rate=0.5)
 
 
-def test_what_a_checkpoint_was_asked_otherwise_is_said(
-    small_runs: ModuleType, killed: ModuleType, world: Path, whole: Callable[[str], dict[str, Any]]
-) -> None:
+def test_what_a_checkpoint_was_asked_otherwise_is_said(world: Path, whole: Callable[[str], dict[str, Any]]) -> None:
     unfinished(world, whole, "sft", "otherwise")
     act = lambda: small_runs.run("sft", world, "otherwise", resume="auto", max_grad_norm=2.0)  # noqa: E731
-    code, said = told(killed, act, world)
+    code, said = told(act, world)
     assert code == 0 and "asked otherwise than this run goes on: max_grad_norm 1.0 -> 2.0" in said
 
 
 @pytest.mark.fault("the loss is not finite")
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
-    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+    stage: str, world: Path, again: Callable[[str, str], None]
 ) -> None:
     out = f"nan {stage}"
 
@@ -359,7 +346,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
         Trainer.training_step = spoilt  # type: ignore[method-assign]
         small_runs.run(stage, world, out)
 
-    code, said = told(killed, act, world)
+    code, said = told(act, world)
     line = said.strip().splitlines()[-1]
     assert code == 2 and line.startswith("error: step 5: the loss is not finite, and nothing of it is saved; ")
     assert line.endswith("look for the rows that it comes from") and "checkpoint-4 is the last checkpoint" in line
@@ -368,9 +355,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
 
 @pytest.mark.fault("a weight is not finite")
 @pytest.mark.parametrize("stage", STAGES)
-def test_weights_that_are_not_finite_are_not_saved(
-    stage: str, small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
-) -> None:
+def test_weights_that_are_not_finite_are_not_saved(stage: str, world: Path, again: Callable[[str, str], None]) -> None:
     """A gradient can overflow where the loss did not."""
     out = f"inf {stage}"
 
@@ -385,7 +370,7 @@ def test_weights_that_are_not_finite_are_not_saved(
         SafeTrainer._save_checkpoint = spoilt  # type: ignore[method-assign]
         small_runs.run(stage, world, out)
 
-    code, said = told(killed, act, world)
+    code, said = told(act, world)
     assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
     assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
     again(stage, out)
@@ -393,7 +378,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 @pytest.mark.fault("a second run in the folder")
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
-    small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
+    world: Path, again: Callable[[str, str], None]
 ) -> None:
     ready, hold = os.pipe()
 
@@ -422,9 +407,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
 
 
 @pytest.mark.fault("the judge crashes")
-def test_a_judge_that_crashes_loses_nothing(
-    small_runs: ModuleType, killed: ModuleType, world: Path, again: Callable[[str, str], None]
-) -> None:
+def test_a_judge_that_crashes_loses_nothing(world: Path, again: Callable[[str, str], None]) -> None:
     from rlhf_recipes.scoring.judges import ModelReward
 
     def act() -> None:
@@ -440,7 +423,7 @@ def test_a_judge_that_crashes_loses_nothing(
         ModelReward.__call__ = deadly  # type: ignore[method-assign]
         small_runs.run("ppo", world, "crashed judge")
 
-    code, said = told(killed, act, world)
+    code, said = told(act, world)
     assert code == 1 and "the judge is gone" in said
     assert saved_checkpoints(world / "crashed judge")
     again("ppo", "crashed judge")
@@ -448,9 +431,7 @@ def test_a_judge_that_crashes_loses_nothing(
 
 @pytest.mark.fault("a data file is cut in a line")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_data_file_cut_in_a_line_is_named_before_anything_is_written(
-    stage: str, small_runs: ModuleType, world: Path
-) -> None:
+def test_a_data_file_cut_in_a_line_is_named_before_anything_is_written(stage: str, world: Path) -> None:
     name = small_runs.OWN[stage]["dataset_name"]
     cut = world / f"cut {name}"
     shutil.copytree(world / name, cut)

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 
 from rlhf_recipes.arguments import UserError
@@ -62,7 +62,7 @@ def several(launch: Launch) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(small_runs: ModuleType, world: Path) -> Callable[[str], Path]:
+def alone(world: Path) -> Callable[[str], Path]:
     """(kind) -> the folder of the run by this process alone."""
 
     def made(kind: str) -> Path:
@@ -80,7 +80,7 @@ def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_so_many_processes_end_as_one_does(
-    kind: str, processes: int, several: None, alone: Callable[[str], Path], small_runs: ModuleType, world: Path
+    kind: str, processes: int, several: None, alone: Callable[[str], Path], world: Path
 ) -> None:
     """Weights and what was logged; and the run did learn something."""
     one, many = alone(kind), world / f"{kind} by {processes}"
@@ -106,7 +106,7 @@ def points(stage: str) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def taken_up(small_runs: ModuleType, launch: Launch, several: None, world: Path) -> None:
+def taken_up(launch: Launch, several: None, world: Path) -> None:
     """What two processes began and one goes on with, and what one began and four go on with."""
     jobs = []
     for stage in STAGES:
@@ -123,7 +123,7 @@ def taken_up(small_runs: ModuleType, launch: Launch, several: None, world: Path)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("way", ["fewer", "more"])
 def test_a_run_goes_on_with_another_number_of_processes(
-    stage: str, way: str, taken_up: None, alone: Callable[[str], Path], small_runs: ModuleType, world: Path
+    stage: str, way: str, taken_up: None, alone: Callable[[str], Path], world: Path
 ) -> None:
     whole = small_runs.weights_in(alone(stage))
     for point in points(stage):
@@ -133,7 +133,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 @pytest.mark.fault("one of two processes dies")
 @pytest.mark.parametrize(("how", "words"), [("error", "this process has had enough"), ("9", "SIGKILL")])
 def test_a_process_that_dies_ends_the_run_which_then_goes_on(
-    how: str, words: str, alone: Callable[[str], Path], small_runs: ModuleType, launch: Launch, world: Path
+    how: str, words: str, alone: Callable[[str], Path], launch: Launch, world: Path
 ) -> None:
     out = f"dead of {how}"
     done = launch(2, [{"stage": "sft", "out": out, "dies": [3, how]}], code=1)
@@ -145,7 +145,7 @@ def test_a_process_that_dies_ends_the_run_which_then_goes_on(
 
 @pytest.mark.fault("one of two processes is told to end (SIGTERM)")
 def test_one_process_that_is_told_to_end_ends_all_at_the_same_step(
-    alone: Callable[[str], Path], small_runs: ModuleType, launch: Launch, world: Path
+    alone: Callable[[str], Path], launch: Launch, world: Path
 ) -> None:
     done = launch(2, [{"stage": "ppo", "out": "told", "dies": [5, str(int(signal.SIGTERM))]}], code=1)
     assert "ended by SIGTERM; saved at step 6" in done.stderr
@@ -172,9 +172,7 @@ FALLBACKS = {
 
 
 @pytest.mark.parametrize("kind", ["cpu flag", pytest.param("MULTI_CPU", marks=pytest.mark.slow), "FSDP"])
-def test_a_launch_that_would_quietly_be_less_is_refused(
-    kind: str, small_runs: ModuleType, world: Path, tmp_path: Path
-) -> None:
+def test_a_launch_that_would_quietly_be_less_is_refused(kind: str, world: Path, tmp_path: Path) -> None:
     asked, words = FALLBACKS[kind]
     if isinstance(asked, dict):
         config = tmp_path / "launch.yaml"

@@ -4,10 +4,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import killed
 import pytest
+import small_runs
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file
@@ -39,7 +40,7 @@ BIG = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in 32 
 
 @pytest.fixture(scope="module")
 def bits_world(
-    tmp_path_factory: pytest.TempPathFactory, small_runs: ModuleType, make_model: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any],
     make_judge: Callable[..., Any], tokenizer: Any,
 ) -> Path:  # fmt: skip
     model, judge = make_model(0, initializer_range=0.1, n_embd=64), make_judge(3, initializer_range=0.2, n_embd=64)
@@ -47,7 +48,7 @@ def bits_world(
 
 
 @pytest.fixture(scope="module")
-def whole(small_runs: ModuleType, killed: ModuleType, bits_world: Path) -> Callable[[str], Path]:
+def whole(bits_world: Path) -> Callable[[str], Path]:
     """(case) -> the folder of the run that nothing happens to."""
 
     def run(case: str) -> Path:
@@ -62,9 +63,7 @@ def whole(small_runs: ModuleType, killed: ModuleType, bits_world: Path) -> Calla
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_cut_goes_on_bit_for_bit(
-    case: str, small_runs: ModuleType, killed: ModuleType, bits_world: Path, whole: Callable[[str], Path]
-) -> None:
+def test_a_run_that_was_cut_goes_on_bit_for_bit(case: str, bits_world: Path, whole: Callable[[str], Path]) -> None:
     stage, options = CASES[case]
     given = options | ({"value_model": str(bits_world / "judge")} if "value_model" in options else {})
     expected, out = small_runs.end_of(whole(case)), f"{case}, cut"
@@ -97,7 +96,7 @@ def test_what_is_left_is_an_adapter_that_learnt(case: str, whole: Callable[[str]
 
 @pytest.mark.parametrize("case", [case for case in CASES if "AdamW" in case])
 def test_the_moments_of_large_tensors_are_kept_in_8_bits(
-    case: str, small_runs: ModuleType, killed: ModuleType, bits_world: Path, whole: Callable[[str], Path]
+    case: str, bits_world: Path, whole: Callable[[str], Path]
 ) -> None:
     saved = torch.load(saved_checkpoints(whole(case))[0] / "optimizer.pt", weights_only=True)
     moments = [
@@ -112,9 +111,7 @@ def test_the_moments_of_large_tensors_are_kept_in_8_bits(
     assert {each.dtype for each in large} == {torch.float32} and sum(each.numel() >= BIG for each in large) == 2 * 2
 
 
-def test_8_bit_moments_learn_as_32_bit_ones(
-    small_runs: ModuleType, killed: ModuleType, bits_world: Path, whole: Callable[[str], Path]
-) -> None:
+def test_8_bit_moments_learn_as_32_bit_ones(bits_world: Path, whole: Callable[[str], Path]) -> None:
     def losses(folder: Path) -> list[float]:
         log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return [entry["loss"] for entry in log if "loss" in entry]
@@ -207,7 +204,7 @@ def test_the_perplexity_that_sft_tells_is_that_of_the_adapter_on_its_quantized_b
 
 @pytest.mark.parametrize("stage", ["dpo", "rloo"])
 def test_dpo_and_rloo_learn_by_an_adapter_in_bits(
-    stage: str, small_runs: ModuleType, bits_world: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, bits_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judges: list[Any] = []
     monkeypatch.setattr(
@@ -224,9 +221,7 @@ def test_dpo_and_rloo_learn_by_an_adapter_in_bits(
     assert kinds == ([8] if stage == "rloo" else [])
 
 
-def test_ppo_goes_on_with_what_sft_left_in_bits(
-    small_runs: ModuleType, bits_world: Path, whole: Callable[[str], Path]
-) -> None:
+def test_ppo_goes_on_with_what_sft_left_in_bits(bits_world: Path, whole: Callable[[str], Path]) -> None:
     """One base in 4 bits for all: sft's adapter is policy and reference, the judge's rides, the value has its own."""
     start, judge = whole("sft, 4 bits"), whole("reward, 4 bits")
     asked = {"load_in_4bit": True, "use_bnb_nested_quant": True, "max_steps": 4, "save_strategy": "no"}
@@ -271,7 +266,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_said_before_weights_are_read(
-    case: str, small_runs: ModuleType, bits_world: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    case: str, bits_world: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole("sft, 4 bits")
     if not (bits_world / "in bits").exists():
@@ -300,7 +295,7 @@ def test_eval_is_not_asked_for_what_there_is_not(given: dict[str, Any], message:
         EvalArguments(**given)
 
 
-def test_a_model_saved_in_bits_learns_by_an_adapter(small_runs: ModuleType, bits_world: Path) -> None:
+def test_a_model_saved_in_bits_learns_by_an_adapter(bits_world: Path) -> None:
     folder = bits_world / "saved in bits"
     load_causal_lm(str(bits_world / "model"), **in_bits(4)).save_pretrained(folder)
     load_tokenizer(str(bits_world / "model")).save_pretrained(folder)

@@ -58,28 +58,11 @@ class Experience:
 
         learn: let the scores of all processes move the running scale.
         """
-        with whole_weights(self.model):
-            return self._rollout(queries, completions, scores, weights, reduce, learn)
-
-    def _rollout(
-        self,
-        queries: Sequence[Sequence[int]],
-        completions: Completions,
-        scores: Mapping[str, Scores],
-        weights: Sequence[float] | None,
-        reduce: Reduce,
-        learn: bool,
-    ) -> Rollout:
         device = self.args.device
         episodes = {name: tensor.to(device) for name, tensor in pack_episodes(queries, completions.ids).items()}
-        mask, batches = episodes["response_mask"], self._batches(episodes["attention_mask"])
-        if self.model.lower is not None:
-            (episodes["lower_states"],) = self._read(self.model.read_lower, episodes, batches)
-        temperature = self.args.temperature
-        log_probs, _, values = self._read(partial(self.model, temperature=temperature), episodes, batches)
-        with self.reference.asked() as module:
-            reads = partial(policy_outputs, module, temperature=temperature)
-            reference_log_probs = self._read(lambda **columns: reads(**columns)[1:2], episodes, batches, module)[0]
+        mask = episodes["response_mask"]
+        with whole_weights(self.model):
+            log_probs, reference_log_probs, values = self._read_by_each(episodes)
         totals, token_totals = added_up(scores, weights, mask)
         totals = self.scale(totals, reduce, learn)
         readings = self.prior.readings(mask) if learn else None
@@ -99,6 +82,17 @@ class Experience:
             reduce,
             token_totals,
         )
+
+    def _read_by_each(self, episodes: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities by the policy and by the reference, and values; `episodes` gains the lower layers' states."""
+        batches, temperature = self._batches(episodes["attention_mask"]), self.args.temperature
+        if self.model.lower is not None:
+            (episodes["lower_states"],) = self._read(self.model.read_lower, episodes, batches)
+        log_probs, _, values = self._read(partial(self.model, temperature=temperature), episodes, batches)
+        with self.reference.asked() as module:
+            reads = partial(policy_outputs, module, temperature=temperature)
+            (reference,) = self._read(lambda **columns: reads(**columns)[1:2], episodes, batches, module)
+        return log_probs, reference, values
 
     def _batches(self, attention_mask: Tensor) -> list[list[int]]:
         """Rows of like length. Where a minibatch is all there is, these are the very pieces that it is trained in: in

@@ -30,13 +30,8 @@ class ModelReward:
             raise UserError(
                 f"judge {name} has {model.config.num_labels} labels; a judge has one (a score) or two (bad, good)"
             )
-        self.model, self.tokenizer, self.name, self.batch_size = (
-            without_traps(model).eval(),
-            tokenizer,
-            name,
-            batch_size,
-        )
-        self.policy_tokenizer = policy_tokenizer
+        self.model, self.name, self.batch_size = without_traps(model).eval(), name, batch_size
+        self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         # The same vocabulary reads the policy's ids as they are; another one reads the text.
         self.shares_ids = tokenizer is policy_tokenizer or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
         vocabulary = getattr(model.config, "vocab_size", None)
@@ -54,7 +49,7 @@ class ModelReward:
         self.reads_along = False
         self.readings: list[
             torch.Tensor
-        ] = []  # of each row scored last, with `reads_along`: the score up to each token
+        ] = []  # with `reads_along`, of each row scored last: the score up to each token
 
     def normalize(self) -> None:
         """From now on give scores of mean 0 and variance 1 over the judge's held-out rows (Ziegler et al. 2019, 2.1).
