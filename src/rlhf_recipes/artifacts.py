@@ -40,7 +40,7 @@ def check_output_folder(
     for source in inputs:
         if source and Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
             raise UserError(f"output folder {path} holds the input {source}; choose another --output_dir")
-    held = [] if resuming or not path.is_dir() else [item for item in path.iterdir() if item.name not in REMAINS]
+    held = [] if resuming or not path.is_dir() else [item for item in path.iterdir() if not _remains(item.name)]
     if held and not overwrite:
         raise UserError(f"output folder {path} is not empty; choose another --output_dir or pass --overwrite true")
     if held and not _left_by_a_stage(path):
@@ -52,7 +52,14 @@ def check_output_folder(
 
 def _left_by_a_stage(path: Path) -> bool:
     names = {item.name for item in path.iterdir()}
-    return MARK in names or any(name.startswith("checkpoint-") for name in names) or names <= EARLY | REMAINS
+    if MARK in names or any(name.startswith("checkpoint-") for name in names):
+        return True
+    return all(name in EARLY or _remains(name) for name in names)
+
+
+def _remains(name: str) -> bool:
+    """What a run leaves that was killed: its lock, a checkpoint that was being saved, a file that was being written."""
+    return name in REMAINS or any(name.startswith(f".{early}.") for early in EARLY)
 
 
 def prepare_output_folder(folder: str | Path) -> Path:

@@ -156,6 +156,12 @@ class SafeTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, but not beside a checkpoint, where TRL writes one: in a folder with nothing else of a run in it yet,
+        that would be somebody's. A stage writes its own at the end."""
+        if not self._staging:
+            super().create_model_card(*args, **kwargs)
+
     def _name_best(self, run: Path) -> None:
         """Of a checkpoint that is being saved, Trainer knows the place where it is for the moment."""
         best = self.state.best_global_step

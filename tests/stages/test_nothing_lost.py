@@ -116,14 +116,14 @@ def test_killed_at_random_moments(
     record_property("tries", kills)
 
 
-def in_the_second_save(act: Callable[[], None]) -> None:
-    """From now on `act` is called as the second checkpoint of this process begins to be written."""
+def in_save(number: int, act: Callable[[], None]) -> None:
+    """From now on `act` is called as that checkpoint of this process, counted from 1, begins to be written."""
     save, saves = SafeTrainer._save_checkpoint, 0
 
     def counted(self: Any, *args: Any) -> None:
         nonlocal saves
         saves += 1
-        if saves == 2:
+        if saves == number:
             act()
         save(self, *args)
 
@@ -143,12 +143,29 @@ def test_killed_at_a_byte_of_a_save(stage: str, size: int, world: Path, again: C
 
     def act() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        in_the_second_save(lambda: no_file_beyond(size))
+        in_save(2, lambda: no_file_beyond(size))
         small_runs.run(stage, world, out)
 
     assert told(act, world)[0] == -signal.SIGXFSZ
     assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
     assert fault(world / out / "checkpoint-2") is None
+    again(stage, out)
+
+
+@pytest.mark.fault("ended by the kernel at a byte of the first checkpoint")
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("size", [0, 300, 20_000])
+def test_killed_in_the_first_save(stage: str, size: int, world: Path, again: Callable[[str, str], None]) -> None:
+    """What is left then tells of no run, and is not taken for somebody else's files."""
+    out = f"first byte {size} {stage}"
+
+    def act() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        in_save(1, lambda: no_file_beyond(size))
+        small_runs.run(stage, world, out)
+
+    assert told(act, world)[0] == -signal.SIGXFSZ
+    assert saved_checkpoints(world / out) == []
     again(stage, out)
 
 
@@ -158,7 +175,7 @@ def test_a_full_disk_ends_the_run_in_one_line(stage: str, world: Path, again: Ca
     out = f"full {stage}"
 
     def act() -> None:
-        in_the_second_save(lambda: no_file_beyond(20_000))
+        in_save(2, lambda: no_file_beyond(20_000))
         small_runs.run(stage, world, out)
 
     code, said = told(act, world)
@@ -209,7 +226,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(
 
     def act() -> None:
         as_anybody()
-        in_the_second_save(lambda: (world / out).chmod(0o555))
+        in_save(2, lambda: (world / out).chmod(0o555))
         small_runs.run(stage, world, out)
 
     code, said = told(act, world)
@@ -387,7 +404,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
             os.write(hold, b"x")
             signal.pause()
 
-        in_the_second_save(wait)
+        in_save(2, wait)
         small_runs.run("sft", world, "shared folder")
 
     child = os.fork()
