@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import small_runs
 import torch
+import yaml
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.checkpoints import saved_checkpoints
@@ -152,6 +154,33 @@ def test_one_process_that_is_told_to_end_ends_all_at_the_same_step(
     assert saved_checkpoints(world / "told")[0].name == "checkpoint-6"
     small_runs.run("ppo", world, "told", resume="auto")
     assert farthest(small_runs.weights_in(alone("ppo")), small_runs.weights_in(world / "told")) < TOLERANCE
+
+
+def test_two_machines_end_as_one_process_does(alone: Callable[[str], Path], world: Path) -> None:
+    """As docs/scaling.md has them launched, of two processes each; here they are one machine, and meet on loopback."""
+    asked = yaml.safe_load((ROOT / "accelerate_configs/several_nodes.yaml").read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config, jobs = world / "several_nodes.yaml", world / "jobs of several nodes.json"
+    config.write_text(
+        yaml.safe_dump(asked | {"use_cpu": True, "num_processes": 4, "main_process_port": port}),
+    )
+    jobs.write_text(json.dumps([{"stage": stage, "out": f"{stage} on two machines"} for stage in ("sft", "ppo")]))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(
+            [*command, "--machine_rank", rank, "--main_process_ip", "127.0.0.1", str(PROGRAM), str(world), str(jobs)],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    said = [machine.communicate(timeout=300)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    for stage in ("sft", "ppo"):
+        found = small_runs.weights_in(world / f"{stage} on two machines")
+        assert farthest(small_runs.weights_in(alone(stage)), found) < TOLERANCE
 
 
 def test_a_batch_that_does_not_divide_is_one_line(launch: Launch, world: Path) -> None:
