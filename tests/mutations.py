@@ -183,8 +183,8 @@ MUTATIONS = [
     Mutation(
         "minibatches overlap",
         "ppo/loader.py",
-        "order.chunk(self.mini_batches)",
-        "[order[: len(order) // self.mini_batches]] * self.mini_batches",
+        ".argsort(dim=1)",
+        ".argsort(dim=1)[:, :1].repeat(1, size)",
         "point_09_one_update",
     ),
     Mutation(

@@ -185,3 +185,11 @@ def test_the_pins_lie_inside_the_declared_ranges() -> None:
     here = [one for one in declared if one.marker is None or one.marker.evaluate({"python_version": "3.11"})]
     outside = [str(one) for one in here if not one.specifier.contains(tested[one.name.lower().replace("_", "-")])]
     assert outside == []
+
+
+def test_every_mutation_has_its_one_place() -> None:
+    """Else `make mutations` would break nothing, and call it noticed or not."""
+    import mutations
+
+    astray = [each.name for each in mutations.MUTATIONS if (SOURCE / each.file).read_text().count(each.old) != 1]
+    assert not astray

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.arguments import RowError, UserError
 
 STATE = "trainer_state.json"  # which Trainer writes last
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
@@ -138,6 +138,29 @@ def say_if_full(error: Exception, run: Path, step: int) -> None:
     raise UserError(
         f"checkpoint-{step} could not be written to {run} ({text.splitlines()[0]}); make room there: {kept}"
     ) from error
+
+
+def say_if_out_of_memory(error: Exception, run: str | Path, step: int) -> None:
+    """One line in place of a trace, from the process whose memory it was.
+
+    Raises:
+        RowError: that it is memory.
+    """
+    import torch
+
+    lines = str(error).splitlines() or ["no memory is left"]
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in lines[0]:
+        return
+    raise RowError(
+        f"step {step}: out of memory ({lines[0]}){last_of(run)}; lower --per_device_train_batch_size (with global_batch_size "
+        "the run stays the same) or add --gradient_checkpointing true, and go on with --resume auto"
+    ) from error
+
+
+def last_of(run: str | Path) -> str:
+    """The last checkpoint of a run, in words that go on a line about it."""
+    points = saved_checkpoints(run)
+    return f"; {points[0]} is the last checkpoint" if points else ""
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

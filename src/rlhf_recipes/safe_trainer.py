@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from rlhf_recipes.arguments import RowError, UserError
+from rlhf_recipes.arguments import UserError
 from rlhf_recipes.artifacts import write_text
-from rlhf_recipes.checkpoints import STAGING, STATE, publish, resume_point, saved_checkpoints, say_if_full
+from rlhf_recipes.checkpoints import STAGING, STATE, last_of, publish, resume_point, say_if_full, say_if_out_of_memory
 from rlhf_recipes.hub import Repo, check_repo, push_checkpoint, push_folder
 from rlhf_recipes.launching import check_sharding
 from rlhf_recipes.locks import folder_lock
@@ -74,7 +74,7 @@ class SafeTrainer(Trainer):
             try:
                 return super().train(self._resuming_from, *args, **kwargs)
             except (MemoryError, RuntimeError) as error:
-                self._say_if_out_of_memory(error)
+                say_if_out_of_memory(error, Path(folder), self.state.global_step + 1)
                 raise
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -239,28 +239,9 @@ class SafeTrainer(Trainer):
 
     def _refuse(self, what: str) -> None:
         raise UserError(
-            f"step {self.state.global_step + 1}: {what}, and nothing of it is saved{self._last_checkpoint()}; lower "
+            f"step {self.state.global_step + 1}: {what}, and nothing of it is saved{last_of(self.args.output_dir)}; lower "
             "learning_rate or max_grad_norm, or look for the rows that it comes from"
         )
-
-    def _say_if_out_of_memory(self, error: Exception) -> None:
-        """One line in place of a trace, from the process whose memory it was.
-
-        Raises:
-            RowError: that it is memory.
-        """
-        lines = str(error).splitlines() or ["no memory is left"]
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in lines[0]:
-            return
-        raise RowError(
-            f"step {self.state.global_step + 1}: out of memory ({lines[0]}){self._last_checkpoint()}; lower "
-            "--per_device_train_batch_size (with global_batch_size the run stays the same), add --gradient_checkpointing "
-            "true or --use_peft true, and go on with --resume auto"
-        ) from error
-
-    def _last_checkpoint(self) -> str:
-        points = saved_checkpoints(str(self.args.output_dir))
-        return f"; {points[0]} is the last checkpoint" if points else ""
 
 
 def _require_as_many(checkpoint: Path, processes: int) -> None:

@@ -100,9 +100,8 @@ def load_judge(
             "start from a language model"
         )
     if base_of(name) != name and is_judge(name, **code):
-        kwargs["config"] = load_config(
-            name, "judge", **code
-        )  # a LoRA folder's own: its base may have any number of labels
+        # A LoRA folder's own: its base may have any number of labels.
+        kwargs["config"] = load_config(name, "judge", **code)
     else:
         kwargs["num_labels"] = labels
     return _load(AutoModelForSequenceClassification, name, "judge", model_config, **kwargs)

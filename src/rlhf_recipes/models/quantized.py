@@ -45,6 +45,10 @@ class ReadingArguments(FrozenArguments):
     load_in_4bit: bool = field(default=False, metadata={"help": "Read the models in 4 bits."})
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "Kind of 4 bits: nf4 or fp4."})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales of 4 bits once more."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the Python code that the models' folders or repos bring along. Read it first."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,9 +61,14 @@ class ReadingArguments(FrozenArguments):
     def bits(self) -> int | None:
         return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
 
+    @property
+    def code(self) -> dict[str, Any]:
+        """What every loader of these models is given."""
+        return {"trust_remote_code": self.trust_remote_code}
+
     def measured(self) -> dict[str, Any]:
         """What `load_causal_lm` is given for the models."""
-        return in_bits(self.bits, self.bnb_4bit_quant_type, self.use_bnb_nested_quant)
+        return self.code | in_bits(self.bits, self.bnb_4bit_quant_type, self.use_bnb_nested_quant)
 
 
 def in_bits(bits: int | None, kind: str = "nf4", nested: bool = False) -> dict[str, Any]:

@@ -47,9 +47,7 @@ class ModelReward:
         self.shift, self.scale = 0.0, 1.0
         self.can_read_along = self.shares_ids and hasattr(base_model(model), "score")
         self.reads_along = False
-        self.readings: list[
-            torch.Tensor
-        ] = []  # with `reads_along`, of each row scored last: the score up to each token
+        self.readings: list[torch.Tensor] = []  # with `reads_along`: of each row, the score up to each token
 
     def normalize(self) -> None:
         """From now on give scores of mean 0 and variance 1 over the judge's held-out rows (Ziegler et al. 2019, 2.1).

@@ -84,10 +84,6 @@ class EvalArguments(OutputArguments, ReadingArguments):
     completions_per_prompt: int = field(default=1, metadata={"help": "Answers sampled for each prompt."})
     batch_size: int = field(default=64, metadata={"help": "Answers sampled at once; changes no number."})
     seed: int = field(default=0, metadata={"help": "Seed of the answers, the same for every model."})
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run the Python code that the models' folders or repos bring along. Read it first."},
-    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where there is a GPU."})
 
     def __post_init__(self) -> None:
@@ -125,9 +121,8 @@ def run_eval(arguments: EvalArguments) -> Path:
     for name in names[1:]:
         measured[name] |= compare(evaluations[name], evaluations[names[0]])
     prepare_output_folder(folder)
-    write_rows(
-        folder / "completions.jsonl", [{"model": name} | row for name in names for row in evaluations[name].rows]
-    )
+    rows = [{"model": name} | row for name in names for row in evaluations[name].rows]
+    write_rows(folder / "completions.jsonl", rows)
     keys = [key for key in IN_PICTURE if any(key in metrics for metrics in measured.values())]
     plot_ladder(measured, keys, folder / "models.png", title="Models side by side")
     facts = {"prompts": len(questions.prompts), "seconds": round(time.perf_counter() - start, 1)}
@@ -156,13 +151,12 @@ def load_tokenizers(arguments: EvalArguments) -> "list[PreTrainedTokenizerBase]"
     """
     if not arguments.models:
         raise UserError("no models; pass --models with one or more folders or Hub ids")
-    code: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     sources = [*arguments.models, *([arguments.reference] if arguments.reference else [])]
     for name in sources:
-        load_config(name, **code)
-        if is_judge(name, **code):
+        load_config(name, **arguments.code)
+        if is_judge(name, **arguments.code):
             raise UserError(f"model {name} is a judge; give a language model, and pass this one as --judge")
-    tokenizers = [load_tokenizer(name, "model", **code) for name in sources]
+    tokenizers = [load_tokenizer(name, "model", **arguments.code) for name in sources]
     if arguments.reference:
         reference = tokenizers.pop()
         for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
@@ -198,7 +192,7 @@ def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTok
         require_columns(found, (arguments.text_column,), role=f"dataset {arguments.text_dataset_name}")
         texts = [text for text in found[arguments.text_column] if text]
     for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
-        _check_lengths(name, tokenizer, prompts, arguments)
+        _check_lengths(name, arguments.code, tokenizer, prompts, arguments.max_new_tokens)
     return Questions(prompts, columns, texts)
 
 
@@ -216,11 +210,9 @@ def evaluate_all(
     )
     device = device or torch.device("cpu")
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, min_new_tokens=arguments.min_new_tokens)
-    code: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
-    bits, frozen = arguments.measured() | code, arguments.frozen(arguments)
-    reference_name, reads = (
-        (arguments.reference, frozen | code) if arguments.reference else (arguments.models[0], bits)
-    )
+    bits, frozen = arguments.measured(), arguments.frozen(arguments)
+    reference_name = arguments.reference or arguments.models[0]
+    reads = frozen | arguments.code if arguments.reference else bits
     reference = load_causal_lm(reference_name, **reads).to(device)
     evaluations = {}
     for name, source, tokenizer in zip(names, arguments.models, tokenizers, strict=True):
@@ -270,14 +262,12 @@ def _beginning(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int) -
     return str(tokenizer.decode(prompt_ids(prompt, tokenizer)[:tokens]))
 
 
-def _check_lengths(
-    name: str, tokenizer: "PreTrainedTokenizerBase", prompts: list[Any], arguments: EvalArguments
-) -> None:
-    limit = context_length(load_config(name, trust_remote_code=arguments.trust_remote_code))
+def _check_lengths(name: str, code: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> None:
+    limit = context_length(load_config(name, **code))
     longest = max(len(prompt_ids(prompt, tokenizer)) for prompt in prompts)
-    if limit and longest + arguments.max_new_tokens > limit:
+    if limit and longest + max_new_tokens > limit:
         raise UserError(
-            f"a prompt of {longest} tokens and an answer of {arguments.max_new_tokens} do not fit the context of model {name} "
+            f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit the context of model {name} "
             f"({limit} tokens); drop long prompts or lower --max_new_tokens"
         )
 
