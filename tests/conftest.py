@@ -75,7 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(name): lays a fault upon a run (see tests/faults.py)")
+    config.addinivalue_line("markers", "fault(name, stage): lays a fault upon a run (see tests/faults.py)")
 
 
 @pytest.fixture(scope="session", autouse=True)

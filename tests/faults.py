@@ -32,7 +32,7 @@ class Tally:
             marker = item.get_closest_marker("fault")
             assert marker is not None
             given = item.callspec.params if hasattr(item, "callspec") else {}
-            stage = str(given.get("case", given.get("stage", "")))
+            stage = str(given.get("case", given.get("stage", marker.kwargs.get("stage", ""))))
             self._faults[item.nodeid] = (marker.args[0].format(**given), stage.partition(",")[0])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -53,7 +53,7 @@ def main(kills: int = 120) -> int:
     print(f"\nMeasured {time.strftime('%Y-%m-%d')} on {hardware()}, by `python tests/faults.py {kills}`.\n")
     print("| what happens | to | times | lost |\n|---|---|---|---|")
     for name, tries in tally.tries.items():
-        print(f"| {name} | {', '.join(filter(None, tally.stages[name]))} | {tries} | {tally.lost[name]} |")
+        print(f"| {name} | {', '.join(tally.stages[name])} | {tries} | {tally.lost[name]} |")
     print(f"| all | | {sum(tally.tries.values())} | {sum(tally.lost.values())} |")
     return int(code)
 

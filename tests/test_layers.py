@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / PACKAGE
 DOORS = ROOT / "recipes"
 
 GROUND = (
-    *("arguments", "artifacts", "checkpoints", "defaults", "launching", "locks", "safe_trainer"),
+    *("arguments", "artifacts", "checkpoints", "defaults", "launching", "locks", "safe_trainer", "whole_batches"),
     *("cards", "hub", "secrecy", "tensors", "models", "data"),
 )
 FLOOR_OF = {**dict.fromkeys(GROUND, 0), "generation": 1, "scoring": 1, "stages": 3}

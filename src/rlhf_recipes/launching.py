@@ -1,6 +1,8 @@
 """Whether a run is launched as it was asked: Accelerate falls back to less without a word."""
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.arguments import UserError
@@ -51,3 +53,17 @@ def check_sharding(accelerator: Any) -> None:
 
 def _on(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def require_as_many(checkpoint: Path, processes: int) -> None:
+    """ZeRO's states are cut for as many processes as saved them.
+
+    Raises:
+        UserError: there were more or fewer.
+    """
+    told = checkpoint / "progress_0.json"
+    saved = json.loads(told.read_text(encoding="utf-8"))["processes"] if told.is_file() else processes
+    if saved != processes:
+        raise UserError(
+            f"{checkpoint} was saved by {saved} processes under DeepSpeed, whose states are cut for so many; launch {saved}"
+        )

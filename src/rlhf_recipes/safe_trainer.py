@@ -15,16 +15,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.artifacts import write_text
 from rlhf_recipes.checkpoints import STAGING, STATE, last_of, publish, resume_point, say_if_full, say_if_out_of_memory
 from rlhf_recipes.hub import Repo, check_repo, push_checkpoint, push_folder
-from rlhf_recipes.launching import check_sharding
+from rlhf_recipes.launching import check_sharding, require_as_many
 from rlhf_recipes.locks import folder_lock
 from rlhf_recipes.models import without_traps
+from rlhf_recipes.whole_batches import WholeBatchesTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Terminated(SystemExit):
         self.line = line
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(WholeBatchesTrainer):
     """Put it first among the bases of a trainer.
 
     - A checkpoint is whole and sealed with checksums, or not there at all (see `checkpoints`); no pickle of arguments.
@@ -67,7 +68,7 @@ class SafeTrainer(Trainer):
         self._loss_is_finite = True
         check_sharding(self.accelerator)
         if self._resuming_from is not None and self.is_deepspeed_enabled:
-            _require_as_many(Path(self._resuming_from), self.args.world_size)
+            require_as_many(Path(self._resuming_from), self.args.world_size)
         self.remove_callback(_Watch)
         self.add_callback(_Watch(self))  # last, so that it sees what the others wish
         with folder_lock(folder) if self.args.should_save else nullcontext(), _listening(self._hear):
@@ -241,20 +242,6 @@ class SafeTrainer(Trainer):
         raise UserError(
             f"step {self.state.global_step + 1}: {what}, and nothing of it is saved{last_of(self.args.output_dir)}; lower "
             "learning_rate or max_grad_norm, or look for the rows that it comes from"
-        )
-
-
-def _require_as_many(checkpoint: Path, processes: int) -> None:
-    """ZeRO's states are cut for as many processes as saved them.
-
-    Raises:
-        UserError: there were more or fewer.
-    """
-    told = checkpoint / "progress_0.json"
-    saved = json.loads(told.read_text(encoding="utf-8"))["processes"] if told.is_file() else processes
-    if saved != processes:
-        raise UserError(
-            f"{checkpoint} was saved by {saved} processes under DeepSpeed, whose states are cut for so many; launch {saved}"
         )
 
 

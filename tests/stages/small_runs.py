@@ -42,14 +42,15 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 
 
 def prepare(folder: Path, model: Any, judge: Any, tokenizer: Any) -> Path:
-    """What the stages read: a policy that ends its answers, a judge, and rows of unequal length."""
+    """What the stages read: a policy that ends its answers, a judge, and rows of unequal length, which fill no whole number
+    of batches: an epoch ends within the run."""
     model.generation_config.eos_token_id = list(range(200, 256))
     for name, module in (("model", model), ("judge", judge)):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    said = [" ".join(WORDS[start % 7 : start % 7 + 2 + start % 5]) for start in range(64)]
+    said = [" ".join(WORDS[start % 7 : start % 7 + 2 + start % 5]) for start in range(43)]
     rows: dict[str, list[dict[str, Any]]] = {
-        "text": [{"text": f"{line} {index}"} for index, line in enumerate(said * 3)],
+        "text": [{"text": f"{line} {index}"} for index, line in enumerate((said * 2)[:70])],
         "demonstrations": [{"prompt": f"{index}?", "completion": f" {line}"} for index, line in enumerate(said)],
         "preferences": [
             {"prompt": f"{index}?", "chosen": f" {line}", "rejected": f" {line[::-1]} no"}

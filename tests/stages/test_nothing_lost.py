@@ -13,6 +13,7 @@ import shutil
 import signal
 import struct
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +30,16 @@ from rlhf_recipes.checkpoints import SUMS, fault, saved_checkpoints
 from rlhf_recipes.safe_trainer import SafeTrainer
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
+SLOW = pytest.mark.slow
 CASES: dict[str, tuple[str, dict[str, Any]]] = {stage: (stage, {}) for stage in STAGES} | {
     "pretrain, dropout": ("pretrain", {"dropout": 0.2}),
     "pretrain, streamed": ("pretrain", {"dataset_streaming": True}),
     "sft, LoRA": ("sft", {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1}),
     "sft, packed": ("sft", {"packing": True, "max_length": 32}),
 }
+
+
+SECONDS: dict[str, float] = {}  # that the whole run of each case took
 
 
 def told(act: Callable[[], Any], folder: Path) -> tuple[int, str]:
@@ -71,8 +76,9 @@ def whole(world: Path) -> Callable[[str], dict[str, Any]]:
     def end(case: str) -> dict[str, Any]:
         if case not in ends:
             stage, options = CASES[case]
-            out = f"whole {case}"
+            out, started = f"whole {case}", time.monotonic()
             assert not killed.attempt(lambda: small_runs.run(stage, world, out, **options), None)
+            SECONDS[case] = time.monotonic() - started
             ends[case] = small_runs.end_of(world / out)
         return ends[case]
 
@@ -97,17 +103,18 @@ def again(world: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str,
 @pytest.mark.fault("killed at a random moment (SIGKILL, as for want of memory)")
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_random_moments(
-    case: str, world: Path, again: Callable[[str, str], None],
+    case: str, world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None],
     pytestconfig: pytest.Config, record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
     """One run after the other, each killed until it has ended, until there were so many kills."""
     stage, options = CASES[case]
+    whole(case)
     draw, kills, wanted = random.Random(case), 0, pytestconfig.getoption("--kills") / len(CASES)
     for number in itertools.count():
         out, before = f"random {case} {number}", kills
         while killed.attempt(
             lambda out=out: small_runs.run(stage, world, out, resume="auto", **options),  # type: ignore[misc]
-            draw.uniform(0.0, 0.7 + (kills - before) / 10),
+            draw.uniform(0.0, SECONDS[case] * (1 + (kills - before) / 10)),
         ):
             kills += 1
         again(case, out)  # finished: nothing is left to do, and nothing is undone
@@ -136,7 +143,7 @@ def no_file_beyond(size: int) -> None:
 
 @pytest.mark.fault("ended by the kernel at a byte of a file of a checkpoint")
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("size", [0, 300, 20_000, 150_000])
+@pytest.mark.parametrize("size", [pytest.param(0, marks=SLOW), 300, pytest.param(20_000, marks=SLOW), 150_000])
 def test_killed_at_a_byte_of_a_save(stage: str, size: int, world: Path, again: Callable[[str, str], None]) -> None:
     """The kernel ends the process as it writes that byte of a file of the second checkpoint."""
     out = f"byte {size} {stage}"
@@ -154,7 +161,7 @@ def test_killed_at_a_byte_of_a_save(stage: str, size: int, world: Path, again: C
 
 @pytest.mark.fault("ended by the kernel at a byte of the first checkpoint")
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("size", [0, 300, 20_000])
+@pytest.mark.parametrize("size", [pytest.param(0, marks=SLOW), pytest.param(300, marks=SLOW), 20_000])
 def test_killed_in_the_first_save(stage: str, size: int, world: Path, again: Callable[[str, str], None]) -> None:
     """What is left then tells of no run, and is not taken for somebody else's files."""
     out = f"first byte {size} {stage}"
@@ -313,7 +320,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     again(stage, out)
 
 
-@pytest.mark.fault("no checkpoint is whole")
+@pytest.mark.fault("no checkpoint is whole", stage="sft")
 def test_no_whole_checkpoint_is_said_and_a_damaged_one_is_not_taken_by_name(
     world: Path, whole: Callable[[str], dict[str, Any]]
 ) -> None:
@@ -393,7 +400,7 @@ def test_weights_that_are_not_finite_are_not_saved(stage: str, world: Path, agai
     again(stage, out)
 
 
-@pytest.mark.fault("a second run in the folder")
+@pytest.mark.fault("a second run in the folder", stage="sft")
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
     world: Path, again: Callable[[str, str], None]
 ) -> None:
@@ -423,7 +430,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
     again("sft", "shared folder")
 
 
-@pytest.mark.fault("the judge crashes")
+@pytest.mark.fault("the judge crashes", stage="ppo")
 def test_a_judge_that_crashes_loses_nothing(world: Path, again: Callable[[str, str], None]) -> None:
     from rlhf_recipes.scoring.judges import ModelReward
 

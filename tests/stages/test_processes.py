@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         assert farthest(whole, small_runs.weights_in(world / f"{stage} {way} {point}")) < TOLERANCE
 
 
-@pytest.mark.fault("one of two processes dies")
+@pytest.mark.fault("one of two processes dies", stage="sft")
 @pytest.mark.parametrize(("how", "words"), [("error", "this process has had enough"), ("9", "SIGKILL")])
 def test_a_process_that_dies_ends_the_run_which_then_goes_on(
     how: str, words: str, alone: Callable[[str], Path], launch: Launch, world: Path
@@ -145,7 +145,7 @@ def test_a_process_that_dies_ends_the_run_which_then_goes_on(
     assert farthest(small_runs.weights_in(alone("sft")), small_runs.weights_in(world / out)) < TOLERANCE
 
 
-@pytest.mark.fault("one of two processes is told to end (SIGTERM)")
+@pytest.mark.fault("one of two processes is told to end (SIGTERM)", stage="ppo")
 def test_one_process_that_is_told_to_end_ends_all_at_the_same_step(
     alone: Callable[[str], Path], launch: Launch, world: Path
 ) -> None:
