@@ -34,7 +34,7 @@ class TrainingDefaults:
         default=None,
         metadata={
             "help": "Rows in one optimizer step (ppo: episodes in one update), of all processes together. With it a run is "
-            "the same on any number of them: gradient_accumulation_steps follows from it."
+            "the same on any number of them: gradient_accumulation_steps follows from it, and an epoch is whole batches."
         },
     )
     per_device_train_batch_size: int = field(

@@ -56,11 +56,16 @@ def stage_of(kind: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def several(launch: Launch) -> None:
-    """Every kind of run on two and on four processes."""
-    for processes in (2, 4):
-        jobs = [{"stage": stage_of(kind), "out": f"{kind} by {processes}", **KINDS[kind]} for kind in KINDS]
-        launch(processes, [job | {"save_total_limit": 9} for job in jobs])
+def several(launch: Launch, world: Path) -> Callable[[str, int], Path]:
+    """(kind, processes) -> the folder of that run; every kind is run in one launch."""
+
+    def made(kind: str, processes: int) -> Path:
+        if not (world / f"{kind} by {processes}").exists():
+            jobs = [{"stage": stage_of(each), "out": f"{each} by {processes}", **KINDS[each]} for each in KINDS]
+            launch(processes, [job | {"save_total_limit": 9} for job in jobs])
+        return world / f"{kind} by {processes}"
+
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +84,13 @@ def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_so_many_processes_end_as_one_does(
-    kind: str, processes: int, several: None, alone: Callable[[str], Path], world: Path
+    kind: str, processes: int, several: Callable[[str, int], Path], alone: Callable[[str], Path], world: Path
 ) -> None:
     """Weights and what was logged; and the run did learn something."""
-    one, many = alone(kind), world / f"{kind} by {processes}"
+    one, many = alone(kind), several(kind, processes)
     start = small_runs.weights_in(world / "model")
     learnt = small_runs.weights_in(one)
     moved = {name: learnt[name] for name in learnt if name in start or "lora_B" in name}
@@ -108,18 +113,18 @@ def points(stage: str) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def taken_up(launch: Launch, several: None, world: Path) -> None:
-    """What two processes began and one goes on with, and what one began and four go on with."""
+def taken_up(launch: Launch, several: Callable[[str, int], Path], world: Path) -> None:
+    """What two processes began and one goes on with, and what one began and two go on with."""
     jobs = []
     for stage in STAGES:
         small_runs.run(stage, world, f"{stage} begun", save_total_limit=9)
         for point in points(stage):
             fewer, more = f"{stage} fewer {point}", f"{stage} more {point}"
-            shutil.copytree(world / f"{stage} by 2" / point, world / fewer / point)
+            shutil.copytree(several(stage, 2) / point, world / fewer / point)
             shutil.copytree(world / f"{stage} begun" / point, world / more / point)
             small_runs.run(stage, world, fewer, resume="auto")
             jobs.append({"stage": stage, "out": more, "resume": "auto"})
-    launch(4, jobs)
+    launch(2, jobs)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -133,7 +138,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.fault("one of two processes dies", stage="sft")
-@pytest.mark.parametrize(("how", "words"), [("error", "this process has had enough"), ("9", "SIGKILL")])
+@pytest.mark.parametrize(
+    ("how", "words"), [pytest.param("error", "this process has had enough", marks=pytest.mark.slow), ("9", "SIGKILL")]
+)
 def test_a_process_that_dies_ends_the_run_which_then_goes_on(
     how: str, words: str, alone: Callable[[str], Path], launch: Launch, world: Path
 ) -> None:
@@ -157,14 +164,14 @@ def test_one_process_that_is_told_to_end_ends_all_at_the_same_step(
 
 
 def test_two_machines_end_as_one_process_does(alone: Callable[[str], Path], world: Path) -> None:
-    """As docs/scaling.md has them launched, of two processes each; here they are one machine, and meet on loopback."""
+    """As docs/scaling.md has them launched, of one process each; here they are one machine, and meet on loopback."""
     asked = yaml.safe_load((ROOT / "accelerate_configs/several_nodes.yaml").read_text())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config, jobs = world / "several_nodes.yaml", world / "jobs of several nodes.json"
     config.write_text(
-        yaml.safe_dump(asked | {"use_cpu": True, "num_processes": 4, "main_process_port": port}),
+        yaml.safe_dump(asked | {"use_cpu": True, "num_processes": 2, "main_process_port": port}),
     )
     jobs.write_text(json.dumps([{"stage": stage, "out": f"{stage} on two machines"} for stage in ("sft", "ppo")]))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
