@@ -10,6 +10,7 @@ itself, or the line that refused it.
 import argparse
 import datetime
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -65,15 +66,15 @@ def prepare(folder: Path, runs: ModuleType) -> None:
     runs.prepare(folder, model, judge, tokenizer)
 
 
-def launched(folder: Path, way: str, processes: int, job: dict[str, Any]) -> str:
-    """Nothing, if the run ended well; else the line that says why it did not."""
+def launched(folder: Path, way: str, processes: int, jobs: list[dict[str, Any]]) -> str:
+    """Nothing, if the runs ended well; else the line that says why one did not."""
     asked = yaml.safe_load((ROOT / "accelerate_configs" / f"{WAYS[way]}.yaml").read_text())
     told, config = folder / "job.json", folder / "launch.yaml"
-    told.write_text(json.dumps([job]))
+    told.write_text(json.dumps(jobs))
     kind = {} if processes > 1 or way != "DDP" else {"distributed_type": "NO"}
     config.write_text(yaml.safe_dump(asked | kind | {"use_cpu": True, "num_processes": processes}))
     command = ["accelerate.commands.launch", "--config_file", str(config), str(PROGRAM), str(folder), str(told)]
-    return said_by(command, folder / f"{job['out']}.log")
+    return said_by(command, folder / f"{jobs[0]['out']}.log")
 
 
 def said_by(command: list[str], log: Path) -> str:
@@ -89,18 +90,31 @@ def said_by(command: list[str], log: Path) -> str:
     return "" if done.returncode == 0 else lines[0] if lines else f"failed, see {log.name}"
 
 
-def cell(folder: Path, runs: ModuleType, stage: str, kind: str, way: str, processes: int) -> str:
-    alone = folder / f"{stage} {kind} alone"
-    try:
-        if not alone.exists():
-            runs.run(stage, folder, alone.name, **KINDS[kind])
-    except ValueError as error:
-        return f"refused: {error}"
-    out = f"{stage} {kind} {way} {processes}"
-    fault = launched(folder, way, processes, {"stage": stage, "out": out, **KINDS[kind]})
-    if fault:
-        return f"refused: {fault.removeprefix('error: ')}"
-    return farthest(runs, alone, folder / out)
+def alone(folder: Path, runs: ModuleType) -> dict[tuple[str, str], str]:
+    """Each run by this process by itself: the line that refused it, or nothing."""
+    refused = {}
+    for stage, kind in itertools.product(STAGES, KINDS):
+        try:
+            runs.run(stage, folder, f"{stage} {kind} alone", **KINDS[kind])
+            refused[stage, kind] = ""
+        except ValueError as error:
+            refused[stage, kind] = str(error)
+    return refused
+
+
+def cells(folder: Path, runs: ModuleType, way: str, processes: int, asked: Any) -> dict[tuple[str, str], str]:
+    """How far off each run ended, or what refused it: all in one launch, and one by one from the first that is refused."""
+    out = {(stage, kind): f"{stage} {kind} {way} {processes}" for stage, kind in asked}
+    jobs = {each: {"stage": each[0], "out": out[each], **KINDS[each[1]]} for each in asked}
+    launched(folder, way, processes, list(jobs.values()))
+    found = {}
+    for each in asked:
+        done = (folder / out[each] / "recipe.yaml").is_file()
+        fault = "" if done else launched(folder, way, processes, [jobs[each]])
+        one, many = (folder / place for place in (f"{each[0]} {each[1]} alone", out[each]))
+        found[each] = f"refused: {fault.removeprefix('error: ')}" if fault else farthest(runs, one, many)
+        print(f"{', '.join(each)}, {way}, {processes}: {found[each]}", flush=True)
+    return found
 
 
 def farthest(runs: ModuleType, one: Path, other: Path) -> str:
@@ -143,18 +157,18 @@ def main() -> None:
         "| stage | trained | " + " | ".join(f"{way}, {count}" for way in ways for count in asked.processes) + " |"
     ]
     lines += ["|---" * (2 + len(ways) * len(asked.processes)) + "|"]
-    refused: list[str] = []
-    for stage in STAGES:
-        for kind in KINDS:
-            cells = []
-            for way in ways:
-                for count in asked.processes:
-                    said = cell(folder, runs, stage, kind, way, count)
-                    if said.startswith("refused") and said not in refused:
-                        refused.append(said)
-                    cells.append(f"refused ({refused.index(said) + 1})" if said in refused else said)
-                    print(f"{stage}, {kind}, {way}, {count}: {said}", flush=True)
-            lines.append(f"| {stage} | {kind} | " + " | ".join(cells) + " |")
+    found: dict[tuple[str, str], list[str]] = {
+        each: [f"refused: {why}"] * len(ways) * len(asked.processes) if why else []
+        for each, why in alone(folder, runs).items()
+    }
+    fitting = [each for each, said in found.items() if not said]
+    for way, count in itertools.product(ways, asked.processes):
+        for each, said in cells(folder, runs, way, count, fitting).items():
+            found[each].append(said)
+    refused = list(dict.fromkeys(said for row in found.values() for said in row if said.startswith("refused")))
+    for (stage, kind), row in found.items():
+        told = [f"refused ({refused.index(said) + 1})" if said in refused else said for said in row]
+        lines.append(f"| {stage} | {kind} | " + " | ".join(told) + " |")
     lines += ["", *(f"{number}. {words.removeprefix('refused: ')}" for number, words in enumerate(refused, 1))]
     lines += ["", "PPO under native FSDP2:", ""]
     for count in asked.processes:
