@@ -112,7 +112,11 @@ def cells(folder: Path, runs: ModuleType, way: str, processes: int, asked: Any) 
         done = (folder / out[each] / "recipe.yaml").is_file()
         fault = "" if done else launched(folder, way, processes, [jobs[each]])
         one, many = (folder / place for place in (f"{each[0]} {each[1]} alone", out[each]))
-        found[each] = f"refused: {fault.removeprefix('error: ')}" if fault else farthest(runs, one, many)
+        found[each] = (
+            f"refused: {fault.removeprefix('error: ').replace(f'{folder}/', '')}"
+            if fault
+            else farthest(runs, one, many)
+        )
         print(f"{', '.join(each)}, {way}, {processes}: {found[each]}", flush=True)
     return found
 

@@ -107,3 +107,10 @@ def test_another_number_of_processes_is_refused_in_one_line(world: Path) -> None
     done = launched(world, 2, 1, [{"stage": "sft", "out": "taken by one", "resume": "auto"}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1 and "was saved by 2 processes" in lines[0]
+
+
+def test_weights_in_4_bits_under_zero_3_are_refused_with_the_way_out(world: Path) -> None:
+    done = launched(world, 3, 2, [{"stage": "sft", "out": "four bits", **LORA, "load_in_4bit": True}])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "accelerate_configs/deepspeed_zero2.yaml" in lines[0]
+    assert not (world / "four bits").exists()

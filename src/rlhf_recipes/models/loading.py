@@ -274,4 +274,6 @@ def _not_loadable(name: str, role: str, missing: str, error: Exception) -> str:
         )
     unseen = why.startswith("401 ") or "is not a valid model identifier" in why
     hint = "; if the repo is private, log in with `hf auth login` or set HF_TOKEN" if unseen else ""
+    if "Zero-3" in why:
+        hint = "; for weights in 4 or 8 bits launch accelerate_configs/deepspeed_zero2.yaml, or fsdp2_qlora.yaml"
     return f"{role} {name} cannot be loaded ({missing}): {why}{hint}"
