@@ -266,7 +266,7 @@ def _device() -> str:
 
 
 def _not_loadable(name: str, role: str, missing: str, error: Exception) -> str:
-    why = str(error).strip().splitlines()[0]
+    why = str(error).strip().splitlines()[0].rstrip(".")
     if "trust_remote_code=True" in str(error):
         return (
             f"{role} {name} brings Python code of its own, which is not run unasked; read it, then pass "

@@ -1,6 +1,7 @@
 """Who plays in PPO: the policy, its reference, the rewards; each checked before it is needed."""
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,7 +78,7 @@ def held_out_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig)
     return Prompts(dataset, tokenizer, config, args.response_length, "eval_dataset")
 
 
-def refuse_sharding(accelerator: Any, gpus: int = 0) -> None:
+def refuse_sharding(state: Any, gpus: int = 0) -> None:
     """DeepSpeed and Megatron cut weights apart that rollouts read whole; DataParallel (several `gpus` in one process)
     trains them in another precision than it plays.
 
@@ -88,7 +89,9 @@ def refuse_sharding(accelerator: Any, gpus: int = 0) -> None:
         raise UserError(
             f"one process sees {gpus} GPUs; launch one for each with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
         )
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    # Before there is an Accelerator, its launcher alone tells of DeepSpeed.
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    kind = "DEEPSPEED" if launched else str(getattr(state, "distributed_type", None)).rpartition(".")[2]
     if kind in ("DEEPSPEED", "MEGATRON_LM"):
         raise UserError(
             f"PPOTrainer does not run under {kind}: it answers with whole weights; launch with FSDP2 "

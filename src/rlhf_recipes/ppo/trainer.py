@@ -93,6 +93,7 @@ class PPOTrainer(MinimizingTrainer):
         judge_quantization_config: Any = None,
     ) -> None:
         args = args or PPOConfig(output_dir="ppo")
+        refuse_sharding(args.distributed_state, args.n_gpu)
         model, processing_class = loaded_policy(model, processing_class, quantization_config, args.trust_remote_code)
         config = base_model(quicken(model, args.device)).config
         sources = reward_funcs if reward_funcs is not None else reward_model
@@ -115,7 +116,7 @@ class PPOTrainer(MinimizingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        refuse_sharding(self.accelerator, args.n_gpu)
+        refuse_sharding(self.accelerator)
         self.add_callback(UpdateEnd(self.begin, self._end_update))
         self.add_callback(SampleTable(lambda: self.last_samples, lambda: self.callback_handler.callbacks))
         if args.hints:

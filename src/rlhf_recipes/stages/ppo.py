@@ -26,7 +26,7 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.roles import checked_prompts
+from rlhf_recipes.ppo.roles import checked_prompts, refuse_sharding
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
 from rlhf_recipes.scoring import check_reward
@@ -73,6 +73,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
     from transformers import set_seed
 
+    refuse_sharding(training.distributed_state, training.n_gpu)
     name = model_config.model_name_or_path
     if not name:
         raise UserError(
