@@ -24,7 +24,7 @@ def check_launch(training: Any) -> None:
             "configuration (accelerate_configs/two_cpu_processes.yaml), or launch with torchrun --nproc-per-node N; if "
             "one process is meant, unset MASTER_ADDR"
         )
-    if _on("ACCELERATE_USE_FSDP") and training.use_cpu:
+    if is_on("ACCELERATE_USE_FSDP") and training.use_cpu:
         raise UserError(
             "the launch asks for FSDP, but Accelerate has it on no CPU and would run plain data parallelism; write "
             "`distributed_type: MULTI_GPU` in the configuration, or leave out `use_cpu` where there is a GPU"
@@ -44,14 +44,15 @@ def check_sharding(accelerator: Any) -> None:
     """
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     for name, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
-        if _on(name) and kind != wanted:
+        if is_on(name) and kind != wanted:
             raise UserError(
                 f"the launch asks for {wanted} and runs as {kind}; change `distributed_type` in the configuration to "
                 "what is meant (MULTI_GPU: data parallel)"
             )
 
 
-def _on(name: str) -> bool:
+def is_on(name: str) -> bool:
+    """Whether a switch of the launcher, an environment variable, is set."""
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 

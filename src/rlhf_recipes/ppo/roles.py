@@ -1,7 +1,6 @@
 """Who plays in PPO: the policy, its reference, the rewards; each checked before it is needed."""
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +10,7 @@ from torch import nn
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Sampling, stop_ids
+from rlhf_recipes.launching import is_on
 from rlhf_recipes.models import (
     UpperLayers,
     adapters,
@@ -82,6 +82,8 @@ def refuse_sharding(state: Any, gpus: int = 0) -> None:
     """DeepSpeed and Megatron cut weights apart that rollouts read whole; DataParallel (several `gpus` in one process)
     trains them in another precision than it plays.
 
+    state: an `Accelerator`, or what a `TrainingArguments` knows before there is one.
+
     Raises:
         UserError: one of them is on.
     """
@@ -90,7 +92,7 @@ def refuse_sharding(state: Any, gpus: int = 0) -> None:
             f"one process sees {gpus} GPUs; launch one for each with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
         )
     # Before there is an Accelerator, its launcher alone tells of DeepSpeed.
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    launched = is_on("ACCELERATE_USE_DEEPSPEED")
     kind = "DEEPSPEED" if launched else str(getattr(state, "distributed_type", None)).rpartition(".")[2]
     if kind in ("DEEPSPEED", "MEGATRON_LM"):
         raise UserError(
