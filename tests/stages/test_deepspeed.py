@@ -14,10 +14,10 @@ import pytest
 import small_runs
 import torch
 import yaml
+from small_runs import LORA
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("small_runs.py")
-LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 KINDS: dict[str, dict[str, Any]] = {
     "pretrain": {}, "sft": {}, "reward": {}, "sft, LoRA": LORA, "reward, LoRA": LORA,
 }  # fmt: skip

@@ -23,13 +23,13 @@ import killed
 import pytest
 import small_runs
 import torch
+from small_runs import STAGES
 from transformers import Trainer
 
 from rlhf_recipes.arguments import UserError, one_line_errors
 from rlhf_recipes.checkpoints import SUMS, fault, saved_checkpoints
 from rlhf_recipes.safe_trainer import SafeTrainer
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
 SLOW = pytest.mark.slow
 CASES: dict[str, tuple[str, dict[str, Any]]] = {stage: (stage, {}) for stage in STAGES} | {
     "pretrain, dropout": ("pretrain", {"dropout": 0.2}),
@@ -141,38 +141,28 @@ def no_file_beyond(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.fault("ended by the kernel at a byte of a file of a checkpoint")
+BYTES = [("second", 300), ("second", 150_000), ("first", 20_000)]
+BYTES_TOO = [("second", 0), ("second", 20_000), ("first", 0), ("first", 300)]
+
+
+@pytest.mark.fault("ended by the kernel at a byte of a file of the {which} checkpoint")
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("size", [pytest.param(0, marks=SLOW), 300, pytest.param(20_000, marks=SLOW), 150_000])
-def test_killed_at_a_byte_of_a_save(stage: str, size: int, world: Path, again: Callable[[str, str], None]) -> None:
-    """The kernel ends the process as it writes that byte of a file of the second checkpoint."""
-    out = f"byte {size} {stage}"
+@pytest.mark.parametrize(("which", "size"), [*BYTES, *(pytest.param(*each, marks=SLOW) for each in BYTES_TOO)])
+def test_killed_at_a_byte_of_a_save(
+    stage: str, which: str, size: int, world: Path, again: Callable[[str, str], None]
+) -> None:
+    """Of the first save, what is left tells of no run, and is not taken for somebody else's files."""
+    out = f"{which} byte {size} {stage}"
 
     def act() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        in_save(2, lambda: no_file_beyond(size))
+        in_save({"first": 1, "second": 2}[which], lambda: no_file_beyond(size))
         small_runs.run(stage, world, out)
 
     assert told(act, world)[0] == -signal.SIGXFSZ
-    assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
-    assert fault(world / out / "checkpoint-2") is None
-    again(stage, out)
-
-
-@pytest.mark.fault("ended by the kernel at a byte of the first checkpoint")
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("size", [pytest.param(0, marks=SLOW), pytest.param(300, marks=SLOW), 20_000])
-def test_killed_in_the_first_save(stage: str, size: int, world: Path, again: Callable[[str, str], None]) -> None:
-    """What is left then tells of no run, and is not taken for somebody else's files."""
-    out = f"first byte {size} {stage}"
-
-    def act() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        in_save(1, lambda: no_file_beyond(size))
-        small_runs.run(stage, world, out)
-
-    assert told(act, world)[0] == -signal.SIGXFSZ
-    assert saved_checkpoints(world / out) == []
+    kept = saved_checkpoints(world / out)
+    assert [path.name for path in kept] == {"first": [], "second": ["checkpoint-2"]}[which]
+    assert [fault(path) for path in kept] == [None] * len(kept)
     again(stage, out)
 
 

@@ -15,14 +15,13 @@ import pytest
 import small_runs
 import torch
 import yaml
+from small_runs import LORA, STAGES
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.checkpoints import saved_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("small_runs.py")
-STAGES = ("pretrain", "sft", "reward", "ppo")
-LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 KINDS: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES} | {
     f"{stage}, LoRA": LORA for stage in STAGES if stage != "pretrain"
 }  # fmt: skip
