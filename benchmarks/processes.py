@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,25 +25,21 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tests" / "stages" / "small_runs.py"
 SHARDED = ROOT / "tests" / "ppo" / "sharded_processes.py"
-LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+sys.path += [str(ROOT / "src"), str(PROGRAM.parent), str(SHARDED.parent)]
+
+import sharded_processes  # noqa: E402
+import small_runs  # noqa: E402
+from small_runs import LORA, STAGES  # noqa: E402
+
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": LORA,
     "4-bit": LORA | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
-STAGES = ("pretrain", "sft", "reward", "ppo")
 WAYS = {"DDP": "two_cpu_processes", "ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
 
 
-def module_of(program: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(program.stem, program)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def prepare(folder: Path, runs: ModuleType) -> None:
+def prepare(folder: Path) -> None:
     """A small policy and judge with random weights, and the rows that the small runs read."""
     from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
@@ -52,7 +47,9 @@ def prepare(folder: Path, runs: ModuleType) -> None:
 
     text = folder / "words" / "train.jsonl"
     text.parent.mkdir(parents=True)
-    text.write_text("".join(json.dumps({"text": f"{' '.join(runs.WORDS)} {number}"}) + "\n" for number in range(200)))
+    text.write_text(
+        "".join(json.dumps({"text": f"{' '.join(small_runs.WORDS)} {number}"}) + "\n" for number in range(200))
+    )
     run_tokenizer(TokenizerArguments(dataset_name=str(text.parent), output_dir=str(folder / "tok"), vocab_size=384))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tok")
     shape: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 128, "initializer_range": 0.1}
@@ -63,7 +60,7 @@ def prepare(folder: Path, runs: ModuleType) -> None:
         GPT2LMHeadModel(GPT2Config(**shape)),
         GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=1)),
     )
-    runs.prepare(folder, model, judge, tokenizer)
+    small_runs.prepare(folder, model, judge, tokenizer)
 
 
 def launched(folder: Path, way: str, processes: int, jobs: list[dict[str, Any]]) -> str:
@@ -90,19 +87,19 @@ def said_by(command: list[str], log: Path) -> str:
     return "" if done.returncode == 0 else lines[0] if lines else f"failed, see {log.name}"
 
 
-def alone(folder: Path, runs: ModuleType) -> dict[tuple[str, str], str]:
+def alone(folder: Path) -> dict[tuple[str, str], str]:
     """Each run by this process by itself: the line that refused it, or nothing."""
     refused = {}
     for stage, kind in itertools.product(STAGES, KINDS):
         try:
-            runs.run(stage, folder, f"{stage} {kind} alone", **KINDS[kind])
+            small_runs.run(stage, folder, f"{stage} {kind} alone", **KINDS[kind])
             refused[stage, kind] = ""
         except ValueError as error:
             refused[stage, kind] = str(error)
     return refused
 
 
-def cells(folder: Path, runs: ModuleType, way: str, processes: int, asked: Any) -> dict[tuple[str, str], str]:
+def cells(folder: Path, way: str, processes: int, asked: Any) -> dict[tuple[str, str], str]:
     """How far off each run ended, or what refused it: all in one launch, and one by one from the first that is refused."""
     out = {(stage, kind): f"{stage} {kind} {way} {processes}" for stage, kind in asked}
     jobs = {each: {"stage": each[0], "out": out[each], **KINDS[each[1]]} for each in asked}
@@ -113,34 +110,32 @@ def cells(folder: Path, runs: ModuleType, way: str, processes: int, asked: Any) 
         fault = "" if done else launched(folder, way, processes, [jobs[each]])
         one, many = (folder / place for place in (f"{each[0]} {each[1]} alone", out[each]))
         found[each] = (
-            f"refused: {fault.removeprefix('error: ').replace(f'{folder}/', '')}"
-            if fault
-            else farthest(runs, one, many)
+            f"refused: {fault.removeprefix('error: ').replace(f'{folder}/', '')}" if fault else farthest(one, many)
         )
         print(f"{', '.join(each)}, {way}, {processes}: {found[each]}", flush=True)
     return found
 
 
-def farthest(runs: ModuleType, one: Path, other: Path) -> str:
-    mine, theirs = runs.weights_in(one), runs.weights_in(other)
+def farthest(one: Path, other: Path) -> str:
+    mine, theirs = small_runs.weights_in(one), small_runs.weights_in(other)
     return f"{max((mine[name].double() - theirs[name].double()).abs().max().item() for name in mine):.0e}"
 
 
-def fsdp2(folder: Path, runs: ModuleType, processes: int) -> list[str]:
+def fsdp2(folder: Path, processes: int) -> list[str]:
     """PPO whose weights are cut apart among processes: what is trained, and how far off that ended."""
-    program, place = module_of(SHARDED), folder / f"FSDP2 {processes}"
+    place = folder / f"FSDP2 {processes}"
     shutil.copytree(folder / "model", place / "policy")
     shutil.copytree(folder / "judge", place / "judge")
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(SHARDED), str(place)]
     if fault := said_by(launch, place / "run.log"):
         return [f"- {processes} processes: {fault}"]
     lines = []
-    for case in program.CASES:
-        trainer = program.made(place, f"{case} alone", case)
+    for case in sharded_processes.CASES:
+        trainer = sharded_processes.made(place, f"{case} alone", case)
         trainer.train()
         trainer.save_model()
-        found = farthest(runs, place / f"{case} alone", place / f"{case} sharded")
-        again = farthest(runs, place / f"{case} sharded", place / f"{case} resumed")
+        found = farthest(place / f"{case} alone", place / f"{case} sharded")
+        again = farthest(place / f"{case} sharded", place / f"{case} resumed")
         lines.append(f"- {case}, {processes} processes: {found}; resumed in the middle of an update: {again}")
     return lines
 
@@ -153,8 +148,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     asked = parser.parse_args()
-    runs, folder = module_of(PROGRAM), asked.output_dir.absolute()
-    prepare(folder, runs)
+    folder = asked.output_dir.absolute()
+    prepare(folder)
     ways = [way for way in asked.ways if way == "DDP" or importlib.util.find_spec("deepspeed") is not None]
     lines = [f"{datetime.date.today()}, {hardware()}; one thread a process.", ""]
     lines += [
@@ -163,11 +158,11 @@ def main() -> None:
     lines += ["|---" * (2 + len(ways) * len(asked.processes)) + "|"]
     found: dict[tuple[str, str], list[str]] = {
         each: [f"refused: {why}"] * len(ways) * len(asked.processes) if why else []
-        for each, why in alone(folder, runs).items()
+        for each, why in alone(folder).items()
     }
     fitting = [each for each, said in found.items() if not said]
     for way, count in itertools.product(ways, asked.processes):
-        for each, said in cells(folder, runs, way, count, fitting).items():
+        for each, said in cells(folder, way, count, fitting).items():
             found[each].append(said)
     refused = list(dict.fromkeys(said for row in found.values() for said in row if said.startswith("refused")))
     for (stage, kind), row in found.items():
@@ -176,7 +171,7 @@ def main() -> None:
     lines += ["", *(f"{number}. {words.removeprefix('refused: ')}" for number, words in enumerate(refused, 1))]
     lines += ["", "PPO under native FSDP2:", ""]
     for count in asked.processes:
-        lines += fsdp2(folder, runs, count) if count > 1 else []
+        lines += fsdp2(folder, count) if count > 1 else []
     (folder / "processes.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     print("\n".join(lines))
 
