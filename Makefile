@@ -43,8 +43,8 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## raw text to a PPO-tuned chat model in about 5 minutes (SEED=1 for another seed)
 	@$(OFFLINE) $(RUN) -m rlhf_recipes quickstart --seed $(SEED) --output_dir runs/quickstart --overwrite true
 
-test: $(STAMP) ## the fast tests
-	@$(OFFLINE) $(ONE_THREAD) $(RUN) -m pytest -m 'not slow' -n 2 --dist loadscope
+test: $(STAMP) ## the fast tests; one that waits for ever fails after ten minutes, and says where it waited
+	@$(OFFLINE) $(ONE_THREAD) $(RUN) -m pytest -m 'not slow' -n 2 --dist loadscope --timeout 600
 
 test-slow: $(STAMP) ## the tests that take minutes
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) -m pytest -m slow

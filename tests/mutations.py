@@ -110,6 +110,24 @@ MUTATIONS = [
         "weights = of_log_probs[rows, None]",
     ),
     Mutation("entropy's gradient upside down", "tensors.py", "part -= p * (log_p", "part += p * (log_p"),
+    *(
+        Mutation(name, "models/packed.py", old, new, "", ("tests/test_packed.py",))
+        for name, old, new in (
+            ("packed rows all begin in the same column", "position_ids=layout.packed(columns)", "position_ids=None"),
+            ("packed rows spread one off", "(real.cumsum(0) - 1)", "real.cumsum(0)"),
+            (
+                "gradient of packed rows lost",
+                "_put(gradient, ctx.places, ctx.total)",
+                "_put(gradient * 0, ctx.places, ctx.total)",
+            ),
+            ("last layer not spared", "layout is None or layout.asked is None else layout", "True else layout"),
+            (
+                "last states put back in order of asking",
+                "_put(values, places, total)",
+                "_put(values, places * 0, total)",
+            ),
+        )
+    ),
     Mutation("states shifted by one", "ppo/value_head.py", "response_mask, first=-1)", "response_mask, first=0)"),
     Mutation(
         "attention's gradient looks ahead", "models/kernels.py", "triu_(1)", "triu_(2)", "", ("tests/test_kernels.py",)

@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,32 @@ def attempt(run: Callable[[], Any], seconds: float | None) -> bool:
         finally:
             os._exit(code)
     deadline = time.monotonic() + seconds if seconds is not None else None
-    while True:
-        ended, status = os.waitpid(child, 0 if deadline is None else os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-            if code not in (0, -signal.SIGKILL):
-                raise SystemExit(f"the run ended with {code}")
-            return code != 0
-        if deadline is not None and time.monotonic() > deadline:
+    with not_left_behind(child):
+        while deadline is not None and time.monotonic() <= deadline:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(0.002)
+        else:
+            if deadline is not None:
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"the run ended with {code}")
+    return code != 0
+
+
+@contextmanager
+def not_left_behind(child: int) -> Iterator[None]:
+    """A test that is told to end while it waits for its child ends the child as well."""
+    try:
+        yield
+    except BaseException:
+        with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-            deadline = None
-        time.sleep(0.002)
+            os.waitpid(child, 0)
+        raise
 
 
 def killed_until_done(policy: Path, folder: Path, case: str, draw: random.Random, longest: float) -> int:

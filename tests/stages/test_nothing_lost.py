@@ -62,7 +62,8 @@ def told(act: Callable[[], Any], folder: Path) -> tuple[int, str]:
             traceback.print_exc()
         finally:
             os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with killed.not_left_behind(child):
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     text = said.read_text() if said.exists() else ""
     said.unlink(missing_ok=True)
     return status, text
@@ -411,12 +412,14 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
             first()
         finally:
             os._exit(1)
-    os.read(ready, 1)
-    for asked in ({"resume": "auto"}, {"overwrite": True}, {"resume_from_checkpoint": "true"}):
-        with pytest.raises(UserError, match=f"is in use by process {child} on .*; choose another --output_dir"):
-            small_runs.run("sft", world, "shared folder", **asked)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    os.close(hold)  # so that a child that ends too early is heard as well
+    with killed.not_left_behind(child):
+        assert os.read(ready, 1) == b"x"
+        for asked in ({"resume": "auto"}, {"overwrite": True}, {"resume_from_checkpoint": "true"}):
+            with pytest.raises(UserError, match=f"is in use by process {child} on .*; choose another --output_dir"):
+                small_runs.run("sft", world, "shared folder", **asked)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     again("sft", "shared folder")
 
 

@@ -175,15 +175,20 @@ def test_two_machines_end_as_one_process_does(alone: Callable[[str], Path], worl
     jobs.write_text(json.dumps([{"stage": stage, "out": f"{stage} on two machines"} for stage in ("sft", "ppo")]))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    said = [world / f"machine {rank} said" for rank in (0, 1)]
     machines = [
         subprocess.Popen(
-            [*command, "--machine_rank", rank, "--main_process_ip", "127.0.0.1", str(PROGRAM), str(world), str(jobs)],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [*command, "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", str(PROGRAM), str(world), str(jobs)],
+            env=environment, stdout=subprocess.DEVNULL, stderr=path.open("w"),
         )
-        for rank in ("0", "1")
+        for rank, path in enumerate(said)
     ]  # fmt: skip
-    said = [machine.communicate(timeout=300)[1] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    try:
+        codes = [machine.wait(timeout=300) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()  # which a launcher hands on
+    assert codes == [0, 0], "\n".join(path.read_text()[-2000:] for path in said)
     for stage in ("sft", "ppo"):
         found = small_runs.weights_in(world / f"{stage} on two machines")
         assert farthest(small_runs.weights_in(alone(stage)), found) < TOLERANCE

@@ -14,10 +14,10 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_recipes.models.packed import ATTENTION, spare_last_layer, takes_packed_rows
 from rlhf_recipes.models.quantized import without_traps
-from rlhf_recipes.models.unwrapping import base_model
+from rlhf_recipes.models.unwrapping import base_model, trunk_of
 
-ATTENTION = "sdpa_with_short_backward"
 SHORT = 256  # tokens; from there on PyTorch's own backward pass is the quicker one (benchmarks/attention.py)
 
 
@@ -34,6 +34,8 @@ def quicken(model: Any, device: torch.device) -> Any:
     base = base_model(model)
     if device.type == "cpu" and getattr(base.config, "_attn_implementation", None) == "sdpa":
         base.set_attn_implementation(ATTENTION)
+        if takes_packed_rows(trunk_of(base)):
+            spare_last_layer(trunk_of(base))
     return model
 
 
@@ -43,7 +45,12 @@ def short_attention(
     """transformers' attention function: PyTorch's, but for whole short rows in bfloat16, whose backward pass is ours.
 
     query: (batch, heads, tokens, size); key, value: (batch, key heads, tokens, size) -> (batch, tokens, heads, size).
+    packed: the `Layout` of several rows that came as one.
     """
+    layout = options.pop("packed", None)
+    if layout is not None:
+        query, key, value = (layout.spread(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value))
+        return layout.packed(short_attention(module, query, key, value, None, **options)[0]), None
     tokens = query.shape[2]
     whole = attention_mask is None and 1 < tokens == key.shape[2] <= SHORT and not options.get("dropout")
     if not whole or query.dtype != torch.bfloat16 or options.get("position_bias") is not None:

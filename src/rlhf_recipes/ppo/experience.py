@@ -9,12 +9,13 @@ from torch import Tensor
 
 from rlhf_recipes.generation import Completions
 from rlhf_recipes.models import base_model, casts_kept, context_length, tokens_at_once
+from rlhf_recipes.models.packed import TILE
 from rlhf_recipes.models.sharding import whole_weights
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prior import JudgePrior
 from rlhf_recipes.ppo.rewards import KLCoefficient, ScoreScale
 from rlhf_recipes.ppo.roles import Reference
-from rlhf_recipes.ppo.rollout import TILE, RewardShape, Rollout, finish_rollout, in_batches, pack_episodes
+from rlhf_recipes.ppo.rollout import RewardShape, Rollout, finish_rollout, in_batches, pack_episodes
 from rlhf_recipes.ppo.tally import Tally
 from rlhf_recipes.ppo.value_head import PolicyAndValue, ValueHead, policy_outputs
 from rlhf_recipes.scoring import Scores

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.generation import Completions
+from rlhf_recipes.models.packed import TILE
 from rlhf_recipes.ppo.advantages import generalized_advantages
 from rlhf_recipes.ppo.rewards import kl_estimates, penalize_missing_eos, token_rewards
 from rlhf_recipes.tensors import Reduce, alone, length_mask, masked_mean, masked_whiten, pad
 
-TILE = 16  # columns: what the bfloat16 matrix units of processors and GPUs work on at a time
 WHOLE_ROWS = (
     "input_ids",
     "attention_mask",

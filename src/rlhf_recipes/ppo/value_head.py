@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_recipes.models import UpperLayers, adapters, base_model, freeze_below, lower_layers, trunk_of
+from rlhf_recipes.models.packed import in_whole_tiles, states_at, states_of
 from rlhf_recipes.models.sharding import is_sharded, load_whole_state, whole_state
 from rlhf_recipes.tensors import log_probs_and_entropies
 
@@ -111,8 +112,7 @@ class PolicyAndValue(nn.Module):
 
     def read_lower(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor]:
         """What the layers that stand still leave: (batch, width, hidden_size), in a tuple."""
-        lower: Any = self.lower
-        return (lower(**unmasked(input_ids)).last_hidden_state,)
+        return (states_of(self.lower, attention_mask, input_ids=input_ids),)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass; what Trainer calls for ``gradient_checkpointing``."""
@@ -216,19 +216,12 @@ def response_states(
     """The hidden state in which each generated token was chosen. Returns (generated tokens, hidden_size).
 
     A token is chosen in the state of the position before it. Positions that generated nothing are left out here, so
-    that no logits are ever computed for prompts or padding. A causal model never looks to the right, where the padding
-    is, so it is told that there is none. `UpperLayers` read lower_states, any other model the ids.
+    that no logits are ever computed for prompts or padding. `UpperLayers` read lower_states, any other model the ids.
     """
-    if isinstance(model, UpperLayers):
-        states = model(lower_states)
-    else:
-        states = trunk_of(model)(**unmasked(input_ids)).last_hidden_state
-    return states[answer_columns(attention_mask, response_mask, first=-1)]
-
-
-def unmasked(input_ids: Tensor) -> dict[str, Any]:
-    """All columns to be read. Without a mask at all transformers warns of ids that look like padding."""
-    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+    columns = answer_columns(attention_mask, response_mask, first=-1)
+    if isinstance(model, UpperLayers) and lower_states is not None:
+        return states_at(model.trunk, columns, attention_mask, inputs_embeds=lower_states)
+    return states_at(trunk_of(model), columns, attention_mask, input_ids=input_ids)
 
 
 def answer_columns(attention_mask: Tensor, response_mask: Tensor, first: int = 0) -> Tensor:
@@ -250,7 +243,7 @@ def policy_outputs(
     """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of those tokens."""
     hidden = response_states(policy, input_ids, attention_mask, response_mask, lower_states)
     head = policy.head if isinstance(policy, UpperLayers) else base_model(policy).get_output_embeddings()
-    logits = head(hidden)
+    logits = head(in_whole_tiles(hidden))[: len(hidden)]
     chosen = input_ids[answer_columns(attention_mask, response_mask)]
     log_probs, entropies = log_probs_and_entropies(logits, chosen, temperature)
     entropies = entropies if entropy_gradient else entropies.detach()

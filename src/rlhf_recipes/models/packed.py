@@ -1,0 +1,175 @@
+"""Rows of unequal length through a transformer without their padding, and its last layer for the chosen tokens alone.
+
+All that stands between two layers of attention treats each token by itself, so the tokens of all rows may go through it as
+one row; attention spreads them out over rows again. The last layer's feed-forward part, two thirds of its work, is asked
+for no token whose state nobody reads.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION = "sdpa_with_short_backward"  # of this house, which takes packed rows (see `kernels`)
+# Rows or columns: what the bfloat16 matrix units of processors and GPUs work on at a time. In whole tiles a row of a product
+# does not depend on how many others there are; some libraries differ, in float32 too, where there are fewer than four.
+TILE = 16
+
+
+class Layout(NamedTuple):
+    """Where each of the tokens of several rows stands, first in one row of them all, then in rows with padding.
+
+    `total` is the number of tokens, and what fills it up to whole tiles. `asked`: of which tokens somebody reads the last
+    state, (n,) long; None: of all.
+    """
+
+    slots: Tensor  # (tokens,) long: of each token, its place in (rows x width)
+    sources: Tensor  # (rows x width,) long: of each place, its token; of padding any, as nothing real looks at it
+    rows: int
+    width: int
+    total: int
+    asked: Tensor | None = None
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, chosen: Tensor | None = None) -> "Layout":
+        """attention_mask: (rows, width), each row padded on the right; chosen: the same, where last states are read."""
+        real = attention_mask.flatten().bool()
+        slots = real.nonzero().squeeze(1)
+        sources = (real.cumsum(0) - 1).clamp(min=0)
+        asked = None if chosen is None else chosen.flatten()[slots].nonzero().squeeze(1)
+        rows, width = attention_mask.shape
+        return cls(slots, sources, rows, width, whole_tiles(len(slots)), asked)
+
+    def packed(self, values: Tensor) -> Tensor:
+        """(rows, width, ...) -> (1, total, ...)."""
+        return _Take.apply(values.flatten(0, 1), self.slots, self.total)[None]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(1, total, ...) -> (rows, width, ...), with whatever in the places of padding, which must get no gradient."""
+        return _Spread.apply(values[0], self).unflatten(0, (self.rows, self.width))
+
+
+def _take(values: Tensor, places: Tensor, total: int) -> Tensor:
+    """The values at these places, and zeros behind them. (n, ...) -> (total, ...)."""
+    taken = values.new_empty(total, *values.shape[1:])
+    torch.index_select(values, 0, places, out=taken[: len(places)])
+    taken[len(places) :].zero_()
+    return taken
+
+
+def _put(values: Tensor, places: Tensor, total: int) -> Tensor:
+    """The reverse: the first values at these places, and zeros elsewhere. (n, ...) -> (total, ...)."""
+    return values.new_zeros(total, *values.shape[1:]).index_copy_(0, places, values[: len(places)])
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor, total: int) -> Tensor:
+        ctx.places, ctx.total = places, len(values)
+        return _take(values, places, total)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _put(gradient, ctx.places, ctx.total), None, None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor, total: int) -> Tensor:
+        ctx.places, ctx.total = places, len(values)
+        return _put(values, places, total)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _take(gradient, ctx.places, ctx.total), None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return values.index_select(0, layout.sources)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _take(gradient, ctx.layout.slots, ctx.layout.total), None
+
+
+def states_at(trunk: Any, chosen: Tensor, attention_mask: Tensor, **rows: Tensor) -> Tensor:
+    """The trunk's last hidden states at the chosen columns of its rows. Returns (chosen columns, hidden_size).
+
+    chosen, attention_mask: (rows, width); rows are padded on the right, where a causal model does not look.
+    rows: `input_ids` (rows, width) or `inputs_embeds` (rows, width, hidden_size).
+    """
+    if not takes_packed_rows(trunk):
+        return _states(trunk, attention_mask=torch.ones_like(attention_mask), **rows)[chosen]
+    layout = Layout.of(attention_mask, chosen)
+    return _packed_states(trunk, layout, **rows)[layout.asked]
+
+
+def states_of(trunk: Any, attention_mask: Tensor, **rows: Tensor) -> Tensor:
+    """The trunk's last hidden states at every column: (rows, width, hidden_size). What padding has is of no use."""
+    if not takes_packed_rows(trunk):
+        return _states(trunk, attention_mask=torch.ones_like(attention_mask), **rows)
+    layout = Layout.of(attention_mask)
+    return layout.spread(_packed_states(trunk, layout, **rows)[None])
+
+
+def _packed_states(trunk: Any, layout: Layout, **rows: Tensor) -> Tensor:
+    """(total, hidden_size)."""
+    columns = torch.arange(layout.width, device=layout.slots.device).repeat(layout.rows, 1)
+    one_row = {name: layout.packed(values) for name, values in rows.items()}
+    # A mask of four dimensions is handed on as it is; attention goes by the layout and does not look at it.
+    handed_on = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.slots.device)
+    return _states(trunk, **one_row, position_ids=layout.packed(columns), attention_mask=handed_on, packed=layout)[0]
+
+
+def _states(trunk: Any, **inputs: Any) -> Tensor:
+    """Always with a mask: without one transformers warns of ids that look like padding."""
+    return torch.as_tensor(trunk(**inputs, use_cache=False).last_hidden_state)
+
+
+def takes_packed_rows(trunk: Any) -> bool:
+    """Whether this trunk's attention is ours, and its layers are of the kind that is known here."""
+    return trunk.config.model_type == "gpt2" and getattr(trunk.config, "_attn_implementation", None) == ATTENTION
+
+
+def spare_last_layer(trunk: Any) -> None:
+    """From now on the feed-forward part of the last layer is asked for what a packed row's `asked` names, and no more.
+
+    By hooks and not by a part in its place, so that weights keep their names; of parts of the layer and not of the layer, so
+    that activations that are computed again in the backward pass are so in the same way.
+    """
+    layer = trunk.h[-1]
+    if _narrow not in layer.mlp._forward_pre_hooks.values():
+        layer.attn.register_forward_pre_hook(partial(_note_layout, layer.mlp), with_kwargs=True)
+        layer.mlp.register_forward_pre_hook(_narrow)
+        layer.mlp.register_forward_hook(_widen)
+
+
+def _note_layout(feed_forward: nn.Module, attention: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+    """Attention, which comes before it, is told."""
+    layout: Layout | None = named.get("packed")
+    feed_forward.__dict__["layout"] = None if layout is None or layout.asked is None else layout
+
+
+def _narrow(feed_forward: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    layout: Layout | None = feed_forward.__dict__.get("layout")
+    if layout is None or layout.asked is None:
+        return inputs
+    return (_Take.apply(inputs[0][0], layout.asked, whole_tiles(len(layout.asked)))[None],)
+
+
+def _widen(feed_forward: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    layout: Layout | None = feed_forward.__dict__.pop("layout", None)
+    return output if layout is None else _Put.apply(output[0], layout.asked, layout.total)[None]
+
+
+def in_whole_tiles(values: Tensor) -> Tensor:
+    """(rows, size) -> (whole tiles, size), with zeros behind."""
+    return nn.functional.pad(values, (0, 0, 0, whole_tiles(len(values)) - len(values)))
+
+
+def whole_tiles(count: int) -> int:
+    return -(-count // TILE) * TILE

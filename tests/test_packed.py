@@ -1,0 +1,130 @@
+"""Rows of unequal length as one: against each row by itself, in float64, by a model that nothing was done to."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_recipes.models import UpperLayers, lower_layers, quicken, trunk_of
+from rlhf_recipes.models.packed import TILE, Layout, states_at, states_of
+
+LENGTHS = [5, 12, 1, 12, 9]
+ANSWERS = [3, 12, 1, 2, 0]  # of each row's last tokens, how many are asked for
+WIDTH = 14  # one more column of padding than any row needs, and another
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor, Tensor]:
+    """ids, what is real, and what is asked for: (rows, width) each; padding holds ids that mean something."""
+    ids = torch.randint(0, 250, (len(LENGTHS), WIDTH), generator=torch.Generator().manual_seed(0))
+    real, asked = (torch.zeros(len(LENGTHS), WIDTH, dtype=torch.bool) for _ in range(2))
+    for row, (length, answer) in enumerate(zip(LENGTHS, ANSWERS, strict=True)):
+        real[row, :length] = True
+        asked[row, length - answer : length] = True
+    return ids, real, asked
+
+
+def one_by_one(model: Any, ids: Tensor) -> list[Tensor]:
+    """The last states of each row, read alone and without padding."""
+    trunk = copy.deepcopy(trunk_of(model)).double()
+    return [trunk(input_ids=row[None, :length]).last_hidden_state[0] for row, length in zip(ids, LENGTHS, strict=True)]
+
+
+def quick(model: Any) -> Any:
+    return quicken(copy.deepcopy(model), torch.device("cpu"))
+
+
+def test_asked_states_and_their_gradients_are_those_of_each_row_alone(make_model: Make, rows: Any) -> None:
+    ids, real, asked = rows
+    plain = make_model(0, initializer_range=0.2)
+    packed, exact = quick(plain), copy.deepcopy(trunk_of(plain)).double()
+    found = states_at(trunk_of(packed), asked, real.long(), input_ids=ids)
+    wanted = torch.cat(
+        [
+            exact(input_ids=row[None, :length]).last_hidden_state[0, length - answer :]
+            for row, length, answer in zip(ids, LENGTHS, ANSWERS, strict=True)
+        ]
+    )
+    torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=0)
+    weights = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (found * weights.float()).sum().backward()
+    (wanted * weights).sum().backward()
+    for (name, one), other in zip(trunk_of(packed).named_parameters(), exact.parameters(), strict=True):
+        scale = other.grad.abs().max().clamp(min=1.0)
+        torch.testing.assert_close(one.grad.double() / scale, other.grad / scale, atol=1e-5, rtol=0, msg=name)
+
+
+def test_every_state_is_that_of_its_row_alone(make_model: Make, rows: Any) -> None:
+    ids, real, _ = rows
+    plain = make_model(0, initializer_range=0.2)
+    found = states_of(trunk_of(quick(plain)), real.long(), input_ids=ids)
+    assert found.shape == (*ids.shape, 32)
+    torch.testing.assert_close(found[real].double(), torch.cat(one_by_one(plain, ids)), atol=2e-5, rtol=0)
+
+
+def test_the_upper_layers_go_on_from_what_the_lower_ones_left(make_model: Make, rows: Any) -> None:
+    ids, real, asked = rows
+    plain = make_model(0, n_layer=3, initializer_range=0.2)
+    model = quick(plain)
+    lower = states_of(lower_layers(model, 2), real.long(), input_ids=ids)
+    upper = UpperLayers(model, 2)
+    wanted = torch.cat(one_by_one(plain, ids))[asked[real]]
+    for each in (upper, upper.frozen_copy()):
+        found = states_at(each.trunk, asked, real.long(), inputs_embeds=lower)
+        torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=0)
+
+
+def test_the_last_feed_forward_part_is_asked_for_nothing_else(make_model: Make, rows: Any) -> None:
+    ids, real, asked = rows
+    model, seen = quick(make_model(0)), []
+    for layer in model.transformer.h:
+        layer.mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-2]))
+    states_at(trunk_of(model), asked, real.long(), input_ids=ids)
+    tiles = [-(-int(each.sum()) // TILE) * TILE for each in (real, asked)]
+    assert seen == tiles and tiles[1] < tiles[0]
+    seen.clear()
+    model(ids)  # and whoever reads the model in any other way gets all of it
+    assert seen == [WIDTH, WIDTH]
+
+
+def test_an_error_leaves_no_trace(make_model: Make, rows: Any) -> None:
+    """A pass that ended between attention and what follows it: the next one is whole."""
+    ids, real, asked = rows
+    model = quick(make_model(0))
+    whole, norm = model(ids).logits, model.transformer.h[-1].ln_2
+    hook = norm.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("cut off")))
+    with pytest.raises(KeyError, match="cut off"):
+        states_at(trunk_of(model), asked, real.long(), input_ids=ids)
+    hook.remove()
+    assert torch.equal(model(ids).logits, whole)
+
+
+def test_a_copy_reads_for_itself(make_model: Make, rows: Any) -> None:
+    """The hooks of a copy belong to the copy: a reference is made so."""
+    ids, real, asked = rows
+    model = quick(make_model(0))
+    first = states_at(trunk_of(model), asked, real.long(), input_ids=ids)
+    other = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    seen: list[int] = []
+    other.transformer.h[-1].mlp.c_fc.register_forward_hook(lambda m, i, o: seen.append(i[0].shape[-2]))
+    assert torch.equal(states_at(trunk_of(other), asked, real.long(), input_ids=ids), first)
+    assert seen == [-(-int(asked.sum()) // TILE) * TILE]
+
+
+def test_a_layout_puts_every_token_back(rows: Any) -> None:
+    ids, real, _ = rows
+    layout = Layout.of(real.long())
+    values = torch.randn(*ids.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    one_row = layout.packed(values)
+    assert one_row.shape == (1, layout.total, 3) and layout.total % TILE == 0
+    assert torch.equal(one_row[0, : int(real.sum())], values[real]) and not one_row[0, int(real.sum()) :].any()
+    assert torch.equal(layout.spread(one_row)[real], values[real])
+    # Where padding gets no gradient, the backward passes are the transposes of the forward ones.
+    given = values.clone().requires_grad_()
+    torch.autograd.gradcheck(lambda each: layout.spread(layout.packed(each)) * real[..., None], given)
