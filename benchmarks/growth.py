@@ -66,13 +66,14 @@ def work(case: dict[str, Any], said: dict[str, float]) -> dict[str, float]:
         case.get("upper", layers) * layer * tokens,
         2 * width * vocabulary * answers,
     )
-    lower = whole - upper
+    lower, spared = whole - upper, 2 * 8 * width**2 * (tokens - answers)  # of the last layer, see models/packed.py
+    values = case["value"] * (whole - spared)
     return {
         "generate": whole + head,
         "score": whole,
-        "forward": lower + 2 * (upper + head) + case["value"] * whole,
+        "forward": lower + 2 * (upper - spared + head) + values,
         # Forward and, twice as much, backward; a frozen head has no gradient of its own weights.
-        "update": EPOCHS * (3 * upper + (2 if "upper" in case else 3) * head + 3 * case["value"] * whole),
+        "update": EPOCHS * (3 * (upper - spared) + (2 if "upper" in case else 3) * head + 3 * values),
     }
 
 

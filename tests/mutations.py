@@ -120,7 +120,7 @@ MUTATIONS = [
                 "_put(gradient, ctx.places, ctx.total)",
                 "_put(gradient * 0, ctx.places, ctx.total)",
             ),
-            ("last layer not spared", "layout is None or layout.asked is None else layout", "True else layout"),
+            ("last layer not spared", 'told.layout = named.get("packed")', "told.layout = None"),
             (
                 "last states put back in order of asking",
                 "_put(values, places, total)",

@@ -13,7 +13,7 @@ from rlhf_recipes.models.packed import TILE, Layout, states_at, states_of
 
 LENGTHS = [5, 12, 1, 12, 9]
 ANSWERS = [3, 12, 1, 2, 0]  # of each row's last tokens, how many are asked for
-WIDTH = 14  # one more column of padding than any row needs, and another
+WIDTH = 14  # two more columns of padding than any row needs, and no whole tiles
 Make = Callable[..., Any]
 
 
@@ -31,7 +31,10 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
 def one_by_one(model: Any, ids: Tensor) -> list[Tensor]:
     """The last states of each row, read alone and without padding."""
     trunk = copy.deepcopy(trunk_of(model)).double()
-    return [trunk(input_ids=row[None, :length]).last_hidden_state[0] for row, length in zip(ids, LENGTHS, strict=True)]
+    return [
+        trunk(input_ids=row[None, :length], use_cache=False).last_hidden_state[0]
+        for row, length in zip(ids, LENGTHS, strict=True)
+    ]
 
 
 def quick(model: Any) -> Any:
@@ -117,10 +120,42 @@ def test_a_copy_reads_for_itself(make_model: Make, rows: Any) -> None:
     assert seen == [-(-int(asked.sum()) // TILE) * TILE]
 
 
+def test_a_copied_layer_or_part_of_one_reads_for_itself(make_model: Make, rows: Any) -> None:
+    """It has a configuration of its own, whose attention is not ours; and it is not told what the one it was copied from is."""
+    ids, real, asked = rows
+    plain = make_model(0, initializer_range=0.2)
+    grown, part = quick(plain), quick(plain)
+    for model in (plain, grown):
+        model.transformer.h.append(copy.deepcopy(model.transformer.h[0]))
+    grown = quicken(grown, torch.device("cpu"))
+    grown.transformer.h[-1].attn.config = copy.deepcopy(grown.config)
+    grown.transformer.h[-1].attn.config._attn_implementation = "sdpa"
+    wanted = torch.cat(one_by_one(plain, ids))[asked[real]]
+    found = states_at(trunk_of(grown), asked, real.long(), input_ids=ids)
+    torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=0)
+    states_at(trunk_of(part), asked, real.long(), input_ids=ids)
+    first = states_at(trunk_of(part), asked, real.long(), input_ids=ids)
+    part.transformer.h[-1].mlp = copy.deepcopy(part.transformer.h[-1].mlp)  # as peft does for modules_to_save
+    torch.testing.assert_close(states_at(trunk_of(part), asked, real.long(), input_ids=ids), first, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("together", [[0], [3], [0, 2], [1, 4], [0, 1, 4]])
+def test_a_row_reads_the_same_whoever_comes_along(make_model: Make, rows: Any, together: list[int]) -> None:
+    """To the last bit: of other minibatches the probability ratio must not start off 1."""
+    ids, real, asked = rows
+    trunk = trunk_of(quick(make_model(0, initializer_range=0.2)))
+    counts = asked.sum(1).tolist()
+    of_row = states_at(trunk, asked, real.long(), input_ids=ids).split(counts)
+    width = int(real[together].sum(1).max())
+    some = [each[together][:, :width] for each in (asked, real, ids)]
+    found = states_at(trunk, some[0], some[1].long(), input_ids=some[2])
+    assert torch.equal(found, torch.cat([of_row[row] for row in together]))
+
+
 def test_a_layout_puts_every_token_back(rows: Any) -> None:
-    ids, real, _ = rows
+    real = torch.nn.functional.pad(rows[1], (0, 2))
     layout = Layout.of(real.long())
-    values = torch.randn(*ids.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    values = torch.randn(*real.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     one_row = layout.packed(values)
     assert one_row.shape == (1, layout.total, 3) and layout.total % TILE == 0
     assert torch.equal(one_row[0, : int(real.sum())], values[real]) and not one_row[0, int(real.sum()) :].any()

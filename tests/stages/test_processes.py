@@ -184,7 +184,7 @@ def test_two_machines_end_as_one_process_does(alone: Callable[[str], Path], worl
         for rank, path in enumerate(said)
     ]  # fmt: skip
     try:
-        codes = [machine.wait(timeout=300) for machine in machines]
+        codes = [machine.wait(timeout=240) for machine in machines]
     finally:
         for machine in machines:
             machine.terminate()  # which a launcher hands on

@@ -21,11 +21,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def tokens_at_once(device: "torch.device", low: bool = False) -> int:
-    """Tokens that keep the device busy in one pass; more of them only need more padding and memory.
+    """Tokens that keep the device busy in one pass; more of them only need more memory.
 
-    low: computed in bfloat16, where every pass also brings the gradients of all weights back to float32 (measured on a
-    Xeon with AMX, 14M parameters: float32 products have their full rate at 600 rows, and an EPYC took 640, 960 and 1280
-    alike).
+    low: computed in bfloat16, where every pass also brings the gradients of all weights back to float32. Measured with 14M
+    parameters: on a Xeon with AMX float32 products have their full rate at 600 rows; an EPYC took 640 to 1280 alike.
     """
     if device.type != "cpu":
         return 2**16

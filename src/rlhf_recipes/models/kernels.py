@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_recipes.models.packed import ATTENTION, spare_last_layer, takes_packed_rows
 from rlhf_recipes.models.quantized import without_traps
-from rlhf_recipes.models.unwrapping import base_model, trunk_of
+from rlhf_recipes.models.unwrapping import base_model
 
 SHORT = 256  # tokens; from there on PyTorch's own backward pass is the quicker one (benchmarks/attention.py)
 
@@ -34,8 +34,9 @@ def quicken(model: Any, device: torch.device) -> Any:
     base = base_model(model)
     if device.type == "cpu" and getattr(base.config, "_attn_implementation", None) == "sdpa":
         base.set_attn_implementation(ATTENTION)
-        if takes_packed_rows(trunk_of(base)):
-            spare_last_layer(trunk_of(base))
+        trunk = getattr(base, base.base_model_prefix, None)
+        if takes_packed_rows(trunk):
+            spare_last_layer(trunk)
     return model
 
 

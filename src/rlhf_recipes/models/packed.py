@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model
 
 ATTENTION = "sdpa_with_short_backward"  # of this house, which takes packed rows (see `kernels`)
-# Rows or columns: what the bfloat16 matrix units of processors and GPUs work on at a time. In whole tiles a row of a product
-# does not depend on how many others there are; some libraries differ, in float32 too, where there are fewer than four.
+# Rows or columns: what the bfloat16 matrix units of processors and GPUs work on at a time. In whole tiles a token's numbers do
+# not depend on how many others come along, in float32 either: some libraries add up in another order where fewer than four
+# rows are multiplied, or where the width of attention is no multiple of eight.
 TILE = 16
 
 
@@ -33,7 +35,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, attention_mask: Tensor, chosen: Tensor | None = None) -> "Layout":
-        """attention_mask: (rows, width), each row padded on the right; chosen: the same, where last states are read."""
+        """attention_mask: (rows, width), each row padded on the right, in whole tiles; chosen: where last states are read."""
         real = attention_mask.flatten().bool()
         slots = real.nonzero().squeeze(1)
         sources = (real.cumsum(0) - 1).clamp(min=0)
@@ -104,7 +106,7 @@ def states_at(trunk: Any, chosen: Tensor, attention_mask: Tensor, **rows: Tensor
     """
     if not takes_packed_rows(trunk):
         return _states(trunk, attention_mask=torch.ones_like(attention_mask), **rows)[chosen]
-    layout = Layout.of(attention_mask, chosen)
+    layout = Layout.of(_wide(attention_mask), _wide(chosen))
     return _packed_states(trunk, layout, **rows)[layout.asked]
 
 
@@ -112,16 +114,23 @@ def states_of(trunk: Any, attention_mask: Tensor, **rows: Tensor) -> Tensor:
     """The trunk's last hidden states at every column: (rows, width, hidden_size). What padding has is of no use."""
     if not takes_packed_rows(trunk):
         return _states(trunk, attention_mask=torch.ones_like(attention_mask), **rows)
-    layout = Layout.of(attention_mask)
-    return layout.spread(_packed_states(trunk, layout, **rows)[None])
+    layout = Layout.of(_wide(attention_mask))
+    return layout.spread(_packed_states(trunk, layout, **rows)[None])[:, : attention_mask.shape[1]]
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Whole tiles of columns, with zeros in the new ones. (rows, width, ...)."""
+    more = whole_tiles(values.shape[1]) - values.shape[1]
+    return nn.functional.pad(values, (0, 0) * (values.dim() - 2) + (0, more)) if more else values
 
 
 def _packed_states(trunk: Any, layout: Layout, **rows: Tensor) -> Tensor:
     """(total, hidden_size)."""
     columns = torch.arange(layout.width, device=layout.slots.device).repeat(layout.rows, 1)
-    one_row = {name: layout.packed(values) for name, values in rows.items()}
-    # A mask of four dimensions is handed on as it is; attention goes by the layout and does not look at it.
-    handed_on = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.slots.device)
+    one_row = {name: layout.packed(_wide(values)) for name, values in rows.items()}
+    # A mask of four dimensions is handed on as it is. Attention that goes by the layout does not look at it, and no other
+    # kind could use one without columns.
+    handed_on = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=layout.slots.device)
     return _states(trunk, **one_row, position_ids=layout.packed(columns), attention_mask=handed_on, packed=layout)[0]
 
 
@@ -131,8 +140,20 @@ def _states(trunk: Any, **inputs: Any) -> Tensor:
 
 
 def takes_packed_rows(trunk: Any) -> bool:
-    """Whether this trunk's attention is ours, and its layers are of the kind that is known here."""
-    return trunk.config.model_type == "gpt2" and getattr(trunk.config, "_attn_implementation", None) == ATTENTION
+    """Whether this is GPT-2, and the attention of all its layers ours: a copied layer has a configuration of its own."""
+    if not isinstance(trunk, GPT2Model):
+        return False
+    parts = [part for part in trunk.modules() if isinstance(part, GPT2Attention)]
+    return all(getattr(part.config, "_attn_implementation", None) == ATTENTION for part in parts)
+
+
+class _LastLayout:
+    """What the last layer's attention was told, for what follows it there. A copy of a layer has its own, and starts afresh."""
+
+    layout: Layout | None = None
+
+    def __deepcopy__(self, memo: Any) -> "_LastLayout":
+        return _LastLayout()
 
 
 def spare_last_layer(trunk: Any) -> None:
@@ -141,34 +162,38 @@ def spare_last_layer(trunk: Any) -> None:
     By hooks and not by a part in its place, so that weights keep their names; of parts of the layer and not of the layer, so
     that activations that are computed again in the backward pass are so in the same way.
     """
-    layer = trunk.h[-1]
-    if _narrow not in layer.mlp._forward_pre_hooks.values():
-        layer.attn.register_forward_pre_hook(partial(_note_layout, layer.mlp), with_kwargs=True)
-        layer.mlp.register_forward_pre_hook(_narrow)
-        layer.mlp.register_forward_hook(_widen)
+    layer, told = trunk.h[-1], _LastLayout()
+    if not any(_is_narrowing(hook) for hook in layer.mlp._forward_pre_hooks.values()):
+        layer.attn.register_forward_pre_hook(partial(_note, told), with_kwargs=True)
+        layer.mlp.register_forward_pre_hook(partial(_narrow, told))
+        layer.mlp.register_forward_hook(partial(_widen, told))
 
 
-def _note_layout(feed_forward: nn.Module, attention: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
-    """Attention, which comes before it, is told."""
-    layout: Layout | None = named.get("packed")
-    feed_forward.__dict__["layout"] = None if layout is None or layout.asked is None else layout
+def _is_narrowing(hook: Any) -> bool:
+    return isinstance(hook, partial) and hook.func is _narrow
 
 
-def _narrow(feed_forward: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    layout: Layout | None = feed_forward.__dict__.get("layout")
+def _note(told: _LastLayout, attention: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+    told.layout = named.get("packed")
+
+
+def _narrow(told: _LastLayout, feed_forward: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    layout = told.layout
     if layout is None or layout.asked is None:
         return inputs
     return (_Take.apply(inputs[0][0], layout.asked, whole_tiles(len(layout.asked)))[None],)
 
 
-def _widen(feed_forward: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    layout: Layout | None = feed_forward.__dict__.pop("layout", None)
-    return output if layout is None else _Put.apply(output[0], layout.asked, layout.total)[None]
+def _widen(told: _LastLayout, feed_forward: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    layout = told.layout
+    if layout is None or layout.asked is None:
+        return output
+    return _Put.apply(output[0], layout.asked, layout.total)[None]
 
 
 def in_whole_tiles(values: Tensor) -> Tensor:
-    """(rows, size) -> (whole tiles, size), with zeros behind."""
-    return nn.functional.pad(values, (0, 0, 0, whole_tiles(len(values)) - len(values)))
+    """(rows, ...) -> (whole tiles, ...), with zeros behind."""
+    return nn.functional.pad(values, (0, 0) * (values.dim() - 1) + (0, whole_tiles(len(values)) - len(values)))
 
 
 def whole_tiles(count: int) -> int:

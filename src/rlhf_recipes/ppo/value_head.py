@@ -243,9 +243,10 @@ def policy_outputs(
     """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of those tokens."""
     hidden = response_states(policy, input_ids, attention_mask, response_mask, lower_states)
     head = policy.head if isinstance(policy, UpperLayers) else base_model(policy).get_output_embeddings()
-    logits = head(in_whole_tiles(hidden))[: len(hidden)]
     chosen = input_ids[answer_columns(attention_mask, response_mask)]
-    log_probs, entropies = log_probs_and_entropies(logits, chosen, temperature)
+    logits = head(in_whole_tiles(hidden))
+    both = log_probs_and_entropies(logits, in_whole_tiles(chosen), temperature)
+    log_probs, entropies = (each[: len(chosen)] for each in both)
     entropies = entropies if entropy_gradient else entropies.detach()
     return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)
 
