@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,11 +157,15 @@ def main() -> None:
     import torch
     import transformers  # noqa: F401
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # noqa: F401
+    from tqdm import tqdm
     from trl import TrlParser  # noqa: F401
 
     import rlhf_recipes.stages.push  # noqa: F401
 
     torch.set_num_threads(1)
+    tqdm.set_lock(
+        threading.RLock()
+    )  # the usual one is shared by all forks, and one that is killed may hold it for ever
     for line in sys.stdin:
         child = _forked(json.loads(line))
         print(child, file=answers, flush=True)

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.trainer import PPOTrainer
@@ -85,9 +87,19 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def fork() -> int:
+    """As os.fork; the child's progress bars have a lock of their own. The usual one is shared by all forks of a process, and
+    one that is killed while it holds it would lock the others out for ever."""
+    tqdm.get_lock()
+    child = os.fork()
+    if child == 0:
+        tqdm.set_lock(threading.RLock())
+    return child
+
+
 def attempt(run: Callable[[], Any], seconds: float | None) -> bool:
     """Run in a process of its own, killed after so many seconds unless it has ended; returns whether it was killed."""
-    child = os.fork()
+    child = fork()
     if child == 0:
         code = 1
         try:

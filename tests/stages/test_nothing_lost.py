@@ -24,6 +24,7 @@ import pytest
 import small_runs
 import torch
 from small_runs import STAGES
+from tqdm import tqdm
 from transformers import Trainer
 
 from rlhf_recipes.arguments import UserError, one_line_errors
@@ -46,7 +47,7 @@ def told(act: Callable[[], Any], folder: Path) -> tuple[int, str]:
     """Run in a process of its own, as a door does; returns its exit code (minus the signal) and what it said on stderr."""
     said = folder / f"said-{random.random()}"
 
-    child = os.fork()
+    child = killed.fork()
     if child == 0:
         code = 1
         try:
@@ -99,6 +100,15 @@ def again(world: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str,
         assert not (world / out / ".saving").exists() and not (world / out / ".lock").exists()
 
     return check
+
+
+def test_a_fork_that_is_killed_locks_no_other_out() -> None:
+    def die() -> None:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert killed.attempt(die, None)
+    assert not killed.attempt(lambda: tqdm(range(2), disable=False).close(), 20.0)
 
 
 @pytest.mark.fault("killed at a random moment (SIGKILL, as for want of memory)")
@@ -405,7 +415,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
         in_save(2, wait)
         small_runs.run("sft", world, "shared folder")
 
-    child = os.fork()
+    child = killed.fork()
     if child == 0:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
