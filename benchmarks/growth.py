@@ -22,10 +22,10 @@ from ppo_worker import SHAPES
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, BATCH = 4, 32
 CASES: dict[str, dict[str, Any]] = {
-    "same algorithm, float32": {"flags": ["--value", "model", "--bf16", "false"], "low": False, "value": True},
-    "defaults": {"flags": ["--value", "head", "--bf16", "unset"], "low": True, "value": False},
+    "same algorithm, float32": {"flags": ["--value", "model", "--bf16", "false"], "value": True},
+    "defaults": {"flags": ["--value", "head", "--bf16", "unset"], "value": False},
     "two upper layers": {
-        "flags": ["--value", "head", "--bf16", "unset", "--unfrozen", "2"], "low": True, "value": False, "upper": 2,
+        "flags": ["--value", "head", "--bf16", "unset", "--unfrozen", "2"], "value": False, "upper": 2
     },
 }  # fmt: skip
 AXES: dict[str, tuple[str, list[Any], list[float]]] = {
@@ -95,9 +95,9 @@ def utilisation(rounds: int) -> tuple[list[str], dict[str, Any]]:
         rates = {low: max(rate, matrix_rate(low)) for low, rate in before.items()}
         operations, cells = work(case, said), []
         for phase, done in operations.items():
-            rate = rates[case["low"] and phase != "score"]  # a judge reads in its own precision, float32
+            rate = rates[said["bf16"] and phase != "score"]  # a judge reads in its own precision, float32
             cells.append(f"{done / said[f'time/{phase}'] / rate:.0%} ({said[f'time/{phase}']:.2f} s)")
-        ideal = sum(done / rates[case["low"] and phase != "score"] for phase, done in operations.items())
+        ideal = sum(done / rates[said["bf16"] and phase != "score"] for phase, done in operations.items())
         lines.append(f"| {name} | {' | '.join(cells)} | {ideal / said['seconds']:.0%} ({said['seconds']:.2f} s) |")
         print(lines[-1], flush=True)
         found[name] = {
