@@ -57,15 +57,10 @@ def matrix_rate(low: bool) -> float:
 
 def work(case: dict[str, Any], said: dict[str, float]) -> dict[str, float]:
     """Operations of each phase of one update, from the shape and the real tokens."""
-    width, layers, _, vocabulary = SHAPES["14M"]
+    width, layers, _, _ = SHAPES["14M"]
     tokens, answers = said["tokens"], said["answers"]
-    length = tokens / BATCH
-    layer = 2 * 12 * width**2 + 2 * length * width  # a token through a layer, attention to half of the row included
-    whole, upper, head = (
-        layers * layer * tokens,
-        case.get("upper", layers) * layer * tokens,
-        2 * width * vocabulary * answers,
-    )
+    whole, head = trunk_and_head(tokens, answers)
+    upper = whole * case.get("upper", layers) / layers
     lower, spared = whole - upper, 2 * 8 * width**2 * (tokens - answers)  # of the last layer, see models/packed.py
     values = case["value"] * (whole - spared)
     return {
@@ -75,6 +70,22 @@ def work(case: dict[str, Any], said: dict[str, float]) -> dict[str, float]:
         # Forward and, twice as much, backward; a frozen head has no gradient of its own weights.
         "update": EPOCHS * (3 * (upper - spared) + (2 if "upper" in case else 3) * head + 3 * values),
     }
+
+
+def trunk_and_head(tokens: float, logits: float) -> tuple[float, float]:
+    """Operations of a forward pass of all rows through the layers, and of the logits of so many tokens."""
+    width, layers, _, vocabulary = SHAPES["14M"]
+    layer = 2 * 12 * width**2 + 2 * tokens / BATCH * width  # a token; attention to half of the row included
+    return layers * layer * tokens, 2 * width * vocabulary * logits
+
+
+def work_of_trl(prompt: int = 48, response: int = 48) -> float:
+    """Operations of an update of TRL 1.12's PPO: each row as wide as the widest, and logits of all that is read again."""
+    tokens = BATCH * (prompt + response)
+    whole, head = trunk_and_head(tokens, tokens)
+    generated = whole + trunk_and_head(tokens, BATCH * response)[1]
+    rollout = generated + (whole + head) + 2 * whole  # the reference; value and judge
+    return rollout + EPOCHS * 3 * (2 * whole + head)
 
 
 def measured(flags: list[str], rounds: int) -> dict[str, Any]:
@@ -105,6 +116,8 @@ def utilisation(rounds: int) -> tuple[list[str], dict[str, Any]]:
             "operations": operations,
             "rates": {"float32": rates[False], "bfloat16": rates[True]},
         }
+    ratio = work_of_trl() / sum(found["same algorithm, float32"]["operations"].values())
+    lines += ["", f"TRL 1.12's PPO takes {ratio:.2f}x the operations of the first row."]
     return lines, found
 
 

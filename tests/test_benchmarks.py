@@ -96,3 +96,6 @@ def test_operations_are_those_that_pytorch_counts(program: Any) -> None:
     assert told["update"] == pytest.approx(4 * 3 * (told["score"] - spared + head))
     upper = growth.work(growth.CASES["two upper layers"], {"tokens": rows * length, "answers": rows * 48})
     assert upper["update"] == pytest.approx(4 * (told["score"] - 3 * spared + 2 * head)), "a third of the layers"
+    padded = growth.work_of_trl(prompt=32, response=48)  # as many tokens as above
+    everywhere = 2 * width * vocabulary * rows * length
+    assert padded == pytest.approx(4 * told["score"] + head + everywhere + 12 * (2 * told["score"] + everywhere))
