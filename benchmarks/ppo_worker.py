@@ -67,12 +67,10 @@ class Turns(TrainerCallback):
 
     def __init__(self, steps: int, device: torch.device) -> None:
         self.steps, self.device, self.imported = steps, device, peak()
-        self.told, self.waited = time.perf_counter(), 0.0
         self.tell: Any = None
 
     def begin(self) -> None:
         self.started = time.perf_counter()
-        self.waited = self.started - self.told
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.tell = answer_when_told(self.begin)
@@ -84,9 +82,6 @@ class Turns(TrainerCallback):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.started
         phases = dict(getattr(self, "phases", dict)())
-        if "time/update" in phases:  # the trainer's clock runs on while it is the others' turn
-            phases["time/update"] -= self.waited
-        self.told = time.perf_counter()
         self.tell({"seconds": seconds, "peak": peak(), "above_imports": peak() - self.imported} | phases)
 
 
@@ -147,9 +142,8 @@ def ours(asked: Any, folder: str, turns: Turns) -> Any:
         )  # on c_attn, as peft has it
         if args.bf16:
             policy = policy.to(torch.bfloat16)
-    trainer = PPOTrainer(
-        policy, [judge], args, prompts_of(asked), None, tokenizer_of(shape_of(asked)[3]), callbacks=[turns], **options
-    )
+    trainer = PPOTrainer(policy, [judge], args, prompts_of(asked), None, tokenizer_of(shape_of(asked)[3]), **options)
+    trainer.add_callback(turns)  # after the trainer's own, which end the update and its clock
     told: dict[str, float] = {}
     inner = trainer.experience.rollout
 
