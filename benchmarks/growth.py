@@ -104,12 +104,13 @@ def utilisation(rounds: int) -> tuple[list[str], dict[str, Any]]:
         before = {low: matrix_rate(low) for low in (False, True)}
         said = measured(case["flags"], rounds)
         rates = {low: max(rate, matrix_rate(low)) for low, rate in before.items()}
-        operations, cells = work(case, said), []
-        for phase, done in operations.items():
-            rate = rates[said["bf16"] and phase != "score"]  # a judge reads in its own precision, float32
-            cells.append(f"{done / said[f'time/{phase}'] / rate:.0%} ({said[f'time/{phase}']:.2f} s)")
-        ideal = sum(done / rates[said["bf16"] and phase != "score"] for phase, done in operations.items())
-        lines.append(f"| {name} | {' | '.join(cells)} | {ideal / said['seconds']:.0%} ({said['seconds']:.2f} s) |")
+        operations = work(case, said)
+        took = {phase: said[f"time/{phase}"] for phase in operations} | {"whole": said["seconds"]}
+        # A judge reads in its own precision, float32.
+        ideal = {phase: done / rates[said["bf16"] and phase != "score"] for phase, done in operations.items()}
+        ideal["whole"] = sum(ideal.values())
+        cells = [f"{ideal[phase] / seconds:.0%} ({seconds:.2f} s)" for phase, seconds in took.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
         found[name] = {
             "said": said,
