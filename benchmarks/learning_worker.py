@@ -152,7 +152,8 @@ def grouped(prepared: Prepared, asked: Any, folder: str) -> None:
     """RLOO and GRPO of today's TRL, four answers to a prompt, with as many optimizer steps on each batch as PPO."""
     import trl
 
-    from rlhf_recipes.models import read_left_padding
+    from rlhf_recipes import PPOConfig
+    from rlhf_recipes.models import fit_to_hardware, read_left_padding
 
     policy, judge, told = prepared.policy(), prepared.reward(prepared.judge()), prepared.told
 
@@ -164,11 +165,13 @@ def grouped(prepared: Prepared, asked: Any, folder: str) -> None:
     least = {"generation_kwargs": {"min_new_tokens": prepared.least}} if prepared.least else {}
     kinds = {"rloo": (trl.RLOOConfig, trl.RLOOTrainer), "grpo": (trl.GRPOConfig, trl.GRPOTrainer)}
     config, trainer = kinds[asked.algorithm]
+    # In the precision that ours gets on this machine, which is TRL's default too.
+    low = fit_to_hardware(PPOConfig(folder, use_cpu=True, report_to="none"), policy.config.hidden_size).bf16
     args = config(
         output_dir=folder, per_device_train_batch_size=told["batch"] // 2, steps_per_generation=2, num_iterations=4,
         num_generations=4, learning_rate=asked.learning_rate, beta=KL, temperature=TEMPERATURE, max_steps=1_000_000,
         max_completion_length=prepared.response, report_to="none", disable_tqdm=True, save_strategy="no",
-        logging_steps=100_000, seed=asked.seed, use_cpu=True, bf16=asked.bf16, gradient_checkpointing=False,
+        logging_steps=100_000, seed=asked.seed, use_cpu=True, bf16=low, gradient_checkpointing=False,
         lr_scheduler_type="constant", **({"disable_dropout": True}), **least,
     )  # fmt: skip
     rows = [{"prompt": row["prompt"], "input_ids": row["input_ids"]} for row in prepared.train]
@@ -191,7 +194,6 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=8)
     parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--upper", action="store_true", help="let only the upper layers learn")
-    parser.add_argument("--bf16", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     prepared = Prepared(asked.folder)

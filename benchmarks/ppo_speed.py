@@ -2,9 +2,9 @@
 
     python benchmarks/ppo_speed.py [--shape 124M] [--rounds 5] [--cases "same algorithm" defaults]
 
-Every case is a process, and so is TRL's trainer; they take turns, an update each, on the same random GPT-2, the same
-prompts (8 to 48 tokens) and answers of 48 tokens that no stop token ends. The ratio is taken round by round; told are its
-median and quartiles. Memory is the peak resident set above what the imports take.
+Every case is a process, and so is TRL's trainer; they take turns, an update each, on the same random GPT-2, prompts of 8 to
+48 tokens from one pool, which each shuffles in its own way, and answers of 48 tokens that no stop token ends. The ratio is
+taken round by round; told are its median and quartiles. Memory is the peak resident set above what the imports take.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """One update of PPO at a time, by TRL 1.12's trainer or by ours, on the same random models and prompts.
 
-Run by ppo_speed.py, in the environment of whichever trainer it is; the models are GPT-2 of transformers' own making.
+Run by ppo_speed.py and growth.py, in the environment of whichever trainer it is; the models are transformers' own GPT-2.
 """
 
 import argparse
+import importlib
 import json
 import resource
 import sys
@@ -126,6 +127,7 @@ def ours(asked: Any, folder: str, turns: Turns) -> Any:
     args = PPOConfig(
         **arguments_of(asked, folder), **chosen, max_steps=4000, hints=False, log_completions=False,
         num_layers_unfrozen=asked.unfrozen, value_adapter=asked.value == "adapter",
+        stop_token_id=-1,  # none, as TRL has it where stop_token is not set
     )  # fmt: skip
     args = fit_to_hardware(args, shape_of(asked)[0])
     if asked.threads:
@@ -178,6 +180,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    # Before the peak of the imports is read.
+    importlib.import_module("trl.experimental.ppo" if asked.side == "theirs" else "rlhf_recipes.ppo.trainer")
     with tempfile.TemporaryDirectory() as folder:
         turns = Turns(1 if asked.side == "theirs" else 4, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         trainer = {"ours": ours, "theirs": theirs}[asked.side](asked, str(Path(folder) / "out"), turns)

@@ -74,7 +74,7 @@ def test_the_exponent_of_a_power_is_that_power(program: Any) -> None:
     assert program("growth").exponent(sizes, [4.0] * 4) == pytest.approx(0.0)
 
 
-def test_operations_are_those_that_pytorch_counts(program: Any) -> None:
+def test_operations_are_those_that_pytorch_counts(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward pass of all rows, counted on tensors without content; attention is counted there for the whole square."""
     growth = program("growth")
     width, layers, heads, vocabulary = program("ppo_worker").SHAPES["14M"]
@@ -96,6 +96,10 @@ def test_operations_are_those_that_pytorch_counts(program: Any) -> None:
     assert told["update"] == pytest.approx(4 * 3 * (told["score"] - spared + head))
     upper = growth.work(growth.CASES["two upper layers"], {"tokens": rows * length, "answers": rows * 48})
     assert upper["update"] == pytest.approx(4 * (told["score"] - 3 * spared + 2 * head)), "a third of the layers"
+    even = lambda asked: {"input_ids": [[1] * 32] * 64}  # noqa: E731
+    monkeypatch.setattr(growth, "prompts_of", even)
+    same = growth.work(growth.CASES["same algorithm, float32"], {"tokens": rows * length, "answers": rows * 48})
+    assert growth.trl_to_ours(3) == pytest.approx(growth.work_of_trl(prompt=32) / sum(same.values()))
     padded = growth.work_of_trl(prompt=32, response=48)  # as many tokens as above
     everywhere = 2 * width * vocabulary * rows * length
     assert padded == pytest.approx(4 * told["score"] + head + everywhere + 12 * (2 * told["score"] + everywhere))

@@ -680,6 +680,25 @@ def test_the_watch_sees_who_is_asked_for(tmp_path: Path) -> None:
         assert len(met) > len(before), program
 
 
+def test_no_client_of_the_library_waits_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes a new one after each connection that was refused."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http, close_session, get_session
+
+    from rlhf_recipes.hub import asking
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+    try:
+        for _ in range(2):
+            asking.api("a-token")
+        for _ in range(2):
+            assert get_session().timeout.read == asking.STALLED
+            close_session()
+        assert _http._GLOBAL_CLIENT_FACTORY.make is before
+    finally:
+        set_client_factory(before)
+
+
 @pytest.mark.slow
 def test_no_stage_asks_for_anybody_unless_it_is_told_to(tmp_path: Path) -> None:
     """The whole chain in small, as processes of their own, from relative folders, on a machine that is online."""

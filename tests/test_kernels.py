@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    DynamicCache,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+)
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.models import UpperLayers, casts_kept, freeze_below, lower_layers, quicken, roomy_cache
@@ -88,6 +97,29 @@ def test_a_model_reads_the_same_after_it_was_quickened_and_saves_the_same_config
     plain = model_of("gpt2")(IDS, attention_mask=mask).logits
     torch.testing.assert_close(model(IDS, attention_mask=mask).logits[1:], plain[1:], atol=1e-5, rtol=0)
     assert model.config.to_json_string() == config
+
+
+def test_a_model_that_reads_both_ways_still_does_in_bfloat16() -> None:
+    """Without padding it has no mask, and neither has a causal one."""
+    torch.manual_seed(1)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 60,
+    }
+    model = BertForSequenceClassification(BertConfig(num_labels=1, initializer_range=0.5, **shape)).eval()
+    model = model.to(torch.bfloat16)
+    before = model(IDS).logits
+    quicken(model, CPU)
+    assert model.config._attn_implementation == ATTENTION
+    torch.testing.assert_close(model(IDS).logits, before)
+    other = IDS.clone()
+    other[:, -1] = 1
+    with torch.no_grad():
+        first = [model.bert(ids).last_hidden_state[:, 0] for ids in (IDS, other)]
+    assert (first[0] - first[1]).abs().max() > 1e-3, "the last token is read by the first"
 
 
 def test_a_model_with_eager_attention_keeps_it() -> None:

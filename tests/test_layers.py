@@ -15,7 +15,7 @@ DOORS = ROOT / "recipes"
 
 GROUND = (
     *("arguments", "artifacts", "checkpoints", "defaults", "launching", "locks", "safe_trainer", "whole_batches"),
-    *("cards", "hub", "secrecy", "tensors", "models", "data"),
+    *("cards", "hub", "secrecy", "tensors", "terminating", "models", "data"),
 )
 FLOOR_OF = {**dict.fromkeys(GROUND, 0), "generation": 1, "scoring": 1, "stages": 3}
 ROOM_FLOOR = 2  # whatever has no line above is a room
@@ -24,7 +24,8 @@ PPO_SIBLINGS = {
     "rollout": {"rewards", "advantages"},
     "callbacks": {"config"},
     "riding": {"value_head"},
-    "roles": {"config", "prompts", "riding", "value_head"},
+    "adapting": {"config"},
+    "roles": {"adapting", "config", "prompts", "riding", "value_head"},
     "objective": {"config", "losses", "value_head"},
     "guard": {"config", "tally", "value_head"},
     "resuming": {"callbacks", "config", "experience", "guard", "rollout", "tally", "value_head"},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError, one_line_errors
+from rlhf_recipes.arguments import RowError, UserError, one_line_errors
 from rlhf_recipes.scoring import FunctionReward, ModelReward, check_reward, classify, load_reward, score
 
 EOS, PAD = 256, 257
@@ -56,8 +56,8 @@ def test_a_score_that_is_no_number_names_its_sample(bad: Any) -> None:
     def judge(completions: list[str], **columns: Any) -> list[Any]:
         return [1.0, bad]
 
-    with pytest.raises(
-        UserError, match=r"reward function judge returned .* for the completion 'zwei' of the prompt 'two'"
+    with pytest.raises(  # what only the process with that row can tell
+        RowError, match=r"reward function judge returned .* for the completion 'zwei' of the prompt 'two'"
     ):
         call(FunctionReward(judge), ["eins", "zwei"], prompts=["one", "two"])
 
@@ -67,7 +67,7 @@ def test_as_many_scores_as_completions_are_asked_for(count: int) -> None:
     def judge(**columns: Any) -> list[float]:
         return [0.0] * count
 
-    with pytest.raises(UserError, match=f"judge returned {count} scores for 2 completions"):
+    with pytest.raises(RowError, match=f"judge returned {count} scores for 2 completions"):
         call(FunctionReward(judge), ["a", "b"])
 
 

@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.arguments import UserError, asked_for
 from rlhf_recipes.cards import card
-from rlhf_recipes.checkpoints import STAGING
+from rlhf_recipes.checkpoints import STAGING, STATE, SUMS, saved_checkpoints
 from rlhf_recipes.locks import LOCK
 from rlhf_recipes.secrecy import without_secrets
 
@@ -23,13 +23,18 @@ REMAINS = {LOCK, STAGING}  # and what it may leave at any time
 
 
 def check_output_folder(
-    folder: str | Path, overwrite: bool, inputs: Sequence[str | None] = (), resuming: bool = False
+    folder: str | Path,
+    overwrite: bool,
+    inputs: Sequence[str | None] = (),
+    resuming: bool = False,
+    restarting: bool = False,
 ) -> Path:
     """Refuse, before anything is loaded or written, a folder that would lose someone's files.
 
     An empty or missing folder is fine. A folder that a stage left is fine with `overwrite`, and a run that resumes
-    goes on in its own. Nothing is deleted here.
-    `inputs` are the models and datasets the stage reads: none of them may live in the folder it is about to replace.
+    goes on in its own; one that is `restarting` may have been cut off before its first checkpoint. Nothing is deleted here.
+    `inputs` are the models and datasets the stage reads: none of them, nor the base of an adapter among them, may live in
+    the folder it is about to replace.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -37,22 +42,35 @@ def check_output_folder(
     ancestor = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not os.access(ancestor, os.W_OK):
         raise UserError(f"output folder {path} cannot be written; choose another --output_dir")
-    for source in inputs:
-        if source and Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
+    for source in _with_bases(inputs):
+        if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
             raise UserError(f"output folder {path} holds the input {source}; choose another --output_dir")
-    held = [] if resuming or not path.is_dir() else [item for item in path.iterdir() if not _remains(item.name)]
+    names = [] if resuming or not path.is_dir() else [item.name for item in path.iterdir()]
+    held = [name for name in names if not _remains(name) and not (restarting and name in EARLY)]
     if held and not overwrite:
         raise UserError(f"output folder {path} is not empty; choose another --output_dir or pass --overwrite true")
     if held and not _left_by_a_stage(path):
         raise UserError(
-            f"output folder {path} holds files that no stage left ({held[0].name}, ...); choose another --output_dir"
+            f"output folder {path} holds files that no stage left ({held[0]}, ...); choose another --output_dir"
         )
     return path
 
 
+def _with_bases(names: Sequence[str | None]) -> Iterator[str]:
+    """The sources, and of each local adapter the base that it names, and that one's."""
+    for name in names:
+        while name:
+            yield name
+            config = Path(name) / "adapter_config.json"
+            base = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            name = base.get("base_model_name_or_path") if base.get("base_model_name_or_path") != name else None
+
+
 def _left_by_a_stage(path: Path) -> bool:
     names = {item.name for item in path.iterdir()}
-    if MARK in names or any(name.startswith("checkpoint-") for name in names):
+    if MARK in names or any(
+        (point / STATE).is_file() or (point / SUMS).is_file() for point in saved_checkpoints(path)
+    ):
         return True
     return all(name in EARLY or _remains(name) for name in names)
 

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_recipes.arguments import RowError, UserError
@@ -18,8 +19,10 @@ from rlhf_recipes.arguments import RowError, UserError
 STATE = "trainer_state.json"  # which Trainer writes last
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 STAGING = ".saving"  # where a checkpoint is until it is whole
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pkl", "*.pickle")
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+CLOSED = {errno.EACCES, errno.EPERM, errno.EIO}
+# What could be read as weights. What Accelerate saves of FSDP, pytorch_model_fsdp.bin, is a state that it reads without code.
+PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin", "*.pkl", "*.pickle")
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +107,8 @@ def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) 
         logger.warning("checkpoint %s is damaged and is passed over: %s", point, why)
     if damaged:
         raise UserError(
-            f"none of the {damaged} checkpoints in {folder} is whole; start again with --overwrite true, or in another "
-            "--output_dir"
+            f"none of the {damaged} checkpoints in {folder} is whole; start again with --overwrite true and without "
+            "--resume, or in another --output_dir"
         )
     if asked == "true":
         raise UserError(f"output folder {folder} has no checkpoint to resume from; leave --resume_from_checkpoint out")
@@ -126,18 +129,38 @@ def say_if_full(error: Exception, run: Path, step: int) -> None:
     """One line in place of a trace, where the disk did not take a checkpoint; makes room of what was half written.
 
     Raises:
-        UserError: that it is the disk.
+        RowError: that it is the disk, from the process that met it.
     """
-    text = str(error)
+    if (isinstance(error, OSError) and error.errno in CLOSED) or _tells_of_full_disk(error):
+        raise _could_not_write(f"checkpoint-{step}", run, error) from error
+
+
+@contextmanager
+def full_disk_said(run: Path) -> Iterator[None]:
+    """For the time, a disk that takes no more, whatever was written to it, ends the run in one line.
+
+    Raises:
+        RowError: that it is the disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not _tells_of_full_disk(error):
+            raise
+        raise _could_not_write("a file", run, error) from error
+
+
+def _tells_of_full_disk(error: Exception) -> bool:
     words = ("No space left", "File too large", "PytorchStreamWriter", "Disk quota", "Read-only file system")
-    if not (isinstance(error, OSError) and error.errno in FULL) and not any(word in text for word in words):
-        return
+    told = str(error)
+    return (isinstance(error, OSError) and error.errno in FULL) or any(word in told for word in words)
+
+
+def _could_not_write(what: str, run: Path, error: Exception) -> RowError:
     shutil.rmtree(run / STAGING, ignore_errors=True)
     points = saved_checkpoints(run)
     kept = f"{points[0]} is whole, go on from it with --resume auto" if points else "no checkpoint is there yet"
-    raise UserError(
-        f"checkpoint-{step} could not be written to {run} ({text.splitlines()[0]}); make room there: {kept}"
-    ) from error
+    return RowError(f"{what} could not be written to {run} ({str(error).splitlines()[0]}); make room there: {kept}")
 
 
 def say_if_out_of_memory(error: Exception, run: str | Path, step: int) -> None:

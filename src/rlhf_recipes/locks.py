@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,13 +46,15 @@ def require_unlocked(folder: str | Path) -> None:
     if path in _held or not (path / LOCK).is_file():
         return
     with (path / LOCK).open("r", encoding="utf-8") as stream:
-        _lock(stream, path)
+        # Shared, so that processes of one run that look at the same time see no other run in one another, and since a file
+        # that is open for reading alone cannot be locked in another way on every disk (flock(2), on NFS).
+        _lock(stream, path, fcntl.LOCK_SH)
 
 
 def _locked(path: Path) -> IO[str]:
     while True:
         stream = path.open("a+", encoding="utf-8")
-        _lock(stream, path.parent)
+        _lock(stream, path.parent, fcntl.LOCK_EX, patience=1.0)  # somebody may just look
         # The one before may have taken the file away between its opening and its locking.
         if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
             break
@@ -62,12 +65,17 @@ def _locked(path: Path) -> IO[str]:
     return stream
 
 
-def _lock(stream: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _lock(stream: IO[str], folder: Path, kind: int, patience: float = 0.0) -> None:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(stream, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < end:
+                time.sleep(0.05)
+                continue
         stream.seek(0)
         owner = stream.read().strip() or "another process"
         raise UserError(
             f"output folder {folder} is in use by {owner}; choose another --output_dir, or wait until it has ended"
-        ) from None
+        )

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.artifacts import write_text
+from rlhf_recipes.cards import plain
 from rlhf_recipes.generation import Sampling, row_seed, sample, stop_ids
 from rlhf_recipes.models import quicken
 from rlhf_recipes.safe_trainer import SafeTrainer
@@ -102,11 +103,15 @@ class SampleContinuations(TrainerCallback):
             return
         self.last_step = state.global_step
         pairs = list(zip(self.prompts, self.continuations(model), strict=True))
-        lines = ["- " + (f"**{_one_line(prompt)}**" if prompt else "") + _one_line(text) for prompt, text in pairs]
+        lines = [f"- {_continued(prompt, text)}" for prompt, text in pairs]
         self.sections.append("\n".join([f"## Step {state.global_step}", "", *lines]))
         write_text(folder / SAMPLES, "\n\n".join(["# Continuations", *self.sections]) + "\n")
         print(f"\nstep {state.global_step}: " + " | ".join(prompt + text for prompt, text in pairs[:2]), flush=True)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split("\n"))
+def _continued(prompt: str, text: str) -> str:
+    """Markdown of one line; nothing in the texts is read as marks."""
+    start = f"**{plain(prompt)}**" if prompt.strip() else ""
+    gap = " " if start and (prompt[-1:].isspace() or text[:1].isspace()) else ""
+    line = f"{start}{gap}{plain(text)}"
+    return f"\\{line}" if line.startswith(("#", "+", "-", "=")) else line

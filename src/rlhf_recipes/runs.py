@@ -13,7 +13,7 @@ import yaml
 
 from rlhf_recipes.arguments import UserError, asked_for
 from rlhf_recipes.artifacts import MARK, check_output_folder, prepare_output_folder
-from rlhf_recipes.checkpoints import STAGING, move_in, resume_point
+from rlhf_recipes.checkpoints import STAGING, full_disk_said, move_in, resume_point
 from rlhf_recipes.hub import HubArguments, check_push, open_asked, push_asked
 from rlhf_recipes.launching import check_launch
 from rlhf_recipes.locks import folder_lock, require_unlocked
@@ -33,12 +33,13 @@ logger = logging.getLogger(__name__)
 
 class Run(NamedTuple):
     """checkpoint: what to go on from, if anything; asked: all that says what is learnt; finished: `--resume auto` found
-    nothing left to do."""
+    nothing left to do; continues: the checkpoint is of this folder, so that what is in it stays."""
 
     folder: Path
     checkpoint: str | None
     asked: dict[str, Any]
     finished: bool = False
+    continues: bool = False
 
 
 def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
@@ -57,7 +58,8 @@ def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
     require_unlocked(folder)
     auto, asked = training.resume == "auto", _asked(training, *others)
     overwrite = any(getattr(each, "overwrite", False) for each in others)
-    if auto and (folder / MARK).is_file() and not overwrite:
+    finished = auto and (folder / MARK).is_file()
+    if finished and not overwrite:
         changed = _changed(yaml.safe_load((folder / MARK).read_text(encoding="utf-8")) or {}, asked)
         if changed:
             raise UserError(
@@ -68,11 +70,16 @@ def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
         if training.process_index == 0:
             push_asked(folder, training)
         return Run(folder, None, asked, finished=True)
-    checkpoint = resume_point("auto" if auto else training.resume_from_checkpoint, folder)
-    check_output_folder(folder, overwrite or auto, inputs, resuming=checkpoint is not None)
+    # A finished run that may be replaced is begun anew, or its last weights would come out under another recipe.
+    own = resume_point("auto", folder) if auto and not finished else None
+    checkpoint = own or resume_point(training.resume_from_checkpoint, folder)
+    continues = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(folder.resolve())
+    read = [*inputs, None if continues else checkpoint]
+    check_output_folder(folder, overwrite, read, resuming=continues, restarting=auto)
     if checkpoint is not None and (changed := _changed(_asked_then(checkpoint), asked)):
         logger.warning("%s was asked otherwise than this run goes on: %s", checkpoint, changed)
-    return Run(folder, checkpoint, asked)
+    training.distributed_state.wait_for_everyone()  # no process looks for another's lock once the first has one
+    return Run(folder, checkpoint, asked, continues=continues)
 
 
 def _asked(*arguments: Any) -> dict[str, Any]:
@@ -97,8 +104,9 @@ def under_way(trainer: Any, run: Run) -> Iterator[None]:
     trainer.asked = run.asked
     if trainer.is_world_process_zero():
         open_asked(trainer.args)
-    with folder_lock(run.folder) if trainer.args.should_save else nullcontext():
-        if trainer.args.should_save and run.checkpoint is None:
+    held = folder_lock(run.folder) if trainer.args.should_save else nullcontext()
+    with held, full_disk_said(run.folder):
+        if trainer.args.should_save and not run.continues:
             prepare_output_folder(run.folder)
         trainer.accelerator.wait_for_everyone()
         yield
@@ -121,7 +129,11 @@ def save_model(trainer: Any, folder: Path) -> None:
     """Leave the model (or its adapter), its tokenizer, how its answers end, and the log of its training.
 
     Every process calls it. The files come into the folder once all of them are whole.
+
+    Raises:
+        UserError: a weight is not finite.
     """
+    trainer.require_finite_weights()
     staged = folder / STAGING / "model"
     trainer.save_model(str(staged), _internal_call=True)
     if not trainer.args.should_save:

@@ -4,10 +4,7 @@ import json
 import logging
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +17,25 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.artifacts import write_text
-from rlhf_recipes.checkpoints import STAGING, STATE, last_of, publish, resume_point, say_if_full, say_if_out_of_memory
+from rlhf_recipes.checkpoints import (
+    STAGING,
+    STATE,
+    full_disk_said,
+    last_of,
+    publish,
+    resume_point,
+    say_if_full,
+    say_if_out_of_memory,
+)
 from rlhf_recipes.hub import Repo, check_repo, push_checkpoint, push_folder
 from rlhf_recipes.launching import check_sharding, require_as_many
 from rlhf_recipes.locks import folder_lock
 from rlhf_recipes.models import without_traps
+from rlhf_recipes.secrecy import without_secrets
+from rlhf_recipes.terminating import Terminated, listening
 from rlhf_recipes.whole_batches import WholeBatchesTrainer
 
 logger = logging.getLogger(__name__)
-
-
-class Terminated(SystemExit):
-    """The process was told to end (SIGTERM), and has saved what it had. Its exit code is the signal's, 143."""
-
-    def __init__(self, line: str) -> None:
-        super().__init__(128 + signal.SIGTERM)
-        self.line = line
 
 
 class SafeTrainer(WholeBatchesTrainer):
@@ -71,7 +71,8 @@ class SafeTrainer(WholeBatchesTrainer):
             require_as_many(Path(self._resuming_from), self.args.world_size)
         self.remove_callback(_Watch)
         self.add_callback(_Watch(self))  # last, so that it sees what the others wish
-        with folder_lock(folder) if self.args.should_save else nullcontext(), _listening(self._hear):
+        held = folder_lock(folder) if self.args.should_save else nullcontext()
+        with held, full_disk_said(Path(folder)), listening(self._hear):
             try:
                 return super().train(self._resuming_from, *args, **kwargs)
             except (MemoryError, RuntimeError) as error:
@@ -104,7 +105,7 @@ class SafeTrainer(WholeBatchesTrainer):
 
     def save_progress(self, folder: Path) -> None:
         """Called by every process, before the weights are saved."""
-        write_text(folder / f"progress_{self.args.process_index}.json", json.dumps(self.progress()))
+        write_text(folder / f"progress_{self.args.process_index}.json", without_secrets(json.dumps(self.progress())))
 
     def load_progress(self, folder: Path) -> None:
         """Called by every process as training begins, with the checkpoint that it goes on from."""
@@ -132,7 +133,7 @@ class SafeTrainer(WholeBatchesTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, run = self.state.global_step, Path(self._get_output_dir(trial))
         staged, place = run / STAGING / f"checkpoint-{step}", run / f"checkpoint-{step}"
-        self._require_finite_weights()
+        self.require_finite_weights()
         if self.args.should_save:
             shutil.rmtree(run / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -229,20 +230,32 @@ class SafeTrainer(WholeBatchesTrainer):
         told, broken = known.tolist() if self.args.world_size == 1 else self.accelerator.reduce(known, "sum").tolist()
         self._agreed_to_end, self._loss_is_finite = told > 0, True
         if broken > 0:
-            self._refuse("the loss is not finite")
+            self._refuse(self.state.global_step + 1, "the loss is not finite")
 
-    def _require_finite_weights(self) -> None:
-        learnt = [each.detach() for each in self.model.parameters() if each.requires_grad and each.is_floating_point()]
-        here = [each.to_local() if isinstance(each, DTensor) else each for each in learnt]
-        broken = torch.stack([(~torch.isfinite(each)).any() for each in here]).any().float().to(self.args.device)
+    def require_finite_weights(self) -> None:
+        """Every process calls it.
+
+        Raises:
+            UserError: a weight that is learnt is not finite, in one of them. A gradient can overflow where the loss did not.
+        """
+        learnt = [
+            _held_here(each) for each in self.model.parameters() if each.requires_grad and each.is_floating_point()
+        ]
+        broken = torch.tensor(float(not all(torch.isfinite(each).all() for each in learnt)), device=self.args.device)
         if (broken if self.args.world_size == 1 else self.accelerator.reduce(broken, "sum")) > 0:
-            self._refuse("a weight is not finite")
+            self._refuse(self.state.global_step, "a weight is not finite")
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, step: int, what: str) -> None:
         raise UserError(
-            f"step {self.state.global_step + 1}: {what}, and nothing of it is saved{last_of(self.args.output_dir)}; lower "
+            f"step {step}: {what}, and nothing of it is saved{last_of(self.args.output_dir)}; lower "
             "learning_rate or max_grad_norm, or look for the rows that it comes from"
         )
+
+
+def _held_here(parameter: Tensor) -> Tensor:
+    """The part of a weight that this process holds: all of it, or its shard under FSDP2 or ZeRO-3."""
+    weight: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class _Watch(TrainerCallback):
@@ -264,23 +277,3 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._agreed_to_end:
             raise Terminated(f"ended by SIGTERM; saved at step {state.global_step}: go on with --resume auto")
-
-
-@contextmanager
-def _listening(hear: Callable[[], None]) -> Iterator[None]:
-    """For the time, the first SIGTERM calls `hear`, and a second one ends the process as ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def heard(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, before)
-        if os.environ.get("RANK", "0") == "0":
-            logger.warning("SIGTERM: the run ends after this optimizer step, with a checkpoint")
-        hear()
-
-    before = signal.signal(signal.SIGTERM, heard)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -149,3 +149,12 @@ def test_a_judge_whose_head_sees_only_the_end_has_no_readings(make_judge: Make, 
     )
     asked(judge)
     assert prior.readings(MASK) is None
+
+
+def test_what_a_judge_read_of_held_out_answers_is_no_reading_of_others(make_trainer: Make, make_judge: Make) -> None:
+    trainer, rollouts = make_trainer(reward_funcs=make_judge(5), rows=8, eval_dataset=[{"prompt": "a"}] * 8), []
+    begin = trainer._begin_update
+    trainer._begin_update = lambda *args: rollouts.append(begin(*args)) or rollouts[-1]
+    trainer.evaluate()
+    trainer.step([[5, 6]] * 8, [[7, 8, 9]] * 8, [1.0] * 8)
+    assert [rollout.prior for rollout in rollouts] == [None]

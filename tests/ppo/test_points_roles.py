@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Completions
 from rlhf_recipes.models import load_judge
 from rlhf_recipes.ppo.riding import RidingJudge
@@ -288,3 +289,48 @@ def test_point_23_a_quantized_base_learns_by_adapters_policy_and_value(
     torch.testing.assert_close(last.log_probs, told_of(trainer).log_probs)
     torch.testing.assert_close(last.values, told_of(trainer).values)
     assert (last.log_probs - first.log_probs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("begins", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changes_the_base_as_it_begins_is_refused(
+    begins: str, policy: Any, make_trainer: Make
+) -> None:
+    """The base is the reference, and the value's adapter is on it too."""
+    before = base_weights(policy)
+    with pytest.raises(UserError, match="changes the base"):
+        make_trainer(policy, peft_config=lora(init_lora_weights=begins))
+    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(policy).items())
+
+
+def test_one_that_has_changed_its_base_is_twinned_without_changing_it_again(policy: Any, make_trainer: Make) -> None:
+    from peft import get_peft_model
+
+    model = get_peft_model(policy, lora(init_lora_weights="pissa"))
+    ids, before = torch.arange(5, 15)[None], base_weights(model)
+    expected = model(ids).logits
+    trainer = make_trainer(model)
+    assert {"default", "ppo_value", "ppo_reference"} == set(trainer.model.policy.peft_config)
+    after = {name: weight for name, weight in base_weights(trainer.model.policy).items() if name in before}
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    torch.testing.assert_close(trainer.model.policy(ids).logits, expected)
+    told = told_of(trainer)
+    torch.testing.assert_close(told.reference_log_probs, told.log_probs)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("arrives", [False, True])
+def test_an_adapter_that_trains_biases_of_the_base_is_refused(
+    bias: str, arrives: bool, policy: Any, make_trainer: Make
+) -> None:
+    """They stay as learnt where the adapter is off, so the reference would move."""
+    from peft import get_peft_model
+
+    given = {} if arrives else {"peft_config": lora(bias=bias)}
+    model = get_peft_model(policy, lora(bias=bias)) if arrives else policy
+    with pytest.raises(UserError, match="trains biases of the base"):
+        make_trainer(model, value_adapter=False, **given)
+
+
+def test_the_adapter_that_is_trained_is_not_its_own_reference(policy: Any, make_trainer: Make) -> None:
+    with pytest.raises(UserError, match="ref_adapter_name is sft, the adapter that is trained"):
+        make_trainer(with_sft_adapter(policy), ref_adapter_name="sft")

@@ -234,3 +234,47 @@ def test_point_11_an_error_of_training_names_the_function_itself(make_trainer: M
     rows = [{"prompt": f"Question {row}"} for row in range(8)]
     with pytest.raises(UserError, match=rf"reward function fails_later {ERRORS['raises'][1]}.*of the prompt 'Quest"):
         make_trainer(None, [low_share, fails_later], rows=rows).train()
+
+
+def test_a_policy_whose_logits_are_not_its_head_on_its_states_is_refused(make_policy: Any, make_trainer: Any) -> None:
+    """Probabilities are read from the head; what a model does to logits after it would be left out."""
+    model = make_policy(initializer_range=0.3)
+    forward = model.forward
+
+    def bent(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        outputs.logits = 3 * torch.tanh(outputs.logits / 3)
+        return outputs
+
+    model.forward = bent
+    with pytest.raises(UserError, match="are not its head on the states of its trunk"):
+        make_trainer(model)
+
+
+def test_a_policy_whose_trunk_projects_its_last_states_has_a_value_of_their_width(
+    make_trainer: Any, tokenizer: Any
+) -> None:
+    """As facebook/opt-350m: 1024 wide inside, 512 where the head reads."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=len(tokenizer), word_embed_proj_dim=16, do_layer_norm_before=False, **shape, **ends)
+    )
+    trainer = make_trainer(model, max_steps=1)
+    trainer.train()
+    assert trainer.model.value_model.score.weight.shape == (1, 16)
+    assert trainer.model.value_model.score.weight.abs().max() > 0
+
+
+def test_numbers_of_dropout_that_a_model_keeps_are_zero_too(make_trainer: Any, tokenizer: Any) -> None:
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": len(tokenizer), "attn_pdrop": 0.5}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
+    trainer = make_trainer(GPTBigCodeForCausalLM(GPTBigCodeConfig(**shape, **ends)), num_layers_unfrozen=None)
+    policy, ids = trainer.model.policy.train(), torch.arange(5, 15)[None]
+    torch.testing.assert_close(policy(ids).logits, policy(ids).logits, atol=0, rtol=0)

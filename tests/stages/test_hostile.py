@@ -112,6 +112,19 @@ def test_several_chat_templates_with_plain_names_are_kept(world: Path, tmp_path:
     assert load_tokenizer(str(folder)).chat_template == {"default": "a", "tool_use": "b"}
 
 
+def test_a_run_does_not_replace_the_model_that_an_adapter_is_on(world: Path) -> None:
+    small_runs.run("sft", world, "adapter", **small_runs.LORA)
+    shutil.copytree(world / "model", world / "based on")
+    for folder in ("based on", "adapter"):
+        config = world / "adapter" / "adapter_config.json"
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(world / "based on")})
+        )
+        with pytest.raises(UserError, match=f"holds the input {world / folder}"):
+            small_runs.run("ppo", world, folder, model_name_or_path="adapter", overwrite=True)
+    assert (world / "based on" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("named", ["model_name_or_path", "dataset_name", "reward"])
 def test_a_run_does_not_replace_what_it_reads(named: str, world: Path) -> None:
     """A path that leads out of the output folder and back into an input."""

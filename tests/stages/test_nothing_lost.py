@@ -4,6 +4,7 @@ Each ends, after `--resume auto`, bit for bit as the run that nothing happened t
 """
 
 import ctypes
+import fcntl
 import itertools
 import logging
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -27,8 +29,10 @@ from small_runs import STAGES
 from tqdm import tqdm
 from transformers import Trainer
 
+from rlhf_recipes import terminating
 from rlhf_recipes.arguments import UserError, one_line_errors
-from rlhf_recipes.checkpoints import SUMS, fault, saved_checkpoints
+from rlhf_recipes.checkpoints import SUMS, fault, saved_checkpoints, seal
+from rlhf_recipes.locks import LOCK, folder_lock, require_unlocked
 from rlhf_recipes.safe_trainer import SafeTrainer
 
 SLOW = pytest.mark.slow
@@ -206,7 +210,8 @@ def test_told_to_end_it_saves_and_goes_on_later(stage: str, world: Path, again: 
             nonlocal steps
             steps += 1
             if self.state.global_step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)  # twice would end it at once
+                for _ in range(2):  # a scheduler tells every process, and the launcher among them tells its own
+                    os.kill(os.getpid(), signal.SIGTERM)
                 SafeTrainer.training_step = step  # type: ignore[method-assign]
             return step(self, *args, **kwargs)
 
@@ -218,6 +223,66 @@ def test_told_to_end_it_saves_and_goes_on_later(stage: str, world: Path, again: 
     assert said.strip().splitlines()[-1] == "ended by SIGTERM; saved at step 3: go on with --resume auto"
     assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-3"]
     again(stage, out)
+
+
+def test_told_to_end_once_more_later_it_ends_at_once(world: Path) -> None:
+    def act() -> None:
+        def impatient(self: Any, *args: Any, **kwargs: Any) -> Any:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+
+        terminating.ONE_REQUEST = 0.0
+        SafeTrainer.training_step = impatient  # type: ignore[method-assign]
+        small_runs.run("sft", world, "told twice", save_strategy="no")
+
+    assert told(act, world)[0] == -signal.SIGTERM
+    assert not saved_checkpoints(world / "told twice")
+
+
+def after_training(act: Callable[[Any], None]) -> None:
+    """From now on `act` is called with the trainer of this process once it has trained, before anything of it is left."""
+    train = SafeTrainer.train
+
+    def acted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = train(self, *args, **kwargs)
+        act(self)
+        return done
+
+    SafeTrainer.train = acted  # type: ignore[method-assign]
+
+
+@pytest.mark.fault("the disk takes no more of the model at the end")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_disk_that_is_full_at_the_end_ends_the_run_in_one_line(
+    stage: str, world: Path, again: Callable[[str, str], None]
+) -> None:
+    out = f"full at the end of {stage}"
+
+    def act() -> None:
+        after_training(lambda trainer: no_file_beyond(20_000))
+        small_runs.run(stage, world, out)
+
+    code, said = told(act, world)
+    line = said.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {world}")
+    assert "is whole, go on from it with --resume auto" in line and not (world / out / ".saving").exists()
+    again(stage, out)
+
+
+@pytest.mark.fault("the disk takes no more answers", stage="ppo")
+def test_a_disk_that_is_full_between_checkpoints_ends_the_run_in_one_line(
+    world: Path, again: Callable[[str, str], None]
+) -> None:
+    def act() -> None:
+        no_file_beyond(1_000)
+        small_runs.run("ppo", world, "full of answers", save_strategy="no")
+
+    code, said = told(act, world)
+    line = said.strip().splitlines()[-1]
+    assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {world}")
+    assert line.endswith("make room there: no checkpoint is there yet")
+    again("ppo", "full of answers")
 
 
 def as_anybody() -> None:
@@ -306,6 +371,20 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.parametrize(("name", "pickled"), [
+    ("pytorch_model.bin", True), ("pytorch_model-00001-of-00002.bin", True), ("adapter_model.bin", True),
+    ("pytorch_model_fsdp.bin", False),
+])  # fmt: skip
+def test_weights_in_a_pickle_are_refused_but_not_the_state_that_accelerate_saves_of_fsdp(
+    name: str, pickled: bool, tmp_path: Path
+) -> None:
+    """Under FSDP each checkpoint of Trainer's has one; it is read with `weights_only`."""
+    (tmp_path / "trainer_state.json").write_text("{}")
+    torch.save({"weight": torch.ones(2)}, tmp_path / name)
+    seal(tmp_path)
+    assert (fault(tmp_path) is not None) == pickled
+
+
 @pytest.mark.fault("of the last checkpoint {how}")
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("stage", STAGES)
@@ -345,6 +424,67 @@ def test_a_finished_run_is_left_alone_unless_it_was_asked_otherwise(
         UserError, match=r"holds a finished run that was asked otherwise \(learning_rate 0.001 -> 0.5\)"
     ):
         small_runs.run("sft", world, "whole sft", resume="auto", learning_rate=0.5)
+
+
+def test_a_finished_run_that_may_be_replaced_is_begun_anew(
+    world: Path, whole: Callable[[str], dict[str, Any]]
+) -> None:
+    """Its last checkpoint would come out as what was learnt in the new way."""
+    whole("sft")
+    shutil.copytree(world / "whole sft", world / "replaced")
+    small_runs.run("sft", world, "replaced", resume="auto", overwrite=True, learning_rate=0.01)
+    small_runs.run("sft", world, "other", learning_rate=0.01)
+    assert killed.same(small_runs.end_of(world / "replaced"), small_runs.end_of(world / "other"))
+
+
+def test_going_on_from_elsewhere_replaces_nothing_that_it_may_not(
+    world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
+) -> None:
+    whole("sft")
+    whole("pretrain")
+    shutil.copytree(world / "whole pretrain", world / "theirs")
+    point = saved_checkpoints(world / "whole sft")[-1]
+    before = {path: path.read_bytes() for path in (world / "theirs").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="is not empty"):
+        small_runs.run("sft", world, "theirs", resume_from_checkpoint=point)
+    assert {path: path.read_bytes() for path in (world / "theirs").rglob("*") if path.is_file()} == before
+    small_runs.run("sft", world, "theirs", resume_from_checkpoint=point, overwrite=True)
+    assert point.is_dir()
+    again("sft", "theirs")
+
+
+def test_a_run_from_elsewhere_that_is_cut_off_goes_on_from_its_own(
+    world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
+) -> None:
+    small_runs.run("sft", world, "source", save_total_limit=9)
+    point = saved_checkpoints(world / "source")[-1]
+
+    def act() -> None:
+        in_save(2, lambda: os._exit(9))
+        small_runs.run("sft", world, "from elsewhere", resume="auto", resume_from_checkpoint=point)
+
+    assert told(act, world)[0] == 9
+    assert saved_checkpoints(world / "from elsewhere")[0].name == "checkpoint-4"
+    again("sft", "from elsewhere")
+
+
+@pytest.mark.parametrize("asked", [{}, {"resume": "auto"}, {"overwrite": True}, {"resume": "auto", "overwrite": True}])
+def test_what_only_looks_like_a_run_is_left_alone(asked: dict[str, Any], world: Path, tmp_path: Path) -> None:
+    files = [
+        "checkpoint-best/model.bin",
+        "checkpoint-1000.pt",
+        "checkpoint-3/mine.txt",
+        "notes.md",
+        "trainer_state.txt",
+    ]
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty|that no stage left|none of the 1 checkpoints"):
+        small_runs.run("sft", world, str(tmp_path), **asked)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == sorted(
+        files
+    )
 
 
 def test_what_a_checkpoint_was_asked_otherwise_is_said(world: Path, whole: Callable[[str], dict[str, Any]]) -> None:
@@ -399,6 +539,61 @@ def test_weights_that_are_not_finite_are_not_saved(stage: str, world: Path, agai
     assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
     assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
     again(stage, out)
+
+
+@pytest.mark.fault("a weight is not finite at the end, and no checkpoint was asked for")
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_that_are_not_finite_are_not_left_at_the_end(
+    stage: str, world: Path, again: Callable[[str, str], None]
+) -> None:
+    out = f"inf at the end of {stage}"
+
+    def spoil(trainer: Any) -> None:
+        next(trainer.model.parameters()).data[0, 0] = torch.nan
+
+    def act() -> None:
+        after_training(spoil)
+        small_runs.run(stage, world, out, save_strategy="no")
+
+    code, said = told(act, world)
+    assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
+    assert not list((world / out).rglob("*.safetensors"))
+    again(stage, out)
+
+
+@pytest.mark.fault("a weight is not finite from some step on", stage="ppo")
+def test_ppo_does_not_go_on_with_weights_that_are_not_finite(world: Path, again: Callable[[str, str], None]) -> None:
+    """A loss that is not finite is passed over, and of such weights every loss is."""
+
+    def act() -> None:
+        step = SafeTrainer.training_step
+
+        def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 5:
+                next(self.model.parameters()).data.fill_(torch.nan)
+            return step(self, *args, **kwargs)
+
+        SafeTrainer.training_step = spoilt  # type: ignore[method-assign]
+        small_runs.run("ppo", world, "inf on the way")
+
+    code, said = told(act, world)
+    line = said.strip().splitlines()[-1]
+    assert code == 2 and line.startswith("error: step 5: a weight is not finite, and nothing of it is saved; ")
+    assert "checkpoint-4 is the last checkpoint" in line
+    again("ppo", "inf on the way")
+
+
+def test_looking_for_a_lock_is_in_nobody_s_way(tmp_path: Path) -> None:
+    """A dead owner's file is left; all processes of a run look at it at the same time, and then the first takes it."""
+    (tmp_path / LOCK).write_text("process 1 on elsewhere\n")
+    looking = (tmp_path / LOCK).open()
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    require_unlocked(tmp_path)
+    with pytest.raises(UserError, match="is in use by process 1 on elsewhere"), folder_lock(tmp_path):
+        pass
+    threading.Timer(0.2, looking.close).start()
+    with folder_lock(tmp_path):
+        assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
 
 
 @pytest.mark.fault("a second run in the folder", stage="sft")

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from rlhf_recipes.arguments import UserError, parse_arguments
+from rlhf_recipes.cards import plain
 from rlhf_recipes.data import load_split, write_rows
 from rlhf_recipes.generation import generate
 from rlhf_recipes.metrics import perplexity
 from rlhf_recipes.models import load_causal_lm, load_tokenizer
-from rlhf_recipes.pretraining import collate_blocks
+from rlhf_recipes.pretraining import _continued, collate_blocks
 from rlhf_recipes.stages.pretrain import (
     ModelConfig,
     PretrainArguments,
@@ -134,8 +135,9 @@ def test_samples_follow_an_end_of_text_and_are_the_models(run: Path) -> None:
     ]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
     texts = generate(model, tokenizer, [[END, *b"the c"], [END]], max_new_tokens=8, seed=42)
-    first, second = (" ".join(text.split("\n")) for text in texts)
-    assert samples.endswith(f"- **the c**{first}\n- {second}\n")
+    first, second = texts
+    gap = " " if first[:1].isspace() else ""
+    assert samples.endswith(f"- **the c**{gap}{plain(first)}\n- {plain(second)}\n")
 
 
 def test_what_was_asked_can_be_asked_again(run: Path, tmp_path: Path) -> None:
@@ -250,6 +252,15 @@ def test_learning_rate_warms_up_and_decays(
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     wanted = [0.01 * (step / 2 if step < 2 else share((step - 2) / 6)) for step in range(8)]
     assert rates == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("prompt", "text", "line"), [
+    ("Once", " upon", "**Once** upon"), ("On", "ce", "**On**ce"), ("Once ", "upon", "**Once** upon"), ("", "a\nb", "a b"),
+    ("<b>", "**x** ![y](z)", r"**\<b\>**\*\*x\*\* \!\[y\](z)"),
+    ("", "# x", r"\# x"),
+])  # fmt: skip
+def test_samples_are_text_whatever_is_in_them(prompt: str, text: str, line: str) -> None:
+    assert _continued(prompt, text) == line
 
 
 def test_the_same_seed_gives_the_same_weights(place: Path, tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.hub import files_of
+from rlhf_recipes.arguments import UserError, parse_arguments
+from rlhf_recipes.hub import Repo, files_of
+from rlhf_recipes.hub.pushing import again
 from rlhf_recipes.stages import push
 from rlhf_recipes.stages.push import PushArguments, kind_of, run_push
 
@@ -61,6 +63,15 @@ def test_rows_get_a_card_that_says_where_each_split_is(tmp_path: Path) -> None:
     assert "| train | 4 | prompt, an\\|swer |" in body and "| test | 2 | prompt, an\\|swer |" in body
     (tmp_path / "README.md").write_text("mine")
     assert push._cards_of_rows(tmp_path) == {}
+
+
+def test_the_command_to_try_again_is_the_one_that_was_given(tmp_path: Path) -> None:
+    repo = Repo("me/model", private=False, revision="side")
+    told = again(tmp_path / "a b", repo, ["--base_model", "me/sft"])
+    words = shlex.split(told)[4:]
+    (asked,) = parse_arguments(push.PushArguments, argv=words)
+    assert (asked.folder, asked.hub_model_id, asked.base_model) == (str(tmp_path / "a b"), "me/model", "me/sft")
+    assert (asked.hub_private_repo, asked.hub_revision) == (False, "side")
 
 
 def test_an_adapter_gets_the_id_of_its_base_and_keeps_the_rest(tmp_path: Path) -> None:

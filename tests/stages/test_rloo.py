@@ -291,6 +291,12 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(place: Path) -> None:
     assert same_weights(whole.model, resumed)
 
 
+def test_it_does_not_replace_rows_that_it_reads_besides(place: Path) -> None:
+    shutil.copytree(place / "prompts", place / "besides" / "prompts")
+    with pytest.raises(UserError, match="holds the input besides/prompts"):
+        run_rloo(*options(output_dir="besides", extra_dataset_names="besides/prompts", overwrite=True))
+
+
 def test_answers_are_counted_once_however_often_they_are_learnt_from() -> None:
     shape = {"per_device_train_batch_size": 8, "num_generations": 4}
     config = RLOOConfig("out", steps_per_generation=2, num_iterations=3, **shape)

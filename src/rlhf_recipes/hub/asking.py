@@ -36,11 +36,26 @@ class Unlike(Exception):
     """What the Hub holds is not what it was given."""
 
 
-def api(token: str | None) -> Any:
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import get_session
+class _Patient:
+    """Makes the library's clients as before, but none that waits without end: it makes one at first, and one anew after each
+    connection that was refused."""
 
-    get_session().timeout = STALLED  # by itself it waits without end
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+
+    def __call__(self) -> Any:
+        client = self.make()
+        client.timeout = STALLED
+        return client
+
+
+def api(token: str | None) -> Any:
+    from huggingface_hub import HfApi, set_client_factory
+    from huggingface_hub.utils import _http
+
+    make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
+    if not isinstance(make, _Patient):
+        set_client_factory(_Patient(make))
     return HfApi(token=token_of(token), library_name="rlhf-recipes")
 
 

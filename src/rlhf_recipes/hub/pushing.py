@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +65,7 @@ def push_folder(
     into: str = "",
     whole: bool = False,
     instead: Mapping[str, Content] | None = None,
+    flags: Sequence[str] = (),
 ) -> str:
     """Push a folder as one commit and read that back; returns its address.
 
@@ -72,12 +73,13 @@ def push_folder(
         into: folder of the repo; by default its root.
         whole: also what only a run needs that goes on (of a checkpoint).
         instead: contents that the repo gets rather than, or beside, those of the folder, by their path in it.
+        flags: what the command to try again says besides.
 
     Raises:
         UserError: it was not pushed; says why, and how to try again.
     """
     folder = Path(folder)
-    end = f"; nothing of it is lost, push it with: {again(folder, repo)}"
+    end = f"; nothing of it is lost, push it with: {again(folder, repo, flags)}"
     with in_one_line(f"{folder} was not pushed to {repo.name}", end, repo.token):
         make_ready(repo)
         contents = dict(files_of(folder, whole)) | dict(instead or {})
@@ -93,12 +95,12 @@ def tell(folder: Path, address: str) -> None:
     print(f"pushed {folder} to {address}", flush=True)
 
 
-def again(folder: Path, repo: Repo) -> str:
+def again(folder: Path, repo: Repo, more: Sequence[str] = ()) -> str:
     """The command that pushes the folder once more."""
     flags = ["--hub_private_repo", "false"] if repo.private is False else []
     flags += ["--hub_revision", repo.revision] if repo.revision else []
-    words = ["python", "-m", "rlhf_recipes", "push", "--folder", str(folder), "--hub_model_id", repo.name, *flags]
-    return shlex.join(words)
+    words = ["python", "-m", "rlhf_recipes", "push", "--folder", str(folder), "--hub_model_id", repo.name]
+    return shlex.join([*words, *flags, *more])
 
 
 def files_of(folder: Path, whole: bool = False) -> Iterator[tuple[str, Path]]:

@@ -4,6 +4,7 @@ peft makes the active adapter trainable and freezes the others whenever one is s
 of a step and trains two at once, so each switch here puts the flags back.
 """
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -71,7 +72,12 @@ def twin(model: Any, name: str, trainable: bool) -> str:
     flags = _flags(model)
     if name in model.peft_config:  # of an earlier trainer of the same policy
         model.delete_adapter(name)
-    model.add_adapter(name, model.peft_config[model.active_adapter])
+    config = copy.deepcopy(model.peft_config[model.active_adapter])
+    if getattr(config, "init_lora_weights", True) is not True:
+        config.init_lora_weights = (
+            True  # its weights come from the first; other ways to begin change the base they share
+        )
+    model.add_adapter(name, config)
     load(model, name, state_of(model, model.active_adapter))
     _restore(flags)
     for parameter in parameters_of(model, name):

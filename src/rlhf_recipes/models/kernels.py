@@ -54,6 +54,8 @@ def short_attention(
         return layout.packed(short_attention(module, query, key, value, None, **options)[0]), None
     tokens = query.shape[2]
     whole = attention_mask is None and 1 < tokens == key.shape[2] <= SHORT and not options.get("dropout")
+    causal = options.get("is_causal")  # without a mask: what transformers' own function goes by
+    whole = whole and bool(getattr(module, "is_causal", True) if causal is None else causal)
     if not whole or query.dtype != torch.bfloat16 or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     groups = query.shape[1] // key.shape[1]

@@ -23,6 +23,7 @@ def measured(trainer: Any, prompts: Prompts | None, prefix: str) -> dict[str, fl
         asked["prompt_ids"], completions, scores, args.reward_weights, alone, learn=False
     )
     means = trainer.experience.metrics(rollout, scores, trainer.reduce)
+    trainer.experience.prior.forget()  # these answers are none that are learnt from
     metrics = {f"{prefix}_{name}": value for name, value in means.items()}
     trainer.log(dict(metrics))
     trainer.control = trainer.callback_handler.on_evaluate(args, trainer.state, trainer.control, metrics)
@@ -37,6 +38,7 @@ def shown(trainer: Any, count: int | None, lines: int = 8) -> list[dict[str, Any
         if prompts is None:
             raise UserError("there are no held-out prompts to answer; pass eval_dataset")
         asked, completions, scores = _answered(trainer, prompts, min(len(prompts), count or len(prompts)))
+        trainer.experience.prior.forget()
         texts = completions.texts(trainer.processing_class)
         words = [
             trainer.processing_class.decode(each)

@@ -53,7 +53,10 @@ class MinimizingTrainer(ResumableTrainer):
         if self.accelerator.sync_gradients:
             self._keep_casts(False)
             if inputs:  # else: a minibatch that needs fewer micro-batches than Trainer counts
+                before = self.guard.skipped
                 self.guard.judge(self.state.global_step, self.reduce, loss.device)
+                if self.guard.skipped > before:
+                    self.require_finite_weights()  # of weights that are not, every loss to come would be skipped
         return loss
 
     def _as_many_everywhere(self, pieces: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,13 +18,13 @@ from rlhf_recipes.models import (
     is_quantized,
     load_causal_lm,
     load_tokenizer,
-    prepare_for_lora,
     quicken,
 )
+from rlhf_recipes.ppo.adapting import known_adapter
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.prompts import Prompts
 from rlhf_recipes.ppo.riding import RidingJudge, rides_on
-from rlhf_recipes.ppo.value_head import PolicyAndValue, ValueHead
+from rlhf_recipes.ppo.value_head import PolicyAndValue, ValueHead, check_head
 from rlhf_recipes.scoring import ModelReward, Reward, load_reward
 
 
@@ -102,54 +101,12 @@ def refuse_sharding(state: Any, gpus: int = 0) -> None:
         )
 
 
-def with_adapter(model: Any, peft_config: Any, args: PPOConfig) -> Any:
-    """The policy as it is trained: with a new adapter on it, with the one it arrived with, or as it is."""
-    if peft_config is not None:
-        from peft import get_peft_model
-
-        if adapters.has_adapter(model):
-            raise UserError(
-                "the policy has an adapter already; leave peft_config out to train that one, or merge it into its base "
-                "and save that first (merge_and_unload)"
-            )
-        base, fitted = prepare_for_lora(model, args.gradient_checkpointing), within(peft_config, model, args)
-        return _no_prompt_learning(get_peft_model(base, fitted))
-    if is_quantized(base_model(model)) and not adapters.has_adapter(model):
-        raise UserError("a policy in 4 or 8 bits cannot be trained itself; pass peft_config to train an adapter on it")
-    if args.model_adapter_name is not None and adapters.has_adapter(model):
-        model.set_adapter(_known(model, args.model_adapter_name))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("the policy has nothing that trains; read its adapter with is_trainable=True, or unfreeze it")
-    return _no_prompt_learning(model) if adapters.has_adapter(model) else model
-
-
-def within(peft_config: Any, model: Any, args: PPOConfig) -> Any:
-    """The adapter's config, for no other layers than those that learn, where it does not say for which."""
-    if args.num_layers_unfrozen is None or getattr(peft_config, "layers_to_transform", None) is not None:
-        return peft_config
-    layers = base_model(model).config.get_text_config().num_hidden_layers
-    return replace(peft_config, layers_to_transform=list(range(layers - args.num_layers_unfrozen, layers)))
-
-
-def _no_prompt_learning(model: Any) -> Any:
-    if model.peft_config[model.active_adapter].is_prompt_learning:
-        raise UserError(
-            "an adapter that learns a prompt moves every position; take LoRA or another adapter of weights"
-        )
-    return model
-
-
-def _known(model: Any, name: str) -> str:
-    if name not in model.peft_config:
-        raise UserError(f"the policy has no adapter {name}; it has {', '.join(model.peft_config)}")
-    return name
-
-
 def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
     """Policy and value in one module; where the policy has an adapter, the value may have one on the same base."""
     _check_vocabulary("value_model", value_model, policy)
     if value_model is not None and is_quantized(base_model(value_model)) and not adapters.has_adapter(value_model):
         raise UserError("a value model in 4 or 8 bits cannot be trained itself; put an adapter on it (get_peft_model)")
+    check_head(policy)
     own = args.value_adapter and value_model is None and adapters.has_adapter(policy)
     if own and args.gradient_checkpointing:
         raise UserError(
@@ -204,7 +161,12 @@ def the_reference(model: PolicyAndValue, arrived: bool, ref_model: Any, args: PP
             return Reference(_still(model.upper.frozen_copy()).to(args.device))
         return Reference(_still(copy.deepcopy(policy)).to(args.device))
     if args.ref_adapter_name is not None:
-        name = _known(policy, args.ref_adapter_name)
+        name = known_adapter(policy, args.ref_adapter_name)
+        if name == policy.active_adapter:
+            raise UserError(
+                f"ref_adapter_name is {name}, the adapter that is trained, and would move with it; leave it out, and the "
+                "reference is that adapter as it is now"
+            )
         for parameter in adapters.parameters_of(policy, name):
             parameter.requires_grad_(False)
         return Reference(model.upper, policy, name)
@@ -293,8 +255,10 @@ def chosen_sampling(model: nn.Module, tokenizer: Any, args: PPOConfig) -> Sampli
 def without_dropout(module: nn.Module | None) -> None:
     """With dropout the update's probabilities would not be the rollout's, and the ratio would start off 1."""
     for part in module.modules() if module is not None else ():
-        if isinstance(part, nn.Dropout):
+        if isinstance(part, nn.modules.dropout._DropoutNd):
             part.p = 0.0
-        for name in ("attention_dropout", "activation_dropout", "dropout"):  # numbers that newer models keep
-            if isinstance(getattr(part, name, None), float):
+        for name, value in list(
+            vars(part).items()
+        ):  # numbers that models keep: attention_dropout, attn_dropout, layerdrop
+            if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)

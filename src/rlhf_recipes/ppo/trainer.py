@@ -15,6 +15,7 @@ from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Completions, row_seed, sample
 from rlhf_recipes.models import adapters, base_model, casts_kept, quicken
 from rlhf_recipes.models.sharding import is_sharded, whole_weights
+from rlhf_recipes.ppo.adapting import with_adapter
 from rlhf_recipes.ppo.callbacks import Answers, SampleTable, UpdateEnd, UpdateLine
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.experience import Experience
@@ -33,7 +34,6 @@ from rlhf_recipes.ppo.roles import (
     refuse_sharding,
     the_reference,
     watched_names,
-    with_adapter,
     with_value,
     without_dropout,
 )

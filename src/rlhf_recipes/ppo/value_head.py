@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf_recipes.arguments import UserError
 from rlhf_recipes.models import UpperLayers, adapters, base_model, freeze_below, lower_layers, trunk_of
 from rlhf_recipes.models.packed import in_whole_tiles, states_at, states_of
 from rlhf_recipes.models.sharding import is_sharded, load_whole_state, whole_state
@@ -257,4 +258,26 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def hidden_size(model: nn.Module) -> int:
-    return int(base_model(model).config.get_text_config().hidden_size)
+    """Of the states that the head reads, which a trunk may have projected to another width than it works in."""
+    return int(base_model(model).get_output_embeddings().weight.shape[-1])
+
+
+@torch.no_grad()
+def check_head(policy: nn.Module) -> None:
+    """Whether a policy's logits are its head on the last states of its trunk, which is how probabilities are read here.
+
+    Raises:
+        UserError: something bends or scales them on the way.
+    """
+    base = base_model(policy)
+    head, device, mode = base.get_output_embeddings(), next(base.parameters()).device, base.training
+    ids = torch.arange(1, 9, device=device)[None] % base.config.get_text_config().vocab_size
+    base.eval()
+    logits = base(input_ids=ids, use_cache=False).logits
+    ours = head(trunk_of(base)(input_ids=ids, use_cache=False).last_hidden_state)
+    base.train(mode)
+    if logits.shape != ours.shape or (logits - ours).abs().max() > 1e-3 * logits.abs().max():
+        raise UserError(
+            f"the logits of a {type(base).__name__} are not its head on the states of its trunk, which PPOTrainer reads "
+            "probabilities from; take another model"
+        )

@@ -35,7 +35,7 @@ class FunctionReward:
         completion_ids: Sequence[Sequence[int]],
         **columns: Sequence[Any],
     ) -> Scores:
-        """Raises UserError naming the sample, if the function raises or returns what is not a score of each."""
+        """Raises RowError naming the sample, if the function raises or returns what is not a score of each."""
         rows = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         given = {name: list(values) for name, values in rows.items()}
         try:
@@ -43,12 +43,12 @@ class FunctionReward:
         except Exception as error:
             raise RowError(self._blame(error, given)) from error
         if not isinstance(scores, list):
-            raise UserError(
+            raise RowError(
                 f"reward function {self.name} returned {scores!r} for {len(completions)} completions; return a list with "
                 "one score each"
             )
         if len(scores) != len(completions):
-            raise UserError(
+            raise RowError(
                 f"reward function {self.name} returned {len(scores)} scores for {len(completions)} completions; "
                 "return one each"
             )
@@ -64,7 +64,7 @@ class FunctionReward:
         score = _plain(score)
         if isinstance(score, (list, tuple)):
             if len(score) != len(ids):
-                raise UserError(
+                raise RowError(
                     f"reward function {self.name} returned {len(score)} token rewards {sample}, which has {len(ids)} "
                     "tokens (completion_ids); return one each"
                 )

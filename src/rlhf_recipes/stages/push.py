@@ -48,7 +48,8 @@ def run_push(arguments: PushArguments) -> Path:
     require_unlocked(folder)
     instead = _cards_of_rows(folder) if kind == "dataset" else _adapters(folder, arguments.base_model)
     if os.environ.get("RANK", "0") == "0":
-        tell(folder, push_folder(folder, repo, instead=instead))
+        flags = ["--base_model", arguments.base_model] if arguments.base_model is not None else []
+        tell(folder, push_folder(folder, repo, instead=instead, flags=flags))
     return folder
 
 

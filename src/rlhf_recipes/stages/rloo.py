@@ -182,7 +182,8 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
 
 def run_rloo(arguments: RLOOArguments, model_config: ModelConfig, training: RLOOConfig) -> Path:
     """Train and leave a folder with the model (or its LoRA adapter), its tokenizer and what was measured."""
-    inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.reward or [])]
+    inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
+    inputs += arguments.reward or []
     run = open_run(training, arguments, model_config, inputs=inputs)
     if run.finished:
         return run.folder
