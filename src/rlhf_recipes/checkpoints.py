@@ -9,6 +9,8 @@ import hashlib
 import json
 import logging
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ STATE = "trainer_state.json"  # which Trainer writes last
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 STAGING = ".saving"  # where a checkpoint is until it is whole
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+WITHOUT_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # which torch.load goes by, whatever its caller says
 CLOSED = {errno.EACCES, errno.EPERM, errno.EIO}
 # What could be read as weights. What Accelerate saves of FSDP, pytorch_model_fsdp.bin, is a state that it reads without code.
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin", "*.pkl", "*.pickle")
@@ -75,6 +78,36 @@ def fault(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{STATE} or {SUMS} cannot be read ({str(error).splitlines()[0]})"
     return None
+
+
+@contextmanager
+def deepspeed_without_code() -> Iterator[None]:
+    """For the time, of a checkpoint DeepSpeed reads tensors, plain values and its own records, and nothing that runs: by
+    itself it unpickles whatever is there.
+
+    Raises:
+        UserError: something else is there.
+    """
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(WITHOUT_CODE)
+    os.environ[WITHOUT_CODE] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise RowError(
+            f"the checkpoint holds a pickle that would run code ({found[1] if found else 'not said which'}); go on from one "
+            "that a run of yours has saved"
+        ) from None
+    finally:
+        os.environ.pop(WITHOUT_CODE)
+        if before is not None:
+            os.environ[WITHOUT_CODE] = before
 
 
 def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) -> str | None:

@@ -20,6 +20,7 @@ from rlhf_recipes.artifacts import write_text
 from rlhf_recipes.checkpoints import (
     STAGING,
     STATE,
+    deepspeed_without_code,
     full_disk_said,
     last_of,
     publish,
@@ -71,8 +72,10 @@ class SafeTrainer(WholeBatchesTrainer):
             require_as_many(Path(self._resuming_from), self.args.world_size)
         self.remove_callback(_Watch)
         self.add_callback(_Watch(self))  # last, so that it sees what the others wish
+        unpickles = self._resuming_from is not None and self.is_deepspeed_enabled
+        read = deepspeed_without_code() if unpickles else nullcontext()
         held = folder_lock(folder) if self.args.should_save else nullcontext()
-        with held, full_disk_said(Path(folder)), listening(self._hear):
+        with held, read, full_disk_said(Path(folder)), listening(self._hear):
             try:
                 return super().train(self._resuming_from, *args, **kwargs)
             except (MemoryError, RuntimeError) as error:

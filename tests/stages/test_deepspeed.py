@@ -16,6 +16,8 @@ import torch
 import yaml
 from small_runs import LORA
 
+from rlhf_recipes.checkpoints import seal
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("small_runs.py")
 KINDS: dict[str, dict[str, Any]] = {
@@ -107,6 +109,32 @@ def test_another_number_of_processes_is_refused_in_one_line(world: Path) -> None
     done = launched(world, 2, 1, [{"stage": "sft", "out": "taken by one", "resume": "auto"}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1 and "was saved by 2 processes" in lines[0]
+
+
+class RunsAsItIsRead:
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_that_brings_code_is_refused(stage: int, world: Path) -> None:
+    """DeepSpeed by itself unpickles what is there."""
+    name = f"brings code {stage}"
+    assert launched(world, stage, 1, [{"stage": "sft", "out": name}]).returncode == 0
+    point = world / f"{name} on" / "checkpoint-4"
+    shutil.copytree(world / name / "checkpoint-4", point)
+    for number, path in enumerate(sorted(point.rglob("*.pt"))):
+        if path.parent != point:
+            state = torch.load(path, weights_only=False)
+            torch.save(state | {"more": RunsAsItIsRead(world / f"ran {stage} {number}")}, path)
+    seal(point)
+    done = launched(world, stage, 1, [{"stage": "sft", "out": f"{name} on", "resume": "auto"}])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "holds a pickle that would run code (posix.mkdir)" in lines[0]
+    assert not list(world.glob(f"ran {stage}*"))
 
 
 def test_weights_in_4_bits_under_zero_3_are_refused_with_the_way_out(world: Path) -> None:
