@@ -145,6 +145,22 @@ def make_tokenizer() -> Callable[[], "PreTrainedTokenizerFast"]:
 
 
 @pytest.fixture(scope="session")
+def make_tokenizer_with_bos(make_tokenizer: Callable[[], "PreTrainedTokenizerFast"]) -> Callable[[], Any]:
+    """() -> one that puts a BOS of its own (id 260) before every text, as Llama's and Gemma's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    def make() -> "PreTrainedTokenizerFast":
+        tokenizer = make_tokenizer()
+        tokenizer.bos_token = "<|system|>"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|system|> $A", special_tokens=[("<|system|>", 260)]
+        )
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tokenizer(make_tokenizer: Callable[[], "PreTrainedTokenizerFast"]) -> "PreTrainedTokenizerFast":
     """The byte-level tokenizer, shared by all tests: whoever changes one asks `make_tokenizer` for their own."""
     return make_tokenizer()

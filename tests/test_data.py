@@ -12,14 +12,19 @@ from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.data import (
     chat_template,
     ensure_chat_template,
+    fit_prompts,
     has_columns,
     is_conversation,
+    load_held_out,
     load_split,
     load_train_and_test,
     pack_documents,
     prompt_ids,
     require_columns,
+    require_held_out,
     require_text,
+    require_texts,
+    split_ids,
     text_of,
     write_rows,
 )
@@ -229,3 +234,88 @@ def test_a_prompt_is_the_same_as_text_messages_and_ids(make_tokenizer: Callable[
     assert text_of(messages) == text_of("Hi") == "Hi"
     with pytest.raises(UserError, match="empty prompt"):
         prompt_ids("", tokenizer)
+
+
+BOS = 260
+
+
+def test_plain_text_has_the_bos_that_its_tokenizer_puts_there(
+    make_tokenizer_with_bos: Callable[[], Any], tokenizer: Any
+) -> None:
+    """Of messages the template writes what it wants."""
+    with_bos = make_tokenizer_with_bos()
+    assert with_bos("Hi")["input_ids"] == [BOS, *b"Hi"]
+    assert prompt_ids("Hi", with_bos) == [BOS, *b"Hi"] and prompt_ids("Hi", tokenizer) == [*b"Hi"]
+    assert prompt_ids([{"role": "user", "content": "Hi"}], with_bos) == [258, *b"Hi", 261, 259]
+    assert split_ids("Hi", " you", with_bos) == ([BOS, *b"Hi"], [*b" you", END])
+    assert split_ids("", "you", with_bos) == ([], [BOS, *b"you", END])
+    with pytest.raises(UserError, match="empty prompt"):
+        prompt_ids("", with_bos)
+    rows = [{"prompt": "12345"}]
+    assert fit_prompts(rows, tokenizer, 6) == rows
+    with pytest.raises(UserError, match="the prompt has 6 tokens"):
+        fit_prompts(rows, with_bos, 6)
+
+
+ALTERNATES = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate, and a user begins') }}{% endif %}{{ message['content'] }}{% endfor %}"
+)
+
+
+def test_an_answer_is_rendered_after_its_prompt(make_tokenizer: Callable[[], Any]) -> None:
+    """As it is trained on: a template may ask for the roles that come before."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ALTERNATES
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho"}]}
+    require_texts([row, row], ["prompt", "completion"], tokenizer)
+    with pytest.raises(
+        UserError, match="row 1: the column completion cannot be rendered by the chat template: roles must"
+    ):
+        require_texts([row, row | {"completion": row["prompt"]}], ["prompt", "completion"], tokenizer)
+    with pytest.raises(UserError, match="row 0: the column prompt cannot be rendered"):
+        require_texts([row | {"prompt": row["completion"]}], ["prompt", "completion"], tokenizer)
+    with pytest.raises(UserError, match="row 0: the column completion cannot be rendered"):
+        require_texts([row], ["completion"], tokenizer)
+
+
+def test_a_dot_in_the_name_of_a_repo_is_no_file_ending() -> None:
+    for name in ("nobody/some-2.5", "nobody/some-v0.2"):
+        with pytest.raises(UserError, match="as a Hub id it cannot be fetched"):
+            load_split(name, "train")
+    for name in ("nobody/some.jsonl", "some.csv.gz", "../some-2.5"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            load_split(name, "train")
+
+
+def test_of_a_streamed_repo_nothing_is_read_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask for one split of a repo without streaming is to fetch all of them."""
+    import datasets
+
+    load, asked = datasets.load_dataset, []
+
+    def as_a_repo(name: str, config: Any, split: str, streaming: bool) -> Any:
+        asked.append((split, streaming))
+        file = folder / f"{split}.jsonl"
+        if not file.is_file():
+            raise ValueError(f"Unknown split {split}")
+        return load("json", data_files=str(file), split="train", streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", as_a_repo)
+    arguments = DatasetArguments(
+        dataset_name="me/rows", max_train_samples=3, max_test_samples=1, row_filter=["source=odd"]
+    )
+    train, test = load_train_and_test(arguments, streaming=True)
+    assert asked == [("train", True), ("test", True)]
+    assert texts(train) == ["row 1", "row 3", "row 5"] and test["text"] == ["held out"]
+    assert load_held_out(DatasetArguments(dataset_name="me/rows", dataset_test_split="none"), streaming=True) is None
+
+
+def test_an_evaluation_on_rows_that_there_are_not_is_refused() -> None:
+    from transformers import TrainingArguments
+
+    asked = TrainingArguments("out", eval_strategy="epoch", use_cpu=True)
+    with pytest.raises(UserError, match="eval_strategy is epoch, but the dataset has no split 'validation'"):
+        require_held_out(None, asked, "validation")
+    require_held_out([{}], asked, "validation")
+    require_held_out(None, TrainingArguments("out", use_cpu=True), "validation")

@@ -153,7 +153,10 @@ def test_a_judge_is_asked_without_dropout_and_without_gradients(make_judge: Any,
     model = make_judge(0, initializer_range=0.2, resid_pdrop=0.5, embd_pdrop=0.5).train()
     reward = load_reward(model, tokenizer)
     assert ask(reward, ROWS) == ask(reward, ROWS)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    asked_with: list[bool] = []
+    model.transformer.register_forward_hook(lambda *args: asked_with.append(args[2].last_hidden_state.requires_grad))
+    ask(reward, ROWS)
+    assert asked_with and not any(asked_with)
 
 
 def test_a_row_beyond_the_context_keeps_its_end(make_judge: Any, tokenizer: Any) -> None:
@@ -270,3 +273,28 @@ def test_what_is_wrong_with_one_sample_is_told_by_the_process_that_has_it(
     assert (
         ended.value.code == 2 and "raised ZeroDivisionError" in told and "the completion 'b' of the prompt 'p'" in told
     )
+
+
+def test_a_judge_that_reads_a_row_at_its_first_token_is_refused(make_tokenizer: Any) -> None:
+    """It would be asked without that token, and say something of the prompt's first word."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    tokenizer.cls_token = "<|system|>"
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = BertForSequenceClassification(BertConfig(num_labels=1, vocab_size=262, **shape))
+    with pytest.raises(UserError, match="is a BertForSequenceClassification, which reads a row at its first token"):
+        load_reward(model, tokenizer)
+
+
+def test_a_judge_with_a_vocabulary_of_its_own_reads_text_with_its_bos(
+    make_judge: Any, make_tokenizer_with_bos: Any, tokenizer: Any
+) -> None:
+    """As TRL trained it; a chat template writes what it wants."""
+    judge, own = make_judge(0, initializer_range=0.2), make_tokenizer_with_bos()
+    reward = ModelReward(judge, own, tokenizer)
+    reward.shares_ids = False
+    text = reward(["Hi"], [" you"], prompt_ids=[[*b"Hi"]], completion_ids=[[*b" you", EOS]])
+    assert text == ask(ModelReward(judge, own, own), [[260, *b"Hi you", EOS]])
+    chat = reward([CHAT], ["Ho"], prompt_ids=[[1]], completion_ids=[[*b"Ho", EOS]])
+    assert chat == ask(ModelReward(judge, own, own), [[258, *b"Hi", 261, 259, *b"Ho", EOS]])

@@ -58,12 +58,22 @@ def check_output_folder(
 
 def _with_bases(names: Sequence[str | None]) -> Iterator[str]:
     """The sources, and of each local adapter the base that it names, and that one's."""
+    seen: set[str] = set()
     for name in names:
-        while name:
+        while name and name not in seen:
+            seen.add(name)
             yield name
-            config = Path(name) / "adapter_config.json"
-            base = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-            name = base.get("base_model_name_or_path") if base.get("base_model_name_or_path") != name else None
+            name = _base_of(Path(name) / "adapter_config.json")
+
+
+def _base_of(config: Path) -> str | None:
+    """None too of a file that says nothing: the loader says what is wrong with it."""
+    try:
+        told = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except (OSError, ValueError):
+        return None
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    return base if isinstance(base, str) else None
 
 
 def _left_by_a_stage(path: Path) -> bool:

@@ -22,7 +22,8 @@ STATE = "trainer_state.json"  # which Trainer writes last
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 STAGING = ".saving"  # where a checkpoint is until it is whole
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-WITHOUT_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # which torch.load goes by, whatever its caller says
+# Which torch.load goes by, whatever its caller says; it does not take both.
+WITHOUT_CODE, WITH_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 CLOSED = {errno.EACCES, errno.EPERM, errno.EIO}
 # What could be read as weights. What Accelerate saves of FSDP, pytorch_model_fsdp.bin, is a state that it reads without code.
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin", "*.pkl", "*.pickle")
@@ -93,7 +94,7 @@ def deepspeed_without_code() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    before = os.environ.get(WITHOUT_CODE)
+    before = {name: os.environ.pop(name, None) for name in (WITHOUT_CODE, WITH_CODE)}
     os.environ[WITHOUT_CODE] = "1"
     try:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
@@ -106,8 +107,7 @@ def deepspeed_without_code() -> Iterator[None]:
         ) from None
     finally:
         os.environ.pop(WITHOUT_CODE)
-        if before is not None:
-            os.environ[WITHOUT_CODE] = before
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) -> str | None:

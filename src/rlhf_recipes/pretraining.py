@@ -1,5 +1,6 @@
 """What pretraining adds to `Trainer`: an L1 penalty, a collator for packed blocks, continuations while it trains."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,10 +100,13 @@ class SampleContinuations(TrainerCallback):
         self._write(Path(args.output_dir), state, kwargs["model"])
 
     def _write(self, folder: Path, state: Any, model: "PreTrainedModel") -> None:
-        if not state.is_world_process_zero or not self.rows or state.global_step == self.last_step:
+        if not self.rows or state.global_step == self.last_step:
             return
         self.last_step = state.global_step
+        # By every process, in step: each pass over weights that are cut apart is a meeting of all.
         pairs = list(zip(self.prompts, self.continuations(model), strict=True))
+        if not state.is_world_process_zero:
+            return
         lines = [f"- {_continued(prompt, text)}" for prompt, text in pairs]
         self.sections.append("\n".join([f"## Step {state.global_step}", "", *lines]))
         write_text(folder / SAMPLES, "\n\n".join(["# Continuations", *self.sections]) + "\n")
@@ -111,7 +115,8 @@ class SampleContinuations(TrainerCallback):
 
 def _continued(prompt: str, text: str) -> str:
     """Markdown of one line; nothing in the texts is read as marks."""
-    start = f"**{plain(prompt)}**" if prompt.strip() else ""
-    gap = " " if start and (prompt[-1:].isspace() or text[:1].isspace()) else ""
-    line = f"{start}{gap}{plain(text)}"
-    return f"\\{line}" if line.startswith(("#", "+", "-", "=")) else line
+    start, rest = (plain(each).replace("_", "\\_") for each in (prompt, text))
+    if start:
+        gap = " " if prompt[-1:].isspace() or text[:1].isspace() else ""
+        return f"**{start}**{gap}{rest}"
+    return re.sub(r"^(\d*)([#+=.)-])", r"\1\\\2", rest)  # what makes a heading or a list at the start of a line

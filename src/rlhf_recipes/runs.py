@@ -17,6 +17,7 @@ from rlhf_recipes.checkpoints import STAGING, full_disk_said, move_in, resume_po
 from rlhf_recipes.hub import HubArguments, check_push, open_asked, push_asked
 from rlhf_recipes.launching import check_launch
 from rlhf_recipes.locks import folder_lock, require_unlocked
+from rlhf_recipes.secrecy import without_secrets
 
 # Says nothing of what is learnt.
 HOW = {
@@ -73,7 +74,7 @@ def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
     # A finished run that may be replaced is begun anew, or its last weights would come out under another recipe.
     own = resume_point("auto", folder) if auto and not finished else None
     checkpoint = own or resume_point(training.resume_from_checkpoint, folder)
-    continues = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(folder.resolve())
+    continues = checkpoint is not None and Path(checkpoint).parent.resolve() == folder.resolve()
     read = [*inputs, None if continues else checkpoint]
     check_output_folder(folder, overwrite, read, resuming=continues, restarting=auto)
     if checkpoint is not None and (changed := _changed(_asked_then(checkpoint), asked)):
@@ -83,7 +84,8 @@ def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
 
 
 def _asked(*arguments: Any) -> dict[str, Any]:
-    return {name: value for name, value in asked_for(*arguments).items() if name not in HOW}
+    asked = {name: value for name, value in asked_for(*arguments).items() if name not in HOW}
+    return json.loads(without_secrets(json.dumps(asked)))  # as it is written down, and as a difference is told
 
 
 def _asked_then(checkpoint: str) -> dict[str, Any]:

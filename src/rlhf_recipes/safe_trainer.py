@@ -255,9 +255,14 @@ class SafeTrainer(WholeBatchesTrainer):
         )
 
 
-def _held_here(parameter: Tensor) -> Tensor:
+def _held_here(parameter: Any) -> Tensor:
     """The part of a weight that this process holds: all of it, or its shard under FSDP2 or ZeRO-3."""
-    weight: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    weight: Any = parameter.detach()
+    if hasattr(
+        parameter, "ds_tensor"
+    ):  # as long in every process; past the weight's end there is memory as it was found
+        shard: Any = parameter.ds_tensor.detach().flatten()
+        weight = shard[: max(0, parameter.ds_numel - parameter.get_partition_rank() * shard.numel())]
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 

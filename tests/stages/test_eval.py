@@ -296,3 +296,33 @@ def test_the_door_says_what_is_wrong_in_one_line(world: Path, tmp_path: Path) ->
     [line] = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
     assert "needs the columns question, but has prompt, answer" in line
     assert not (tmp_path / "report").exists()
+
+
+def by_token(completion_ids: list[list[int]], **columns: Any) -> list[list[float]]:
+    return [[0.5] * len(ids) for ids in completion_ids]
+
+
+def test_rewards_of_tokens_are_summed(ask: Callable[..., EvalArguments]) -> None:
+    folder = run_eval(ask("first", judge="test_eval:by_token", gold=None))
+    rows = rows_of(folder, "first")
+    assert len({row["tokens"] for row in rows}) > 1 and all(row["judge"] == row["tokens"] / 2 for row in rows)
+
+
+def test_columns_with_names_that_rewards_are_called_with_are_left_out(
+    ask: Callable[..., EvalArguments], tmp_path: Path
+) -> None:
+    rows = [row | {"completions": ["x"], "prompt_ids": [1], "completion_ids": [2], "prompts": "y"} for row in PROMPTS]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    told = measured(
+        run_eval(ask("first", dataset_name=str(tmp_path / "test.jsonl"), output_dir=str(tmp_path / "out")))
+    )
+    assert told["first"] == measured(run_eval(ask("first")))["first"]
+
+
+@pytest.mark.parametrize("bad", [None, [{"from": "human", "value": "Hi"}], [{"role": "user", "content": None}], []])
+def test_what_is_no_prompt_is_named_and_not_asked(bad: Any, ask: Callable[..., EvalArguments], tmp_path: Path) -> None:
+    good = [{"role": "user", "content": "Hi"}] if isinstance(bad, list) else "Hi"
+    rows = [{"prompt": prompt, "answer": "a"} for prompt in (good, bad)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match=r"row 1 has (the|an empty) prompt"):
+        run_eval(ask("first", dataset_name=str(tmp_path / "test.jsonl")))

@@ -125,6 +125,13 @@ def test_a_run_does_not_replace_the_model_that_an_adapter_is_on(world: Path) -> 
     assert (world / "based on" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("told", ["{", "[]", '{"base_model_name_or_path": 3}', '{"base_model_name_or_path": "CYCLE"}'])
+def test_an_adapter_that_names_no_base_is_refused_in_one_line(told: str, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(told.replace("CYCLE", str(tmp_path)))
+    with pytest.raises(UserError):
+        small_runs.run("ppo", world, "on nothing", model_name_or_path=str(tmp_path))
+
+
 @pytest.mark.parametrize("named", ["model_name_or_path", "dataset_name", "reward"])
 def test_a_run_does_not_replace_what_it_reads(named: str, world: Path) -> None:
     """A path that leads out of the output folder and back into an input."""

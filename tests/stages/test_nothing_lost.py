@@ -33,7 +33,7 @@ from rlhf_recipes import terminating
 from rlhf_recipes.arguments import UserError, one_line_errors
 from rlhf_recipes.checkpoints import SUMS, fault, saved_checkpoints, seal
 from rlhf_recipes.locks import LOCK, folder_lock, require_unlocked
-from rlhf_recipes.safe_trainer import SafeTrainer
+from rlhf_recipes.safe_trainer import SafeTrainer, _held_here
 
 SLOW = pytest.mark.slow
 CASES: dict[str, tuple[str, dict[str, Any]]] = {stage: (stage, {}) for stage in STAGES} | {
@@ -453,6 +453,28 @@ def test_going_on_from_elsewhere_replaces_nothing_that_it_may_not(
     again("sft", "theirs")
 
 
+def test_a_checkpoint_that_lies_on_another_disk_is_the_run_s_own(
+    world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
+) -> None:
+    last = unfinished(world, whole, "sft", "linked")
+    last.rename(world / "elsewhere")
+    last.symlink_to(world / "elsewhere")
+    shutil.rmtree(saved_checkpoints(world / "linked")[-1])
+    (world / "linked" / "model.safetensors").write_text("spoilt")
+    again("sft", "linked")
+    with pytest.raises(UserError, match="holds the input"):
+        small_runs.run("sft", world, ".", resume_from_checkpoint=last, overwrite=True)
+
+
+def test_a_token_in_what_was_asked_is_in_no_checkpoint(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it a difference, as the run goes on."""
+    token = "hf_" + "a1" * 17
+    run = small_runs.run("sft", world, "secret", run_name=f"https://me:{token}@example.org", save_total_limit=9)
+    told = [path.read_text() for path in run.rglob("progress_*.json")]
+    assert len(told) == 3 and all(token not in text and "***" in text for text in told)
+    assert small_runs.run("sft", world, "secret", resume="auto", run_name=f"https://me:{token}@example.org") == run
+
+
 def test_a_run_from_elsewhere_that_is_cut_off_goes_on_from_its_own(
     world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
 ) -> None:
@@ -581,6 +603,19 @@ def test_ppo_does_not_go_on_with_weights_that_are_not_finite(world: Path, again:
     assert code == 2 and line.startswith("error: step 5: a weight is not finite, and nothing of it is saved; ")
     assert "checkpoint-4 is the last checkpoint" in line
     again("ppo", "inf on the way")
+
+
+@pytest.mark.parametrize(("rank", "part", "finite"), [
+    (0, [1.0, 2.0], True), (1, [3.0, torch.nan], True), (2, [torch.nan] * 2, True), (0, [1.0, torch.inf], False),
+    (1, [torch.nan, 0.0], False),
+])  # fmt: skip
+def test_of_a_weight_that_zero_3_cuts_apart_what_is_past_its_end_does_not_count(
+    rank: int, part: list[float], finite: bool
+) -> None:
+    """Three numbers for three processes, two to each: DeepSpeed leaves the rest of the memory as it finds it."""
+    parameter: Any = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor, parameter.ds_numel, parameter.get_partition_rank = torch.tensor(part), 3, lambda: rank
+    assert bool(torch.isfinite(_held_here(parameter)).all()) == finite
 
 
 def test_looking_for_a_lock_is_in_nobody_s_way(tmp_path: Path) -> None:

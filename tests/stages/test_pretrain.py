@@ -19,7 +19,7 @@ from rlhf_recipes.data import load_split, write_rows
 from rlhf_recipes.generation import generate
 from rlhf_recipes.metrics import perplexity
 from rlhf_recipes.models import load_causal_lm, load_tokenizer
-from rlhf_recipes.pretraining import _continued, collate_blocks
+from rlhf_recipes.pretraining import SampleContinuations, _continued, collate_blocks
 from rlhf_recipes.stages.pretrain import (
     ModelConfig,
     PretrainArguments,
@@ -257,7 +257,7 @@ def test_learning_rate_warms_up_and_decays(
 @pytest.mark.parametrize(("prompt", "text", "line"), [
     ("Once", " upon", "**Once** upon"), ("On", "ce", "**On**ce"), ("Once ", "upon", "**Once** upon"), ("", "a\nb", "a b"),
     ("<b>", "**x** ![y](z)", r"**\<b\>**\*\*x\*\* \!\[y\](z)"),
-    ("", "# x", r"\# x"),
+    ("", "# x", r"\# x"), ("", "- x", r"\- x"), ("", "1. x_y", r"1\. x\_y"), ("", ".x", r"\.x"),
 ])  # fmt: skip
 def test_samples_are_text_whatever_is_in_them(prompt: str, text: str, line: str) -> None:
     assert _continued(prompt, text) == line
@@ -413,3 +413,21 @@ def test_two_processes_learn_what_one_does(place: Path, tmp_path: Path) -> None:
     both = weights_of(tmp_path / "both")
     assert all(torch.allclose(weight, both[name], atol=1e-6) for name, weight in alone.items())
     assert "perplexity" in json.loads((tmp_path / "both" / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_every_process_samples_and_the_first_one_writes(run: Path, tmp_path: Path) -> None:
+    """Each pass over weights that are cut apart is a meeting of all: who stayed away would let the others wait."""
+    from types import SimpleNamespace
+
+    model, tokenizer = load_causal_lm(str(run)), load_tokenizer(str(run))
+    read: list[int] = []
+    model.register_forward_hook(lambda *told: read.append(1))
+    counts = []
+    for first in (True, False):
+        read.clear()
+        samples = SampleContinuations(["the"], tokenizer, 4, BLOCK)
+        state = SimpleNamespace(is_world_process_zero=first, global_step=3)
+        samples._write(tmp_path / str(first), state, model)
+        counts.append(len(read))
+        assert (tmp_path / str(first) / "samples.md").is_file() == first
+    assert counts[0] == counts[1] > 0

@@ -8,10 +8,14 @@ import pytest
 import yaml
 
 from rlhf_recipes.arguments import UserError
+from rlhf_recipes.generation import generate
+from rlhf_recipes.models import load_causal_lm, load_tokenizer
 from rlhf_recipes.stages import quickstart
 from rlhf_recipes.stages.quickstart import QuickstartArguments, run_quickstart
+from rlhf_recipes.world import judge_details
 
 SMALL = {"corpus": 80, "demonstrations": 48, "preferences": 48, "prompts": 40, "test": 12}
+LOADERS = (load_causal_lm, load_tokenizer)
 FEW_STEPS = {
     "pretrain": {"max_steps": 6, "eval_steps": 3},
     "sft": {"max_steps": 3},
@@ -48,17 +52,31 @@ def test_the_metrics_have_their_shape(run: Path) -> None:
     assert metrics["stages"]["sft"]["kl"] == pytest.approx(0, abs=1e-5)  # it is the reference itself
 
 
-def test_gold_is_gold(run: Path) -> None:
-    """The right share in metrics.json is what the gold judge says of the answers that the report shows."""
-    from rlhf_recipes.world import judge_details
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "ppo"])
+def test_gold_is_gold(stage: str, run: Path) -> None:
+    """The shares in metrics.json are what the gold judge says of the answers that the stage's model gives."""
+    rows = [json.loads(line) for line in (run / "world/prompts/test.jsonl").read_text().splitlines()]
+    prompts, model, tokenizer = [row["prompt"] for row in rows], *(load(str(run / stage)) for load in LOADERS)
+    asked: dict[str, Any] = {
+        "max_new_tokens": quickstart.ANSWER_TOKENS,
+        "temperature": quickstart.TEMPERATURE,
+        "seed": 3,
+    }
+    verdicts = judge_details(
+        prompts, generate(model, tokenizer, prompts, **asked), answer=[row["answer"] for row in rows]
+    )
+    told = json.loads((run / "metrics.json").read_text())["stages"][stage]
+    for part in ("right", "polite", "concise"):
+        assert told[part] == pytest.approx(sum(getattr(verdict, part) for verdict in verdicts) / len(rows)), part
+    assert told["gold_score"] == pytest.approx(sum(verdict.score for verdict in verdicts) / len(rows))
 
+
+def test_the_report_shows_prompts_spread_over_the_split(run: Path) -> None:
     page = (run / "report.html").read_text()
     rows = [json.loads(line) for line in (run / "world/prompts/test.jsonl").read_text().splitlines()]
     shown = [rows[index * len(rows) // quickstart.SHOWN_PROMPTS] for index in range(quickstart.SHOWN_PROMPTS)]
-    for row in shown:  # spread over the split
+    for row in shown:
         assert row["prompt"][0]["content"].replace("'", "&#39;") in page
-    right = judge_details(["?"], [f"It is {rows[0]['answer']}."], answer=[rows[0]["answer"]])[0].right
-    assert right == 1.0
 
 
 def test_each_stage_left_a_folder_that_repeats_it(run: Path) -> None:

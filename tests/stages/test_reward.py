@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from rlhf_recipes.arguments import UserError, parse_arguments
+from rlhf_recipes.data import split_ids
 from rlhf_recipes.judging import collate_labelled, encode_labelled
 from rlhf_recipes.models import load_judge, load_tokenizer
 from rlhf_recipes.scoring import load_reward
@@ -409,3 +410,28 @@ def test_the_door_says_one_line_and_exits_2(tmp_path: Path, model_folder: Path) 
     [line] = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
     assert "has the label 5" in line and "Traceback" not in answer.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_judge_is_worth_is_measured_on_the_rows_that_it_learns_from(ask: Any, tmp_path: Path) -> None:
+    """A prompt that only one of two sources has is read in neither."""
+    further = write(tmp_path / "further", train=PLAIN * 2)
+    folder = run_reward(*ask(PROMPTED * 2, PROMPTED, extra_dataset_names=further, max_steps=1))
+    without = build_reward_trainer(*ask(PLAIN * 2, PLAIN, output_dir=str(tmp_path / "other")))
+    judge = load_reward(load_judge(str(folder)), load_tokenizer(str(folder)))
+    texts = [[*row[side].encode(), 256] for side in ("chosen", "rejected") for row in PLAIN]
+    scores = judge([""] * 4, [""] * 4, prompt_ids=[[]] * 4, completion_ids=texts)
+    assert without.judged.column_names == ["chosen", "rejected"]
+    assert metrics_of(folder)["score_mean"] == pytest.approx(sum(scores) / 4, rel=1e-4)
+
+
+def test_plain_text_is_scored_as_trl_trains_on_it(
+    ask: Any, make_tokenizer_with_bos: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "begins")
+    make_tokenizer_with_bos().save_pretrained(tmp_path / "begins")
+    trainer = build_reward_trainer(*ask(PROMPTED, PROMPTED, model_name_or_path=str(tmp_path / "begins")))
+    tokenizer = load_tokenizer(str(tmp_path / "begins"))
+    for row, trained in zip(PROMPTED, trainer.eval_dataset, strict=True):
+        for side in ("chosen", "rejected"):
+            prompt, answer = split_ids(row["prompt"], row[side], tokenizer)
+            assert trained[f"{side}_ids"] == [*prompt, *answer] and prompt[0] == 260

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from rlhf_recipes.arguments import UserError, parse_arguments
+from rlhf_recipes.data import split_ids
 from rlhf_recipes.generation import generate
 from rlhf_recipes.models import load_causal_lm, load_tokenizer
 from rlhf_recipes.stages.sft import ModelConfig, SFTArguments, SFTConfig, build_sft_trainer, run_sft, trained_runs
@@ -174,6 +175,8 @@ def test_runs_of_trained_tokens_are_parted() -> None:
     row = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, 6, 7, -100, 9, 10]}
     assert trained_runs([row]) == [([5], [6, 7]), ([5, 6, 7, 8], [9, 10])]
     assert trained_runs([{"input_ids": [5, 6], "labels": [5, 6]}]) == [([], [5, 6])]
+    assert trained_runs([{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
+    assert trained_runs([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
 
 
 def test_packing_keeps_the_masks_and_the_documents_apart(ask: Any) -> None:
@@ -332,6 +335,8 @@ WRONG = {
     "no content": ([{"messages": [{"role": "user"}, {"role": "assistant"}]}] * 2, {}, "without a text as its content"),
     "long prompt": ([{"prompt": "x" * 128, "completion": "y"}] * 2, {}, "row 0: the prompt has 128 tokens"),
     "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 is beyond the 128 tokens"),
+    "nothing held out": (CHAT, {"eval_strategy": "epoch"}, "eval_strategy is epoch, but the dataset has no split 'test'"),
+    "nobody's turns": (PLAIN, {"assistant_only_loss": True}, "assistant_only_loss is for rows of messages"),
     "quantized without LoRA": (CHAT, {"load_in_4bit": True}, "add --use_peft true"),
 }  # fmt: skip
 
@@ -416,3 +421,26 @@ def test_the_door_says_one_line_and_exits_2(tmp_path: Path, model_folder: Path) 
     [line] = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
     assert "but has question" in line and "Traceback" not in answer.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_text_with_a_bos_is_measured_as_it_is_trained_on(
+    ask: Any, make_tokenizer_with_bos: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    """Nobody is asked for the BOS; what TRL trains on is what is sampled from."""
+    shutil.copytree(model_folder, tmp_path / "begins")
+    make_tokenizer_with_bos().save_pretrained(tmp_path / "begins")
+    begins = {"model_name_or_path": str(tmp_path / "begins")}
+    trainer = build_sft_trainer(*ask(PLAIN, PLAIN, **begins))
+    for row, trained in zip(PLAIN, trainer.train_dataset, strict=True):
+        prompt, answer = split_ids(row["prompt"], row["completion"], trainer.processing_class)
+        assert trained["input_ids"] == [*prompt, *answer] and prompt[0] == 260
+    folder = run_sft(*ask(TEXT, TEXT, **begins, max_steps=1, per_device_eval_batch_size=1))
+    told = json.loads((folder / "metrics.json").read_text())
+    counts = [len(row["text"]) + 1 for row in TEXT]  # letters and EOS
+    assert told["held_out_tokens"] == sum(counts)
+    trainer = build_sft_trainer(*ask(TEXT, TEXT, model_name_or_path=str(folder), output_dir=str(tmp_path / "other")))
+    nats = 0.0
+    for row in trainer.eval_dataset:
+        logits = trainer.model.eval()(torch.tensor([row["input_ids"]])).logits[0].detach().double()
+        nats -= float(torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(row["input_ids"][1:])[:, None]).sum())
+    assert told["perplexity"] == pytest.approx(math.exp(nats / sum(counts)), rel=1e-4)

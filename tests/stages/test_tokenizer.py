@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.data import chat_template, write_rows
-from rlhf_recipes.stages.tokenizer import TokenizerArguments, run_tokenizer
+from rlhf_recipes.stages.tokenizer import TokenizerArguments, _load_texts, _texts, run_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -191,3 +191,26 @@ def test_the_door_exits_with_2_and_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown flag --vocab_sise; did you mean 'vocab_size'?\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_counts_the_rows_of_all_sources_together_and_none_of_the_held_out(tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [{"text": "aa"}] * 3)
+    write_rows(tmp_path / "data" / "test.jsonl", [{"text": "xyz"}] * 5)
+    write_rows(tmp_path / "more" / "train.jsonl", [{"text": "bb bb"}] * 3)
+    arguments = TokenizerArguments(
+        dataset_name=str(tmp_path / "data"), extra_dataset_names=[str(tmp_path / "more")], max_train_samples=4,
+        output_dir=str(tmp_path / "out"), vocab_size=300,
+    )  # fmt: skip
+    learnt_from, _ = _load_texts(arguments)
+    assert list(_texts(learnt_from, arguments, 4)) == ["aa", "aa", "aa", "bb bb"]
+    run_tokenizer(arguments)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["bytes"] == 15
+
+
+def test_a_filter_may_name_a_column_that_only_a_further_source_has(tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "train.jsonl", [{"text": "aa"}])
+    write_rows(tmp_path / "more" / "train.jsonl", [{"text": word, "source": word} for word in ("bb", "cc")])
+    arguments = TokenizerArguments(
+        dataset_name=str(tmp_path / "data"), extra_dataset_names=[str(tmp_path / "more")], row_filter=["source=cc"],
+    )  # fmt: skip
+    assert list(_texts(_load_texts(arguments)[0], arguments)) == ["aa", "cc"]

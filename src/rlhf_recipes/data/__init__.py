@@ -2,20 +2,30 @@
 
 from rlhf_recipes.data.chat import (
     ROLE_TOKENS,
+    beginning_of_text,
     chat_template,
     ensure_chat_template,
     is_conversation,
     prompt_ids,
     prompt_text,
     split_ids,
+    text_ids,
     text_of,
 )
-from rlhf_recipes.data.checks import fit_prompts, fit_rows, require_batch, require_text, require_texts
+from rlhf_recipes.data.checks import (
+    fit_prompts,
+    fit_rows,
+    require_batch,
+    require_held_out,
+    require_text,
+    require_texts,
+)
 from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.sources import (
     data_splits,
     first_row,
     has_columns,
+    load_held_out,
     load_parts,
     load_split,
     load_train_and_test,
@@ -25,6 +35,7 @@ from rlhf_recipes.data.sources import (
 
 __all__ = [
     "ROLE_TOKENS",
+    "beginning_of_text",
     "chat_template",
     "data_splits",
     "ensure_chat_template",
@@ -33,6 +44,7 @@ __all__ = [
     "fit_rows",
     "has_columns",
     "is_conversation",
+    "load_held_out",
     "load_parts",
     "load_split",
     "load_train_and_test",
@@ -41,9 +53,11 @@ __all__ = [
     "prompt_text",
     "require_batch",
     "require_columns",
+    "require_held_out",
     "require_text",
     "require_texts",
     "split_ids",
+    "text_ids",
     "text_of",
     "write_rows",
 ]

@@ -71,6 +71,17 @@ def prompt_text(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> str:
     return str(prompt)
 
 
+def beginning_of_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer puts before plain text: BOS for Llama's and Gemma's, as TRL trains on it; nothing for GPT-2's."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
+
+
+def text_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of plain text, with what the tokenizer puts before it and without what it may put behind."""
+    return beginning_of_text(tokenizer) + list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def prompt_ids(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids of a prompt given as text, as messages or as ids; the same prompt gives the same ids in each form.
 
@@ -79,10 +90,11 @@ def prompt_ids(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """
     if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], int):
         return list(prompt)
-    ids = list(tokenizer(prompt_text(prompt, tokenizer), add_special_tokens=False)["input_ids"])
+    text = prompt_text(prompt, tokenizer)
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])  # a template writes BOS itself
     if not ids:
         raise UserError(f"an empty prompt ({prompt!r}) cannot be continued; drop it from the dataset")
-    return ids
+    return ids if is_conversation(prompt) else beginning_of_text(tokenizer) + ids
 
 
 def split_ids(prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
@@ -93,10 +105,11 @@ def split_ids(prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase"
     if is_conversation(completion):
         ensure_chat_template(tokenizer)
         whole = str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+        ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
     else:
         whole = prompt + completion
         whole += "" if whole.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+        ids = text_ids(whole, tokenizer)
     first = prompt_ids(prompt, tokenizer) if prompt else []
     # Letters may merge across the boundary; the completion begins where the two part.
     same = (mine == its for mine, its in zip(first, ids, strict=False))

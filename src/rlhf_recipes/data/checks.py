@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.arguments import UserError
-from rlhf_recipes.data.chat import ensure_chat_template, is_conversation, prompt_ids, prompt_text
+from rlhf_recipes.data.chat import beginning_of_text, ensure_chat_template, is_conversation, prompt_ids, prompt_text
 from rlhf_recipes.data.sources import first_row, require_columns
 
 if TYPE_CHECKING:
@@ -22,6 +22,15 @@ def require_batch(rows: int, training: "TrainingArguments", role: str = "the tra
         raise UserError(
             f"{role} has {rows} rows, but one batch takes {needed} (per_device_train_batch_size {sizes[0]} x "
             f"gradient_accumulation_steps {sizes[1]} x {sizes[2]} processes); give more rows or lower one of these"
+        )
+
+
+def require_held_out(dataset: Any, training: "TrainingArguments", split: str) -> None:
+    """Refuse an evaluation on rows that there are not."""
+    if dataset is None and training.eval_strategy != "no":
+        raise UserError(
+            f"eval_strategy is {getattr(training.eval_strategy, 'value', training.eval_strategy)}, but the dataset has no "
+            f"split {split!r}; name one with --dataset_test_split, or pass --eval_strategy no"
         )
 
 
@@ -44,7 +53,8 @@ def require_texts(
     for index, row in enumerate(dataset):
         for column in columns:
             value = row[column]
-            fault = _fault_of_messages(value, tokenizer, rendered) if chat[column] else _fault_of_text(value)
+            before = row["prompt"] if chat[column] and column != "prompt" and "prompt" in columns else []
+            fault = _fault_of_messages(value, before, tokenizer, rendered) if chat[column] else _fault_of_text(value)
             if fault:
                 raise UserError(f"{name}, row {index}: the column {column} {fault}")
         if not chat[columns[0]] and "prompt" in columns and not row["prompt"]:
@@ -63,8 +73,11 @@ def _fault_of_text(value: Any) -> str | None:
     return None if isinstance(value, str) else f"holds {_short(value)}, which is no text; give strings"
 
 
-def _fault_of_messages(value: Any, tokenizer: "PreTrainedTokenizerBase", rendered: set[tuple[str, ...]]) -> str | None:
-    """What is wrong with the messages, or None. rendered: orders of roles that the template is known to take."""
+def _fault_of_messages(
+    value: Any, before: Any, tokenizer: "PreTrainedTokenizerBase", rendered: set[tuple[str, ...]]
+) -> str | None:
+    """What is wrong with the messages, or None. before: those of the prompt, which they answer: a template may ask that
+    roles alternate. rendered: orders of roles that it is known to take."""
     from jinja2 import TemplateError
 
     if not is_conversation(value):
@@ -72,11 +85,12 @@ def _fault_of_messages(value: Any, tokenizer: "PreTrainedTokenizerBase", rendere
     for message in value:
         if not (isinstance(message, Mapping) and isinstance(message.get("content"), str)):
             return f"holds the message {_short(message)} without a text as its content"
-    roles = tuple(str(message["role"]) for message in value)
+    whole = [*(before if is_conversation(before) else []), *value]
+    roles = tuple(str(message["role"]) for message in whole)
     if roles in rendered:
         return None
     try:
-        tokenizer.apply_chat_template(list(value), tokenize=False)
+        tokenizer.apply_chat_template(whole, tokenize=False)
     except TemplateError as error:
         return f"cannot be rendered by the chat template: {error}"
     rendered.add(roles)
@@ -134,7 +148,7 @@ def fit_rows(
 
 def _tokens_from(prompt: Any, tokenizer: "PreTrainedTokenizerBase", limit: int) -> int:
     """The number of tokens if it is at least `limit`, else 0. A token is a byte or more, so few need tokenizing."""
-    if len(prompt_text(prompt, tokenizer).encode("utf-8")) < limit:
+    if len(prompt_text(prompt, tokenizer).encode("utf-8")) < limit - len(beginning_of_text(tokenizer)):
         return 0
     size = len(prompt_ids(prompt, tokenizer))
     return size if size >= limit else 0

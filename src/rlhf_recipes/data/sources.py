@@ -56,13 +56,22 @@ def load_train_and_test(
     on samples count what is left after that.
     """
     train = _first(_joined(load_parts(arguments, name, streaming)), arguments.max_train_samples)
+    return train, load_held_out(arguments, name, streaming)
+
+
+def load_held_out(arguments: DatasetArguments, name: str | None = None, streaming: bool = False) -> "Any | None":
+    """The held-out split of `arguments.dataset_name` (or `name`), filtered and limited; None where it has none.
+
+    streaming: a dataset of the Hub is read as a stream, since asking for one split fetches all of them otherwise. What
+    is left of it is in memory.
+    """
     source = str(name or arguments.dataset_name)
-    test = _load_test(arguments, source)
-    if test is not None:
-        rules = parse_row_filter(arguments.row_filter or [])
-        test = filter_rows(test, rules, f"{source} ({arguments.dataset_test_split})")
-        test = _first(test, arguments.max_test_samples)
-    return train, test
+    test = _load_test(arguments, source, streaming)
+    if test is None:
+        return None
+    rules = parse_row_filter(arguments.row_filter or [])
+    test = filter_rows(test, rules, f"{source} ({arguments.dataset_test_split})")
+    return _in_memory(_first(test, arguments.max_test_samples))
 
 
 def load_parts(arguments: DatasetArguments, name: str | None = None, streaming: bool = False) -> list[Any]:
@@ -78,13 +87,14 @@ def load_parts(arguments: DatasetArguments, name: str | None = None, streaming: 
     return [filter_rows(part, rules, f"{one} ({split})") for part, one in zip(parts, sources, strict=True)]
 
 
-def _load_test(arguments: DatasetArguments, source: str) -> "Any | None":
+def _load_test(arguments: DatasetArguments, source: str, streaming: bool) -> "Any | None":
     path = Path(source).expanduser()
     split = arguments.dataset_test_split
     if path.is_file() or (path.is_dir() and split not in data_splits(path)):
         return None
     try:
-        return load_split(source, split, config=arguments.dataset_config)
+        streams = streaming and not path.exists()
+        return load_split(source, split, config=arguments.dataset_config, streaming=streams)
     except UserError:
         if path.exists():
             raise
@@ -151,6 +161,12 @@ def _first(dataset: Any, count: int | None) -> Any:
     return dataset.take(count) if _streams(dataset) else dataset.select(range(min(count, len(dataset))))
 
 
+def _in_memory(dataset: Any) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(list(dataset)) if _streams(dataset) else dataset
+
+
 def _streams(dataset: Any) -> bool:
     from datasets import IterableDataset
 
@@ -184,6 +200,11 @@ def require_columns(dataset: Any, *choices: Sequence[str], role: str = "dataset"
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write JSON Lines atomically."""
     return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _has_file_ending(path: Path) -> bool:
+    """A dot in the name of a repo is none."""
+    return any(suffix in BUILDERS or suffix == ".gz" for suffix in path.suffixes)
 
 
 def _builder_of(path: Path) -> str:
@@ -251,7 +272,7 @@ def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffixes:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or _has_file_ending(Path(name)):
         raise UserError(f"dataset {name}: no such file or folder")
     try:
         with _unreported():

@@ -205,7 +205,9 @@ def _add_scores(
         columns=columns,
     )
     for row, value in zip(rows, scores, strict=True):
-        row[name] = value
+        row[name] = (
+            math.fsum(value) if isinstance(value, list) else value
+        )  # of one number a token, what they add up to
 
 
 def _judge_metrics(rows: list[dict[str, Any]], judge: Reward) -> dict[str, float]:

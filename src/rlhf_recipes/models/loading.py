@@ -218,7 +218,7 @@ def _load(
         if is_quantized(model):
             give_back_freed_memory()  # of the weights as they were read
         return _add_adapter(model, name) if is_adapter(name) else model
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(_not_loadable(name, role, "safetensors weights", error)) from None
 
 

@@ -58,8 +58,7 @@ def _beside_its_base(model: Any) -> Any:
         )
     if getattr(config, "bias", "none") != "none":
         raise UserError(
-            f"an adapter with bias={config.bias!r} trains biases of the base, which is the reference as well; take "
-            "bias='none'"
+            f"an adapter with bias={config.bias!r} trains biases of the base, on which other roles stand too; take bias='none'"
         )
     return model
 

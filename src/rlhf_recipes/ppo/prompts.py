@@ -41,7 +41,7 @@ class Prompts:
         self.ids: list[list[int]] = []
         names: dict[str, None] = {}
         for index, row in enumerate(self.dataset):
-            self.ids.append(prompt_ids(_readable(row, self.column, f"{role} row {index}"), tokenizer))
+            self.ids.append(prompt_ids(readable(row, self.column, f"{role} row {index}"), tokenizer))
             names |= dict.fromkeys(row)
         self.columns = [name for name in names if name not in TAKEN]
         limit = context_length(config)
@@ -61,16 +61,22 @@ class Prompts:
         indices = list(indices)
         chosen = [self.dataset[index] for index in indices]
         return {
-            "prompts": [_readable(row, self.column) for row in chosen],
+            "prompts": [readable(row, self.column) for row in chosen],
             "prompt_ids": [self.ids[index] for index in indices],
             "columns": {name: [row.get(name) for row in chosen] for name in self.columns},
         }
 
 
-def _readable(row: Mapping[str, Any], column: str, place: str = "a row") -> Any:
-    """The prompt of a row as text, as messages, or as a list of ids without padding."""
+def readable(row: Mapping[str, Any], column: str, place: str = "a row") -> Any:
+    """The prompt of a row as text, as messages, or as a list of ids without padding.
+
+    Raises:
+        UserError: it is none of them; begins with `place`.
+    """
     prompt, mask = _plain(row.get(column)), _plain(row.get("attention_mask") if column == "input_ids" else None)
-    if isinstance(prompt, str) or is_conversation(prompt):
+    if isinstance(prompt, str) or (
+        is_conversation(prompt) and all(isinstance(each.get("content"), str) for each in prompt)
+    ):
         return prompt
     if not isinstance(prompt, (list, tuple)) or not all(isinstance(each, numbers.Integral) for each in prompt):
         raise UserError(f"{place} has the prompt {str(prompt)[:60]!r}; give text, messages or token ids")

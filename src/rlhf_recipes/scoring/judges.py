@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_recipes.arguments import RowError, UserError
-from rlhf_recipes.data import ensure_chat_template, is_conversation, prompt_text, text_of
+from rlhf_recipes.data import ensure_chat_template, is_conversation, prompt_text, text_ids, text_of
 from rlhf_recipes.models import base_model, context_length, tokens_at_once, without_traps
 from rlhf_recipes.tensors import length_batches, pad
 
@@ -29,6 +29,11 @@ class ModelReward:
         if getattr(model.config, "num_labels", 1) not in (1, 2):
             raise UserError(
                 f"judge {name} has {model.config.num_labels} labels; a judge has one (a score) or two (bad, good)"
+            )
+        if not hasattr(base_model(model), "score") and getattr(tokenizer, "cls_token_id", None) is not None:
+            raise UserError(
+                f"judge {name} is a {type(base_model(model)).__name__}, which reads a row at its first token; give one on a "
+                "causal model, which reads it at its last (as the reward stage leaves it), or wrap it in a function"
             )
         self.model, self.name, self.batch_size = without_traps(model).eval(), name, batch_size
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
@@ -76,7 +81,9 @@ class ModelReward:
             scores = self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
         else:
             ended = [bool(ids) and ids[-1] == self.policy_tokenizer.eos_token_id for ids in completion_ids]
-            scores = self.score_texts([self._text(*row) for row in zip(prompts, completions, ended, strict=True)])
+            texts = [self._text(*row) for row in zip(prompts, completions, ended, strict=True)]
+            rows = zip(texts, prompts, strict=True)
+            scores = self.score_ids([self._ids(text, is_conversation(prompt)) for text, prompt in rows])
         for score, prompt, completion in zip(scores, prompts, completions, strict=True):
             if not math.isfinite(score):
                 raise RowError(
@@ -97,9 +104,11 @@ class ModelReward:
         unended, _, after = text.rpartition(self.tokenizer.eos_token)
         return unended if not ended and not after.strip() else text  # some templates break the line after their EOS
 
-    def score_texts(self, texts: Sequence[str]) -> list[float]:
-        """Scores of whole texts, read with the judge's own tokenizer."""
-        return self.score_ids([self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+    def _ids(self, text: str, of_template: bool) -> list[int]:
+        """A template writes BOS itself."""
+        if of_template:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return text_ids(text, self.tokenizer)
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:

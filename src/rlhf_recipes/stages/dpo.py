@@ -14,7 +14,7 @@ from trl import DPOTrainer, ModelConfig
 
 from rlhf_recipes.arguments import DatasetArguments
 from rlhf_recipes.artifacts import leave_folder
-from rlhf_recipes.data import fit_rows, load_train_and_test, require_batch
+from rlhf_recipes.data import fit_rows, load_train_and_test, require_batch, require_held_out
 from rlhf_recipes.defaults import TrainingDefaults
 from rlhf_recipes.models import (
     Start,
@@ -80,6 +80,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     )
     pairs, held_out = load_pairs(arguments, start)
     require_batch(len(pairs), training)
+    require_held_out(held_out, training, arguments.dataset_test_split)
     training = fit_to_hardware(training, start.config.hidden_size)
     training.max_length = start.max_length
     set_seed(training.seed)

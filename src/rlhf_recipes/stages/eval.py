@@ -19,6 +19,7 @@ from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.metrics.models import METRICS, Evaluation, compare, evaluate_model
 from rlhf_recipes.models import ReadingArguments, context_length, is_judge, load_causal_lm, load_config, load_tokenizer
 from rlhf_recipes.plots import plot_ladder
+from rlhf_recipes.ppo.prompts import TAKEN, readable
 from rlhf_recipes.report.markdown import plain, table
 from rlhf_recipes.scoring import check_reward, load_reward
 
@@ -107,9 +108,8 @@ class Questions:
 
 def run_eval(arguments: EvalArguments) -> Path:
     """Measure every model, compare each with the first, and leave a report folder; returns its path."""
-    datasets = [arguments.dataset_name, arguments.text_dataset_name]
-    inputs = [*arguments.models, *datasets, arguments.judge, arguments.reference]
-    folder = check_output_folder(arguments.output_dir, arguments.overwrite, inputs)
+    datasets, judges = (arguments.dataset_name, arguments.text_dataset_name), (arguments.judge, arguments.reference)
+    folder = check_output_folder(arguments.output_dir, arguments.overwrite, [*arguments.models, *datasets, *judges])
     tokenizers = load_tokenizers(arguments)
     questions = load_questions(arguments, tokenizers)
     if int(os.environ.get("RANK", "0")) > 0:
@@ -179,10 +179,10 @@ def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTok
     options: dict[str, Any] = {"config": arguments.dataset_config}
     rows = _spaced(load_split(arguments.dataset_name, arguments.dataset_split, **options), arguments.num_prompts)
     require_columns(rows, (arguments.prompt_column,), role=f"dataset {arguments.dataset_name}")
-    prompts = list(rows[arguments.prompt_column])
+    prompts = [readable(row, arguments.prompt_column, f"prompt row {index}") for index, row in enumerate(rows)]
     if arguments.prompt_tokens:
         prompts = [_beginning(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
-    columns = {name: list(rows[name]) for name in rows.column_names if name != arguments.prompt_column}
+    columns = {name: list(rows[name]) for name in rows.column_names if name not in {arguments.prompt_column, *TAKEN}}
     for role, source in (("judge", arguments.judge), ("gold", arguments.gold)):
         if source:
             check_reward(source, list(columns), role)
@@ -259,7 +259,7 @@ def _spaced(rows: Any, count: int | None) -> Any:
 def _beginning(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> str:
     if not isinstance(prompt, str):
         raise UserError("prompt_tokens cuts text; the prompts are messages or ids, so leave it out")
-    return str(tokenizer.decode(prompt_ids(prompt, tokenizer)[:tokens]))
+    return str(tokenizer.decode(tokenizer(prompt, add_special_tokens=False)["input_ids"][:tokens]))
 
 
 def _check_lengths(name: str, code: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> None:

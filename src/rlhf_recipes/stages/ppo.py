@@ -8,7 +8,7 @@ from trl import ModelConfig
 
 from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import leave_folder
-from rlhf_recipes.data import first_row, load_train_and_test, require_columns, write_rows
+from rlhf_recipes.data import first_row, load_train_and_test, require_columns, require_held_out, write_rows
 from rlhf_recipes.models import (
     FrozenArguments,
     adapters,
@@ -90,6 +90,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         raise UserError(f"value model {arguments.value_model} has two labels; give a ranking judge, which has one")
     splits = load_train_and_test(arguments)
     train, test = (with_prompts(split, tokenizer, arguments.prompt_tokens) for split in splits)
+    require_held_out(test, training, arguments.dataset_test_split)
     for reward in rewards:
         check_reward(reward, [name for name in first_row(train) or {} if name != "prompt"])
     checked_prompts(config, tokenizer, train, test, training)

@@ -22,6 +22,7 @@ from rlhf_recipes.data import (
     load_train_and_test,
     require_batch,
     require_columns,
+    require_held_out,
     require_texts,
     split_ids,
 )
@@ -106,6 +107,7 @@ def build_reward_trainer(
     start = check_start(model_config, training.max_length, **tokens, trust_remote_code=training.trust_remote_code)
     kind, train, test = load_judgements(arguments, start)
     require_batch(len(train), training)
+    require_held_out(test, training, arguments.dataset_test_split)
     training = fit_to_hardware(training, start.config.hidden_size)
     training.max_length = start.max_length
     set_seed(training.seed)  # a new head is drawn at random
@@ -113,7 +115,8 @@ def build_reward_trainer(
     model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora(model, training.gradient_checkpointing)
     build = _ranking_trainer if kind == "ranking" else _classifier_trainer
-    trainer = build(model, start, model_config, training, train, test)
+    trainer: Any = build(model, start, model_config, training, train, test)
+    trainer.judged = test  # as text, which its own rows are no more
     if is_quantized(model):
         trainable_to_float32(trainer.model)
     return trainer
@@ -125,7 +128,7 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
     run = open_run(training, arguments, model_config, inputs=inputs)
     if run.finished:
         return run.folder
-    trainer = build_reward_trainer(arguments, model_config, training)
+    trainer: Any = build_reward_trainer(arguments, model_config, training)
     with under_way(trainer, run):
         metrics = train(trainer, run)
         save_model(trainer, run.folder)
@@ -134,7 +137,7 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         measured: dict[str, float] = {}
         table: list[dict[str, float]] = []
         if trainer.eval_dataset is not None and measures(trainer):
-            measured, table = measure_judge(trainer, load_train_and_test(arguments)[1])
+            measured, table = measure_judge(trainer, trainer.judged)
         if trainer.is_world_process_zero():
             judge = trainer.accelerator.unwrap_model(trainer.model)
             save_judge_config(judge, run.folder)

@@ -15,7 +15,7 @@ from trl import ModelConfig, RLOOTrainer
 
 from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import leave_folder
-from rlhf_recipes.data import load_train_and_test, require_columns, require_texts
+from rlhf_recipes.data import load_train_and_test, require_columns, require_held_out, require_texts
 from rlhf_recipes.defaults import TrainingDefaults
 from rlhf_recipes.generation import stop_ids
 from rlhf_recipes.models import (
@@ -149,6 +149,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         model_config, None, pad_token=training.pad_token, trust_remote_code=training.trust_remote_code
     )
     prompts, held_out = load_prompts(arguments, start, training)
+    require_held_out(held_out, training, arguments.dataset_test_split)
     sources = checked_rewards(arguments, training, prompts.column_names)
     training = fit_to_hardware(training, start.config.hidden_size)
     functions = load_functions(

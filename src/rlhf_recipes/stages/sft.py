@@ -1,5 +1,6 @@
 """A language model and demonstrations -> a model that answers, by supervised fine-tuning (Ouyang et al. 2022)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from trl import ModelConfig, SFTTrainer
 from rlhf_recipes.arguments import DatasetArguments, UserError
 from rlhf_recipes.artifacts import leave_folder
 from rlhf_recipes.data import (
+    beginning_of_text,
+    first_row,
     fit_prompts,
+    is_conversation,
     load_train_and_test,
     require_batch,
     require_columns,
+    require_held_out,
     require_texts,
 )
 from rlhf_recipes.defaults import TrainingDefaults
@@ -78,6 +83,9 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     start = check_policy(model_config, training.max_length, **tokens, trust_remote_code=training.trust_remote_code)
     train, test = load_demonstrations(arguments, start, training.dataset_text_field)
     require_batch(len(train), training)
+    require_held_out(test, training, arguments.dataset_test_split)
+    if training.assistant_only_loss and not is_conversation((first_row(train) or {})[train.column_names[-1]]):
+        raise UserError("assistant_only_loss is for rows of messages, and these are text; leave it out")
     training = fit_to_hardware(training, start.config.hidden_size)
     training.max_length = start.max_length
     if training.assistant_only_loss is None:
@@ -150,14 +158,19 @@ def load_demonstrations(arguments: SFTArguments, start: Start, text_column: str 
     return splits[0], splits[1]
 
 
-def trained_runs(dataset: Any) -> list[tuple[list[int], list[int]]]:
-    """(ids before, ids with loss) of every unbroken run of tokens with loss, in rows of `input_ids` and `labels`."""
+def trained_runs(dataset: Any, beginning: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
+    """(ids before, ids with loss) of every unbroken run of tokens with loss, in rows of `input_ids` and `labels`.
+
+    beginning: what the tokenizer puts before a text, and no model is asked for.
+    """
     runs = []
     for row in dataset:
         ids, learnt = row["input_ids"], [label != IGNORED for label in row["labels"]]
         starts = [index for index in range(len(ids)) if learnt[index] and not (index and learnt[index - 1])]
         for start in starts:
             end = next((index for index in range(start, len(ids)) if not learnt[index]), len(ids))
+            if start == 0 and ids[: len(beginning)] == list(beginning):
+                start = len(beginning)
             runs.append((ids[:start], ids[start:end]))
     return runs
 
@@ -169,7 +182,7 @@ def _held_out(trainer: SFTTrainer) -> dict[str, float]:
     measured = completion_perplexity(
         trainer.accelerator.unwrap_model(trainer.model),
         trainer.processing_class,
-        trained_runs(trainer.eval_dataset),
+        trained_runs(trainer.eval_dataset, beginning_of_text(trainer.processing_class)),
         batch_size=trainer.args.per_device_eval_batch_size,
         progress=True,
     )

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,8 @@ from rlhf_recipes.data import (
     ROLE_TOKENS,
     chat_template,
     is_conversation,
+    load_held_out,
     load_parts,
-    load_train_and_test,
     require_columns,
     require_text,
 )
@@ -101,8 +101,11 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
     learnt_from, held_out = _load_texts(arguments)
     if os.environ.get("RANK", "0") != "0":
         return folder
-    tokenizer = train_tokenizer(_texts(learnt_from, arguments), arguments)
-    measured = measure_tokenizer(tokenizer, _texts(held_out or learnt_from, arguments))
+    limit = arguments.max_train_samples
+    tokenizer = train_tokenizer(_texts(learnt_from, arguments, limit), arguments)
+    measured = measure_tokenizer(
+        tokenizer, _texts(held_out, arguments) if held_out else _texts(learnt_from, arguments, limit)
+    )
     open_asked(arguments)
     prepare_output_folder(folder)
     tokenizer.save_pretrained(folder)
@@ -122,7 +125,7 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
 def _load_texts(arguments: TokenizerArguments) -> tuple[list[Any], list[Any]]:
     """The training splits, and the held-out split if there is one; each is checked to hold text."""
     parts = load_parts(arguments, streaming=arguments.dataset_streaming)
-    _, test = load_train_and_test(replace(arguments, extra_dataset_names=None), streaming=arguments.dataset_streaming)
+    test = load_held_out(arguments, streaming=arguments.dataset_streaming)
     datasets = [*parts, *([] if test is None else [test])]
     for dataset in datasets:
         columns = require_columns(dataset, *_columns(arguments), role="the text to learn from")
@@ -136,16 +139,14 @@ def _columns(arguments: TokenizerArguments) -> list[tuple[str, ...]]:
     return [(arguments.text_column,), ("messages",), *pairs, ("prompt",)]
 
 
-def _texts(datasets: Iterable[Any], arguments: TokenizerArguments) -> Iterator[str]:
-    """Every text in the rows: the text column, or the words of the messages, prompts and answers."""
-    for dataset in datasets:
-        columns = require_columns(dataset, *_columns(arguments))
-        limit = arguments.max_train_samples
-        for row in islice(dataset, limit):
-            for column in columns:
-                value = row[column]
-                if value is not None:
-                    yield from (message["content"] for message in value) if is_conversation(value) else [str(value)]
+def _texts(datasets: Iterable[Any], arguments: TokenizerArguments, limit: int | None = None) -> Iterator[str]:
+    """Every text in the first `limit` rows: the text column, or the words of the messages, prompts and answers."""
+    rows = ((row, require_columns(dataset, *_columns(arguments))) for dataset in datasets for row in dataset)
+    for row, columns in islice(rows, limit):
+        for column in columns:
+            value = row[column]
+            if value is not None:
+                yield from (message["content"] for message in value) if is_conversation(value) else [str(value)]
 
 
 def measure_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> dict[str, float]:
