@@ -132,6 +132,15 @@ def test_an_adapter_that_names_no_base_is_refused_in_one_line(told: str, world: 
         small_runs.run("ppo", world, "on nothing", model_name_or_path=str(tmp_path))
 
 
+def test_adapters_on_one_another_are_refused_in_one_line(world: Path, tmp_path: Path) -> None:
+    for one, other in ("ab", "ba"):
+        (tmp_path / one).mkdir()
+        config = {"base_model_name_or_path": str(tmp_path / other)}
+        (tmp_path / one / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="on itself"):
+        small_runs.run("ppo", world, "on nothing", model_name_or_path=str(tmp_path / "a"))
+
+
 @pytest.mark.parametrize("named", ["model_name_or_path", "dataset_name", "reward"])
 def test_a_run_does_not_replace_what_it_reads(named: str, world: Path) -> None:
     """A path that leads out of the output folder and back into an input."""

@@ -469,10 +469,11 @@ def test_a_checkpoint_that_lies_on_another_disk_is_the_run_s_own(
 def test_a_token_in_what_was_asked_is_in_no_checkpoint(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is it a difference, as the run goes on."""
     token = "hf_" + "a1" * 17
-    run = small_runs.run("sft", world, "secret", run_name=f"https://me:{token}@example.org", save_total_limit=9)
+    asked = {"run_name": f"https://me:{token}@example.org", "save_total_limit": 9}
+    run = small_runs.run("sft", world, "secret", **asked)
     told = [path.read_text() for path in run.rglob("progress_*.json")]
     assert len(told) == 3 and all(token not in text and "***" in text for text in told)
-    assert small_runs.run("sft", world, "secret", resume="auto", run_name=f"https://me:{token}@example.org") == run
+    assert small_runs.run("sft", world, "secret", resume="auto", **asked) == run
 
 
 def test_a_run_from_elsewhere_that_is_cut_off_goes_on_from_its_own(

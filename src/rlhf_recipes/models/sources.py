@@ -32,15 +32,32 @@ def file_of(name: str, file: str) -> Path | None:
 
 def config_source(name: str) -> str:
     """Where the configuration is: an adapter need not have one beside it, and its base, or that one's, has."""
+    seen = {name}
     while file_of(name, "config.json") is None and is_adapter(name):
         name = base_of(name)
+        if name in seen:
+            raise UserError(f"adapter {name} is, by way of others, on itself; name a model in its adapter_config.json")
+        seen.add(name)
     return name
 
 
 def base_of(name: str) -> str:
-    """An adapter names its base model in adapter_config.json; any other source is its own base."""
+    """An adapter names its base model in adapter_config.json; any other source is its own base.
+
+    Raises:
+        UserError: the adapter names none.
+    """
     adapter = file_of(name, "adapter_config.json")
-    return name if adapter is None else str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if adapter is None:
+        return name
+    try:
+        told = json.loads(adapter.read_text(encoding="utf-8"))
+    except ValueError:
+        told = None
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    if not isinstance(base, str):
+        raise UserError(f"adapter {name} names no base model: set base_model_name_or_path in {adapter}")
+    return base
 
 
 def is_adapter(name: str) -> bool:
