@@ -1,4 +1,4 @@
-"""What one update costs, and how that grows: utilisation of the matrix units by phase, and fitted exponents.
+"""What one update costs, and how that grows: utilisation of the processor by phase, and fitted exponents.
 
     python benchmarks/growth.py [--rounds 3]
 

@@ -20,7 +20,7 @@ from ppo_worker import model_of
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from rlhf_recipes.models import hardware, packed, quicken, tokens_at_once
-from rlhf_recipes.models.hardware import _has_bf16_matrix_unit, keep_freed_memory
+from rlhf_recipes.models.hardware import bf16_unit, keep_freed_memory
 from rlhf_recipes.ppo.roles import without_dropout
 from rlhf_recipes.ppo.rollout import narrowed, pack_episodes
 from rlhf_recipes.ppo.value_head import PolicyAndValue
@@ -100,7 +100,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     for case, (value, upper) in CASES.items():
-        for low in (False, True) if _has_bf16_matrix_unit() else (False,):
+        for low in (False, True) if bf16_unit() else (False,):
             ratios, columns = compared(model(value, upper), low, asked.rounds)
             lines.append(f"| {case} | {'bfloat16' if low else 'float32'} | {as_ratio(ratios)} | {columns:.2f}x |")
             print(lines[-1], flush=True)

@@ -232,12 +232,12 @@ class Training:
 
 @pytest.mark.parametrize(
     ("width", "unit", "by_hardware", "expected"),
-    [(320, True, True, True), (128, True, True, False), (320, False, True, False), (320, True, False, False)],
+    [(320, "unit", True, True), (128, "unit", True, False), (320, "", True, False), (320, "unit", False, False)],
 )
 def test_bf16_is_chosen_where_it_pays_and_nobody_chose(
-    monkeypatch: pytest.MonkeyPatch, width: int, unit: bool, by_hardware: bool, expected: bool
+    monkeypatch: pytest.MonkeyPatch, width: int, unit: str, by_hardware: bool, expected: bool
 ) -> None:
-    monkeypatch.setattr(import_module("rlhf_recipes.models.hardware"), "_has_bf16_matrix_unit", lambda: unit)
+    monkeypatch.setattr(import_module("rlhf_recipes.models.hardware"), "bf16_unit", lambda: unit)
     training = Training(_bf16_by_hardware=by_hardware)
     before = copy.copy(training.__dict__)
     fitted = fit_to_hardware(training, width)  # type: ignore[type-var]

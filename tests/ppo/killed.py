@@ -89,11 +89,15 @@ def same(one: Any, other: Any) -> bool:
 
 def fork() -> int:
     """As os.fork; the child's progress bars have a lock of their own. The usual one is shared by all forks of a process, and
-    one that is killed while it holds it would lock the others out for ever."""
+    one that is killed while it holds it would lock the others out for ever. A kind of bar may have been given it by name."""
     tqdm.get_lock()
     child = os.fork()
     if child == 0:
-        tqdm.set_lock(threading.RLock())
+        lock, kinds = threading.RLock(), [tqdm]
+        while kinds:
+            kind = kinds.pop()
+            kind.set_lock(lock)
+            kinds += kind.__subclasses__()
     return child
 
 
