@@ -57,11 +57,11 @@ def matrix_rate(low: bool) -> float:
     return best
 
 
-def work(case: dict[str, Any], said: dict[str, float]) -> dict[str, float]:
+def work(case: dict[str, Any], said: dict[str, float], shape: str = "14M", episodes: int = BATCH) -> dict[str, float]:
     """Operations of each phase of one update, from the shape and the real tokens."""
-    width, layers, _, _ = SHAPES["14M"]
+    width, layers, _, _ = SHAPES[shape]
     tokens, answers = said["tokens"], said["answers"]
-    whole, head = trunk_and_head(tokens, answers)
+    whole, head = trunk_and_head(tokens, answers, shape, episodes)
     upper = whole * case.get("upper", layers) / layers
     lower, spared = whole - upper, 2 * 8 * width**2 * (tokens - answers)  # of the last layer, see models/packed.py
     values = case["value"] * (whole - spared)
@@ -74,10 +74,10 @@ def work(case: dict[str, Any], said: dict[str, float]) -> dict[str, float]:
     }
 
 
-def trunk_and_head(tokens: float, logits: float) -> tuple[float, float]:
+def trunk_and_head(tokens: float, logits: float, shape: str = "14M", episodes: int = BATCH) -> tuple[float, float]:
     """Operations of a forward pass of all rows through the layers, and of the logits of so many tokens."""
-    width, layers, _, vocabulary = SHAPES["14M"]
-    layer = 2 * 12 * width**2 + 2 * tokens / BATCH * width  # a token; attention to half of the row included
+    width, layers, _, vocabulary = SHAPES[shape]
+    layer = 2 * 12 * width**2 + 2 * tokens / episodes * width  # a token; attention to half of the row included
     return layers * layer * tokens, 2 * width * vocabulary * logits
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py [--size gpt2] [--out docs/memory.md]
 
-Two updates of eight episodes of 32 tokens on a randomly initialised model, in float32 on a CPU. What is told is the peak
-of the resident set above what the imports take; and the weights that are held, each counted once.
+Two updates of eight episodes of 32 tokens on a randomly initialised model, in float32 on a CPU, in bfloat16 on a GPU that has
+it. What is told is the peak of the resident set above what the imports take, on a GPU of its allocated memory; and the weights
+that are held, each counted once.
 """
 
 import argparse
@@ -53,10 +54,17 @@ def leave_models(folder: Path, size: str) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def run(case: str, folder: Path) -> dict[str, float]:
+def peak() -> float:
+    """MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, float]:
     torch.set_num_threads(1)
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, gpu = peak(), torch.cuda.is_available()
     one_base, four_bits = case.startswith("one base"), "4 bits" in case
     base, judge = str(folder / "base"), str(folder / ("judge_adapter" if one_base else "judge"))
     options: dict[str, Any] = {}
@@ -67,38 +75,41 @@ def run(case: str, folder: Path) -> dict[str, float]:
         options["peft_config"] = lora("CAUSAL_LM")
     if four_bits:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
+            load_in_4bit=True, bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16 if gpu else torch.float32,
+        )  # fmt: skip
     args = PPOConfig(
-        output_dir=str(folder / "out"), per_device_train_batch_size=8, response_length=32, num_ppo_epochs=1,
-        max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no", hints=False, use_cpu=True, bf16=False,
+        output_dir=str(folder / "out"), per_device_train_batch_size=episodes, response_length=response, num_ppo_epochs=1,
+        max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no", hints=False, use_cpu=not gpu, bf16=gpu,
         log_completions=False,
     )  # fmt: skip
-    trainer = PPOTrainer(base, [judge], args, [{"prompt": f"prompt {row}"} for row in range(16)], **options)
+    trainer = PPOTrainer(base, [judge], args, [{"prompt": f"prompt {row}"} for row in range(2 * episodes)], **options)
     trainer.train()
     modules = [trainer.model, trainer.experience.reference.module, *(reward.model for reward in trainer.rewards)]
     held = {
         weight.data_ptr(): weight.numel() * weight.element_size() for each in modules for weight in each.parameters()
     }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak": (peak - before) / 1024, "weights": sum(held.values()) / 2**20}
+    return {"peak": peak() - before, "weights": sum(held.values()) / 2**20}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="gpt2", help="a named size of the pretrain stage")
+    parser.add_argument("--episodes", type=int, default=8, help="of an update")
+    parser.add_argument("--response", type=int, default=32, help="tokens of an answer; with its prompt at most 128")
     parser.add_argument("--out", type=Path, help="also write the table into this file")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(run(asked.one[0], Path(asked.one[1]))))
+        print(json.dumps(run(asked.one[0], Path(asked.one[1]), asked.episodes, asked.response)))
         return
     lines = ["| models | weights held, MiB | peak memory, MiB | share | what there is |", "|---|---|---|---|---|"]
     first = None
     with tempfile.TemporaryDirectory() as name:
         leave_models(Path(name), asked.size)
         for case, told in CASES.items():
-            command = [sys.executable, __file__, "--one", case, name]
+            sizes = ["--episodes", str(asked.episodes), "--response", str(asked.response)]
+            command = [sys.executable, __file__, "--one", case, name, *sizes]
             out = subprocess.run(command, capture_output=True, text=True, check=False)
             if out.returncode:
                 raise SystemExit(out.stderr)

@@ -58,10 +58,17 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
                 env=os.environ | OFFLINE,
             )  # fmt: skip
-        self._read()  # it is ready
+        self._ready = False
+
+    def wait(self) -> None:
+        """Until it has said that it is ready."""
+        if not self._ready:
+            self._read()
+            self._ready = True
 
     def work(self) -> dict[str, Any]:
         """One unit of work; what it took."""
+        self.wait()
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
@@ -95,6 +102,8 @@ def answer_when_told(start: Callable[[], Any]) -> Callable[[dict[str, Any]], Non
 def take_turns(workers: Sequence[Worker], rounds: int, warm_up: int = 1) -> list[list[dict[str, Any]]]:
     """What each worker said in each round, the first rounds left out."""
     found: list[list[dict[str, Any]]] = [[] for _ in workers]
+    for worker in workers:  # nobody starts up while another works
+        worker.wait()
     for turn in range(warm_up + rounds):
         for place, worker in enumerate(workers):
             said = worker.work()

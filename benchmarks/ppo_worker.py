@@ -108,8 +108,9 @@ def theirs(asked: Any, folder: str, turns: Turns) -> Any:
 
     updates = 1000 * asked.batch * asked.accumulation
     args = PPOConfig(
-        **arguments_of(asked, folder), bf16=asked.bf16 == "true", num_sample_generations=0, total_episodes=updates
-    )
+        **arguments_of(asked, folder), bf16=asked.bf16 == "true", num_sample_generations=0, total_episodes=updates,
+        local_rollout_forward_batch_size=max(64, asked.batch * asked.accumulation),
+    )  # fmt: skip
     rows = prompts_of(asked)
     return PPOTrainer(
         args=args, processing_class=tokenizer_of(shape_of(asked)[3]), model=model_of(GPT2LMHeadModel, asked, 0),

@@ -11,7 +11,8 @@ from peers import answer_when_told
 from ppo_worker import SHAPES, Turns, peak
 from transformers import GPT2Config, GPT2LMHeadModel
 
-STEPS, BATCH, BLOCK = 8, 8, 256
+STEPS, BLOCK = 8, 256
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_of(shape: str) -> Any:
@@ -31,10 +32,11 @@ def blocks_of(shape: str, count: int) -> torch.Tensor:
 
 def plain(asked: Any) -> None:
     """What one writes by hand: float32, AdamW, clipping, a schedule."""
-    model, blocks = model_of(asked.shape).train(), blocks_of(asked.shape, 64 * BATCH)
+    model, blocks = model_of(asked.shape).train(), blocks_of(asked.shape, 64 * asked.batch).to(DEVICE)
+    imported, started = peak(), 0.0
+    model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    imported, started = peak(), 0.0
 
     def begin() -> None:
         nonlocal started
@@ -43,7 +45,7 @@ def plain(asked: Any) -> None:
     tell, step = answer_when_told(begin), 0
     while True:
         for _ in range(STEPS):
-            rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(blocks)
+            rows = torch.arange(step * asked.batch, (step + 1) * asked.batch, device=DEVICE) % len(blocks)
             loss = model(input_ids=blocks[rows], labels=blocks[rows]).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -51,7 +53,8 @@ def plain(asked: Any) -> None:
             schedule.step()
             optimizer.zero_grad()
             step += 1
-        tell({"seconds": time.perf_counter() - started, "above_imports": peak() - imported, "loss": float(loss)})
+        last = float(loss)  # on a GPU: when it is done
+        tell({"seconds": time.perf_counter() - started, "above_imports": peak() - imported, "loss": last})
 
 
 def ours(asked: Any, folder: str) -> None:
@@ -62,12 +65,12 @@ def ours(asked: Any, folder: str) -> None:
 
     chosen = {} if asked.defaults else {"bf16": False}
     args = PretrainConfig(
-        output_dir=folder, per_device_train_batch_size=BATCH, report_to="none", save_strategy="no", disable_tqdm=True,
+        output_dir=folder, per_device_train_batch_size=asked.batch, report_to="none", save_strategy="no", disable_tqdm=True,
         logging_steps=100_000, max_steps=100_000, lr_scheduler_type="constant", **chosen,
     )  # fmt: skip
     args = fit_to_hardware(args, SHAPES[asked.shape][0])
     torch.set_num_threads(1)
-    rows = Dataset.from_dict({"input_ids": blocks_of(asked.shape, 64 * BATCH).numpy()})
+    rows = Dataset.from_dict({"input_ids": blocks_of(asked.shape, 64 * asked.batch).numpy()})
     PretrainTrainer(
         model=model_of(asked.shape),
         args=args,
@@ -81,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("side", choices=["plain", "ours"])
     parser.add_argument("--shape", default="14M", choices=list(SHAPES))
+    parser.add_argument("--batch", type=int, default=8, help="blocks a step")
     parser.add_argument("--defaults", action="store_true", help="bfloat16 where the hardware has it")
     asked = parser.parse_args()
     torch.set_num_threads(1)

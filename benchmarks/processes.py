@@ -1,10 +1,12 @@
 """Every training stage on 1, 2 and 4 CPU processes, cut apart in every way, against one process: what ran, and how far off.
 
     python benchmarks/processes.py --output_dir runs/processes
+    python benchmarks/processes.py --output_dir runs/processes --gpu
 
 Runs of seconds, of a two-layer GPT-2; DeepSpeed where it is installed (the extra `deepspeed`). FSDP2 is applied natively to
 PPO, since Accelerate does not reach it on a CPU. A cell is the largest difference of any weight to the run of one process by
-itself, or the line that refused it.
+itself, or the line that refused it. With `--gpu`: on as many GPUs as there are, under every configuration that is for them, to
+one process on the CPU; and each run once more, after an error in the middle, by `--resume auto`.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "4-bit": LORA | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
 WAYS = {"DDP": "two_cpu_processes", "ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
+LOW = {"bnb_4bit_quant_storage": "bfloat16", "dtype": "bfloat16", "bf16": True}
+GPU_KINDS: dict[str, dict[str, Any]] = {
+    **{kind: how | {"bf16": False} for kind, how in KINDS.items()},
+    "8-bit": LORA | {"load_in_8bit": True, "bf16": False},
+    "full, bf16": {"bf16": True},
+    "4-bit, bf16": KINDS["4-bit"] | LOW,
+}
+GPU_WAYS = {
+    "one GPU": "one_gpu", "DDP": "ddp", "FSDP2": "fsdp2", "FSDP2 for QLoRA": "fsdp2_qlora", "ZeRO-2": "deepspeed_zero2",
+    "ZeRO-3": "deepspeed_zero3",
+}  # fmt: skip
+LEARNS_ALL = ("full", "full, bf16")
+RESUMED = ("full", "LoRA", "4-bit")
+AT_ONCE = 12  # launches on one GPU: they wait for Python and for imports, hardly for it
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # as it came: the runs that these are compared with see no GPU
+Job = tuple[str, str]  # a stage, and what is trained
 
 
 def prepare(folder: Path) -> None:
@@ -74,10 +94,25 @@ def launched(folder: Path, way: str, processes: int, jobs: list[dict[str, Any]])
     return said_by(command, folder / f"{jobs[0]['out']}.log")
 
 
-def said_by(command: list[str], log: Path) -> str:
+def launched_on_gpus(folder: Path, way: str, processes: int, jobs: list[dict[str, Any]]) -> str:
+    """The same on GPUs, under the configuration as it is shipped, but for the number of processes."""
+    name = f"{jobs[0]['out']}{' again' if jobs[0].get('resume') else ''}"
+    told = folder / f"{name}.json"
+    told.write_text(json.dumps(jobs))
+    if way == "DDP" and processes == 1:  # which `accelerate launch` refuses
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    else:
+        config = ROOT / "accelerate_configs" / f"{GPU_WAYS[way]}.yaml"
+        launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes))) if VISIBLE is None else VISIBLE}
+    return said_by([*launcher, str(PROGRAM), str(folder), str(told)], folder / f"{name}.log", seen)
+
+
+def said_by(command: list[str], log: Path, changes: dict[str, str] | None = None) -> str:
     """Of a module and its words, run: nothing, if it ended well; else the line that says why it did not."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"DS_ACCELERATOR": "cpu"} if changes is None else changes
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=900, check=False
@@ -87,19 +122,19 @@ def said_by(command: list[str], log: Path) -> str:
     return "" if done.returncode == 0 else lines[0] if lines else f"failed, see {log.name}"
 
 
-def alone(folder: Path) -> dict[tuple[str, str], str]:
+def alone(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[Job, str]:
     """Each run by this process by itself: the line that refused it, or nothing."""
     refused = {}
-    for stage, kind in itertools.product(STAGES, KINDS):
+    for stage, kind in itertools.product(STAGES, kinds):
         try:
-            small_runs.run(stage, folder, f"{stage} {kind} alone", **KINDS[kind])
+            small_runs.run(stage, folder, f"{stage} {kind} alone", **kinds[kind])
             refused[stage, kind] = ""
         except ValueError as error:
             refused[stage, kind] = str(error)
     return refused
 
 
-def cells(folder: Path, way: str, processes: int, asked: Any) -> dict[tuple[str, str], str]:
+def cells(folder: Path, way: str, processes: int, asked: Any) -> dict[Job, str]:
     """How far off each run ended, or what refused it: all in one launch, and one by one from the first that is refused."""
     out = {(stage, kind): f"{stage} {kind} {way} {processes}" for stage, kind in asked}
     jobs = {each: {"stage": each[0], "out": out[each], **KINDS[each[1]]} for each in asked}
@@ -108,12 +143,84 @@ def cells(folder: Path, way: str, processes: int, asked: Any) -> dict[tuple[str,
     for each in asked:
         done = (folder / out[each] / "recipe.yaml").is_file()
         fault = "" if done else launched(folder, way, processes, [jobs[each]])
-        one, many = (folder / place for place in (f"{each[0]} {each[1]} alone", out[each]))
-        found[each] = (
-            f"refused: {fault.removeprefix('error: ').replace(f'{folder}/', '')}" if fault else farthest(one, many)
-        )
+        found[each] = told_of(folder, each, out[each], fault)
         print(f"{', '.join(each)}, {way}, {processes}: {found[each]}", flush=True)
     return found
+
+
+def told_of(folder: Path, job: Job, out: str, fault: str) -> str:
+    """A cell: what refused the run, or how far off it ended."""
+    words = fault.removeprefix("error: ").replace(f"{folder}/", "")
+    return f"refused: {words}" if fault else farthest(folder / f"{job[0]} {job[1]} alone", folder / out)
+
+
+def job_of(job: Job, way: str, out: str, **more: Any) -> dict[str, Any]:
+    stage, kind = job
+    # Bytes cannot be cut apart by FSDP, floating-point numbers can.
+    whole = {"bnb_4bit_quant_storage": "float32"} if kind == "4-bit" and way.startswith("FSDP") else {}
+    return {"stage": stage, "out": out, **GPU_KINDS[kind], **whole, **more}
+
+
+def on_gpus(folder: Path, way: str, processes: int, stage: str, kinds: list[str]) -> dict[Job, tuple[str, str]]:
+    """Of each run on GPUs: what refused it, and what refused it when it went on after an error in its middle."""
+    names = {(stage, kind): f"{stage} {kind} {way} {processes}" for kind in kinds}
+    jobs = {each: job_of(each, way, out) for each, out in names.items()}
+    launched_on_gpus(folder, way, processes, list(jobs.values()))
+    faults = {}
+    for each, out in names.items():
+        done = (folder / out / "recipe.yaml").is_file()
+        faults[each] = "" if done else launched_on_gpus(folder, way, processes, [jobs[each]])
+    cut = [each for each in names if not faults[each] and each[1] in RESUMED]
+    for each in cut:
+        dying = job_of(each, way, f"{names[each]} resumed", dies=[4, "error"])
+        launched_on_gpus(folder, way, processes, [dying])
+        if not (folder / dying["out"] / "checkpoint-4").is_dir():
+            return {one: (fault, f"no checkpoint, see {dying['out']}.log") for one, fault in faults.items()}
+    resuming = [job_of(each, way, f"{names[each]} resumed", resume="auto") for each in cut]
+    broken = launched_on_gpus(folder, way, processes, resuming) if resuming else ""
+    return {each: (fault, broken) for each, fault in faults.items()}
+
+
+def gpu_tables(folder: Path, ways: list[str], counts: list[int]) -> list[str]:
+    """Every stage, kind and configuration, many launches at a time."""
+    asked = list(itertools.product(ways, counts, STAGES))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        running = [
+            pool.submit(on_gpus, folder, way, count, stage, list(LEARNS_ALL if stage == "pretrain" else GPU_KINDS))
+            for way, count, stage in asked
+        ]
+        by_itself = alone(folder, GPU_KINDS)
+        said = {each[:2]: {} for each in asked}
+        for each, done in zip(asked, running, strict=True):
+            said[each[:2]] |= done.result()
+    first: dict[Job, list[str]] = {}
+    again: dict[Job, list[str]] = {}
+    for job, refused in by_itself.items():
+        for way, count in itertools.product(ways, counts):
+            out = f"{job[0]} {job[1]} {way} {count}"
+            fault, broken = said[way, count].get(job, (refused, ""))
+            first.setdefault(job, []).append(told_of(folder, job, out, fault))
+            if job[1] in RESUMED:
+                cell = (
+                    f"refused: {fault or broken}"
+                    if fault or broken
+                    else farthest(folder / out, folder / f"{out} resumed")
+                )
+                again.setdefault(job, []).append(cell)
+    columns = [f"{way}, {count}" for way in ways for count in counts]
+    told = "Broken off by an error after four steps, and gone on with by --resume auto: how far off the run that went through"
+    return [*table(columns, first), "", f"{told}:", "", *table(columns, again)]
+
+
+def table(columns: Iterable[str], found: dict[Job, list[str]]) -> list[str]:
+    """Rows of cells; what refused a run stands below, once."""
+    columns = list(columns)
+    lines = ["| stage | trained | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    refused = list(dict.fromkeys(said for row in found.values() for said in row if said.startswith("refused")))
+    for (stage, kind), row in found.items():
+        told = [f"refused ({refused.index(said) + 1})" if said in refused else said for said in row]
+        lines.append(f"| {stage} | {kind} | " + " | ".join(told) + " |")
+    return [*lines, "", *(f"{number}. {words.removeprefix('refused: ')}" for number, words in enumerate(refused, 1))]
 
 
 def farthest(one: Path, other: Path) -> str:
@@ -141,39 +248,57 @@ def fsdp2(folder: Path, processes: int) -> list[str]:
 
 
 def main() -> None:
-    from rlhf_recipes.models import hardware
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=sorted({*WAYS, *GPU_WAYS}))
+    parser.add_argument("--gpu", action="store_true", help="on GPUs, as many processes as there are of them")
     asked = parser.parse_args()
     folder = asked.output_dir.absolute()
-    prepare(folder)
-    ways = [way for way in asked.ways if way == "DDP" or importlib.util.find_spec("deepspeed") is not None]
-    lines = [f"{datetime.date.today()}, {hardware()}; one thread a process.", ""]
-    lines += [
-        "| stage | trained | " + " | ".join(f"{way}, {count}" for way in ways for count in asked.processes) + " |"
-    ]
-    lines += ["|---" * (2 + len(ways) * len(asked.processes)) + "|"]
-    found: dict[tuple[str, str], list[str]] = {
-        each: [f"refused: {why}"] * len(ways) * len(asked.processes) if why else []
-        for each, why in alone(folder).items()
-    }
-    fitting = [each for each, said in found.items() if not said]
-    for way, count in itertools.product(ways, asked.processes):
-        for each, said in cells(folder, way, count, fitting).items():
-            found[each].append(said)
-    refused = list(dict.fromkeys(said for row in found.values() for said in row if said.startswith("refused")))
-    for (stage, kind), row in found.items():
-        told = [f"refused ({refused.index(said) + 1})" if said in refused else said for said in row]
-        lines.append(f"| {stage} | {kind} | " + " | ".join(told) + " |")
-    lines += ["", *(f"{number}. {words.removeprefix('refused: ')}" for number, words in enumerate(refused, 1))]
-    lines += ["", "PPO under native FSDP2:", ""]
-    for count in asked.processes:
-        lines += fsdp2(folder, count) if count > 1 else []
+    able = importlib.util.find_spec("deepspeed") is not None
+    ways = [way for way in asked.ways or (GPU_WAYS if asked.gpu else WAYS) if able or not way.startswith("ZeRO")]
+    head = f"{datetime.date.today()}, {hardware_seen()}, torch {torch.__version__}"
+    if asked.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # what this process does itself is what the GPU's runs are held against
+        )
+        prepare(folder)
+        count = int(head.split(" x ")[0].rpartition(" ")[2])
+        lines = [f"{head}.", "", *gpu_tables(folder, ways, sorted({1, count}))]
+    else:
+        prepare(folder)
+        lines = [f"{head}; one thread a process.", "", *cpu_tables(folder, ways, asked.processes)]
     (folder / "processes.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     print("\n".join(lines))
+
+
+def hardware_seen() -> str:
+    """What a process would run on; asked of one of its own, since a process that has looked at a GPU keeps seeing it."""
+    asked = "import torch; torch.set_num_threads(1); from rlhf_recipes.models import hardware; print(hardware())"
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", asked],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": path},
+    ).stdout.strip()
+
+
+def cpu_tables(folder: Path, ways: list[str], counts: list[int]) -> list[str]:
+    """Every stage, kind and way, one after the other; PPO under native FSDP2."""
+    found: dict[Job, list[str]] = {
+        each: [f"refused: {why}"] * len(ways) * len(counts) if why else []
+        for each, why in alone(folder, KINDS).items()
+    }
+    fitting = [each for each, said in found.items() if not said]
+    for way, count in itertools.product(ways, counts):
+        for each, said in cells(folder, way, count, fitting).items():
+            found[each].append(said)
+    lines = [*table([f"{way}, {count}" for way in ways for count in counts], found), "", "PPO under native FSDP2:", ""]
+    for count in counts:
+        lines += fsdp2(folder, count) if count > 1 else []
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What 8 and 4 bits save and cost, stage by stage, and the four traps of bitsandbytes on a CPU, closed.
 
     python benchmarks/quantization.py [runs/quickstart]
+    python benchmarks/quantization.py [runs/quickstart] --at_once 8
 
 Each row is a process of its own, one thread, on what `make quickstart` left; under twelve minutes. It prints the tables and
-leaves them in benchmarks/results/quantization.md, and all that it measured in quantization.json beside it.
+leaves them in benchmarks/results/quantization.md, and all that it measured in quantization.json beside it. Where there is a GPU
+the rows run on it (quantization_gpu.md); with several rows at once their times would say nothing, and are not told.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from rlhf_recipes.models import hardware
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("full", "8-bit", "4-bit", "4-bit double")
+ROWS = {"optimizer": ("adamw_torch_fused", "adamw_8bit"), "traps": ("-",)}
 Row = dict[str, Any]
 
 
@@ -42,7 +46,12 @@ def size(count: float) -> str:
 def memory(row: Row, full: Row) -> list[str]:
     """MB held of each role, as a share of full precision, the peak of the process, and how long it took."""
     cells = [f"{size(held)} ({held / full['roles'][role]:.0%})" for role, held in row["roles"].items()]
-    return [*cells, f"{row['peak'] / 2**20:.0f}", f"{row['seconds'] / full['seconds']:.2f}x"]
+    times = [] if "beside_others" in row else [f"{row['seconds'] / full['seconds']:.2f}x"]
+    return [*cells, f"{row['peak'] / 2**20:.0f}", *times]
+
+
+def memory_columns(row: Row) -> list[str]:
+    return ["peak, MiB", *([] if "beside_others" in row else ["time"])]
 
 
 def pair(found: dict[str, float]) -> str:
@@ -53,7 +62,6 @@ def plain(digits: int) -> Callable[[Any], str]:
     return lambda found: f"{found:.{digits}f}"
 
 
-MEMORY = ["peak, MiB", "time"]
 BEFORE_AND_AFTER: list[tuple[str, str, Callable[[Any], str]]] = [
     ("before", "before", plain(3)),
     ("after", "after", plain(3)),
@@ -101,7 +109,7 @@ def table(heading: str, columns: list[str], rows: list[list[str]]) -> list[str]:
 
 def stage_table(stage: str, found: dict[str, Row]) -> list[str]:
     heading, measured, roles = TABLES[stage]
-    columns = [*(name for _, name, _ in measured), *roles, *MEMORY]
+    columns = [*(name for _, name, _ in measured), *roles, *memory_columns(found["full"])]
     rows = [
         [precision, *(tell(row[key]) for key, _, tell in measured), *memory(row, found["full"])]
         for precision, row in found.items()
@@ -112,59 +120,66 @@ def stage_table(stage: str, found: dict[str, Row]) -> list[str]:
 def optimizer_table(found: dict[str, Row]) -> list[str]:
     first = found["adamw_torch_fused"]
     rows = [[name, f"{row['after']:.3f}", *memory(row, first)] for name, row in found.items()]
-    columns = ["perplexity of held-out answers", "weights, MB", "state of AdamW, MB", *MEMORY]
+    columns = ["perplexity of held-out answers", "weights, MB", "state of AdamW, MB", *memory_columns(first)]
     return table("SFT of all weights: an optimizer in 8 bits", columns, rows)
 
 
-def traps_table(found: Row) -> list[str]:
-    there = "" if found["packs"] else " (this processor has no AVX512_BF16, so bitsandbytes does not pack here)"
+def traps_table(rows_found: dict[str, Row]) -> list[str]:
+    found = rows_found["-"]
+    there = " on this CPU" + ("" if found["packs"] else " (no AVX512_BF16 in it, so bitsandbytes does not pack here)")
+    there = " on this GPU" if found["gpu"] else there
     rows = [[name, told["plain"], told["ours"]] for name, told in found["rows"].items()]
-    return table(f"The traps, in 4 bits on this CPU{there}", ["plain bitsandbytes", "here"], rows)
+    return table(f"The traps, in 4 bits{there}", ["plain bitsandbytes", "here"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="what make quickstart left")
+    parser.add_argument("--at_once", type=int, default=1, help="rows that run side by side")
     parser.add_argument("--only", nargs="+", help="these tables alone; nothing is written")
     asked = parser.parse_args()
     if not (asked.run / "reward" / "model.safetensors").is_file():
         raise SystemExit(f"{asked.run} is no finished quickstart; make one: make quickstart")
     chosen = asked.only or [*TABLES, "optimizer", "traps"]
-    found: dict[str, Any] = {}
-    lines: list[str] = []
-    for stage in chosen:
-        if stage == "traps":
-            found[stage] = work(stage, "-", asked.run.resolve())
-            new = traps_table(found[stage])
-        elif stage == "optimizer":
+    run = asked.run.resolve()
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(asked.at_once) as pool:
+        if "gpt2" in chosen:
+            work("gpt2", "none yet", Path(name))
+        asking = {
+            (stage, row): pool.submit(work, stage, row, Path(name) if stage == "gpt2" else run)
+            for stage in chosen
+            for row in ROWS.get(stage, PRECISIONS)
+        }
+        found: dict[str, Any] = {}
+        lines: list[str] = []
+        for stage in chosen:
+            rows = {row: asking[stage, row].result() for row in ROWS.get(stage, PRECISIONS)}
             found[stage] = {
-                name: work(stage, name, asked.run.resolve()) for name in ("adamw_torch_fused", "adamw_8bit")
+                row: told | ({"beside_others": True} if asked.at_once > 1 else {}) for row, told in rows.items()
             }
-            new = optimizer_table(found[stage])
-        else:
-            found[stage] = rows_of(stage, asked.run.resolve())
-            new = stage_table(stage, found[stage])
-        lines += new
-        print("\n".join(new), flush=True)
+            new = {"traps": traps_table, "optimizer": optimizer_table}.get(
+                stage, lambda told, s=stage: stage_table(s, told)
+            )
+            lines += new(found[stage])
+            print("\n".join(new(found[stage])), flush=True)
     if asked.only:
         return
     told = {"hardware": hardware(), "date": str(datetime.date.today()), "seed": 42, "threads": 1}
+    gpu = found["traps"]["-"]["gpu"]
+    peak = (
+        "allocated on the GPU"
+        if gpu
+        else "of the resident set above what the imports take, mapped checkpoint files included"
+    )
+    clock = "" if asked.at_once > 1 else f" Time: seconds{'' if gpu else ' of the processor'}, to full precision."
     head = (
         f"Measured {told['date']} on {told['hardware']}, by `python benchmarks/quantization.py`, seed {told['seed']}, each "
-        "row once. Peak: of the resident set above what the imports take, mapped checkpoint files included. Time: "
-        "seconds of the processor, to full precision.\n\n"
+        f"row once. Peak: {peak}.{clock}\n\n"
     )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quantization.md").write_text(head + "\n".join(lines), encoding="utf-8")
-    (RESULTS / "quantization.json").write_text(json.dumps(told | found, indent=1) + "\n", encoding="utf-8")
-
-
-def rows_of(stage: str, run: Path) -> dict[str, Row]:
-    if stage != "gpt2":
-        return {precision: work(stage, precision, run) for precision in PRECISIONS}
-    with tempfile.TemporaryDirectory() as name:
-        work(stage, "none yet", Path(name))
-        return {precision: work(stage, precision, Path(name)) for precision in PRECISIONS}
+    kept = RESULTS / f"quantization{'_gpu' if gpu else ''}"
+    kept.with_suffix(".md").write_text(head + "\n".join(lines), encoding="utf-8")
+    kept.with_suffix(".json").write_text(json.dumps(told | found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,21 @@ ASKED: dict[str, dict[str, Any]] = {  # beside the YAML of the stage: fewer step
 }
 PROMPTS = 200
 GOLD = "rlhf_recipes.world:gold_score"
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+def clock() -> float:
+    """Seconds of the processor; on a GPU, which works while it waits, of the wall."""
+    if not GPU:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak() -> int:
+    """Bytes: allocated on the GPU, or resident."""
+    return torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # Memory.
@@ -97,7 +112,7 @@ def ask(stage: str, run: Path, out: Path, precision: str, **more: Any) -> tuple[
     how = PRECISIONS[precision]
     bits = {f"load_in_{how['bits']}bit": True, "use_bnb_nested_quant": how.get("nested", False)} if how["bits"] else {}
     reads = {name: str(run / folder) for name, folder in READS[stage].items()}
-    given = LORA | ASKED[stage] | bits | reads | {"output_dir": out, "use_cpu": True, "disable_tqdm": True} | more
+    given = LORA | ASKED[stage] | bits | reads | {"output_dir": out, "use_cpu": not GPU, "disable_tqdm": True} | more
     words = ["--config", str(CONFIGS / f"{stage}.yaml")]
     for name, value in given.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -126,11 +141,11 @@ def of_eval(run: Path, precision: str, out: Path) -> dict[str, Any]:
     arguments = evaluation.EvalArguments(
         models=[tuned, pretrained], reference=tuned, dataset_name=str(run / "world" / "prompts"), gold=GOLD,
         num_prompts=PROMPTS, text_dataset_name=str(run / "world" / "corpus"), num_texts=100, max_new_tokens=40,
-        temperature=0.7, use_cpu=True, output_dir=str(out), **bits,
+        temperature=0.7, use_cpu=not GPU, output_dir=str(out), **bits,
     )  # fmt: skip
-    started = time.process_time()
+    started = clock()
     told = metrics_in(evaluation.run_eval(arguments))["models"]
-    seconds = time.process_time() - started
+    seconds = clock() - started
     roles = {"base": bytes_in(tensors_in(load_causal_lm(tuned, **in_bits(**how))))}
     found = {"perplexity": told["pretrain"]["perplexity"], "gold": told["sft"]["gold_score"], "kl": told["sft"]["kl"]}
     return found | {"roles": roles, "seconds": seconds}
@@ -143,9 +158,9 @@ def of_sft(run: Path, precision: str, out: Path) -> dict[str, Any]:
     def measured(model: Any) -> float:
         return completion_perplexity(model, tokenizer, rows, batch_size=64)["perplexity"]
 
-    before, started = measured(trainer.model), time.process_time()
+    before, started = measured(trainer.model), clock()
     told = metrics_in(sft.run_sft(*ask("sft", run, out, precision)))
-    seconds = time.process_time() - started
+    seconds = clock() - started
     read = {name: measured(model) for name, model in both_ways(out, precision, load_causal_lm).items()}
     return {"before": before, "after": told["perplexity"], **read, "roles": roles, "seconds": seconds}
 
@@ -161,9 +176,9 @@ def of_reward(run: Path, precision: str, out: Path) -> dict[str, Any]:
         one, other = (judge.score_ids([[*prompt, *answer] for prompt, answer in side]) for side in ids)
         return sum(map(float.__gt__, one, other)) / len(rows)
 
-    before, started = measured(model), time.process_time()
+    before, started = measured(model), clock()
     told = metrics_in(reward.run_reward(*ask("reward", run, out, precision)))
-    seconds = time.process_time() - started
+    seconds = clock() - started
     read = {name: measured(model) for name, model in both_ways(out, precision, load_judge).items()}
     return {"before": before, "after": told["judge_accuracy"], **read, "roles": roles, "seconds": seconds}
 
@@ -185,9 +200,9 @@ def of_ppo(run: Path, precision: str, out: Path) -> dict[str, Any]:
         return {"gold": told["gold_score"], "judge": told["judge_score"]}
 
     roles = roles_of(trainer.model.policy, trainer.rewards[0].model, trainer.model.value_model)
-    before, started = measured(trainer.model.policy), time.process_time()
+    before, started = measured(trainer.model.policy), clock()
     trainer.train()
-    seconds, after = time.process_time() - started, measured(trainer.model.policy)
+    seconds, after = clock() - started, measured(trainer.model.policy)
     trainer.save_model()
     read = {name: measured(model) for name, model in both_ways(out, precision, load_causal_lm).items()}
     return {"before": before, "after": after, **read, "roles": roles, "seconds": seconds}
@@ -210,29 +225,29 @@ def of_gpt2(run: Path, precision: str, out: Path) -> dict[str, Any]:
         return {}
     bits = in_bits(**PRECISIONS[precision]).get("quantization_config")
     args = PPOConfig(
-        output_dir=str(out), per_device_train_batch_size=4, response_length=8, num_ppo_epochs=1, max_steps=1, bf16=False,
-        report_to="none", disable_tqdm=True, save_strategy="no", hints=False, use_cpu=True, log_completions=False,
+        output_dir=str(out), per_device_train_batch_size=4, response_length=8, num_ppo_epochs=1, max_steps=1, bf16=GPU,
+        report_to="none", disable_tqdm=True, save_strategy="no", hints=False, use_cpu=not GPU, log_completions=False,
     )  # fmt: skip
     adapter = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=TARGETS, fan_in_fan_out=bits is None)
     trainer = PPOTrainer(
         str(base), [str(judge)], args, [{"prompt": f"prompt {row}"} for row in range(4)], peft_config=adapter,
         quantization_config=bits, judge_quantization_config=bits,
     )  # fmt: skip
-    started = time.process_time()
+    started = clock()
     trainer.train()
     judged = trainer.rewards[0].model
     return {
         "roles": roles_of(trainer.model.policy, judged, trainer.model.value_model),
-        "seconds": time.process_time() - started,
+        "seconds": clock() - started,
     }
 
 
 def of_optimizer(run: Path, name: str, out: Path) -> dict[str, Any]:
     """Fine-tuning of all weights; what AdamW keeps of each."""
     trainer = sft.build_sft_trainer(*ask("sft", run, out, "full", use_peft=False, optim=name))
-    started = time.process_time()
+    started = clock()
     trainer.train()
-    seconds, optimizer = time.process_time() - started, trainer.optimizer.optimizer
+    seconds, optimizer = clock() - started, trainer.optimizer.optimizer
     tensors = [each for state in optimizer.state.values() for each in state.values() if isinstance(each, torch.Tensor)]
     rows = sft.trained_runs(trainer.eval_dataset)
     found = completion_perplexity(trainer.model, trainer.processing_class, rows, batch_size=64)
@@ -247,10 +262,10 @@ def of_traps(run: Path, _: str, out: Path) -> dict[str, Any]:
     """What plain bitsandbytes makes of each, and what comes of it here. Perplexities are of the world's stories."""
     name = run / "pretrain"
     tokenizer, texts = load_tokenizer(str(name)), [row["text"] for row in rows_of(run, "corpus")[:60]]
-    rows = [torch.tensor([tokenizer(text)["input_ids"][:128]]) for text in texts]
+    rows = [torch.tensor([tokenizer(text)["input_ids"][:128]], device=DEVICE) for text in texts]
 
     def read(folder: Path) -> Any:
-        given: dict[str, Any] = {"device_map": "cpu", "dtype": torch.float32} | in_bits(4)
+        given: dict[str, Any] = {"device_map": {"": DEVICE}, "dtype": torch.float32} | in_bits(4)
         return AutoModelForCausalLM.from_pretrained(folder, **given).eval()
 
     def adapted(model: Any) -> Any:
@@ -270,7 +285,7 @@ def of_traps(run: Path, _: str, out: Path) -> dict[str, Any]:
 
     def saved(guard: Callable[[Any], Any]) -> str:
         answer(guard(read(name))).save_pretrained(out / "saved")
-        return measured(guard(AutoModelForCausalLM.from_pretrained(out / "saved", device_map="cpu").eval()))
+        return measured(guard(AutoModelForCausalLM.from_pretrained(out / "saved", device_map={"": DEVICE}).eval()))
 
     def trained(guard: Callable[[Any], Any]) -> str:
         model = answer(adapted(guard(read(name)))).train()
@@ -290,8 +305,8 @@ def of_traps(run: Path, _: str, out: Path) -> dict[str, Any]:
         torch.manual_seed(0)
         layer, weight = Linear4bit(48, 64, quant_type="nf4"), torch.randn(64, 48)
         layer.weight.data = weight.clone()
-        layer = guard(layer.to("cpu"))
-        error = dequantize_4bit(layer.weight.data, layer.weight.quant_state) - weight
+        layer = guard(layer.to(DEVICE))
+        error = dequantize_4bit(layer.weight.data, layer.weight.quant_state).cpu() - weight
         return f"largest error {(error.abs().max() / weight.abs().max()):.2f} of the largest weight"
 
     expected, right = (
@@ -305,7 +320,7 @@ def of_traps(run: Path, _: str, out: Path) -> dict[str, Any]:
         "trained after an answer": trained,
         f"merged after an answer; right is {right}": merged,
     }
-    return {"packs": bool(has_avx512bf16()), "rows": {told: _both(act) for told, act in acts.items()}}
+    return {"gpu": GPU, "packs": bool(has_avx512bf16()), "rows": {told: _both(act) for told, act in acts.items()}}
 
 
 def _both(act: Callable[[Callable[[Any], Any]], str]) -> dict[str, str]:
@@ -321,11 +336,10 @@ def main(stage: str, precision: str, run: Path) -> None:
     torch.set_num_threads(1)
     act: Callable[[Path, str, Path], dict[str, Any]] = globals()[f"of_{stage}"]
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     with tempfile.TemporaryDirectory() as name:
         told = act(run, precision, Path(name) / "out")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps(told | {"peak": peak * 1024}))
+    print(json.dumps(told | {"peak": peak() - before}))
 
 
 if __name__ == "__main__":

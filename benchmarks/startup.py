@@ -38,6 +38,7 @@ def until_ready(side: str, requirement: str | None) -> float:
     """From launch to the beginning of training; models are random, so nothing is read from a disk."""
     started = time.perf_counter()
     worker = Worker(f"start of {side}", "ppo_worker.py", [side], requirement)
+    worker.wait()
     found = time.perf_counter() - started
     worker.close()
     return found
