@@ -1,6 +1,6 @@
 """On one GPU, GPT-2 with 124M parameters: PPO against TRL 1.12's, pretraining against a plain loop, in absolute figures too.
 
-    python benchmarks/gpu.py [--rounds 5] [--episodes 64] [--prompt 64] [--response 128]
+    python benchmarks/gpu.py [--rounds 5] [--episodes 32] [--prompt 64] [--response 128]
 
 Random weights. Utilisation is the model's floating-point operations, counted from its shape and the real tokens, over the
 fastest bfloat16 product that this GPU was seen to do, in float32 modes the fastest of float32; judges read in float32 always.
@@ -45,7 +45,7 @@ def matrix_rates() -> dict[bool, float]:
 
 def ppo(asked: Any, rates: dict[bool, float]) -> tuple[list[str], Any]:
     common = ["--shape", SHAPE, "--batch", str(asked.episodes), "--prompt", str(asked.prompt)]
-    found = compared(list(CASES), [*common, "--response", str(asked.response)], asked.rounds)
+    found = compared(asked.cases, [*common, "--response", str(asked.response)], asked.rounds)
     theirs = found[0]["theirs"][-1]
     lines = [
         "| | episodes per second, to TRL 1.12's | an update, s | peak memory, MiB | generate | score | forward | update |",
@@ -100,7 +100,8 @@ def pretraining(asked: Any, rates: dict[bool, float]) -> tuple[list[str], Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--episodes", type=int, default=64, help="of an update")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), help="all are held at once")
+    parser.add_argument("--episodes", type=int, default=32, help="of an update")
     parser.add_argument("--prompt", type=int, default=64, help="longest prompt in tokens")
     parser.add_argument("--response", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=32, help="blocks of 256 tokens in a step of pretraining")

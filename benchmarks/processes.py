@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,9 @@ def job_of(job: Job, way: str, out: str, **more: Any) -> dict[str, Any]:
     return {"stage": stage, "out": out, **GPU_KINDS[kind], **whole, **more}
 
 
-def on_gpus(folder: Path, way: str, processes: int, stage: str, kinds: list[str]) -> dict[Job, tuple[str, str]]:
+def on_gpus(
+    folder: Path, way: str, processes: int, stage: str, kinds: Sequence[str], resumed: Sequence[str]
+) -> dict[Job, tuple[str, str]]:
     """Of each run on GPUs: what refused it, and what refused it when it went on after an error in its middle."""
     names = {(stage, kind): f"{stage} {kind} {way} {processes}" for kind in kinds}
     jobs = {each: job_of(each, way, out) for each, out in names.items()}
@@ -170,7 +172,7 @@ def on_gpus(folder: Path, way: str, processes: int, stage: str, kinds: list[str]
     for each, out in names.items():
         done = (folder / out / "recipe.yaml").is_file()
         faults[each] = "" if done else launched_on_gpus(folder, way, processes, [jobs[each]])
-    cut = [each for each in names if not faults[each] and each[1] in RESUMED]
+    cut = [each for each in names if not faults[each] and each[1] in resumed]
     for each in cut:
         dying = job_of(each, way, f"{names[each]} resumed", dies=[4, "error"])
         launched_on_gpus(folder, way, processes, [dying])
@@ -181,12 +183,14 @@ def on_gpus(folder: Path, way: str, processes: int, stage: str, kinds: list[str]
     return {each: (fault, broken) for each, fault in faults.items()}
 
 
-def gpu_tables(folder: Path, ways: list[str], counts: list[int]) -> list[str]:
+def gpu_tables(folder: Path, ways: list[str], counts: list[int], resumed: Sequence[str]) -> list[str]:
     """Every stage, kind and configuration, many launches at a time."""
     asked = list(itertools.product(ways, counts, STAGES))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         running = [
-            pool.submit(on_gpus, folder, way, count, stage, list(LEARNS_ALL if stage == "pretrain" else GPU_KINDS))
+            pool.submit(
+                on_gpus, folder, way, count, stage, LEARNS_ALL if stage == "pretrain" else list(GPU_KINDS), resumed
+            )
             for way, count, stage in asked
         ]
         by_itself = alone(folder, GPU_KINDS)
@@ -200,7 +204,7 @@ def gpu_tables(folder: Path, ways: list[str], counts: list[int]) -> list[str]:
             out = f"{job[0]} {job[1]} {way} {count}"
             fault, broken = said[way, count].get(job, (refused, ""))
             first.setdefault(job, []).append(told_of(folder, job, out, fault))
-            if job[1] in RESUMED:
+            if job[1] in resumed:
                 cell = (
                     f"refused: {fault or broken}"
                     if fault or broken
@@ -209,7 +213,7 @@ def gpu_tables(folder: Path, ways: list[str], counts: list[int]) -> list[str]:
                 again.setdefault(job, []).append(cell)
     columns = [f"{way}, {count}" for way in ways for count in counts]
     told = "Broken off by an error after four steps, and gone on with by --resume auto: how far off the run that went through"
-    return [*table(columns, first), "", f"{told}:", "", *table(columns, again)]
+    return [*table(columns, first), *(["", f"{told}:", "", *table(columns, again)] if resumed else [])]
 
 
 def table(columns: Iterable[str], found: dict[Job, list[str]]) -> list[str]:
@@ -252,6 +256,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--ways", nargs="+", choices=sorted({*WAYS, *GPU_WAYS}))
+    parser.add_argument("--once", action="store_true", help="with --gpu: nothing is broken off and resumed")
     parser.add_argument("--gpu", action="store_true", help="on GPUs, as many processes as there are of them")
     asked = parser.parse_args()
     folder = asked.output_dir.absolute()
@@ -264,7 +269,7 @@ def main() -> None:
         )
         prepare(folder)
         count = int(head.split(" x ")[0].rpartition(" ")[2])
-        lines = [f"{head}.", "", *gpu_tables(folder, ways, sorted({1, count}))]
+        lines = [f"{head}.", "", *gpu_tables(folder, ways, sorted({1, count}), () if asked.once else RESUMED)]
     else:
         prepare(folder)
         lines = [f"{head}; one thread a process.", "", *cpu_tables(folder, ways, asked.processes)]

@@ -32,6 +32,7 @@ from rlhf_recipes.hub import Repo, check_repo, push_checkpoint, push_folder
 from rlhf_recipes.launching import check_sharding, require_as_many
 from rlhf_recipes.locks import folder_lock
 from rlhf_recipes.models import without_traps
+from rlhf_recipes.models.sharding import end_passes, tied_again
 from rlhf_recipes.secrecy import without_secrets
 from rlhf_recipes.terminating import Terminated, listening
 from rlhf_recipes.whole_batches import WholeBatchesTrainer
@@ -88,6 +89,11 @@ class SafeTrainer(WholeBatchesTrainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().evaluation_loop(*args, **kwargs)
+        end_passes(self.model)
+        return found
 
     def _hear(self) -> None:
         self._told_to_end = True
@@ -160,6 +166,10 @@ class SafeTrainer(WholeBatchesTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer's, which is given a tied weight twice where weights are cut apart."""
+        super()._save(output_dir, state_dict and tied_again(self.model, state_dict))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, but not beside a checkpoint, where TRL writes one: in a folder with nothing else of a run in it yet,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import state
+from accelerate import Accelerator, state
 from accelerate.utils import DistributedType
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,23 +25,31 @@ def as_on_gpus(config: str) -> None:
 
     def sharding(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
-        plugin = kwargs.get("fsdp_plugin")
+        plugin = kwargs.get("fsdp_plugin") or getattr(self, "fsdp_plugin", None)
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.FSDP
             if self._mixed_precision != "no":
                 plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = plugin
 
+    gather = Accelerator.get_state_dict
+
+    def gathered(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Their copy from a GPU waits until they are there; on a CPU nobody does."""
+        found = gather(self, *args, **kwargs)
+        return {name: each.wait() if isinstance(each, AsyncCollectiveTensor) else each for name, each in found.items()}
+
     state.AcceleratorState.__init__ = sharding
+    Accelerator.get_state_dict = gathered
 
 
 if __name__ == "__main__":
     as_on_gpus(sys.argv[3] if len(sys.argv) > 3 else "fsdp2.yaml")
     import small_runs
 
-    from rlhf_recipes import launching
+    from rlhf_recipes import runs
     from rlhf_recipes.arguments import one_line_errors
 
-    launching.check_launch = lambda training: None  # which refuses just that
+    runs.check_launch = lambda training: None  # which refuses just that
     with one_line_errors():
         small_runs.main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -117,7 +117,7 @@ def without_traps(model: Any) -> Any:
             "rounded to bfloat16: for the exact ones read the model again and hand it over before it is asked anything",
             unpacked,
         )
-    if any(layer.in_features % layer.weight.blocksize for layer in layers):
+    if any(layer.in_features % getattr(layer.weight, "blocksize", layer.in_features) for layer in layers):
         _mend_decoding()
     if any(isinstance(each, library.nn.Linear8bitLt) for each in model.modules()):
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_said_once)
@@ -126,7 +126,7 @@ def without_traps(model: Any) -> Any:
 
 def _unpack(layer: Any) -> bool:
     """Undo the packing, or what bitsandbytes leaves of it as it saves: scales that lie across. Whether there was any."""
-    state = layer.weight.quant_state
+    state = getattr(layer.weight, "quant_state", None)  # a weight that FSDP2 has cut apart has none
     if state is None or state.absmax.dim() < 2:
         return False
     if getattr(state, "packing_format_for_cpu", False):

@@ -46,16 +46,35 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
+def end_passes(model: nn.Module) -> None:
+    """Let the next forward pass gather its weights anew, whatever the last one left out.
+
+    Accelerate puts embedding, last norm and a tied head into one group, which TRL's losses leave with the head uncalled;
+    torch before 2.13 waits for it for ever where no backward pass follows, and reads weights that are cut apart.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            waiting: set[nn.Module] = getattr(module._get_fsdp_state(), "_modules_to_run_forward", set())
+            if waiting:
+                waiting.clear()
+                module.reshard()
+
+
 def whole_state(model: nn.Module) -> dict[str, Any]:
     """The state dict with whole tensors, on the first process; empty on the others. All of them call it.
 
     What is one weight under two names, such as a tied head, is one tensor here too.
     """
-    state = get_model_state_dict(model, options=WHOLE)
+    return tied_again(model, get_model_state_dict(model, options=WHOLE))
+
+
+def tied_again(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose tensors were gathered one by one, with one tensor for what is one weight under two names: so
+    that it is saved once."""
     firsts: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = firsts.setdefault(id(parameter), name)
-        if name in state:
+        if name in state and first in state:
             state[name] = state[first]
     return state
 

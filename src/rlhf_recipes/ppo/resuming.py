@@ -21,6 +21,7 @@ from rlhf_recipes.models.sharding import (
     by_name,
     is_sharded,
     load_whole_optimizer_state,
+    tied_again,
     whole_optimizer_state,
     whole_state,
 )
@@ -97,6 +98,7 @@ class ResumableTrainer(SafeTrainer):
             state_dict = whole_state(self.model)
         if not self.args.should_save:  # Trainer asks every process
             return
+        state_dict = state_dict and tied_again(self.model, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
         in_checkpoint = folder.name.startswith("checkpoint-")
         self.model.save_pretrained(folder, state_dict, value=self.args.save_value_model or in_checkpoint)

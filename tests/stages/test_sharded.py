@@ -1,0 +1,84 @@
+"""FSDP2 as Accelerate sets it up, on CPU processes (`sharded_runs`), against one process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_runs
+import torch
+from small_runs import LORA
+
+PROGRAM = Path(__file__).with_name("sharded_runs.py")
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+FOUR: dict[str, Any] = LORA | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+CUT = {"bnb_4bit_quant_storage": "float32"}  # where it runs, not what is learnt: bytes cannot be cut apart
+KINDS: dict[str, dict[str, Any]] = {
+    "pretrain": {}, "sft": {}, "reward": {}, "ppo": {}, "sft, LoRA": LORA, "sft, 4 bits": FOUR, "reward, 4 bits": FOUR,
+    "ppo, 4 bits": FOUR,
+}  # fmt: skip
+
+
+def launched(world: Path, config: str, jobs: list[dict[str, Any]]) -> "subprocess.CompletedProcess[str]":
+    told = world / f"{jobs[0]['out']}.json"
+    told.write_text(json.dumps(jobs))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, str(PROGRAM), str(world), str(told), config],
+        env=environment, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+
+
+def job(kind: str, out: str, **more: Any) -> dict[str, Any]:
+    cut = CUT if "4 bits" in kind else {}
+    return {"stage": kind.partition(",")[0], "out": out, "save_total_limit": 9, **KINDS[kind], **cut, **more}
+
+
+def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert set(one) == set(other)  # a tied head once
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(world: Path) -> None:
+    """Weights, and what was measured of them; then from a checkpoint of its own."""
+    done = launched(world, "fsdp2.yaml", [job(kind, f"{kind} cut") for kind in KINDS])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in KINDS:
+        one = small_runs.run(kind.partition(",")[0], world, f"{kind} alone", **KINDS[kind])
+        assert farthest(small_runs.weights_in(one), small_runs.weights_in(world / f"{kind} cut")) < 2e-5
+        told = [json.loads((folder / "metrics.json").read_text()) for folder in (one, world / f"{kind} cut")]
+        for key in {"perplexity", "judge_accuracy", "margin", "score"} & set(told[0]):
+            assert told[1][key] == pytest.approx(told[0][key], rel=1e-4)
+        shutil.copytree(world / f"{kind} cut" / "checkpoint-4", world / f"{kind} on" / "checkpoint-4")
+    done = launched(world, "fsdp2.yaml", [job(kind, f"{kind} on", resume="auto") for kind in KINDS])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in KINDS:
+        cut, on = (small_runs.weights_in(world / f"{kind} {what}") for what in ("cut", "on"))
+        assert farthest(cut, on) < 2e-5
+
+
+@pytest.mark.slow
+def test_four_bits_in_bfloat16_under_their_own_configuration(world: Path) -> None:
+    """As the configuration says it is launched; bfloat16 on CPU and cut apart differs by its rounding alone."""
+    low = {"dtype": "bfloat16", "bf16": True, "bnb_4bit_quant_storage": "bfloat16"}
+    jobs = [job(kind, f"{kind} low", **low) for kind in ("sft, 4 bits", "reward, 4 bits")]
+    done = launched(world, "fsdp2_qlora.yaml", jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for each in jobs:
+        one = small_runs.run(each["stage"], world, f"{each['out']} alone", **FOUR, **low)
+        assert farthest(small_runs.weights_in(one), small_runs.weights_in(world / each["out"])) < 1e-2
+
+
+def test_eight_bits_are_refused_with_the_way_out(world: Path) -> None:
+    done = launched(world, "fsdp2.yaml", [{"stage": "sft", "out": "eight", **LORA, "load_in_8bit": True}])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1
+    assert "FSDP cannot cut weights in 8 bits apart" in lines[0] and "load_in_4bit" in lines[0]
+    assert not (world / "eight").exists()
