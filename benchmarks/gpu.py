@@ -118,11 +118,11 @@ def main() -> None:
     }
     told: list[str] = [head]
     kept: dict[str, Any] = {"head": head, "rates": {"float32": rates[False], "bfloat16": rates[True]}}
-    for name, measure in {"pretraining": pretraining, "ppo": ppo}.items():
+    for name, measure in {"ppo": ppo, "pretraining": pretraining}.items():
         lines, kept[name] = measure(asked, rates)
         told += ["", titles[name], "", *lines]
-    (RESULTS / "gpu.md").write_text("\n".join([*told, ""]), encoding="utf-8")
-    (RESULTS / "gpu.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        (RESULTS / "gpu.md").write_text("\n".join([*told, ""]), encoding="utf-8")
+        (RESULTS / "gpu.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
     print("\n".join(told))
 
 

@@ -54,7 +54,7 @@ GPU_WAYS = {
 }  # fmt: skip
 LEARNS_ALL = ("full", "full, bf16")
 RESUMED = ("full", "LoRA", "4-bit")
-AT_ONCE = 12  # launches on one GPU: they wait for Python and for imports, hardly for it
+AT_ONCE = 16  # launches on one GPU: they wait for Python and for imports, hardly for it
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # as it came: the runs that these are compared with see no GPU
 Job = tuple[str, str]  # a stage, and what is trained
 
