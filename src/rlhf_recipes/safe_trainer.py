@@ -272,7 +272,8 @@ def _held_here(parameter: Any) -> Tensor:
         parameter, "ds_tensor"
     ):  # as long in every process; past the weight's end there is memory as it was found
         shard: Any = parameter.ds_tensor.detach().flatten()
-        weight = shard[: max(0, parameter.ds_numel - parameter.get_partition_rank() * shard.numel())]
+        before = torch.distributed.get_rank(parameter.ds_process_group) * shard.numel()
+        weight = shard[: max(0, parameter.ds_numel - before)]
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
