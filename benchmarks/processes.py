@@ -3,10 +3,11 @@
     python benchmarks/processes.py --output_dir runs/processes
     python benchmarks/processes.py --output_dir runs/processes --gpu
 
-Runs of seconds, of a two-layer GPT-2; DeepSpeed where it is installed (the extra `deepspeed`). FSDP2 is applied natively to
-PPO, since Accelerate does not reach it on a CPU. A cell is the largest difference of any weight to the run of one process by
-itself, or the line that refused it. With `--gpu`: on as many GPUs as there are, under every configuration that is for them, to
-one process on the CPU; and each run once more, after an error in the middle, by `--resume auto`.
+Runs of seconds, of a two-layer GPT-2; DeepSpeed where it is installed (the extra `deepspeed`). FSDP2 is Accelerate's, which it
+has on GPUs alone, talked into it (`tests/stages/sharded_runs.py`), and for PPO applied natively as well. A cell is the largest
+difference of any weight to the run of one process by itself, or the line that refused it. With `--gpu`: on as many GPUs as
+there are, under every configuration that is for them, to one process on the CPU; and each run once more, after an error in the
+middle, by `--resume auto`.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "tests" / "stages" / "small_runs.py"
+ACCELERATED = ROOT / "tests" / "stages" / "sharded_runs.py"
 SHARDED = ROOT / "tests" / "ppo" / "sharded_processes.py"
 sys.path += [str(ROOT / "src"), str(PROGRAM.parent), str(SHARDED.parent)]
 
@@ -40,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA": LORA,
     "4-bit": LORA | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
-WAYS = {"DDP": "two_cpu_processes", "ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
+WAYS = {"DDP": "two_cpu_processes", "FSDP2": "fsdp2", "ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
 LOW = {"bnb_4bit_quant_storage": "bfloat16", "dtype": "bfloat16", "bf16": True}
 GPU_KINDS: dict[str, dict[str, Any]] = {
     **{kind: how | {"bf16": False} for kind, how in KINDS.items()},
@@ -85,13 +87,17 @@ def prepare(folder: Path) -> None:
 
 def launched(folder: Path, way: str, processes: int, jobs: list[dict[str, Any]]) -> str:
     """Nothing, if the runs ended well; else the line that says why one did not."""
-    asked = yaml.safe_load((ROOT / "accelerate_configs" / f"{WAYS[way]}.yaml").read_text())
-    told, config = folder / "job.json", folder / "launch.yaml"
+    told, log = folder / "job.json", folder / f"{jobs[0]['out']}.log"
     told.write_text(json.dumps(jobs))
+    if way == "FSDP2":
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return said_by([*launcher, str(ACCELERATED), str(folder), str(told)], log)
+    asked = yaml.safe_load((ROOT / "accelerate_configs" / f"{WAYS[way]}.yaml").read_text())
+    config = folder / "launch.yaml"
     kind = {} if processes > 1 or way != "DDP" else {"distributed_type": "NO"}
     config.write_text(yaml.safe_dump(asked | kind | {"use_cpu": True, "num_processes": processes}))
     command = ["accelerate.commands.launch", "--config_file", str(config), str(PROGRAM), str(folder), str(told)]
-    return said_by(command, folder / f"{jobs[0]['out']}.log")
+    return said_by(command, log)
 
 
 def launched_on_gpus(folder: Path, way: str, processes: int, jobs: list[dict[str, Any]]) -> str:
@@ -137,7 +143,7 @@ def alone(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[Job, str]:
 def cells(folder: Path, way: str, processes: int, asked: Any) -> dict[Job, str]:
     """How far off each run ended, or what refused it: all in one launch, and one by one from the first that is refused."""
     out = {(stage, kind): f"{stage} {kind} {way} {processes}" for stage, kind in asked}
-    jobs = {each: {"stage": each[0], "out": out[each], **KINDS[each[1]]} for each in asked}
+    jobs = {each: job_of(each, way, out[each], KINDS) for each in asked}
     launched(folder, way, processes, list(jobs.values()))
     found = {}
     for each in asked:
@@ -154,11 +160,11 @@ def told_of(folder: Path, job: Job, out: str, fault: str) -> str:
     return f"refused: {words}" if fault else farthest(folder / f"{job[0]} {job[1]} alone", folder / out)
 
 
-def job_of(job: Job, way: str, out: str, **more: Any) -> dict[str, Any]:
+def job_of(job: Job, way: str, out: str, kinds: dict[str, dict[str, Any]], **more: Any) -> dict[str, Any]:
     stage, kind = job
     # Bytes cannot be cut apart by FSDP, floating-point numbers can.
     whole = {"bnb_4bit_quant_storage": "float32"} if kind == "4-bit" and way.startswith("FSDP") else {}
-    return {"stage": stage, "out": out, **GPU_KINDS[kind], **whole, **more}
+    return {"stage": stage, "out": out, **kinds[kind], **whole, **more}
 
 
 def on_gpus(
@@ -166,7 +172,7 @@ def on_gpus(
 ) -> dict[Job, tuple[str, str]]:
     """Of each run on GPUs: what refused it, and what refused it when it went on after an error in its middle."""
     names = {(stage, kind): f"{stage} {kind} {way} {processes}" for kind in kinds}
-    jobs = {each: job_of(each, way, out) for each, out in names.items()}
+    jobs = {each: job_of(each, way, out, GPU_KINDS) for each, out in names.items()}
     launched_on_gpus(folder, way, processes, list(jobs.values()))
     faults = {}
     for each, out in names.items():
@@ -174,11 +180,11 @@ def on_gpus(
         faults[each] = "" if done else launched_on_gpus(folder, way, processes, [jobs[each]])
     cut = [each for each in names if not faults[each] and each[1] in resumed]
     for each in cut:
-        dying = job_of(each, way, f"{names[each]} resumed", dies=[4, "error"])
+        dying = job_of(each, way, f"{names[each]} resumed", GPU_KINDS, dies=[4, "error"])
         launched_on_gpus(folder, way, processes, [dying])
         if not (folder / dying["out"] / "checkpoint-4").is_dir():
             return {one: (fault, f"no checkpoint, see {dying['out']}.log") for one, fault in faults.items()}
-    resuming = [job_of(each, way, f"{names[each]} resumed", resume="auto") for each in cut]
+    resuming = [job_of(each, way, f"{names[each]} resumed", GPU_KINDS, resume="auto") for each in cut]
     broken = launched_on_gpus(folder, way, processes, resuming) if resuming else ""
     return {each: (fault, broken) for each, fault in faults.items()}
 
@@ -300,7 +306,12 @@ def cpu_tables(folder: Path, ways: list[str], counts: list[int]) -> list[str]:
     for way, count in itertools.product(ways, counts):
         for each, said in cells(folder, way, count, fitting).items():
             found[each].append(said)
-    lines = [*table([f"{way}, {count}" for way in ways for count in counts], found), "", "PPO under native FSDP2:", ""]
+    lines = [
+        *table([f"{way}, {count}" for way in ways for count in counts], found),
+        "",
+        "PPO under FSDP2 applied natively:",
+        "",
+    ]
     for count in counts:
         lines += fsdp2(folder, count) if count > 1 else []
     return lines

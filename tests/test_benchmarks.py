@@ -64,7 +64,7 @@ def test_a_worker_that_dies_is_told_with_where_its_words_are(
     (tmp_path / "worker.py").write_text("raise SystemExit('no such thing')")
     monkeypatch.setattr(peers, "HERE", tmp_path)
     with pytest.raises(SystemExit, match=r"ended by itself; see .*dying\.log"):
-        peers.Worker("dying", "worker.py", [])
+        peers.Worker("dying", "worker.py", []).wait()
     assert "no such thing" in (tmp_path / "results" / "logs" / "dying.log").read_text()
 
 
