@@ -147,11 +147,18 @@ def cells(folder: Path, way: str, processes: int, asked: Any) -> dict[Job, str]:
     launched(folder, way, processes, list(jobs.values()))
     found = {}
     for each in asked:
-        done = (folder / out[each] / "recipe.yaml").is_file()
-        fault = "" if done else launched(folder, way, processes, [jobs[each]])
+        fault = "" if finished(folder / out[each]) else launched(folder, way, processes, [jobs[each]])
         found[each] = told_of(folder, each, out[each], fault)
         print(f"{', '.join(each)}, {way}, {processes}: {found[each]}", flush=True)
     return found
+
+
+def finished(run: Path) -> bool:
+    """Whether a run came to its end; of one that did not, nothing is left to stand in the way of another try."""
+    done = (run / "recipe.yaml").is_file()
+    if not done:
+        shutil.rmtree(run, ignore_errors=True)
+    return done
 
 
 def told_of(folder: Path, job: Job, out: str, fault: str) -> str:
@@ -176,8 +183,7 @@ def on_gpus(
     launched_on_gpus(folder, way, processes, list(jobs.values()))
     faults = {}
     for each, out in names.items():
-        done = (folder / out / "recipe.yaml").is_file()
-        faults[each] = "" if done else launched_on_gpus(folder, way, processes, [jobs[each]])
+        faults[each] = "" if finished(folder / out) else launched_on_gpus(folder, way, processes, [jobs[each]])
     cut = [each for each in names if not faults[each] and each[1] in resumed]
     for each in cut:
         dying = job_of(each, way, f"{names[each]} resumed", GPU_KINDS, dies=[4, "error"])
