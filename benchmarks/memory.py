@@ -2,16 +2,15 @@
 
     python benchmarks/memory.py [--size gpt2] [--out docs/memory.md]
 
-Two updates of eight episodes of 32 tokens on a randomly initialised model, in float32 on a CPU, in bfloat16 on a GPU that has
-it. What is told is the peak of the resident set above what the imports take, on a GPU of its allocated memory; and the weights
-that are held, each counted once.
+Two updates of eight episodes of 32 tokens on a randomly initialised model, in float32 on a CPU, in bfloat16 on a GPU. What is
+told is the peak of the resident set above what the imports take, on a GPU of its allocated memory; and the weights that are
+held, each counted once.
 """
 
 import argparse
 import datetime
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from learning_matrix import byte_tokenizer
+from peers import peak_resident
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -58,7 +58,7 @@ def peak() -> float:
     """MiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident()
 
 
 def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, float]:
@@ -120,7 +120,8 @@ def main() -> None:
             )
             print(lines[-1], flush=True)
     if asked.out:
-        head = f"Measured {datetime.date.today()} on {hardware()}, by `python benchmarks/memory.py --size {asked.size}`.\n\n"
+        words = " ".join(sys.argv[1:])
+        head = f"Measured {datetime.date.today()} on {hardware()}, by `python benchmarks/memory.py {words}`.\n\n"
         asked.out.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 

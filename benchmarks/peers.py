@@ -7,6 +7,7 @@ their seconds do not.
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -114,6 +115,19 @@ def take_turns(workers: Sequence[Worker], rounds: int, warm_up: int = 1) -> list
         )
         print(f"  round {turn + 1}/{warm_up + rounds}: {seconds or 'warming up'}", flush=True)
     return found
+
+
+def peak_resident() -> float:
+    """MiB: the most that this process has held since it began.
+
+    Not `ru_maxrss`, which on Linux is at least what the process that started this one had held by then.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac
+    return held / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def spread(ratios: Sequence[float]) -> tuple[float, float, float]:

@@ -6,7 +6,6 @@ Run by ppo_speed.py and growth.py, in the environment of whichever trainer it is
 import argparse
 import importlib
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peers import answer_when_told
+from peers import answer_when_told, peak_resident
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -90,7 +89,7 @@ def peak() -> float:
     """MiB: of the GPU's memory if there is one, else of this process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident()
 
 
 def arguments_of(asked: Any, folder: str) -> dict[str, Any]:

@@ -19,8 +19,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,12 @@ def said_by(command: list[str], log: Path, changes: dict[str, str] | None = None
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"DS_ACCELERATOR": "cpu"} if changes is None else changes
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "did not end within fifteen minutes"
     log.write_text(done.stdout + done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return "" if done.returncode == 0 else lines[0] if lines else f"failed, see {log.name}"
@@ -184,48 +187,59 @@ def on_gpus(
     faults = {}
     for each, out in names.items():
         faults[each] = "" if finished(folder / out) else launched_on_gpus(folder, way, processes, [jobs[each]])
-    cut = [each for each in names if not faults[each] and each[1] in resumed]
-    for each in cut:
-        dying = job_of(each, way, f"{names[each]} resumed", GPU_KINDS, dies=[4, "error"])
-        launched_on_gpus(folder, way, processes, [dying])
-        if not (folder / dying["out"] / "checkpoint-4").is_dir():
-            return {one: (fault, f"no checkpoint, see {dying['out']}.log") for one, fault in faults.items()}
-    resuming = [job_of(each, way, f"{names[each]} resumed", GPU_KINDS, resume="auto") for each in cut]
-    broken = launched_on_gpus(folder, way, processes, resuming) if resuming else ""
-    return {each: (fault, broken) for each, fault in faults.items()}
+    cut = {each: f"{names[each]} resumed" for each in names if not faults[each] and each[1] in resumed}
+    for each, out in cut.items():
+        launched_on_gpus(folder, way, processes, [job_of(each, way, out, GPU_KINDS, dies=[4, "error"])])
+    begun = {each: out for each, out in cut.items() if (folder / out / "checkpoint-4").is_dir()}
+    jobs = {each: job_of(each, way, out, GPU_KINDS, resume="auto") for each, out in begun.items()}
+    fault = launched_on_gpus(folder, way, processes, list(jobs.values())) if jobs else ""
+    broken = {each: "" if finished(folder / out) else fault for each, out in begun.items()}
+    return {each: (faults[each], broken.get(each, "no checkpoint was left" if each in cut else "")) for each in names}
 
 
-def gpu_tables(folder: Path, ways: list[str], counts: list[int], resumed: Sequence[str]) -> list[str]:
-    """Every stage, kind and configuration, many launches at a time."""
-    asked = list(itertools.product(ways, counts, STAGES))
+def gpu_tables(
+    folder: Path, places: list[tuple[str, int]], resumed: Sequence[str], keep: Callable[..., None]
+) -> list[str]:
+    """Every stage and kind at every place (a configuration and so many processes), many launches at a time; what there is
+    is kept whenever one has ended."""
+    said: dict[tuple[str, int, Job], tuple[str, str]] = {}
+    lines: list[str] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        running = [
-            pool.submit(
-                on_gpus, folder, way, count, stage, LEARNS_ALL if stage == "pretrain" else list(GPU_KINDS), resumed
-            )
-            for way, count, stage in asked
-        ]
+        running = {
+            pool.submit(on_gpus, folder, *place, stage, kinds, resumed): place
+            for place, stage in itertools.product(places, STAGES)
+            for kinds in [LEARNS_ALL if stage == "pretrain" else list(GPU_KINDS)]
+        }
         by_itself = alone(folder, GPU_KINDS)
-        said = {each[:2]: {} for each in asked}
-        for each, done in zip(asked, running, strict=True):
-            said[each[:2]] |= done.result()
-    first: dict[Job, list[str]] = {}
-    again: dict[Job, list[str]] = {}
-    for job, refused in by_itself.items():
-        for way, count in itertools.product(ways, counts):
-            out = f"{job[0]} {job[1]} {way} {count}"
-            fault, broken = said[way, count].get(job, (refused, ""))
-            first.setdefault(job, []).append(told_of(folder, job, out, fault))
-            if job[1] in resumed:
-                cell = (
-                    f"refused: {fault or broken}"
-                    if fault or broken
-                    else farthest(folder / out, folder / f"{out} resumed")
-                )
-                again.setdefault(job, []).append(cell)
-    columns = [f"{way}, {count}" for way in ways for count in counts]
-    told = "Broken off by an error after four steps, and gone on with by --resume auto: how far off the run that went through"
-    return [*table(columns, first), *(["", f"{told}:", "", *table(columns, again)] if resumed else [])]
+        for done in as_completed(running):
+            said |= {(*running[done], job): faults for job, faults in done.result().items()}
+            lines = gpu_lines(folder, places, by_itself, said, resumed)
+            keep(lines)
+    return lines
+
+
+def gpu_lines(
+    folder: Path,
+    places: list[tuple[str, int]],
+    by_itself: dict[Job, str],
+    said: dict[Any, tuple[str, str]],
+    resumed: Any,
+) -> list[str]:
+    first: dict[Job, list[str]] = {job: [] for job in by_itself}
+    again: dict[Job, list[str]] = {job: [] for job in by_itself if job[1] in resumed}
+    for job, (way, count) in itertools.product(by_itself, places):
+        out, told = f"{job[0]} {job[1]} {way} {count}", by_itself[job]
+        fault, broken = said.get((way, count, job), (told, told))
+        reached = (way, count, job) in said or bool(told)
+        first[job].append(told_of(folder, job, out, fault) if reached else "not reached")
+        if job in again:
+            near = (
+                f"refused: {fault or broken}" if fault or broken else farthest(folder / out, folder / f"{out} resumed")
+            )
+            again[job].append(near if reached else "not reached")
+    columns = [f"{way}, {count}" for way, count in places]
+    head = "Broken off by an error after four steps, and gone on with by --resume auto: how far off the run that went through"
+    return [*table(columns, first), *(["", f"{head}:", "", *table(columns, again)] if again else [])]
 
 
 def table(columns: Iterable[str], found: dict[Job, list[str]]) -> list[str]:
@@ -269,24 +283,34 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--ways", nargs="+", choices=sorted({*WAYS, *GPU_WAYS}))
     parser.add_argument("--once", action="store_true", help="with --gpu: nothing is broken off and resumed")
-    parser.add_argument("--gpu", action="store_true", help="on GPUs, as many processes as there are of them")
+    parser.add_argument(
+        "--gpu", action="store_true", help="on GPUs: one process, and one for each of them; --processes is for CPUs"
+    )
     asked = parser.parse_args()
-    folder = asked.output_dir.absolute()
+    if wrong := {*(asked.ways or ())} - {*(GPU_WAYS if asked.gpu else WAYS)}:
+        parser.error(f"{', '.join(sorted(wrong))}: for runs {'without' if asked.gpu else 'with'} --gpu")
+    folder, seen = asked.output_dir.absolute(), hardware_seen()
     able = importlib.util.find_spec("deepspeed") is not None
     ways = [way for way in asked.ways or (GPU_WAYS if asked.gpu else WAYS) if able or not way.startswith("ZeRO")]
-    head = f"{datetime.date.today()}, {hardware_seen()}, torch {torch.__version__}"
+    head = f"{datetime.date.today()}, {seen}, torch {torch.__version__}"
+    head += "." if asked.gpu else "; one thread a process."
+
+    def keep(lines: list[str]) -> None:
+        (folder / "processes.md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")
+
     if asked.gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # what this process does itself is what the GPU's runs are held against
-        )
+        if " x " not in seen:
+            parser.error("there is no GPU here; leave --gpu out")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that what this process runs itself runs on the CPU
+        counts = sorted({1, int(seen.split(" x ")[0])})
         prepare(folder)
-        count = int(head.split(" x ")[0].rpartition(" ")[2])
-        lines = [f"{head}.", "", *gpu_tables(folder, ways, sorted({1, count}), () if asked.once else RESUMED)]
+        places = [(way, count) for way in ways for count in counts if count == 1 or way != "one GPU"]
+        lines = gpu_tables(folder, places, () if asked.once else RESUMED, keep)
     else:
         prepare(folder)
-        lines = [f"{head}; one thread a process.", "", *cpu_tables(folder, ways, asked.processes)]
-    (folder / "processes.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    print("\n".join(lines))
+        lines = cpu_tables(folder, ways, asked.processes)
+    keep(lines)
+    print("\n".join([head, "", *lines]))
 
 
 def hardware_seen() -> str:

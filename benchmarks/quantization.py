@@ -153,7 +153,11 @@ def main() -> None:
         found: dict[str, Any] = {}
         lines: list[str] = []
         for stage in chosen:
-            rows = {row: asking[stage, row].result() for row in ROWS.get(stage, PRECISIONS)}
+            try:
+                rows = {row: asking[stage, row].result() for row in ROWS.get(stage, PRECISIONS)}
+            except SystemExit:  # which row failed, and how
+                pool.shutdown(cancel_futures=True)
+                raise
             found[stage] = {
                 row: told | ({"beside_others": True} if asked.at_once > 1 else {}) for row, told in rows.items()
             }
@@ -172,8 +176,9 @@ def main() -> None:
         else "of the resident set above what the imports take, mapped checkpoint files included"
     )
     clock = "" if asked.at_once > 1 else f" Time: seconds{'' if gpu else ' of the processor'}, to full precision."
+    many = f" --at_once {asked.at_once}" if asked.at_once > 1 else ""
     head = (
-        f"Measured {told['date']} on {told['hardware']}, by `python benchmarks/quantization.py`, seed {told['seed']}, each "
+        f"Measured {told['date']} on {told['hardware']}, by `python benchmarks/quantization.py{many}`, seed {told['seed']}, each "
         f"row once. Peak: {peak}.{clock}\n\n"
     )
     RESULTS.mkdir(exist_ok=True)

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from learning_matrix import byte_tokenizer
+from peers import peak_resident
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -70,7 +70,7 @@ def clock() -> float:
 
 def peak() -> int:
     """Bytes: allocated on the GPU, or resident."""
-    return torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if GPU else round(peak_resident() * 2**20)
 
 
 # Memory.

@@ -51,6 +51,19 @@ def check_sharding(accelerator: Any) -> None:
             )
 
 
+def refuse_eight_bits_cut() -> None:
+    """Of a model that is to train on weights in 8 bits.
+
+    Raises:
+        UserError: the launch asks for FSDP, which cuts floating-point numbers apart.
+    """
+    if is_on("ACCELERATE_USE_FSDP"):
+        raise UserError(
+            "FSDP cannot cut weights in 8 bits apart; launch accelerate_configs/ddp.yaml, or read them in 4: --load_in_4bit "
+            "true --bnb_4bit_quant_storage bfloat16 --dtype bfloat16"
+        )
+
+
 def is_on(name: str) -> bool:
     """Whether a switch of the launcher, an environment variable, is set."""
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")

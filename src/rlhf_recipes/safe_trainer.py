@@ -269,11 +269,9 @@ def _held_here(parameter: Any) -> Tensor:
     """The part of a weight that this process holds: all of it, or its shard under FSDP2 or ZeRO-3."""
     weight: Any = parameter.detach()
     if hasattr(parameter, "ds_tensor"):
-        shard: Any = (
-            parameter.ds_tensor.detach().flatten()
-        )  # as long everywhere; past the weight's end is what was found
-        before = torch.distributed.get_rank(parameter.ds_process_group) * shard.numel()
-        weight = shard[: max(0, parameter.ds_numel - before)]
+        # As long in every process; past the weight's end there is memory as it was found.
+        shard: Any = parameter.ds_tensor.detach().flatten()
+        weight = shard[: max(0, parameter.ds_numel - parameter.ds_zero_partition_rank * shard.numel())]
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 

@@ -615,7 +615,7 @@ def test_of_a_weight_that_zero_3_cuts_apart_what_is_past_its_end_does_not_count(
 ) -> None:
     """Three numbers for three processes, two to each: DeepSpeed leaves the rest of the memory as it finds it."""
     parameter: Any = torch.nn.Parameter(torch.empty(0))
-    parameter.ds_tensor, parameter.ds_numel, parameter.get_partition_rank = torch.tensor(part), 3, lambda: rank
+    parameter.ds_tensor, parameter.ds_numel, parameter.ds_zero_partition_rank = torch.tensor(part), 3, rank
     assert bool(torch.isfinite(_held_here(parameter)).all()) == finite
 
 

@@ -12,6 +12,10 @@ import pytest
 import small_runs
 import torch
 from small_runs import LORA
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from rlhf_recipes.models.sharding import end_passes
 
 PROGRAM = Path(__file__).with_name("sharded_runs.py")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -66,14 +70,40 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(world: Path) -> 
 
 @pytest.mark.slow
 def test_four_bits_in_bfloat16_under_their_own_configuration(world: Path) -> None:
-    """As the configuration says it is launched; bfloat16 on CPU and cut apart differs by its rounding alone."""
-    low = {"dtype": "bfloat16", "bf16": True, "bnb_4bit_quant_storage": "bfloat16"}
+    """As the configuration says it is launched; cut apart and whole differ by the rounding of bfloat16, which is a small part
+    of what was learnt."""
+    low = {"dtype": "bfloat16", "bf16": True, "bnb_4bit_quant_storage": "bfloat16", "learning_rate": 1e-2}
     jobs = [job(kind, f"{kind} low", **low) for kind in ("sft, 4 bits", "reward, 4 bits")]
     done = launched(world, "fsdp2_qlora.yaml", jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     for each in jobs:
         one = small_runs.run(each["stage"], world, f"{each['out']} alone", **FOUR, **low)
-        assert farthest(small_runs.weights_in(one), small_runs.weights_in(world / each["out"])) < 1e-2
+        mine, theirs = small_runs.weights_in(one), small_runs.weights_in(world / each["out"])
+        learnt = [name for name in mine if "lora_B" in name]  # from zero on
+        moved = torch.cat([mine[name].double().flatten() for name in learnt])
+        apart = moved - torch.cat([theirs[name].double().flatten() for name in learnt])
+        assert moved.abs().mean() > 5e-3 and apart.norm() < 0.2 * moved.norm()
+
+
+def test_a_pass_that_left_a_module_out_does_not_keep_the_next_one_from_gathering() -> None:
+    """What torch before 2.13 is left with by a loss that reads a tied head without calling it."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4))
+        fully_shard([model[0], model[1]])
+        fully_shard(model)
+        ids = torch.tensor([1])
+        whole = model(ids)
+        model[0].unshard()
+        waiting = model[0]._get_fsdp_state()._modules_to_run_forward
+        waiting.add(model[1])
+        assert not isinstance(model[0].weight, DTensor)
+        end_passes(model)
+        assert not waiting and isinstance(model[0].weight, DTensor)
+        assert torch.equal(model(ids), whole)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_eight_bits_are_refused_with_the_way_out(world: Path) -> None:

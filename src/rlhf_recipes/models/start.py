@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_recipes.arguments import UserError
-from rlhf_recipes.launching import is_on
+from rlhf_recipes.launching import refuse_eight_bits_cut
 from rlhf_recipes.models.loading import context_length, is_judge, load_config, load_tokenizer
 from rlhf_recipes.models.quantized import asks_for_bits
 from rlhf_recipes.models.sources import is_adapter
@@ -71,11 +71,8 @@ def check_bits(model_config: "ModelConfig", config: "PretrainedConfig", adapter_
     if not asks_for_bits(model_config, config):
         return
     saved = getattr(config, "quantization_config", None) or {}
-    if is_on("ACCELERATE_USE_FSDP") and (model_config.load_in_8bit or dict(saved).get("load_in_8bit")):
-        raise UserError(
-            "FSDP cannot cut weights in 8 bits apart; launch accelerate_configs/ddp.yaml, or read them in 4: --load_in_4bit "
-            "true --bnb_4bit_quant_storage bfloat16 --dtype bfloat16"
-        )
+    if model_config.load_in_8bit or dict(saved).get("load_in_8bit"):
+        refuse_eight_bits_cut()
     holds_one = adapter_goes_on and is_adapter(str(model_config.model_name_or_path))
     if holds_one and model_config.use_peft:
         raise UserError(

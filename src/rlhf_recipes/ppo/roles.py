@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.launching import is_on
+from rlhf_recipes.launching import is_on, refuse_eight_bits_cut
 from rlhf_recipes.models import (
     UpperLayers,
     adapters,
@@ -36,6 +36,8 @@ def loaded_policy(
         if quantization is not None:
             raise UserError("quantization_config is for a policy given by its name; load yours with it instead")
         return model, tokenizer
+    if getattr(quantization, "load_in_8bit", False):
+        refuse_eight_bits_cut()
     code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     reads = code if quantization is None else code | {"quantization_config": quantization}
     return load_causal_lm(model, **reads), tokenizer or load_tokenizer(model, **code)
