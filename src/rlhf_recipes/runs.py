@@ -26,6 +26,11 @@ HOW = {
     "overwrite",
     "output_dir",
     "hub_strategy",
+    "disable_tqdm",
+    "log_level",
+    "report_to",
+    "run_name",
+    "save_total_limit",
     *HubArguments.__dataclass_fields__,
 }
 
