@@ -29,7 +29,6 @@ HOW = {
     "disable_tqdm",
     "log_level",
     "report_to",
-    "run_name",
     "save_total_limit",
     *HubArguments.__dataclass_fields__,
 }

@@ -419,7 +419,7 @@ def test_a_finished_run_is_left_alone_unless_it_was_asked_otherwise(
     whole("sft")
     before = {path: path.stat().st_mtime_ns for path in (world / "whole sft").rglob("*")}
     assert small_runs.run("sft", world, "whole sft", resume="auto") == world / "whole sft"
-    how = {"disable_tqdm": False, "save_total_limit": 1, "run_name": "again"}  # says nothing of what was learnt
+    how = {"disable_tqdm": False, "save_total_limit": 1}  # says nothing of what was learnt
     assert small_runs.run("sft", world, "whole sft", resume="auto", **how) == world / "whole sft"
     assert {path: path.stat().st_mtime_ns for path in (world / "whole sft").rglob("*")} == before
     with pytest.raises(
