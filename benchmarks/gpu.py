@@ -64,12 +64,12 @@ def ppo(asked: Any, rates: dict[bool, float]) -> tuple[list[str], Any]:
             ]
         told = f"{as_ratio(each['ratios'])} | {said['seconds']:.2f} | {said['above_imports']:,.0f}"
         lines.append(f"| {each['case']} | {told} | {' | '.join(cells)} |")
-    said = next(each["ours"][-1] for each in found if each["case"] == "defaults")
-    lines += [
-        "",
-        f"Defaults: {said['answers'] / said['time/generate']:,.0f} answer tokens a second are generated, "
-        f"{EPOCHS * said['tokens'] / said['time/update']:,.0f} tokens a second are learnt from.",
-    ]
+    for said in (each["ours"][-1] for each in found if each["case"] == "defaults"):
+        lines += [
+            "",
+            f"Defaults: {said['answers'] / said['time/generate']:,.0f} answer tokens a second are generated, "
+            f"{EPOCHS * said['tokens'] / said['time/update']:,.0f} tokens a second are learnt from.",
+        ]
     return lines, found
 
 
