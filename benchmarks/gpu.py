@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import growth
 import torch
 from growth import EPOCHS, trunk_and_head, work
 from peers import Worker, as_ratio, take_turns
@@ -24,12 +25,7 @@ from rlhf_recipes.models import hardware
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = "124M"
-# What is told of each case of ppo_speed: whether its value is a model of its own, and how many layers learn.
-COUNTED: dict[str, dict[str, Any]] = {
-    "same algorithm": {"value": True},
-    "defaults": {"value": False},
-    "two upper layers": {"value": False, "upper": 2},
-}
+COUNTED = {name.partition(",")[0]: case for name, case in growth.CASES.items()}  # under the names that ppo_speed has
 
 
 def matrix_rates() -> dict[bool, float]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from learning_matrix import byte_tokenizer
-from peers import peak_resident
+from peers import peak
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -52,13 +52,6 @@ def leave_models(folder: Path, size: str) -> None:
     save_judge_config(adapted, folder / "judge_adapter")
     for name in ("base", "judge", "judge_adapter"):
         tokenizer.save_pretrained(folder / name)
-
-
-def peak() -> float:
-    """MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return peak_resident()
 
 
 def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, float]:
@@ -105,10 +98,10 @@ def main() -> None:
         return
     lines = ["| models | weights held, MiB | peak memory, MiB | share | what there is |", "|---|---|---|---|---|"]
     first = None
+    sizes = ["--episodes", str(asked.episodes), "--response", str(asked.response)]
     with tempfile.TemporaryDirectory() as name:
         leave_models(Path(name), asked.size)
         for case, told in CASES.items():
-            sizes = ["--episodes", str(asked.episodes), "--response", str(asked.response)]
             command = [sys.executable, __file__, "--one", case, name, *sizes]
             out = subprocess.run(command, capture_output=True, text=True, check=False)
             if out.returncode:
@@ -120,7 +113,7 @@ def main() -> None:
             )
             print(lines[-1], flush=True)
     if asked.out:
-        words = " ".join(sys.argv[1:])
+        words = " ".join(["--size", asked.size, *sizes])
         head = f"Measured {datetime.date.today()} on {hardware()}, by `python benchmarks/memory.py {words}`.\n\n"
         asked.out.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 

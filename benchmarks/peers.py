@@ -117,11 +117,15 @@ def take_turns(workers: Sequence[Worker], rounds: int, warm_up: int = 1) -> list
     return found
 
 
-def peak_resident() -> float:
-    """MiB: the most that this process has held since it began.
+def peak() -> float:
+    """MiB: the most that this process has held since it began; of the GPU's memory, if there is one.
 
     Not `ru_maxrss`, which on Linux is at least what the process that started this one had held by then.
     """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.is_file():
         lines = status.read_text().splitlines()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peers import answer_when_told, peak_resident
+from peers import answer_when_told, peak
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -83,13 +83,6 @@ class Turns(TrainerCallback):
         seconds = time.perf_counter() - self.started
         phases = dict(getattr(self, "phases", dict)())
         self.tell({"seconds": seconds, "peak": peak(), "above_imports": peak() - self.imported} | phases)
-
-
-def peak() -> float:
-    """MiB: of the GPU's memory if there is one, else of this process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return peak_resident()
 
 
 def arguments_of(asked: Any, folder: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python benchmarks/pretrain_speed.py [--shape 124M] [--rounds 7]
 
-Same random GPT-2, same packed blocks of 256 tokens, 8 a step, AdamW, one thread, or the GPU that is there. "same settings"
-is float32 on both sides; "defaults" is what the stage does by itself on this machine.
+Same random GPT-2, same packed blocks of 256 tokens, 8 a step, AdamW, one thread. "same settings" is float32 on both sides;
+"defaults" is what the stage does by itself on this machine.
 """
 
 import argparse
@@ -20,22 +20,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="14M")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=8, help="blocks a step")
     asked = parser.parse_args()
     import torch
 
     from rlhf_recipes.models import hardware
 
     torch.set_num_threads(1)
-    common = ["--shape", asked.shape, "--batch", str(asked.batch)]
 
     lines = ["| ours | tokens per second, to the plain loop's | peak memory | target | |", "|---|---|---|---|---|"]
     found = []
     for case, (flags, target) in CASES.items():
         print(case, flush=True)
         workers = [
-            Worker("plain loop", "pretrain_worker.py", ["plain", *common]),
-            Worker(f"pretrain, {case}", "pretrain_worker.py", ["ours", *common, *flags]),
+            Worker("plain loop", "pretrain_worker.py", ["plain", "--shape", asked.shape]),
+            Worker(f"pretrain, {case}", "pretrain_worker.py", ["ours", "--shape", asked.shape, *flags]),
         ]
         try:
             theirs, ours = take_turns(workers, asked.rounds)

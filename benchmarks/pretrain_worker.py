@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peers import answer_when_told
-from ppo_worker import SHAPES, Turns, peak
+from peers import answer_when_told, peak
+from ppo_worker import SHAPES, Turns
 from transformers import GPT2Config, GPT2LMHeadModel
 
 STEPS, BLOCK = 8, 256

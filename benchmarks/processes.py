@@ -228,15 +228,17 @@ def gpu_lines(
     first: dict[Job, list[str]] = {job: [] for job in by_itself}
     again: dict[Job, list[str]] = {job: [] for job in by_itself if job[1] in resumed}
     for job, (way, count) in itertools.product(by_itself, places):
-        out, told = f"{job[0]} {job[1]} {way} {count}", by_itself[job]
-        fault, broken = said.get((way, count, job), (told, told))
-        reached = (way, count, job) in said or bool(told)
-        first[job].append(told_of(folder, job, out, fault) if reached else "not reached")
+        out, refused = f"{job[0]} {job[1]} {way} {count}", by_itself[job]
+        if refused or (way, count, job) not in said:
+            cell = near = f"refused: {refused}" if refused else "not reached"
+        else:
+            fault, broken = said[way, count, job]
+            broken = fault or broken
+            cell = told_of(folder, job, out, fault)
+            near = f"refused: {broken}" if broken else farthest(folder / out, folder / f"{out} resumed")
+        first[job].append(cell)
         if job in again:
-            near = (
-                f"refused: {fault or broken}" if fault or broken else farthest(folder / out, folder / f"{out} resumed")
-            )
-            again[job].append(near if reached else "not reached")
+            again[job].append(near)
     columns = [f"{way}, {count}" for way, count in places]
     head = "Broken off by an error after four steps, and gone on with by --resume auto: how far off the run that went through"
     return [*table(columns, first), *(["", f"{head}:", "", *table(columns, again)] if again else [])]
@@ -254,8 +256,7 @@ def table(columns: Iterable[str], found: dict[Job, list[str]]) -> list[str]:
 
 
 def farthest(one: Path, other: Path) -> str:
-    mine, theirs = small_runs.weights_in(one), small_runs.weights_in(other)
-    return f"{max((mine[name].double() - theirs[name].double()).abs().max().item() for name in mine):.0e}"
+    return f"{small_runs.farthest(small_runs.weights_in(one), small_runs.weights_in(other)):.0e}"
 
 
 def fsdp2(folder: Path, processes: int) -> list[str]:

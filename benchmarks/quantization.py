@@ -46,12 +46,12 @@ def size(count: float) -> str:
 def memory(row: Row, full: Row) -> list[str]:
     """MB held of each role, as a share of full precision, the peak of the process, and how long it took."""
     cells = [f"{size(held)} ({held / full['roles'][role]:.0%})" for role, held in row["roles"].items()]
-    times = [] if "beside_others" in row else [f"{row['seconds'] / full['seconds']:.2f}x"]
+    times = [f"{row['seconds'] / full['seconds']:.2f}x"] if "seconds" in row else []
     return [*cells, f"{row['peak'] / 2**20:.0f}", *times]
 
 
 def memory_columns(row: Row) -> list[str]:
-    return ["peak, MiB", *([] if "beside_others" in row else ["time"])]
+    return ["peak, MiB", *(["time"] if "seconds" in row else [])]
 
 
 def pair(found: dict[str, float]) -> str:
@@ -158,14 +158,15 @@ def main() -> None:
             except SystemExit:  # which row failed, and how
                 pool.shutdown(cancel_futures=True)
                 raise
-            found[stage] = {
-                row: told | ({"beside_others": True} if asked.at_once > 1 else {}) for row, told in rows.items()
-            }
-            new = {"traps": traps_table, "optimizer": optimizer_table}.get(
-                stage, lambda told, s=stage: stage_table(s, told)
-            )
-            lines += new(found[stage])
-            print("\n".join(new(found[stage])), flush=True)
+            if asked.at_once > 1:  # how long a row took beside others says nothing
+                rows = {
+                    row: {key: value for key, value in told.items() if key != "seconds"} for row, told in rows.items()
+                }
+            found[stage] = rows
+            told_otherwise = {"traps": traps_table, "optimizer": optimizer_table}
+            new = told_otherwise[stage](rows) if stage in told_otherwise else stage_table(stage, rows)
+            lines += new
+            print("\n".join(new), flush=True)
     if asked.only:
         return
     told = {"hardware": hardware(), "date": str(datetime.date.today()), "seed": 42, "threads": 1}

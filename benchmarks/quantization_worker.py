@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from learning_matrix import byte_tokenizer
-from peers import peak_resident
+from peers import peak
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -66,11 +66,6 @@ def clock() -> float:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak() -> int:
-    """Bytes: allocated on the GPU, or resident."""
-    return torch.cuda.max_memory_allocated() if GPU else round(peak_resident() * 2**20)
 
 
 # Memory.
@@ -339,7 +334,7 @@ def main(stage: str, precision: str, run: Path) -> None:
     before = peak()
     with tempfile.TemporaryDirectory() as name:
         told = act(run, precision, Path(name) / "out")
-    print(json.dumps(told | {"peak": peak() - before}))
+    print(json.dumps(told | {"peak": round((peak() - before) * 2**20)}))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 import sharded_processes as program
 import torch
 from safetensors.torch import load_file
+from small_runs import farthest
 
 Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("sharded_processes.py")
@@ -60,11 +61,6 @@ def alone(folder: Path) -> Callable[[str], Any]:
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     paths = [*folder.glob("*.safetensors"), *folder.glob("value_model/*.safetensors")]
     return {f"{path.relative_to(folder)}:{name}": each for path in paths for name, each in load_file(path).items()}
-
-
-def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys() and one
-    return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 def test_point_20_each_process_keeps_a_half(folder: Path) -> None:

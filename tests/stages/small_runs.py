@@ -98,6 +98,12 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{path.relative_to(folder)}:{name}": each for path in paths for name, each in load_file(path).items()}
 
 
+def farthest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """The largest difference of any weight. Both have the same ones; a tied head is saved once."""
+    assert one.keys() == other.keys() and one
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
 CLOCK = (
     "time/",
     "train_runtime",

@@ -14,7 +14,7 @@ import pytest
 import small_runs
 import torch
 import yaml
-from small_runs import LORA
+from small_runs import LORA, farthest
 
 from rlhf_recipes.checkpoints import seal
 
@@ -49,12 +49,6 @@ def launched(
         [*command, str(PROGRAM), str(world), str(told)],
         env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
-
-
-def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """A tied head is saved under its own name as well."""
-    assert set(one) <= set(other) <= {*one, "model.safetensors:lm_head.weight"}
-    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 import small_runs
 import torch
 import yaml
-from small_runs import LORA, STAGES
+from small_runs import LORA, STAGES, farthest
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.checkpoints import saved_checkpoints
@@ -76,11 +76,6 @@ def alone(world: Path) -> Callable[[str], Path]:
         return out if out.exists() else small_runs.run(stage_of(kind), world, out.name, **KINDS[kind])
 
     return made
-
-
-def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys() and one
-    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])

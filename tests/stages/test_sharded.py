@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import small_runs
 import torch
-from small_runs import LORA
+from small_runs import LORA, farthest
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -43,11 +43,6 @@ def launched(world: Path, config: str, jobs: list[dict[str, Any]]) -> "subproces
 def job(kind: str, out: str, **more: Any) -> dict[str, Any]:
     cut = CUT if "4 bits" in kind else {}
     return {"stage": kind.partition(",")[0], "out": out, "save_total_limit": 9, **KINDS[kind], **cut, **more}
-
-
-def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert set(one) == set(other)  # a tied head once
-    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
 def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(world: Path) -> None:

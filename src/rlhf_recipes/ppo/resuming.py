@@ -94,11 +94,12 @@ class ResumableTrainer(SafeTrainer):
         return list(rows[self.args.process_index * share : (self.args.process_index + 1) * share])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if state_dict is None and is_sharded(self.model):
+        if state_dict is not None:
+            state_dict = tied_again(self.model, state_dict)
+        elif is_sharded(self.model):
             state_dict = whole_state(self.model)
         if not self.args.should_save:  # Trainer asks every process
             return
-        state_dict = state_dict and tied_again(self.model, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
         in_checkpoint = folder.name.startswith("checkpoint-")
         self.model.save_pretrained(folder, state_dict, value=self.args.save_value_model or in_checkpoint)
