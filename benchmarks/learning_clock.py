@@ -28,6 +28,7 @@ KINDS = {  # algorithm, flags
     "ours": ("ours", []),
     "ours, upper layers": ("ours", ["--upper"]),
     "TRL 1.12 PPO": ("trl_ppo", []),
+    "TRL 1.12 PPO, autocast": ("trl_ppo", ["--autocast"]),
     "TRL RLOO": ("rloo", []),
     "TRL GRPO": ("grpo", []),
 }
@@ -40,6 +41,7 @@ WORLDS: dict[str, dict[str, Any]] = {
         "batch": 96,
         "prompt_tokens": None,
         "upper": 1,
+        "wide": False,  # enough for bfloat16 to gain anything
     },
     "imdb": {
         "policy": "pretrain",
@@ -49,6 +51,7 @@ WORLDS: dict[str, dict[str, Any]] = {
         "batch": 64,
         "prompt_tokens": 8,
         "upper": 2,
+        "wide": True,
     },
 }
 
@@ -155,11 +158,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--looks", type=int, default=24, help="how often held-out prompts are answered")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(KINDS), help="by default all that the world is wide enough for"
+    )
     parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--rates", type=json.loads, default={}, help='learning rates by name: {"TRL RLOO": 1e-4}')
     parser.add_argument("--at_once", type=int, default=2)
     asked = parser.parse_args()
+    asked.kinds = asked.kinds or [
+        kind for kind, (_, flags) in KINDS.items() if WORLDS[asked.world]["wide"] or flags != ["--autocast"]
+    ]
     asked.output_dir.mkdir(parents=True, exist_ok=True)
     if not (asked.output_dir / "told.json").is_file():
         prepare(asked, asked.output_dir)

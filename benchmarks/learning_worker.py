@@ -135,6 +135,8 @@ def ours(prepared: Prepared, asked: Any, folder: str) -> None:
 def trl_ppo(prepared: Prepared, asked: Any, folder: str) -> None:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+    if asked.autocast:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as `accelerate launch` does; its own flag changes nothing
     policy = prepared.policy()
     args = PPOConfig(
         **ppo_arguments(prepared, asked, folder), total_episodes=10_000_000, num_sample_generations=0, bf16=False,
@@ -194,6 +196,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=8)
     parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--upper", action="store_true", help="let only the upper layers learn")
+    parser.add_argument("--autocast", action="store_true", help="trl_ppo: in bfloat16")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     prepared = Prepared(asked.folder)

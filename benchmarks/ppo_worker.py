@@ -6,6 +6,7 @@ Run by ppo_speed.py and growth.py, in the environment of whichever trainer it is
 import argparse
 import importlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -98,9 +99,11 @@ def arguments_of(asked: Any, folder: str) -> dict[str, Any]:
 def theirs(asked: Any, folder: str, turns: Turns) -> Any:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+    if asked.bf16 == "true":
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as `accelerate launch` does; its own flag changes nothing
     updates = 1000 * asked.batch * asked.accumulation
     args = PPOConfig(
-        **arguments_of(asked, folder), bf16=asked.bf16 == "true", num_sample_generations=0, total_episodes=updates,
+        **arguments_of(asked, folder), bf16=False, num_sample_generations=0, total_episodes=updates,
         local_rollout_forward_batch_size=max(64, asked.batch * asked.accumulation),
     )  # fmt: skip
     rows = prompts_of(asked)
