@@ -35,11 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_jud
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
-    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     answer = subprocess.run(
         [*launch, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert answer.returncode == 0, answer.stderr[-4000:]
+    said = answer.stderr.partition("torch/distributed/elastic")[0]  # by the processes, before torchrun tells of their end
+    assert answer.returncode == 0, said[-8000:]
     return folder
 
 
