@@ -39,7 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_jud
     answer = subprocess.run(
         [*launch, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    said = answer.stderr.partition("torch/distributed/elastic")[0]  # by the processes, before torchrun tells of their end
+    # What the processes said, before torchrun tells of their end.
+    said = answer.stderr.partition("torch/distributed/elastic")[0]
     assert answer.returncode == 0, said[-8000:]
     return folder
 
