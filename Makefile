@@ -63,6 +63,7 @@ bench: $(STAMP) ## speed and memory against TRL 1.12, a plain loop and the machi
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/pretrain_speed.py
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/startup.py
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/packing.py
+	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/decoding.py
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/growth.py
 
 format: $(STAMP) ## let ruff mend what it can

@@ -102,12 +102,12 @@ def run(kind: str, seed: int, asked: Any, folder: Path) -> None:
 
 
 def at(points: list[dict[str, float]], seconds: float) -> float:
-    """The score that stood at that time."""
+    """The score at the last look up to that time."""
     return [point["score"] for point in points if point["seconds"] <= seconds][-1]
 
 
 def told(folder: Path, asked: Any) -> str:
-    """The table of scores at an eighth, a quarter, a half and the whole of the time; the plot beside it."""
+    """The table of scores at an eighth, a quarter, a half and the whole of the time; all points and the plot beside it."""
     budgets = [asked.seconds * share for share in (1 / 8, 1 / 4, 1 / 2, 1)]
     lines = ["| | " + " | ".join(f"{budget:.0f} s" for budget in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
     curves: dict[str, list[list[dict[str, float]]]] = {}
@@ -121,6 +121,7 @@ def told(folder: Path, asked: Any) -> str:
             scores = [at(points, budget) for points in curves[kind]]
             cells.append(f"{sum(scores) / len(scores):.3f} ({min(scores):.3f}-{max(scores):.3f})")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    (folder / "clock.json").write_text(json.dumps(curves), encoding="utf-8")
     draw(curves, folder / "clock.png", asked)
     return "\n".join(lines)
 

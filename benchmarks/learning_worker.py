@@ -1,7 +1,7 @@
 """One run of one algorithm against the clock: what it has learnt after how many seconds of training.
 
 Run by learning_clock.py, in the environment of the trainer that it is about. The clock stands still while held-out prompts
-are answered; answers, seeds and scores of that are the same code for everyone.
+are answered; answers, seeds and scores of that are the same code for everyone, in float32.
 """
 
 import argparse
@@ -57,6 +57,7 @@ class Clock(TrainerCallback):
     def __init__(self, prepared: Prepared, policy: Any, asked: Any) -> None:
         self.prepared, self.policy, self.asked = prepared, policy, asked
         self.judge = prepared.reward(prepared.judge())
+        self.answering = prepared.policy()  # a trainer may have put the policy itself under autocast
         self.trained, self.due, self.points = 0.0, 0.0, []  # type: ignore[var-annotated]
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -80,9 +81,8 @@ class Clock(TrainerCallback):
         sampling = Sampling(
             self.prepared.response, TEMPERATURE, min_new_tokens=self.prepared.least, stop_ids=(self.prepared.eos,)
         )
-        training = self.policy.training
-        answers = sample(self.policy, ids, sampling, [row_seed(99, row) for row in range(len(rows))])
-        self.policy.train(training)
+        self.answering.load_state_dict(self.policy.state_dict())
+        answers = sample(self.answering, ids, sampling, [row_seed(99, row) for row in range(len(rows))])
         texts = answers.texts(self.prepared.tokenizer)
         scores = self.judge.score_ids([[*one, *two] for one, two in zip(ids, answers.ids, strict=True)])
         point = {"seconds": self.trained, "judge": sum(scores) / len(scores), "length": mean(map(len, answers.ids))}

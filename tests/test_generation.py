@@ -94,6 +94,18 @@ def test_point_10_a_row_alone_is_answered_as_in_its_batch(model: Any, batch_size
     assert back.ids[::-1] == together.ids
 
 
+def test_point_10_and_so_is_a_row_by_a_model_whose_weights_are_laid_out_for_the_processor(
+    make_model: Callable[..., Any],
+) -> None:
+    model = make_model(3, initializer_range=0.1, n_embd=256, vocab_size=320)
+    seeds = [row_seed(5, row) for row in range(8)]
+    sampling = Sampling(12, 1.0, stop_ids=STOPS)
+    together = sample(model, PROMPTS, sampling, seeds, batch_size=8)
+    for row in range(8):
+        assert sample(model, [PROMPTS[row]], sampling, [seeds[row]]).ids[0] == together.ids[row]
+    assert not any("forward" in vars(each) for each in model.modules()), "nothing of it is left on the model"
+
+
 def test_an_answer_ends_with_its_first_stop_token_or_at_the_limit(model: Any) -> None:
     answers = sample(model, PROMPTS * 8, Sampling(5, 1.5, stop_ids=STOPS), list(range(64)))
     assert {True, False} == set(answers.stopped)

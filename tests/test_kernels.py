@@ -18,8 +18,17 @@ from transformers import (
 )
 
 from rlhf_recipes.arguments import UserError
-from rlhf_recipes.models import UpperLayers, casts_kept, freeze_below, lower_layers, quicken, roomy_cache
+from rlhf_recipes.models import (
+    UpperLayers,
+    casts_kept,
+    freeze_below,
+    lower_layers,
+    quicken,
+    roomy_cache,
+    weights_prepacked,
+)
 from rlhf_recipes.models.kernels import ATTENTION, KeptCasts, _CausalAttention, short_attention
+from rlhf_recipes.models.prepacked import _multiplies
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
@@ -189,6 +198,109 @@ def test_the_roomy_cache_holds_what_transformers_cache_holds() -> None:
     for one, other in zip(plain.layers, roomy.layers, strict=True):
         assert one.keys.shape == other.keys.shape
         torch.testing.assert_close(other.values, one.values, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_keys_that_are_kept_wide_are_attended_as_near_to_float64_as_pytorch_attends_bfloat16(kind: str) -> None:
+    """Rows with padding on the left, some of which leave, in bfloat16; each token against a model in float64."""
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    mask[1, :4] = 0
+    models = [model_of(kind).to(dtype) for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)]
+    models[0].load_state_dict(models[1].state_dict())  # the weights as bfloat16 has them
+    quicken(models[2], CPU)
+    caches = [DynamicCache(config=models[0].config), DynamicCache(config=models[1].config)]
+    caches.append(roomy_cache(models[2].config))
+    errors = torch.zeros(3)
+    tokens, place = ids, (mask.cumsum(1) - 1).clamp(min=0)
+    for step in range(12):
+        with torch.no_grad():
+            told = [
+                model(tokens, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True).logits[
+                    :, -1
+                ]
+                for model, cache in zip(models, caches, strict=True)
+            ]
+        errors += torch.stack([(each.double() - told[0]).abs().mean().float() for each in told])
+        kept = torch.tensor([0, 1] if step == 5 else range(len(ids)))
+        for cache in caches:
+            cache.batch_select_indices(kept)
+        ids, mask, place = ids[kept], mask[kept], place[kept][:, -1:] + 1
+        tokens, mask = told[0][kept].argmax(1, keepdim=True), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    assert caches[2].layers[0].keys.dtype == torch.float32, "kept wide"
+    assert 0 < errors[2] <= 1.1 * errors[1]
+
+
+# Weights laid out once.
+
+
+def wide_model() -> Any:
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(
+        GPT2Config(n_embd=256, n_layer=2, n_head=4, vocab_size=300, bos_token_id=0, eos_token_id=0)
+    ).eval()
+
+
+def products_in(model: nn.Module, low: bool) -> tuple[Tensor, int]:
+    """Logits, and how many products were made with weights laid out before."""
+    with (
+        torch.profiler.profile() as profile,
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=low),
+    ):
+        logits = model(IDS).logits
+    return logits, sum(each.name == "mkldnn::_linear_pointwise" for each in profile.events())
+
+
+needs_onednn = pytest.mark.skipif(
+    not _multiplies(torch.float32), reason="this processor's oneDNN has no products that are worth it"
+)
+
+
+@needs_onednn
+@pytest.mark.parametrize("low", [False, True])
+def test_weights_laid_out_once_give_the_same_products(low: bool) -> None:
+    model = wide_model()
+    plain, none = products_in(model, low)
+    with weights_prepacked(model):
+        told, some = products_in(model, low)
+        again, as_many = products_in(model, low)
+    expected = 9 if not low or _multiplies(torch.bfloat16) else 0  # four a layer, and the head
+    assert (none, some, as_many) == (0, expected, expected)
+    assert torch.equal(told, again) and told.dtype == plain.dtype
+    torch.testing.assert_close(told, plain, atol=0.02 if low else 1e-5, rtol=0)
+    assert products_in(model, low)[1] == 0, "and none afterwards"
+
+
+@needs_onednn
+def test_weights_laid_out_are_those_of_the_moment_and_gradients_go_the_ordinary_way() -> None:
+    layer = nn.Linear(256, 256)
+    rows = torch.randn(3, 256)
+    for _ in range(2):
+        with torch.no_grad(), weights_prepacked(layer):
+            torch.testing.assert_close(layer(rows), nn.functional.linear(rows, layer.weight, layer.bias))
+            layer.weight.mul_(2)  # from the next time on
+    with weights_prepacked(layer):
+        layer(rows).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, rows.sum(0).expand(256, 256))
+    assert layer.double()(rows.double()).dtype == torch.float64
+
+
+@needs_onednn
+def test_an_error_leaves_layers_as_they_were_and_those_of_others_are_let_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(256, 256), Own(256, 256), nn.Linear(256, 8), nn.Linear(256, 256))
+    model[3].forward = lambda states: states  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="stop"), weights_prepacked(model), weights_prepacked(model):
+        assert ["forward" in vars(layer) and not isinstance(layer.forward, type(wide_model)) for layer in model] == [
+            True,
+            False,
+            False,
+            False,
+        ]
+        raise RuntimeError("stop")
+    assert ["forward" in vars(layer) for layer in model] == [False, False, False, True]
 
 
 # A model in two.

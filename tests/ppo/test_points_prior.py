@@ -158,3 +158,16 @@ def test_what_a_judge_read_of_held_out_answers_is_no_reading_of_others(make_trai
     trainer.evaluate()
     trainer.step([[5, 6]] * 8, [[7, 8, 9]] * 8, [1.0] * 8)
     assert [rollout.prior for rollout in rollouts] == [None]
+
+
+def test_what_a_judge_read_of_the_last_answers_is_no_reading_of_the_callers(
+    make_trainer: Make, make_judge: Make
+) -> None:
+    trainer, rollouts = make_trainer(reward_funcs=make_judge(5), rows=8, max_steps=4), []
+    begin = trainer._begin_update
+    trainer._begin_update = lambda *args: rollouts.append(begin(*args)) or rollouts[-1]
+    trainer.train()
+    seen = trainer.experience.prior.sums.clone()
+    trainer.step([[5, 6]] * 8, [[7, 8, 9]] * 8, [1.0] * 8)
+    assert [rollout.prior is None for rollout in rollouts] == [False, True]
+    assert torch.equal(trainer.experience.prior.sums, seen)

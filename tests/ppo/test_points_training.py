@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,18 @@ def test_point_06_gradient_checkpointing_changes_no_number(
     (plain, losses, once), (checkpointed, again, twice) = found
     assert losses == again and twice == once + 4 + 4, "once more for each of the four steps, in both models"
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("asked", [{}, {"bf16": False}])
+def test_bf16_nobody_chose_is_chosen_for_the_machine_by_the_trainer_itself(
+    asked: dict[str, Any], make_trainer: Make, make_policy: Make, make_judge: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("rlhf_recipes.models.hardware"), "bf16_unit", lambda: "unit")
+    trainer = make_trainer(make_policy(0, n_embd=256), reward_funcs=make_judge(5), **asked)
+    assert trainer.args.bf16 is (not asked)
+    assert trainer.accelerator.mixed_precision == ("no" if asked else "bf16")
+    narrow = make_trainer(**asked)
+    assert narrow.accelerator.mixed_precision == "no"
 
 
 def test_point_06_bf16_computes_in_bfloat16_and_keeps_float32_weights(make_trainer: Make, weights_of: Make) -> None:

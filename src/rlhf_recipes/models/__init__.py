@@ -19,6 +19,7 @@ from rlhf_recipes.models.loading import (
     trainable_to_float32,
 )
 from rlhf_recipes.models.padding import read_left_padding
+from rlhf_recipes.models.prepacked import weights_prepacked
 from rlhf_recipes.models.quantized import FrozenArguments, ReadingArguments, asks_for_bits, in_bits, without_traps
 from rlhf_recipes.models.sources import file_of, is_adapter
 from rlhf_recipes.models.start import Start, check_bits, check_policy, check_start
@@ -64,5 +65,6 @@ __all__ = [
     "tokens_at_once",
     "trainable_to_float32",
     "trunk_of",
+    "weights_prepacked",
     "without_traps",
 ]

@@ -2,24 +2,33 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from rlhf_recipes.models.packed import ATTENTION
 
 ROOM = 64  # tokens
 
 
 class RoomyLayer(DynamicLayer):
-    """transformers' growing cache layer, which copies all it holds for each token; this one copies once in `ROOM`."""
+    """transformers' growing cache layer, which copies all it holds for each token; this one copies once in `ROOM`.
 
-    def __init__(self) -> None:
+    widened: bfloat16 is kept as float32, for `short_attention`, which then attends in float32.
+    """
+
+    def __init__(self, widened: bool = False) -> None:
         super().__init__()
+        self.widened = widened
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self._held: list[Tensor] = []  # keys and values, (batch, heads, tokens and room, size)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append states, (batch, heads, tokens, size); returns all keys and all values, as views."""
+        if self.widened and key_states.dtype == torch.bfloat16:
+            key_states, value_states = key_states.float(), value_states.float()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -50,5 +59,6 @@ def _with_room(before: Tensor | None, states: Tensor, end: int) -> Tensor:
 def roomy_cache(config: Any) -> DynamicCache:
     """An empty cache for a model of this config. Layers of other kinds (sliding windows, say) stay as they are."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    ours = config._attn_implementation == ATTENTION
+    cache.layers = [RoomyLayer(widened=ours) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

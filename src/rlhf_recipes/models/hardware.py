@@ -34,9 +34,13 @@ def tokens_at_once(device: "torch.device", low: bool = False) -> int:
 def fit_to_hardware(training: TrainingT, width: int) -> TrainingT:
     """A copy of the training arguments with bf16 decided for this machine and a model `width` hidden units wide.
 
-    What the caller set stays. On a CPU it also sets the number of torch threads, unless OMP_NUM_THREADS says it.
+    What the caller set stays. On a CPU it also sets the number of torch threads, unless OMP_NUM_THREADS says it. What was
+    fitted before comes back as it is.
     """
+    if training.__dict__.get("_fitted"):
+        return training
     fitted = copy.copy(training)
+    fitted.__dict__["_fitted"] = True
     if not training.use_cpu:
         return fitted
     if training.__dict__.get("_bf16_by_hardware") and width >= BF16_WIDTH_ON_CPU and bf16_unit():

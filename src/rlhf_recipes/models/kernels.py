@@ -46,9 +46,14 @@ def short_attention(
     """transformers' attention function: PyTorch's, but for whole short rows in bfloat16, whose backward pass is ours.
 
     query: (batch, heads, tokens, size); key, value: (batch, key heads, tokens, size) -> (batch, tokens, heads, size).
-    packed: the `Layout` of several rows that came as one.
+    packed: the `Layout` of several rows that came as one. Keys in float32, which the cache makes of bfloat16, are asked in
+    float32: for the one query of a token to come PyTorch's form for bfloat16 takes five times as long.
     """
     layout = options.pop("packed", None)
+    if key.dtype != query.dtype:
+        with torch.autocast(query.device.type, enabled=False):
+            out = sdpa_attention_forward(module, query.to(key.dtype), key, value, attention_mask, **options)[0]
+        return out.to(query.dtype), None
     if layout is not None:
         query, key, value = (layout.spread(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value))
         return layout.packed(short_attention(module, query, key, value, None, **options)[0]), None

@@ -67,6 +67,7 @@ class Experience:
         totals, token_totals = added_up(scores, weights, mask)
         totals = self.scale(totals, reduce, learn)
         readings = self.prior.readings(mask) if learn else None
+        self.prior.forget()  # the next episodes may be the caller's own
         if readings is not None:
             earned = totals if token_totals is None else totals + token_totals.sum(1)
             self.prior.learn(readings, earned, mask, reduce)

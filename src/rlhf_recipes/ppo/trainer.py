@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallb
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Completions, row_seed, sample
-from rlhf_recipes.models import adapters, base_model, casts_kept, quicken
+from rlhf_recipes.models import adapters, base_model, casts_kept, fit_to_hardware, quicken
 from rlhf_recipes.models.sharding import is_sharded, whole_weights
 from rlhf_recipes.ppo.adapting import with_adapter
 from rlhf_recipes.ppo.callbacks import Answers, SampleTable, UpdateEnd, UpdateLine
@@ -96,11 +96,11 @@ class PPOTrainer(MinimizingTrainer):
         refuse_sharding(args.distributed_state, args.n_gpu)
         model, processing_class = loaded_policy(model, processing_class, quantization_config, args.trust_remote_code)
         config = base_model(quicken(model, args.device)).config
+        args = fit_to_hardware(args, config.get_text_config().hidden_size)
         sources = reward_funcs if reward_funcs is not None else reward_model
         plays = train_dataset is not None or sources is not None  # neither: the caller plays, and calls step()
-        self.prompts, self.eval_prompts = checked_prompts(
-            config, processing_class, train_dataset, eval_dataset, args, plays
-        )
+        data = (train_dataset, eval_dataset)
+        self.prompts, self.eval_prompts = checked_prompts(config, processing_class, *data, args, plays)
         arrived = peft_config is None and adapters.has_adapter(model)
         both = with_value(with_adapter(model, peft_config, args), value_model, args)
         reference = the_reference(both, arrived, ref_model, args)
