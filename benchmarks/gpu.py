@@ -17,7 +17,7 @@ import growth
 import torch
 from growth import EPOCHS, trunk_and_head, work
 from peers import Worker, as_ratio, take_turns
-from ppo_speed import CASES, TRL, compared
+from ppo_speed import CASES, PEERS, TRL, compared
 from pretrain_worker import BLOCK, STEPS
 from triton.testing import do_bench
 
@@ -41,7 +41,7 @@ def matrix_rates() -> dict[bool, float]:
 
 def ppo(asked: Any, rates: dict[bool, float]) -> tuple[list[str], Any]:
     common = ["--shape", SHAPE, "--batch", str(asked.episodes), "--prompt", str(asked.prompt)]
-    found = compared(asked.cases, [*common, "--response", str(asked.response)], asked.rounds)
+    found = compared(asked.cases, [*common, "--response", str(asked.response)], asked.rounds, list(PEERS))
     theirs = found[0]["theirs"][-1]
     lines = [
         "| | episodes per second, to TRL 1.12's | an update, s | peak memory, MiB | generate | score | forward | update |",
@@ -50,8 +50,8 @@ def ppo(asked: Any, rates: dict[bool, float]) -> tuple[list[str], Any]:
     ]
     for each in found[1:]:
         said = each["ours"][-1]
-        phases = {name: said[f"time/{name}"] for name in ("generate", "score", "forward", "update")}
-        cells = [f"{seconds:.2f} s" for seconds in phases.values()]
+        phases = {name: said.get(f"time/{name}") for name in ("generate", "score", "forward", "update")}  # ours alone
+        cells = ["" if seconds is None else f"{seconds:.2f} s" for seconds in phases.values()]
         if case := COUNTED.get(each["case"]):
             done = work(case, said, SHAPE, asked.episodes)
             cells = [
