@@ -264,6 +264,18 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     assert found[0] >= 60 and found[1] <= 4
 
 
+def test_onednn_keeps_few_kernels_unless_the_environment_names_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "7")
+    fit_to_hardware(Training(), 64)  # type: ignore[type-var]
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    fit_to_hardware(Training(use_cpu=False), 64)  # type: ignore[type-var]
+    assert name not in os.environ, "a GPU does not need it"
+    fit_to_hardware(Training(), 64)  # type: ignore[type-var]
+    assert 0 < int(os.environ[name]) < 1024
+
+
 def test_threads_are_the_callers_where_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
