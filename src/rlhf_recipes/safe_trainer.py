@@ -73,7 +73,7 @@ class SafeTrainer(WholeBatchesTrainer):
             require_as_many(Path(self._resuming_from), self.args.world_size)
         self.remove_callback(_Watch)
         self.add_callback(_Watch(self))  # last, so that it sees what the others wish
-        unpickles = self._resuming_from is not None and self.is_deepspeed_enabled
+        unpickles = self.is_deepspeed_enabled and (self._resuming_from is not None or self.args.load_best_model_at_end)
         read = deepspeed_without_code() if unpickles else nullcontext()
         held = folder_lock(folder) if self.args.should_save else nullcontext()
         with held, read, full_disk_said(Path(folder)), listening(self._hear):
@@ -151,8 +151,8 @@ class SafeTrainer(WholeBatchesTrainer):
             self.save_progress(staged)
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            self._name_best(run)
             if self.args.should_save:
-                self._name_best(run)
                 self.state.save_to_json(str(staged / STATE))
                 (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
                 publish(staged, place)

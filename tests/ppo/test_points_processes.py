@@ -15,7 +15,7 @@ import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
 
-from rlhf_recipes.ppo.roles import refuse_sharding
+from rlhf_recipes.ppo.roles import check_launch
 
 Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("several_processes.py")
@@ -90,11 +90,11 @@ def test_point_08_a_step_that_one_process_cannot_take_is_taken_by_none(folder: P
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_in(folder / "spoilt-by-2").values())
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
-def test_point_20_sharded_weights_are_refused_with_the_way_out(kind: str) -> None:
-    with pytest.raises(ValueError, match=f"does not run under {kind}.*accelerate_configs/fsdp2.yaml"):
-        refuse_sharding(SimpleNamespace(distributed_type=DistributedType[kind]))
+def test_point_20_ways_that_cannot_be_learnt_in_are_refused_with_the_way_out() -> None:
+    asked = SimpleNamespace(n_gpu=1, deepspeed_plugin=None)
+    with pytest.raises(ValueError, match="does not run under Megatron.*accelerate_configs/fsdp2.yaml"):
+        check_launch(asked, DistributedType.MEGATRON_LM)
     with pytest.raises(ValueError, match="one process sees 2 GPUs"):
-        refuse_sharding(SimpleNamespace(distributed_type=DistributedType.NO), gpus=2)
+        check_launch(SimpleNamespace(n_gpu=2), DistributedType.NO)
     for allowed in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
-        refuse_sharding(SimpleNamespace(distributed_type=allowed))
+        check_launch(asked, allowed)

@@ -21,7 +21,7 @@ from rlhf_recipes.checkpoints import seal
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("small_runs.py")
 KINDS: dict[str, dict[str, Any]] = {
-    "pretrain": {}, "sft": {}, "reward": {}, "sft, LoRA": LORA, "reward, LoRA": LORA,
+    "pretrain": {}, "sft": {}, "reward": {}, "ppo": {}, "sft, LoRA": LORA, "reward, LoRA": LORA, "ppo, LoRA": LORA,
 }  # fmt: skip
 TOLERANCE = 2e-5
 pytestmark = [
@@ -33,7 +33,7 @@ pytestmark = [
 def launched(
     world: Path, stage: int, processes: int, jobs: list[dict[str, Any]]
 ) -> "subprocess.CompletedProcess[str]":
-    """As a user would: the file of accelerate_configs/, for a CPU. Weights of every size are cut apart."""
+    """As a user would: the file of accelerate_configs/, for a CPU."""
     asked = yaml.safe_load((ROOT / f"accelerate_configs/deepspeed_zero{stage}.yaml").read_text())
     told, config = world / "jobs.json", world / f"zero{stage}.yaml"
     told.write_text(json.dumps(jobs))
@@ -77,7 +77,7 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
         one, many = alone(kind), world / f"{kind} {name}"
         assert farthest(small_runs.weights_in(one), small_runs.weights_in(many)) < TOLERANCE
         told = [json.loads((folder / "metrics.json").read_text()) for folder in (one, many)]
-        for key in {"perplexity", "judge_accuracy", "margin"} & set(told[0]):
+        for key in {"perplexity", "judge_accuracy", "margin", "score"} & set(told[0]):
             assert told[1][key] == pytest.approx(told[0][key], rel=1e-4)
         shutil.copytree(many / "checkpoint-4", world / f"{kind} {name} on" / "checkpoint-4")
     on = [job | {"out": f"{job['out']} on", "resume": "auto"} for job in jobs]
@@ -88,11 +88,11 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
         assert farthest(small_runs.weights_in(alone(kind)), weights) < TOLERANCE
 
 
-def test_ppo_is_refused_with_the_way_out(world: Path) -> None:
-    done = launched(world, 2, 2, [{"stage": "ppo", "out": "ppo zero"}])
+def test_what_ppo_cannot_do_there_is_refused_before_anything_is_written(world: Path) -> None:
+    done = launched(world, 2, 2, [{"stage": "ppo", "out": "ppo zero", "value_warmup_updates": 1}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1
-    assert "does not run under DEEPSPEED" in lines[0] and "accelerate_configs/fsdp2.yaml" in lines[0]
+    assert "value_warmup_updates" in lines[0] and "accelerate_configs/fsdp2.yaml" in lines[0]
     assert not (world / "ppo zero").exists()
 
 

@@ -1,4 +1,4 @@
-"""Weights that are cut apart over the processes (FSDP2, Zhao et al. 2023), where rollouts want them whole.
+"""Weights that are cut apart over the processes (FSDP2, Zhao et al. 2023; ZeRO-3), where rollouts want them whole.
 
 Each forward pass of a sharded module is a meeting of all processes. Answers are of unequal length, so one process would
 wait for ever for another that has finished: while it answers, each holds the weights whole.
@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
+from rlhf_recipes.models import zero
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -29,17 +31,19 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
+def whole_weights(model: nn.Module, accelerator: Any = None) -> Iterator[None]:
     """For the time, every process holds all weights, and may run the model as often as it likes without the others.
 
-    All processes enter and leave together. A model that is not sharded is left as it is.
+    All processes enter and leave together. A model that is not sharded is left as it is. accelerator: what the model trains
+    under.
     """
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with zero.whole(zero.engine_of(accelerator)):
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)

@@ -4,6 +4,7 @@ What stands still is worked out once and read by everyone who stands on it (Havr
 """
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -104,8 +105,10 @@ def _names(trunk: nn.Module) -> tuple[str, str]:
 
 
 def _view(module: Any, put: dict[str, nn.Module]) -> Any:
-    """The module with some of its parts exchanged; the others are shared with it, and so are their weights."""
+    """The module with some of its parts exchanged; the others are shared with it, and so are their weights and their hooks.
+    The module's own hooks, such as DeepSpeed's, which know it by a number, are none of the view's."""
     view = copy.copy(module)
+    view._forward_pre_hooks, view._forward_hooks = OrderedDict(), OrderedDict()
     view._modules = {**module._modules, **put}
     return view
 

@@ -62,7 +62,7 @@ class Experience:
         device = self.args.device
         episodes = {name: tensor.to(device) for name, tensor in pack_episodes(queries, completions.ids).items()}
         mask = episodes["response_mask"]
-        with whole_weights(self.model):
+        with whole_weights(self.model, self.accelerator):
             log_probs, reference_log_probs, values = self._read_by_each(episodes)
         totals, token_totals = added_up(scores, weights, mask)
         totals = self.scale(totals, reduce, learn)

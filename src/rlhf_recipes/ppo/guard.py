@@ -40,8 +40,8 @@ class StepGuard:
         if self.args.target_kl is not None:
             self._kl.add({"kl": approximate_kl}, mask)
 
-    def judge(self, step: int, reduce: Reduce, device: torch.device) -> None:
-        """Drop the gradients that must not be used. step: optimizer steps taken before this one."""
+    def judge(self, step: int, reduce: Reduce, device: torch.device) -> bool:
+        """Drop the gradients that must not be used; returns whether any may be. step: optimizer steps taken before."""
         broken = reduce(torch.tensor(float(not self._finite), device=device)) > 0
         divergence, self._finite = self._kl.means(reduce).get("kl", 0.0), True
         if broken:
@@ -53,6 +53,7 @@ class StepGuard:
             drop_gradients(self.model.parameters())
         elif step // self.args.steps_per_update < self.args.value_warmup_updates:
             drop_gradients(self.model.policy_parameters())
+        return not (broken or self.over)
 
     def state(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "over": self.over}

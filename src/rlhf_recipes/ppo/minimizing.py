@@ -1,12 +1,13 @@
 """One optimizer step of PPO: which tokens it counts, in what pieces it is worked out, whose gradients it uses."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes.models import KeptCasts
+from rlhf_recipes.models import KeptCasts, zero
 from rlhf_recipes.models.sharding import is_sharded
 from rlhf_recipes.ppo.guard import split_groups
 from rlhf_recipes.ppo.resuming import ResumableTrainer
@@ -36,14 +37,15 @@ class MinimizingTrainer(ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Trainer's step, a few episodes of like length at a time, after which `StepGuard` says whose gradients count."""
         loss = torch.zeros((), device=self.args.device)
-        sharded = is_sharded(model)
-        self._keep_casts(not sharded)
+        engine = zero.Patient.of(self.accelerator)
+        meets = is_sharded(model) or engine is not None  # in each piece, all processes
+        self._keep_casts(not meets)
         try:
             pieces = self._pieces(inputs)
-            if sharded:
+            if meets:
                 pieces = self._as_many_everywhere(pieces)
             for number, piece in enumerate(pieces):  # the last one's backward pass makes the processes' gradients one
-                with self.accelerator.no_sync(model) if number + 1 < len(pieces) else nullcontext():
+                with self._more_to_come(model) if number + 1 < len(pieces) else nullcontext():
                     one = super().training_step(model, piece, num_items_in_batch)
                 self.guard.saw(one)
                 loss = loss + one
@@ -52,12 +54,30 @@ class MinimizingTrainer(ResumableTrainer):
             raise
         if self.accelerator.sync_gradients:
             self._keep_casts(False)
-            if inputs:  # else: a minibatch that needs fewer micro-batches than Trainer counts
-                before = self.guard.skipped
-                self.guard.judge(self.state.global_step, self.reduce, loss.device)
-                if self.guard.skipped > before:
-                    self.require_finite_weights()  # of weights that are not, every loss to come would be skipped
+            used, before = False, self.guard.skipped
+            if inputs:  # else: a minibatch of an update that is over
+                used = self.guard.judge(self.state.global_step, self.reduce, loss.device)
+            if engine is not None:
+                engine.step() if used else engine.leave_out()
+            if self.guard.skipped > before:
+                self.require_finite_weights()  # of weights that are not, every loss to come would be skipped
         return loss
+
+    @contextmanager
+    def _more_to_come(self, model: nn.Module) -> Iterator[None]:
+        """Around a piece that is not the last of its micro-batch: the processes' gradients need not be one yet."""
+        state, last = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(last)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Rollouts are where they are learnt from, in float32; Trainer would bring them into the precision of DeepSpeed's
+        weights."""
+        return inputs
 
     def _as_many_everywhere(self, pieces: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Each pass over sharded weights is a meeting: who has fewer pieces comes with ones in which no token counts."""

@@ -140,6 +140,9 @@ class ResumableTrainer(SafeTrainer):
             write_text(card, "\n".join([*lines, "---", "A language model trained by PPO with rlhf-recipes.", ""]))
 
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
         self.model.load_pretrained(self.state.best_model_checkpoint)
 
 

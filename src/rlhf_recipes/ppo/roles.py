@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.launching import is_on, refuse_eight_bits_cut
+from rlhf_recipes.launching import refuse_eight_bits_cut
 from rlhf_recipes.models import (
     UpperLayers,
     adapters,
@@ -19,6 +20,7 @@ from rlhf_recipes.models import (
     load_causal_lm,
     load_tokenizer,
     quicken,
+    zero,
 )
 from rlhf_recipes.ppo.adapting import known_adapter
 from rlhf_recipes.ppo.config import PPOConfig
@@ -28,6 +30,7 @@ from rlhf_recipes.ppo.value_head import PolicyAndValue, ValueHead, check_head
 from rlhf_recipes.scoring import ModelReward, Reward, load_reward
 
 
+@zero.loaded_whole()
 def loaded_policy(
     model: nn.Module | str, tokenizer: Any, quantization: Any, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
@@ -79,28 +82,46 @@ def held_out_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig)
     return Prompts(dataset, tokenizer, config, args.response_length, "eval_dataset")
 
 
-def refuse_sharding(state: Any, gpus: int = 0) -> None:
-    """DeepSpeed and Megatron cut weights apart that rollouts read whole; DataParallel (several `gpus` in one process)
-    trains them in another precision than it plays.
-
-    state: an `Accelerator`, or what a `TrainingArguments` knows before there is one.
+def check_launch(args: PPOConfig, kind: Any) -> None:
+    """Whether PPO can train in the way that it was launched. kind: the `DistributedType`, as far as it is known.
 
     Raises:
-        UserError: one of them is on.
+        UserError: Megatron, which rollouts cannot read whole; DataParallel, which trains in another precision than it plays;
+            DeepSpeed without ZeRO-2 or ZeRO-3, or with what it cannot do.
     """
-    if gpus > 1:
+    if args.n_gpu > 1:
         raise UserError(
-            f"one process sees {gpus} GPUs; launch one for each with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+            f"one process sees {args.n_gpu} GPUs; launch one for each with accelerate launch, or set CUDA_VISIBLE_DEVICES "
+            "to one"
         )
-    # Before there is an Accelerator, its launcher alone tells of DeepSpeed.
-    launched = is_on("ACCELERATE_USE_DEEPSPEED")
-    kind = "DEEPSPEED" if launched else str(getattr(state, "distributed_type", None)).rpartition(".")[2]
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
+    if str(kind).endswith("MEGATRON_LM"):
         raise UserError(
-            f"PPOTrainer does not run under {kind}: it answers with whole weights; launch with FSDP2 "
-            "(accelerate_configs/fsdp2.yaml) or data parallelism (ddp.yaml), and save memory by peft_config, a quantized base or "
-            "gradient_checkpointing"
+            "PPOTrainer does not run under Megatron, which cannot answer with whole weights; launch "
+            "accelerate_configs/fsdp2.yaml, deepspeed_zero3.yaml or ddp.yaml"
         )
+    stage = zero.stage_of(args)
+    if stage is None:
+        return
+    if stage not in (2, 3):
+        raise UserError(
+            f"PPOTrainer does not run under ZeRO-{stage}; launch accelerate_configs/deepspeed_zero2.yaml, or ddp.yaml"
+        )
+    if args.value_warmup_updates:
+        raise UserError(
+            "under DeepSpeed, whose moments are one for policy and value, neither can stand still; set value_warmup_updates to "
+            "0, or launch accelerate_configs/fsdp2.yaml"
+        )
+
+
+def refuse_parts(**models: Any) -> None:
+    """Raises UserError, if a model (or one of several) of a role was cut apart as it was loaded."""
+    each = ((role, one) for role, model in models.items() for one in (model if isinstance(model, list) else [model]))
+    for role, model in each:
+        if isinstance(model, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise UserError(
+                f"the {role} was cut apart as it was loaded under ZeRO-3, and answers come from whole weights; give its "
+                "folder or Hub id, or load it before the PPOConfig is made"
+            )
 
 
 def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
@@ -131,6 +152,11 @@ class Reference:
 
     def __init__(self, reader: Any, policy: Any = None, adapter: str | None = None) -> None:
         self.module, self.policy, self.adapter = reader, policy, adapter
+
+    def to(self, dtype: torch.dtype) -> None:
+        """In another precision, where it is a module of its own."""
+        if self.policy is None:
+            self.module.to(dtype)
 
     @contextmanager
     def asked(self) -> Iterator[nn.Module]:
@@ -181,6 +207,7 @@ def _still(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
+@zero.loaded_whole()
 def load_rewards(
     policy: Any, sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig, needed: bool = True, bits: Any = None
 ) -> list[Reward]:

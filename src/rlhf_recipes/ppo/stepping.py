@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DummyScheduler
+from transformers.integrations.deepspeed import deepspeed_init
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.ppo.rollout import Rollout
@@ -60,10 +62,22 @@ def _prepare(trainer: Any) -> None:
             f"lr_scheduler_type {args.lr_scheduler_type} has to know how long a loop of step() goes on; set "
             "total_episodes or max_steps, or lr_scheduler_type constant"
         )
-    trainer.create_optimizer_and_scheduler(num_training_steps=max(1, steps))
+    steps = max(1, steps)
     if args.activation_checkpointing:
         options = dict(args.activation_checkpointing_kwargs or {})
         trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None)
     trainer.model.to(args.device)
-    trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    if trainer.is_deepspeed_enabled:
+        trainer.optimizer, trainer.lr_scheduler = deepspeed_init(trainer, num_training_steps=steps)
+    else:
+        trainer.create_optimizer()
+    prepare = trainer.accelerator.prepare
+    if isinstance(trainer.lr_scheduler, DummyScheduler):  # of an optimizer that DeepSpeed's configuration names
+        prepared = prepare(trainer.model, trainer.optimizer, trainer.lr_scheduler)
+        trainer.model_wrapped, trainer.optimizer, trainer.lr_scheduler = prepared
+    else:
+        trainer.model_wrapped, trainer.optimizer = prepare(trainer.model, trainer.optimizer)
+        trainer.create_scheduler(num_training_steps=steps)
+    if trainer.is_deepspeed_enabled:
+        trainer.deepspeed = trainer.model_wrapped  # which Trainer saves
     torch.manual_seed(args.seed)

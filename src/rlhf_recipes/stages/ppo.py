@@ -23,10 +23,11 @@ from rlhf_recipes.models import (
     load_tokenizer,
     positive_label_count,
     prepare_for_lora,
+    zero,
 )
 from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.roles import checked_prompts, refuse_sharding
+from rlhf_recipes.ppo.roles import check_launch, checked_prompts
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
 from rlhf_recipes.scoring import check_reward
@@ -73,7 +74,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
     from transformers import set_seed
 
-    refuse_sharding(training.distributed_state, training.n_gpu)
+    check_launch(training, getattr(training.distributed_state, "distributed_type", None))
     name = model_config.model_name_or_path
     if not name:
         raise UserError(
@@ -97,15 +98,19 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     training = fit_to_hardware(training, config.get_text_config().hidden_size)
     frozen, name_of_reference = arguments.frozen(model_config), arguments.reference_model
     set_seed(training.seed)  # a new adapter is drawn at random
+    with zero.loaded_whole():
+        policy = load_causal_lm(name, model_config, **code)
+        reference = load_causal_lm(name_of_reference, **frozen, **code) if name_of_reference else None
+        value = load_value_model(arguments.value_model, model_config) if arguments.value_model else None
     return PPOTrainer(
-        load_causal_lm(name, model_config, **code),
+        policy,
         rewards,
         training,
         train,
         test,
         tokenizer,
-        ref_model=load_causal_lm(name_of_reference, **frozen, **code) if name_of_reference else None,
-        value_model=load_value_model(arguments.value_model, model_config) if arguments.value_model else None,
+        ref_model=reference,
+        value_model=value,
         peft_config=attach_lora(model_config),
         judge_quantization_config=frozen.get("quantization_config"),
     )

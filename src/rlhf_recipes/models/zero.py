@@ -1,0 +1,108 @@
+"""DeepSpeed's ZeRO (Rajbhandari et al. 2020), where PPO asks of it what Trainer's loop does not.
+
+Its engine takes the optimizer step at the end of a backward pass. Here it is known only then whose gradients count; and
+models that answer or judge are read whole, whatever is cut apart as it trains.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from accelerate.utils import DeepSpeedEngineWrapper
+
+AUTOMATIC = {
+    "reduce_bucket_size": lambda width: width * width,
+    "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
+    "stage3_param_persistence_threshold": lambda width: 10 * width,
+}  # as transformers fills in what a configuration leaves to it, of a model that tells its width
+
+
+def stage_of(args: Any) -> int | None:
+    """Of `TrainingArguments` that are to train under DeepSpeed, the stage of ZeRO; None elsewhere."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return None if plugin is None else int(plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def engine_of(accelerator: Any) -> Any:
+    """DeepSpeed's engine, once training has begun under it; None before, and elsewhere."""
+    return getattr(getattr(accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+
+
+def is_cut(engine: Any) -> bool:
+    """Whether it has cut the weights themselves apart (ZeRO-3), so that each pass over them is a meeting of all processes."""
+    return engine is not None and int(engine.zero_optimization_stage()) == 3
+
+
+def whole(engine: Any) -> AbstractContextManager[Any]:
+    """For the time, every process holds all weights of an engine's model, and reads them by itself."""
+    if not is_cut(engine):
+        return nullcontext()
+    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+    return unwrap_model_for_generation(engine)
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """For the time, transformers reads weights as it does without DeepSpeed. Under ZeRO-3 it cuts every model apart as it is
+    read, also one that only answers or judges."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def fill_in_sizes(accelerator: Any, width: int) -> None:
+    """Fill in the sizes that a DeepSpeed configuration leaves to the model's width: a module of several models has none.
+
+    Source: `HfTrainerDeepSpeedConfig.trainer_config_finalize` of transformers.
+    """
+    config = accelerator.state.deepspeed_plugin.hf_ds_config
+    for name, size in AUTOMATIC.items():
+        if config.is_auto(f"zero_optimization.{name}"):
+            config.fill_only(f"zero_optimization.{name}", size(width))
+
+
+class Patient(DeepSpeedEngineWrapper):
+    """Accelerate's hold on the engine, which takes the step not at the end of a backward pass but when told to."""
+
+    @classmethod
+    def of(cls, accelerator: Any) -> "Patient | None":
+        """In the place of the accelerator's own, if there is an engine."""
+        held = getattr(accelerator, "deepspeed_engine_wrapped", None)
+        if held is not None and not isinstance(held, cls):
+            held = accelerator.deepspeed_engine_wrapped = cls(held.engine)
+        return held
+
+    def backward(self, loss: Any, sync_gradients: bool = True, **kwargs: Any) -> None:
+        """sync_gradients: whether this is the last backward pass before the step."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **kwargs)
+
+    def step(self) -> None:
+        """Clip, move the weights, let go of the gradients, and let the schedule go on."""
+        self.engine.step()
+
+    def leave_out(self) -> None:
+        """A step that changes no weight and no moment; as elsewhere, the schedule goes on."""
+        optimizer = self.engine.optimizer
+        if is_cut(self.engine):
+            optimizer._pre_step()
+            optimizer._overflow_clean_up(optimizer.loss_scale)
+        else:
+            optimizer.micro_step_id = -1  # as before the first backward pass
+            optimizer.zero_grad(set_to_none=True)
+            optimizer._release_preflattened_grad_buffers()
+            if optimizer.cpu_offload:
+                optimizer._offload_accumulated_param_ids = set()
+                optimizer.reset_cpu_buffers()
+            else:
+                for group in optimizer.averaged_gradients:
+                    optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+        self.engine._global_grad_norm = 0.0
+        if self.engine.lr_scheduler is not None:
+            self.engine.lr_scheduler.step()
