@@ -17,7 +17,7 @@ import growth
 import torch
 from growth import EPOCHS, trunk_and_head, work
 from peers import Worker, as_ratio, take_turns
-from ppo_speed import CASES, PEERS, TRL, compared
+from ppo_speed import CASES, TRL, compared
 from pretrain_worker import BLOCK, STEPS
 from triton.testing import do_bench
 
@@ -41,7 +41,7 @@ def matrix_rates() -> dict[bool, float]:
 
 def ppo(asked: Any, rates: dict[bool, float]) -> tuple[list[str], Any]:
     common = ["--shape", SHAPE, "--batch", str(asked.episodes), "--prompt", str(asked.prompt)]
-    found = compared(asked.cases, [*common, "--response", str(asked.response)], asked.rounds, list(PEERS))
+    found = compared(asked.cases, [*common, "--response", str(asked.response)], asked.rounds)
     theirs = found[0]["theirs"][-1]
     lines = [
         "| | episodes per second, to TRL 1.12's | an update, s | peak memory, MiB | generate | score | forward | update |",

@@ -234,8 +234,9 @@ def gpu_lines(
         else:
             fault, broken = said[way, count, job]
             broken = fault or broken
-            cell = told_of(folder, job, out, fault)
-            near = f"refused: {broken}" if broken else farthest(folder / out, folder / f"{out} resumed")
+            cell, near = told_of(folder, job, out, fault), f"refused: {broken}"
+            if job in again and not broken:
+                near = farthest(folder / out, folder / f"{out} resumed")
         first[job].append(cell)
         if job in again:
             again[job].append(near)

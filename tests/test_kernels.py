@@ -20,11 +20,13 @@ from transformers import (
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.models import (
     UpperLayers,
+    cache,
     casts_kept,
     freeze_below,
     lower_layers,
     quicken,
     roomy_cache,
+    steady_attention,
     weights_prepacked,
 )
 from rlhf_recipes.models.kernels import ATTENTION, KeptCasts, _CausalAttention, short_attention
@@ -148,6 +150,20 @@ def casts_in(model: nn.Module, passes: int) -> int:
     return sum(each.name == "aten::_to_copy" and each.input_shapes[0] == [5, 6] for each in profile.events())
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_cudnn_s_attention_is_off_for_a_time_and_comes_back_as_it_was(before: bool) -> None:
+    """Also after an error."""
+    found, kept = [], torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with pytest.raises(KeyError), steady_attention():
+            found.append(torch.backends.cuda.cudnn_sdp_enabled())
+            raise KeyError
+        assert [*found, torch.backends.cuda.cudnn_sdp_enabled()] == [False, before]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(kept)
+
+
 def test_casts_are_made_once_and_are_those_of_the_weights_as_they_are() -> None:
     model = nn.Linear(6, 5).requires_grad_(False)
     with torch.no_grad():
@@ -189,19 +205,22 @@ def test_the_roomy_cache_holds_what_transformers_cache_holds() -> None:
     for step in range(70):  # past the room that is made at first
         ids = IDS[rows] if step == 0 else IDS[rows, step % 11 : step % 11 + 1]
         with torch.no_grad():
-            told = [model(ids, past_key_values=cache, use_cache=True).logits for cache in (plain, roomy)]
+            told = [model(ids, past_key_values=each, use_cache=True).logits for each in (plain, roomy)]
         torch.testing.assert_close(told[1], told[0], atol=1e-5, rtol=0)
         if step in (5, 30):
-            for cache in (plain, roomy):
-                cache.batch_select_indices(torch.tensor([1, 0] if step == 5 else [1]))
+            for each in (plain, roomy):
+                each.batch_select_indices(torch.tensor([1, 0] if step == 5 else [1]))
             rows = rows[[1, 0]] if step == 5 else rows[[1]]
     for one, other in zip(plain.layers, roomy.layers, strict=True):
         assert one.keys.shape == other.keys.shape
         torch.testing.assert_close(other.values, one.values, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_keys_that_are_kept_wide_are_attended_as_near_to_float64_as_pytorch_attends_bfloat16(kind: str) -> None:
+def test_keys_of_either_width_are_attended_as_near_to_float64_as_pytorch_attends_bfloat16(
+    kind: str, wide: bool
+) -> None:
     """Rows with padding on the left, some of which leave, in bfloat16; each token against a model in float64."""
     ids, mask = IDS.clone(), torch.ones_like(IDS)
     mask[1, :4] = 0
@@ -210,24 +229,36 @@ def test_keys_that_are_kept_wide_are_attended_as_near_to_float64_as_pytorch_atte
     quicken(models[2], CPU)
     caches = [DynamicCache(config=models[0].config), DynamicCache(config=models[1].config)]
     caches.append(roomy_cache(models[2].config))
+    for layer in caches[2].layers:
+        layer.widened = wide
     errors = torch.zeros(3)
     tokens, place = ids, (mask.cumsum(1) - 1).clamp(min=0)
     for step in range(12):
         with torch.no_grad():
             told = [
-                model(tokens, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True).logits[
+                model(tokens, attention_mask=mask, position_ids=place, past_key_values=each, use_cache=True).logits[
                     :, -1
                 ]
-                for model, cache in zip(models, caches, strict=True)
+                for model, each in zip(models, caches, strict=True)
             ]
         errors += torch.stack([(each.double() - told[0]).abs().mean().float() for each in told])
         kept = torch.tensor([0, 1] if step == 5 else range(len(ids)))
-        for cache in caches:
-            cache.batch_select_indices(kept)
+        for each in caches:
+            each.batch_select_indices(kept)
         ids, mask, place = ids[kept], mask[kept], place[kept][:, -1:] + 1
         tokens, mask = told[0][kept].argmax(1, keepdim=True), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    assert caches[2].layers[0].keys.dtype == torch.float32, "kept wide"
+    assert caches[2].layers[0].keys.dtype == (torch.float32 if wide else torch.bfloat16)
     assert 0 < errors[2] <= 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("unit,wide", [("", True), ("bfloat16 vector unit", True), ("bfloat16 matrix unit", False)])
+def test_keys_are_kept_wide_where_one_query_is_slow_in_bfloat16(
+    unit: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "bf16_unit", lambda: unit)
+    config = quicken(model_of("gpt2"), CPU).config
+    assert {layer.widened for layer in roomy_cache(config).layers} == {wide}
+    assert not any(layer.widened for layer in roomy_cache(model_of("gpt2").config).layers), "attention as it came"
 
 
 # Weights laid out once.

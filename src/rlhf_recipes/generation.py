@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.data import prompt_ids
-from rlhf_recipes.models import roomy_cache, weights_prepacked, without_traps
+from rlhf_recipes.models import roomy_cache, steady_attention, weights_prepacked, without_traps
 from rlhf_recipes.tensors import length_batches, pad, positions
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def sample(
     without_traps(model).eval()
     ids: list[list[int]] = [[] for _ in prompts]
     try:
-        with weights_prepacked(model):
+        with weights_prepacked(model), steady_attention():
             for rows in length_batches([len(prompt) for prompt in prompts], batch_size):
                 answers = _sample_batch(model, [prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
                 for row, answer in zip(rows, answers, strict=True):

@@ -92,7 +92,7 @@ def test_point_08_a_step_that_one_process_cannot_take_is_taken_by_none(folder: P
 
 def test_point_20_ways_that_cannot_be_learnt_in_are_refused_with_the_way_out() -> None:
     asked = SimpleNamespace(n_gpu=1, deepspeed_plugin=None)
-    with pytest.raises(ValueError, match="does not run under Megatron.*accelerate_configs/fsdp2.yaml"):
+    with pytest.raises(ValueError, match=r"does not run under Megatron.*accelerate_configs/fsdp2\.yaml"):
         check_launch(asked, DistributedType.MEGATRON_LM)
     with pytest.raises(ValueError, match="one process sees 2 GPUs"):
         check_launch(SimpleNamespace(n_gpu=2), DistributedType.NO)

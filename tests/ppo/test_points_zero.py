@@ -20,7 +20,7 @@ import zero_processes as program
 from safetensors.torch import load_file
 from small_runs import farthest
 
-from rlhf_recipes.ppo.roles import check_launch, refuse_parts
+from rlhf_recipes.ppo.roles import check_launch
 
 Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("zero_processes.py")
@@ -159,14 +159,17 @@ def test_point_20_a_value_that_warms_up_is_refused_with_the_way_out(stage: int) 
     asked = launched_with(stage)
     check_launch(asked, "DistributedType.DEEPSPEED")
     asked.value_warmup_updates = 1
-    with pytest.raises(ValueError, match="set value_warmup_updates to 0, or launch accelerate_configs/fsdp2.yaml"):
+    with pytest.raises(ValueError, match=r"set value_warmup_updates to 0, or launch accelerate_configs/fsdp2\.yaml"):
         check_launch(asked, "DistributedType.DEEPSPEED")
 
 
-@pytest.mark.parametrize("role", ["policy", "judge"])
-def test_point_20_a_model_that_was_cut_apart_as_it_was_loaded_is_refused(role: str, make_policy: Make) -> None:
-    model = make_policy(0)
-    refuse_parts(**{role: [model, "a/name", None] if role == "judge" else model})
-    next(model.parameters()).ds_id = 0  # as ZeRO-3 leaves a weight
-    with pytest.raises(ValueError, match=f"the {role} was cut apart as it was loaded under ZeRO-3.*give its folder"):
-        refuse_parts(**{role: [model] if role == "judge" else model})
+@pytest.mark.parametrize("role", ["model", "reward_funcs", "ref_model", "value_model"])
+def test_point_20_a_model_that_was_cut_apart_as_it_was_loaded_is_refused(
+    role: str, make_trainer: Make, make_policy: Make, make_judge: Make
+) -> None:
+    models: dict[str, Any] = {"model": make_policy(0), "reward_funcs": make_judge(1), "value_model": make_judge(2)}
+    models["ref_model"] = make_policy(3)
+    next(models[role].parameters()).ds_id = 0  # as ZeRO-3 leaves a weight
+    named = {"model": "policy", "reward_funcs": "judge"}.get(role, role)
+    with pytest.raises(ValueError, match=f"the {named} was cut apart as it was loaded under ZeRO-3.*give its folder"):
+        make_trainer(models.pop("model"), **models)

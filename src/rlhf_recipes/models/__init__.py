@@ -3,7 +3,7 @@
 from rlhf_recipes.models.cache import roomy_cache
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
 from rlhf_recipes.models.hardware import fit_to_hardware, hardware, tokens_at_once
-from rlhf_recipes.models.kernels import KeptCasts, casts_kept, quicken
+from rlhf_recipes.models.kernels import KeptCasts, casts_kept, quicken, steady_attention
 from rlhf_recipes.models.loading import (
     attach_lora,
     context_length,
@@ -62,6 +62,7 @@ __all__ = [
     "read_left_padding",
     "roomy_cache",
     "save_judge_config",
+    "steady_attention",
     "tokens_at_once",
     "trainable_to_float32",
     "trunk_of",

@@ -17,6 +17,7 @@ TrainingT = TypeVar("TrainingT", bound="TrainingArguments")
 # Below this width the casts of autocast cost a CPU more than its bfloat16 unit gains, or little less. Measured, one thread: Xeon
 # with AMX, 128 wide 0.87x, 256 wide 1.6x, 320 wide 2.7x; EPYC with AVX512-BF16, 128 wide 1.3x, 256 wide 1.5x, 384 wide 1.6x.
 BF16_WIDTH_ON_CPU = 256
+MATRIX_UNIT = "bfloat16 matrix unit"
 KERNELS = 64  # more than one piece of a minibatch has, forward and backward
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -116,7 +117,7 @@ def bf16_unit() -> str:
     import torch
 
     if torch.cpu._is_amx_tile_supported():
-        return "bfloat16 matrix unit"
+        return MATRIX_UNIT
     return "bfloat16 vector unit" if torch.cpu._is_avx512_bf16_supported() else ""
 
 

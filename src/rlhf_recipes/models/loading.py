@@ -1,6 +1,7 @@
 """Loading with checks that fail before weights are read, and never with pickles or remote code."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from rlhf_recipes.models.hardware import give_back_freed_memory
 from rlhf_recipes.models.quantized import quantization_of, without_traps
 from rlhf_recipes.models.sources import base_of, check_source, config_source, file_of, is_adapter, place_of
 from rlhf_recipes.models.unwrapping import base_model
+from rlhf_recipes.models.zero import loaded_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -214,7 +216,11 @@ def _load(
             model = _load(auto_class, base, role, model_config, **kwargs)
         else:
             place, inside = place_of(base)
-            model = without_traps(auto_class.from_pretrained(place, **inside, **options))
+            quantized = (
+                options.get("quantization_config") is not None
+            )  # which transformers cannot cut apart as it reads
+            with loaded_whole() if quantized else nullcontext():
+                model = without_traps(auto_class.from_pretrained(place, **inside, **options))
         if is_quantized(model):
             give_back_freed_memory()  # of the weights as they were read
         return _add_adapter(model, name) if is_adapter(name) else model
@@ -274,6 +280,4 @@ def _not_loadable(name: str, role: str, missing: str, error: Exception) -> str:
         )
     unseen = why.startswith("401 ") or "is not a valid model identifier" in why
     hint = "; if the repo is private, log in with `hf auth login` or set HF_TOKEN" if unseen else ""
-    if "Zero-3" in why:
-        hint = "; for weights in 4 or 8 bits launch accelerate_configs/deepspeed_zero2.yaml, or fsdp2_qlora.yaml"
     return f"{role} {name} cannot be loaded ({missing}): {why}{hint}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.generation import Completions
-from rlhf_recipes.models import base_model, casts_kept, context_length, tokens_at_once
+from rlhf_recipes.models import base_model, casts_kept, context_length, steady_attention, tokens_at_once
 from rlhf_recipes.models.packed import TILE
 from rlhf_recipes.models.sharding import whole_weights
 from rlhf_recipes.ppo.config import PPOConfig
@@ -115,7 +115,7 @@ class Experience:
     ) -> list[Tensor]:
         """In eval mode and in the precision that trains. module: whose weights `ask` uses, if not the model's."""
         self.model.eval()
-        with casts_kept(module or self.model), self.accelerator.autocast():
+        with casts_kept(module or self.model), self.accelerator.autocast(), steady_attention():
             return in_batches(ask, episodes, batches, self.multiple)
 
     def metrics(self, rollout: Rollout, scores: Mapping[str, Scores], reduce: Reduce) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes.models import KeptCasts, zero
+from rlhf_recipes.models import KeptCasts, steady_attention, zero
 from rlhf_recipes.models.sharding import is_sharded
 from rlhf_recipes.ppo.guard import split_groups
 from rlhf_recipes.ppo.resuming import ResumableTrainer
@@ -45,7 +45,7 @@ class MinimizingTrainer(ResumableTrainer):
             if meets:
                 pieces = self._as_many_everywhere(pieces)
             for number, piece in enumerate(pieces):  # the last one's backward pass makes the processes' gradients one
-                with self._more_to_come(model) if number + 1 < len(pieces) else nullcontext():
+                with steady_attention(), self._more_to_come(model) if number + 1 < len(pieces) else nullcontext():
                     one = super().training_step(model, piece, num_items_in_batch)
                 self.guard.saw(one)
                 loss = loss + one

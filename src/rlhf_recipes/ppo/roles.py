@@ -35,6 +35,7 @@ def loaded_policy(
     model: nn.Module | str, tokenizer: Any, quantization: Any, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
     """The policy and its tokenizer, read from the folder or Hub id where a name is given."""
+    refuse_part("policy", model)
     if not isinstance(model, str):
         if quantization is not None:
             raise UserError("quantization_config is for a policy given by its name; load yours with it instead")
@@ -113,19 +114,26 @@ def check_launch(args: PPOConfig, kind: Any) -> None:
         )
 
 
-def refuse_parts(**models: Any) -> None:
-    """Raises UserError, if a model (or one of several) of a role was cut apart as it was loaded."""
-    each = ((role, one) for role, model in models.items() for one in (model if isinstance(model, list) else [model]))
-    for role, model in each:
-        if isinstance(model, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise UserError(
-                f"the {role} was cut apart as it was loaded under ZeRO-3, and answers come from whole weights; give its "
-                "folder or Hub id, or load it before the PPOConfig is made"
-            )
+def settle(trainer: Any, width: int) -> None:
+    """Once there is an Accelerator: whether PPO can train under it, and what DeepSpeed wants to know. width: the policy's."""
+    check_launch(trainer.args, trainer.accelerator.distributed_type)
+    if trainer.is_deepspeed_enabled:
+        zero.fill_in_sizes(trainer.accelerator, width)
+        trainer.model.to(trainer.args.device)  # DeepSpeed does so as training begins; it may be evaluated before
+
+
+def refuse_part(role: str, model: Any) -> None:
+    """Raises UserError, if a model was cut apart as it was loaded."""
+    if isinstance(model, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UserError(
+            f"the {role} was cut apart as it was loaded under ZeRO-3, and answers come from whole weights; give its "
+            "folder or Hub id, or load it before the PPOConfig is made"
+        )
 
 
 def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
     """Policy and value in one module; where the policy has an adapter, the value may have one on the same base."""
+    refuse_part("value_model", value_model)
     _check_vocabulary("value_model", value_model, policy)
     if value_model is not None and is_quantized(base_model(value_model)) and not adapters.has_adapter(value_model):
         raise UserError("a value model in 4 or 8 bits cannot be trained itself; put an adapter on it (get_peft_model)")
@@ -153,11 +161,6 @@ class Reference:
     def __init__(self, reader: Any, policy: Any = None, adapter: str | None = None) -> None:
         self.module, self.policy, self.adapter = reader, policy, adapter
 
-    def to(self, dtype: torch.dtype) -> None:
-        """In another precision, where it is a module of its own."""
-        if self.policy is None:
-            self.module.to(dtype)
-
     @contextmanager
     def asked(self) -> Iterator[nn.Module]:
         """The module that answers as the reference, for the time."""
@@ -181,13 +184,14 @@ def the_reference(model: PolicyAndValue, arrived: bool, ref_model: Any, args: PP
         raise UserError(
             "ref_model is the policy itself, and would move with it; pass a copy, or None to have one made"
         )
+    refuse_part("ref_model", ref_model)
     _check_vocabulary("ref_model", ref_model, policy)
     if ref_model is not None:
-        return Reference(_still(quicken(ref_model, args.device)).to(args.device))
+        return Reference(_still(quicken(ref_model, args.device), args))
     if not adapters.has_adapter(policy):
         if isinstance(model.upper, UpperLayers):
-            return Reference(_still(model.upper.frozen_copy()).to(args.device))
-        return Reference(_still(copy.deepcopy(policy)).to(args.device))
+            return Reference(_still(model.upper.frozen_copy(), args))
+        return Reference(_still(copy.deepcopy(policy), args))
     if args.ref_adapter_name is not None:
         name = known_adapter(policy, args.ref_adapter_name)
         if name == policy.active_adapter:
@@ -202,9 +206,11 @@ def the_reference(model: PolicyAndValue, arrived: bool, ref_model: Any, args: PP
     return Reference(model.upper, policy, twin)
 
 
-def _still(module: nn.Module) -> nn.Module:
+def _still(module: nn.Module, args: PPOConfig) -> nn.Module:
     without_dropout(module)
-    return module.requires_grad_(False).eval()
+    if zero.stage_of(args) is not None and args.bf16:
+        module.to(torch.bfloat16)  # as DeepSpeed has the policy, where nothing else casts
+    return module.requires_grad_(False).eval().to(args.device)
 
 
 @zero.loaded_whole()
@@ -229,6 +235,7 @@ def load_rewards(
         )
     batch = args.local_rollout_forward_batch_size
     for index, source in enumerate(sources):
+        refuse_part("judge", source)
         if own[index] is None:
             _check_vocabulary("judge", source, policy)
         if isinstance(source, str) and rides_on(source, policy):

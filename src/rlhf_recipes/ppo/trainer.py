@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallb
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Completions, row_seed, sample
-from rlhf_recipes.models import adapters, base_model, casts_kept, fit_to_hardware, quicken, zero
+from rlhf_recipes.models import adapters, base_model, casts_kept, fit_to_hardware, quicken
 from rlhf_recipes.models.sharding import is_sharded, whole_weights
 from rlhf_recipes.ppo.adapting import with_adapter
 from rlhf_recipes.ppo.callbacks import Answers, SampleTable, UpdateEnd, UpdateLine
@@ -32,7 +32,7 @@ from rlhf_recipes.ppo.roles import (
     held_out_prompts,
     load_rewards,
     loaded_policy,
-    refuse_parts,
+    settle,
     the_reference,
     watched_names,
     with_value,
@@ -95,19 +95,16 @@ class PPOTrainer(MinimizingTrainer):
     ) -> None:
         args = args or PPOConfig(output_dir="ppo")
         check_launch(args, getattr(args.distributed_state, "distributed_type", None))
-        sources = reward_funcs if reward_funcs is not None else reward_model
-        refuse_parts(policy=model, ref_model=ref_model, value_model=value_model, judge=sources)
         model, processing_class = loaded_policy(model, processing_class, quantization_config, args.trust_remote_code)
         config = base_model(quicken(model, args.device)).config
         args = fit_to_hardware(args, config.get_text_config().hidden_size)
+        sources = reward_funcs if reward_funcs is not None else reward_model
         plays = train_dataset is not None or sources is not None  # neither: the caller plays, and calls step()
         data = (train_dataset, eval_dataset)
         self.prompts, self.eval_prompts = checked_prompts(config, processing_class, *data, args, plays)
         arrived = peft_config is None and adapters.has_adapter(model)
         both = with_value(with_adapter(model, peft_config, args), value_model, args)
         reference = the_reference(both, arrived, ref_model, args)
-        if zero.stage_of(args) is not None and args.bf16:
-            reference.to(torch.bfloat16)  # as DeepSpeed has the policy, where nothing else casts
         judges = (sources, processing_class, reward_processing_classes)
         self.rewards = load_rewards(both.policy, *judges, args, plays, judge_quantization_config)
         super().__init__(
@@ -120,10 +117,7 @@ class PPOTrainer(MinimizingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_launch(self.args, self.accelerator.distributed_type)
-        if self.is_deepspeed_enabled:
-            zero.fill_in_sizes(self.accelerator, config.get_text_config().hidden_size)
-            self.model.to(self.args.device)  # DeepSpeed does so as training begins; it may be evaluated before
+        settle(self, config.get_text_config().hidden_size)
         self.add_callback(UpdateEnd(self.begin, self._end_update))
         self.add_callback(SampleTable(lambda: self.last_samples, lambda: self.callback_handler.callbacks))
         if args.hints:
