@@ -101,6 +101,24 @@ def test_so_many_processes_end_as_one_does(
         assert {name: theirs[name] for name in same} == pytest.approx(same, rel=2e-3, abs=1e-4)
 
 
+def test_the_best_checkpoint_is_taken_by_every_process(launch: Launch, world: Path) -> None:
+    """Not by the first alone, which saved it. The best are those that have learnt least: early ones."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    kinds: dict[str, dict[str, Any]] = {
+        "sft": best | {"metric_for_best_model": "eval_loss", "greater_is_better": True},
+        "ppo": best | {"metric_for_best_model": "eval_objective/kl", "greater_is_better": False},
+    }
+    launch(2, [{"stage": stage, "out": f"{stage} best by 2", **kinds[stage]} for stage in kinds])
+    for stage, asked in kinds.items():
+        one, two = small_runs.run(stage, world, f"{stage} best by 1", **asked), world / f"{stage} best by 2"
+        state = json.loads((two / "trainer_state.json").read_text())
+        assert state["best_global_step"] < state["global_step"]
+        saved = small_runs.weights_in(two / f"checkpoint-{state['best_global_step']}")
+        chosen = {name: each for name, each in saved.items() if not name.startswith("rollout_")}
+        assert farthest(small_runs.weights_in(two), chosen) == 0
+        assert farthest(small_runs.weights_in(one), small_runs.weights_in(two)) < TOLERANCE
+
+
 def points(stage: str) -> tuple[str, str]:
     """Where runs are taken up; for ppo, whose updates take four steps, also in the middle of one."""
     return ("checkpoint-4", "checkpoint-6") if stage == "ppo" else ("checkpoint-2", "checkpoint-4")
