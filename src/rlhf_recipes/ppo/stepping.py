@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DummyScheduler
+from accelerate.utils.deepspeed import DummyScheduler
 from transformers.integrations.deepspeed import deepspeed_init
 
 from rlhf_recipes.arguments import UserError
