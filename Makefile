@@ -58,7 +58,7 @@ check: $(STAMP) ## lint, format, types, and the rules of the house
 	@$(RUN) -m mypy
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) -m pytest tests/test_layers.py tests/test_house.py
 
-bench: $(STAMP) ## speed and memory against TRL 1.12, a plain loop and the machine: an hour and a quarter, results in benchmarks/results
+bench: $(STAMP) ## speed and memory against TRL 1.12, a plain loop and the machine: from half an hour to an hour and a half, results in benchmarks/results
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/ppo_speed.py
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/pretrain_speed.py
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/startup.py

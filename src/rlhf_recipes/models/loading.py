@@ -216,10 +216,8 @@ def _load(
             model = _load(auto_class, base, role, model_config, **kwargs)
         else:
             place, inside = place_of(base)
-            quantized = (
-                options.get("quantization_config") is not None
-            )  # which transformers cannot cut apart as it reads
-            with loaded_whole() if quantized else nullcontext():
+            # What is quantized transformers cannot cut apart as it reads it.
+            with loaded_whole() if options.get("quantization_config") is not None else nullcontext():
                 model = without_traps(auto_class.from_pretrained(place, **inside, **options))
         if is_quantized(model):
             give_back_freed_memory()  # of the weights as they were read

@@ -105,8 +105,8 @@ def _names(trunk: nn.Module) -> tuple[str, str]:
 
 
 def _view(module: Any, put: dict[str, nn.Module]) -> Any:
-    """The module with some of its parts exchanged; the others are shared with it, and so are their weights and their hooks.
-    The module's own hooks, such as DeepSpeed's, which know it by a number, are none of the view's."""
+    """The module with some of its parts exchanged; the others are shared with it, their weights and hooks too. The module's
+    own hooks stay its own: DeepSpeed's know it by a number."""
     view = copy.copy(module)
     view._forward_pre_hooks, view._forward_hooks = OrderedDict(), OrderedDict()
     view._modules = {**module._modules, **put}
