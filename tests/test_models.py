@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +244,13 @@ def test_bf16_is_chosen_where_it_pays_and_nobody_chose(
     fitted = fit_to_hardware(training, width)  # type: ignore[type-var]
     assert fitted.bf16 is expected and fitted.mixed_precision == ("bf16" if expected else "no")
     assert training.__dict__ == before, "the caller's own arguments are left alone"
+
+
+def test_bf16_is_not_chosen_where_deepspeed_was_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("rlhf_recipes.models.hardware"), "bf16_unit", lambda: "unit")
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}})
+    training = Training(_bf16_by_hardware=True, deepspeed_plugin=plugin)
+    assert fit_to_hardware(training, 320).bf16 is False  # type: ignore[type-var]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

@@ -12,9 +12,10 @@ def check_launch(training: Any) -> None:
     """Refuse a launch that became less than it asked for.
 
     Raises:
-        UserError: several processes were asked for and one was started, or FSDP where Accelerate has none; says which
-            line to change.
+        UserError: several processes were asked for and one was started, or FSDP where Accelerate has none, or ZeRO-3 that
+            saves no weights; says which line to change.
     """
+    check_zero(training)
     asked = os.environ
     # `accelerate launch` names an address for several processes, and who starts them says how many there are.
     if "ACCELERATE_MIXED_PRECISION" in asked and "MASTER_ADDR" in asked and "WORLD_SIZE" not in asked:
@@ -34,6 +35,39 @@ def check_launch(training: Any) -> None:
             f"the launch started {asked['WORLD_SIZE']} processes, but each would train by itself; pass --use_cpu true on a "
             "machine without a GPU, or give each process a GPU of its own (num_processes in the configuration)"
         )
+
+
+def zero_stage(training: Any) -> int | None:
+    """Of `TrainingArguments` that are to train under DeepSpeed, the stage of ZeRO; None elsewhere."""
+    return None if _deepspeed(training) is None else int(_zero(training).get("stage", 0))
+
+
+def check_zero(training: Any) -> None:
+    """Refuse a ZeRO-3 that would end a run without weights: Trainer then warns, and leaves the engine's own states.
+
+    Raises:
+        UserError: names the line to add.
+    """
+    saves = _zero(training).get("stage3_gather_16bit_weights_on_model_save")
+    if zero_stage(training) == 3 and saves is not True:
+        raise UserError(
+            "this ZeRO-3 would save no weights; write `zero3_save_16bit_model: true` in the launcher's configuration "
+            "(accelerate_configs/deepspeed_zero3.yaml), or `stage3_gather_16bit_weights_on_model_save` in DeepSpeed's"
+        )
+
+
+def names_optimizer(training: Any) -> bool:
+    """Whether DeepSpeed's configuration brings an optimizer of its own."""
+    return "optimizer" in (_deepspeed(training) or {})
+
+
+def _deepspeed(training: Any) -> dict[str, Any] | None:
+    plugin = getattr(training, "deepspeed_plugin", None)
+    return None if plugin is None else plugin.deepspeed_config
+
+
+def _zero(training: Any) -> dict[str, Any]:
+    return (_deepspeed(training) or {}).get("zero_optimization", {})
 
 
 def check_sharding(accelerator: Any) -> None:

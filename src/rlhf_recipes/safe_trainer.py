@@ -31,7 +31,7 @@ from rlhf_recipes.checkpoints import (
 from rlhf_recipes.hub import Repo, check_repo, push_checkpoint, push_folder
 from rlhf_recipes.launching import check_sharding, require_as_many
 from rlhf_recipes.locks import folder_lock
-from rlhf_recipes.models import without_traps
+from rlhf_recipes.models import without_traps, zero
 from rlhf_recipes.models.sharding import end_passes, tied_again
 from rlhf_recipes.secrecy import without_secrets
 from rlhf_recipes.terminating import Terminated, listening
@@ -61,6 +61,7 @@ class SafeTrainer(WholeBatchesTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         without_traps(self.model)
+        zero.check_storage(self.model, self.args)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's. `True` goes on from the last whole checkpoint in the folder; `"auto"` too, if there is one."""

@@ -15,7 +15,7 @@ import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
 
-from rlhf_recipes.ppo.roles import check_launch
+from rlhf_recipes.ppo.roles import check_parallelism
 
 Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("several_processes.py")
@@ -93,8 +93,8 @@ def test_point_08_a_step_that_one_process_cannot_take_is_taken_by_none(folder: P
 def test_point_20_ways_that_cannot_be_learnt_in_are_refused_with_the_way_out() -> None:
     asked = SimpleNamespace(n_gpu=1, deepspeed_plugin=None)
     with pytest.raises(ValueError, match=r"does not run under Megatron.*accelerate_configs/fsdp2\.yaml"):
-        check_launch(asked, DistributedType.MEGATRON_LM)
+        check_parallelism(asked, DistributedType.MEGATRON_LM)
     with pytest.raises(ValueError, match="one process sees 2 GPUs"):
-        check_launch(SimpleNamespace(n_gpu=2), DistributedType.NO)
+        check_parallelism(SimpleNamespace(n_gpu=2), DistributedType.NO)
     for allowed in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
-        check_launch(asked, allowed)
+        check_parallelism(asked, allowed)

@@ -1,6 +1,6 @@
 """PPO under DeepSpeed on CPU processes: run by `accelerate launch`.
 
-zero_processes.py FOLDER STAGE     a policy in FOLDER/policy and a judge in FOLDER/judge
+zero_processes.py FOLDER STAGE     policies in FOLDER/policy and FOLDER/rotary, and a judge in FOLDER/judge
 """
 
 import json
@@ -54,11 +54,20 @@ CASES: dict[str, dict[str, Any]] = {
     "over": {"target_kl": 1e-3, "num_mini_batches": 2},
     "played": {"kind": Played, "lr_scheduler_type": "linear"},
 }
+# In bfloat16, where DeepSpeed holds weights that nobody else does: no other run is the same.
+LOW: dict[str, dict[str, Any]] = {
+    "low rotary": {"bf16": True, "policy": "rotary"},
+    "low upper": {"bf16": True, "num_layers_unfrozen": 1},
+    "low played": {"bf16": True, "kind": Played},
+}
+ALL = CASES | LOW
+RESUMED = [case for case, options in ALL.items() if options.get("kind") is not Played]
 
 
 def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
-    options = dict(CASES[case])
+    options = dict(ALL[case])
     kind, lora = options.pop("kind", PPOTrainer), options.pop("lora", False)
+    policy = options.pop("policy", "policy")
     value = value_model(folder) if options.pop("value_model", False) else None
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     args = PPOConfig(
@@ -67,7 +76,7 @@ def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
         disable_tqdm=True, hints=False, use_cpu=True, seed=5, eval_strategy="steps", eval_steps=5, **options, **changes,
     )  # fmt: skip
     trainer: PPOTrainer = kind(
-        str(folder / "policy"),
+        str(folder / policy),
         str(folder / "judge"),
         args,
         [{"prompt": "word " * (row % 3) + str(row)} for row in range(20)],
@@ -112,14 +121,14 @@ def share_of(trainer: PPOTrainer) -> float:
 def main(folder: Path, stage: int) -> None:
     torch.set_num_threads(1)
     shares = {}
-    for case in CASES:
+    for case in ALL:
         trainer = ran(folder, f"{case} zero {stage}", case)
         shares[case] = share_of(trainer)
-        if trainer.args.should_save and CASES[case].get("kind") is not Played:
+        if trainer.args.should_save and case in RESUMED:
             place = folder / f"{case} zero {stage} on" / "checkpoint-3"
             shutil.copytree(folder / f"{case} zero {stage}" / "checkpoint-3", place)
         torch.distributed.barrier()
-        if CASES[case].get("kind") is not Played:
+        if case in RESUMED:
             ran(folder, f"{case} zero {stage} on", case, resume="auto")  # on from the middle of an update
     if os.environ["RANK"] == "0":
         (folder / f"shares {stage}.json").write_text(json.dumps(shares))

@@ -103,7 +103,7 @@ def test_so_many_processes_end_as_one_does(
 
 def test_the_best_checkpoint_is_taken_by_every_process(launch: Launch, world: Path) -> None:
     """Not by the first alone, which saved it. The best are those that have learnt least: early ones."""
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
     kinds: dict[str, dict[str, Any]] = {
         "sft": best | {"metric_for_best_model": "eval_loss", "greater_is_better": True},
         "ppo": best | {"metric_for_best_model": "eval_objective/kl", "greater_is_better": False},
@@ -117,6 +117,9 @@ def test_the_best_checkpoint_is_taken_by_every_process(launch: Launch, world: Pa
         chosen = {name: each for name, each in saved.items() if not name.startswith("rollout_")}
         assert farthest(small_runs.weights_in(two), chosen) == 0
         assert farthest(small_runs.weights_in(one), small_runs.weights_in(two)) < TOLERANCE
+        told = [json.loads((each / "metrics.json").read_text()) for each in (one, two)]
+        measured = "eval_loss" if stage == "sft" else "score"  # at the end, by each process on its share
+        assert told[1][measured] == pytest.approx(told[0][measured], rel=1e-4)
 
 
 def points(stage: str) -> tuple[str, str]:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from rlhf_recipes.launching import zero_stage
+
 if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
@@ -45,7 +47,10 @@ def fit_to_hardware(training: TrainingT, width: int) -> TrainingT:
     fitted.__dict__["_fitted"] = True
     if not training.use_cpu:
         return fitted
-    if training.__dict__.get("_bf16_by_hardware") and width >= BF16_WIDTH_ON_CPU and bf16_unit():
+    chosen_here = (
+        training.__dict__.get("_bf16_by_hardware") and zero_stage(training) is None
+    )  # DeepSpeed has been told
+    if chosen_here and width >= BF16_WIDTH_ON_CPU and bf16_unit():
         fitted.bf16, fitted.mixed_precision = True, "bf16"
     if "OMP_NUM_THREADS" not in os.environ:
         set_threads(width)

@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from torch import nn
+
+from rlhf_recipes.arguments import UserError
+from rlhf_recipes.launching import zero_stage
 
 AUTOMATIC = {
     "reduce_bucket_size": lambda width: width * width,
@@ -16,11 +21,35 @@ AUTOMATIC = {
     "stage3_param_persistence_threshold": lambda width: 10 * width,
 }  # as transformers fills in what a configuration leaves to it, of a model that tells its width
 
+CAST = (torch.float32, torch.float16)  # by an engine that computes in bfloat16
 
-def stage_of(args: Any) -> int | None:
-    """Of `TrainingArguments` that are to train under DeepSpeed, the stage of ZeRO; None elsewhere."""
-    plugin = getattr(args, "deepspeed_plugin", None)
-    return None if plugin is None else int(plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+def cast(module: nn.Module, args: Any) -> None:
+    """Bring weights into the precision that the engine brings those into that it trains, where nothing else casts.
+
+    Weights alone, as it does (`DeepSpeedEngine._cast_module_mixed_precision`): rotary frequencies in bfloat16 would turn
+    far tokens by another angle.
+    """
+    if zero_stage(args) is None or not args.bf16:
+        return
+    for parameter in module.parameters():
+        if parameter.dtype in CAST and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def check_storage(model: nn.Module, args: Any) -> None:
+    """Of a model that is to train.
+
+    Raises:
+        UserError: its 4-bit weights are kept as numbers (`bnb_4bit_quant_storage`) which the engine would cast.
+    """
+    if zero_stage(args) is None or not args.bf16:
+        return
+    if any(hasattr(parameter, "quant_state") and parameter.dtype in CAST for parameter in model.parameters()):
+        raise UserError(
+            "DeepSpeed in bfloat16 would cast 4-bit weights that are kept as other numbers; set bnb_4bit_quant_storage to "
+            "uint8 or bfloat16, or bf16 to false"
+        )
 
 
 def engine_of(accelerator: Any) -> Any:

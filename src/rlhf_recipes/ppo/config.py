@@ -141,7 +141,7 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     model_adapter_name: str | None = field(default=None, metadata={"help": "Name of the adapter that is trained."})
     ref_adapter_name: str | None = field(default=None, metadata={"help": "Name of the adapter that is the reference."})
     ds3_gather_for_generation: bool = field(
-        default=True, metadata={"help": "Taken for scripts of TRL's; ZeRO is refused here."}
+        default=True, metadata={"help": "Taken for scripts of TRL's; without effect."}
     )
     # A rollout cannot be skipped like a batch of rows; the loader goes on from global_step by itself.
     ignore_data_skip: bool = field(

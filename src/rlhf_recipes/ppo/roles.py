@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from rlhf_recipes.arguments import UserError
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.launching import refuse_eight_bits_cut
+from rlhf_recipes.launching import check_zero, names_optimizer, refuse_eight_bits_cut, zero_stage
 from rlhf_recipes.models import (
     UpperLayers,
     adapters,
@@ -83,12 +82,12 @@ def held_out_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig)
     return Prompts(dataset, tokenizer, config, args.response_length, "eval_dataset")
 
 
-def check_launch(args: PPOConfig, kind: Any) -> None:
+def check_parallelism(args: PPOConfig, kind: Any) -> None:
     """Whether PPO can train in the way that it was launched. kind: the `DistributedType`, as far as it is known.
 
     Raises:
         UserError: Megatron, which rollouts cannot read whole; DataParallel, which trains in another precision than it plays;
-            DeepSpeed without ZeRO-2 or ZeRO-3, or with what it cannot do.
+            DeepSpeed without ZeRO-2 or ZeRO-3, or with what it cannot do, or that would save no weights.
     """
     if args.n_gpu > 1:
         raise UserError(
@@ -100,9 +99,15 @@ def check_launch(args: PPOConfig, kind: Any) -> None:
             "PPOTrainer does not run under Megatron, which cannot answer with whole weights; launch "
             "accelerate_configs/fsdp2.yaml, deepspeed_zero3.yaml or ddp.yaml"
         )
-    stage = zero.stage_of(args)
+    stage = zero_stage(args)
     if stage is None:
+        if str(kind).endswith("DEEPSPEED"):
+            raise UserError(
+                "DeepSpeed is on in an Accelerator that PPOConfig knows nothing of; pass its configuration as deepspeed, or "
+                "launch accelerate_configs/deepspeed_zero2.yaml"
+            )
         return
+    check_zero(args)
     if stage not in (2, 3):
         raise UserError(
             f"PPOTrainer does not run under ZeRO-{stage}; launch accelerate_configs/deepspeed_zero2.yaml, or ddp.yaml"
@@ -112,14 +117,20 @@ def check_launch(args: PPOConfig, kind: Any) -> None:
             "under DeepSpeed, whose moments are one for policy and value, neither can stand still; set value_warmup_updates to "
             "0, or launch accelerate_configs/fsdp2.yaml"
         )
+    if args.value_learning_rate is not None and names_optimizer(args):
+        raise UserError(
+            "the optimizer that DeepSpeed's configuration names has one learning rate; leave it out there, or leave "
+            "value_learning_rate out"
+        )
 
 
 def settle(trainer: Any, width: int) -> None:
     """Once there is an Accelerator: whether PPO can train under it, and what DeepSpeed wants to know. width: the policy's."""
-    check_launch(trainer.args, trainer.accelerator.distributed_type)
+    check_parallelism(trainer.args, trainer.accelerator.distributed_type)
     if trainer.is_deepspeed_enabled:
         zero.fill_in_sizes(trainer.accelerator, width)
-        trainer.model.to(trainer.args.device)  # DeepSpeed does so as training begins; it may be evaluated before
+        trainer.model.to(trainer.args.device)  # this, and casting, it does as training begins; it may be read before
+        zero.cast(trainer.model, trainer.args)
 
 
 def refuse_part(role: str, model: Any) -> None:
@@ -208,8 +219,7 @@ def the_reference(model: PolicyAndValue, arrived: bool, ref_model: Any, args: PP
 
 def _still(module: nn.Module, args: PPOConfig) -> nn.Module:
     without_dropout(module)
-    if zero.stage_of(args) is not None and args.bf16:
-        module.to(torch.bfloat16)  # as DeepSpeed has the policy, where nothing else casts
+    zero.cast(module, args)  # as the policy, or they would differ before it has learnt anything
     return module.requires_grad_(False).eval().to(args.device)
 
 

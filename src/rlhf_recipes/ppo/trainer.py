@@ -26,7 +26,7 @@ from rlhf_recipes.ppo.loader import RolloutLoader
 from rlhf_recipes.ppo.minimizing import MinimizingTrainer
 from rlhf_recipes.ppo.objective import objective
 from rlhf_recipes.ppo.roles import (
-    check_launch,
+    check_parallelism,
     checked_prompts,
     chosen_sampling,
     held_out_prompts,
@@ -94,7 +94,7 @@ class PPOTrainer(MinimizingTrainer):
         judge_quantization_config: Any = None,
     ) -> None:
         args = args or PPOConfig(output_dir="ppo")
-        check_launch(args, getattr(args.distributed_state, "distributed_type", None))
+        check_parallelism(args, getattr(args.distributed_state, "distributed_type", None))
         model, processing_class = loaded_policy(model, processing_class, quantization_config, args.trust_remote_code)
         config = base_model(quicken(model, args.device)).config
         args = fit_to_hardware(args, config.get_text_config().hidden_size)

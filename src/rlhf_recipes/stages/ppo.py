@@ -27,7 +27,7 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.roles import check_launch, checked_prompts
+from rlhf_recipes.ppo.roles import check_parallelism, checked_prompts
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
 from rlhf_recipes.scoring import check_reward
@@ -74,7 +74,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
     from transformers import set_seed
 
-    check_launch(training, getattr(training.distributed_state, "distributed_type", None))
+    check_parallelism(training, getattr(training.distributed_state, "distributed_type", None))
     name = model_config.model_name_or_path
     if not name:
         raise UserError(
