@@ -25,6 +25,7 @@ PPO_SIBLINGS = {
     "callbacks": {"config"},
     "riding": {"value_head"},
     "adapting": {"config"},
+    "parallelism": {"config"},
     "roles": {"adapting", "config", "prompts", "riding", "value_head"},
     "objective": {"config", "losses", "value_head"},
     "guard": {"config", "tally", "value_head"},

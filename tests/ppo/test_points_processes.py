@@ -15,7 +15,7 @@ import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
 
-from rlhf_recipes.ppo.roles import check_parallelism
+from rlhf_recipes.ppo.parallelism import check_parallelism
 
 Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("several_processes.py")

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_recipes.launching import check_launch, check_zero
 from rlhf_recipes.models import zero
-from rlhf_recipes.ppo.roles import check_parallelism
+from rlhf_recipes.ppo.parallelism import check_parallelism
 
 Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("zero_processes.py")

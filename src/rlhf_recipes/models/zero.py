@@ -6,6 +6,7 @@ models that answer or judge are read whole, whatever is cut apart as it trains.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +84,19 @@ def loaded_whole() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def leave_base_out(engine: Any) -> None:
+    """Of a module that learns adapters, let checkpoints hold what learns, as transformers has it of a `PeftModel` by itself.
+
+    What bitsandbytes keeps beside a weight could not be loaded back either.
+    """
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        return load(*args, **kwargs | {"load_module_strict": False})
+
+    engine.save_checkpoint, engine.load_checkpoint = partial(save, exclude_frozen_parameters=True), load_checkpoint
 
 
 def fill_in_sizes(accelerator: Any, width: int) -> None:

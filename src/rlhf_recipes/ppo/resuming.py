@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from rlhf_recipes.artifacts import write_text
-from rlhf_recipes.models import base_model
+from rlhf_recipes.models import adapters, base_model, zero
 from rlhf_recipes.models.sharding import (
     by_name,
     is_sharded,
@@ -104,6 +104,13 @@ class ResumableTrainer(SafeTrainer):
         in_checkpoint = folder.name.startswith("checkpoint-")
         self.model.save_pretrained(folder, state_dict, value=self.args.save_value_model or in_checkpoint)
         self.processing_class.save_pretrained(folder)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, called when everything else is as it trains, and no checkpoint has been read yet."""
+        engine = zero.engine_of(self.accelerator)
+        if engine is not None and adapters.has_adapter(self.model.policy):
+            zero.leave_base_out(engine)
+        return super().create_scheduler(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_pretrained(resume_from_checkpoint)

@@ -77,7 +77,7 @@ def _prepare(trainer: Any) -> None:
         trainer.model_wrapped, trainer.optimizer, trainer.lr_scheduler = prepared
     else:
         trainer.model_wrapped, trainer.optimizer = prepare(trainer.model, trainer.optimizer)
-        trainer.create_scheduler(num_training_steps=steps)
+    trainer.create_scheduler(num_training_steps=steps)  # if there is none yet
     if trainer.is_deepspeed_enabled:
         trainer.deepspeed = trainer.model_wrapped  # which Trainer saves
     torch.manual_seed(args.seed)

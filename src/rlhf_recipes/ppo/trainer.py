@@ -25,14 +25,13 @@ from rlhf_recipes.ppo.hints import Hints
 from rlhf_recipes.ppo.loader import RolloutLoader
 from rlhf_recipes.ppo.minimizing import MinimizingTrainer
 from rlhf_recipes.ppo.objective import objective
+from rlhf_recipes.ppo.parallelism import check_parallelism, settle
 from rlhf_recipes.ppo.roles import (
-    check_parallelism,
     checked_prompts,
     chosen_sampling,
     held_out_prompts,
     load_rewards,
     loaded_policy,
-    settle,
     the_reference,
     watched_names,
     with_value,

@@ -27,7 +27,8 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.plots import plot_curves
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.roles import check_parallelism, checked_prompts
+from rlhf_recipes.ppo.parallelism import check_parallelism
+from rlhf_recipes.ppo.roles import checked_prompts
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
 from rlhf_recipes.scoring import check_reward
