@@ -47,9 +47,8 @@ def fit_to_hardware(training: TrainingT, width: int) -> TrainingT:
     fitted.__dict__["_fitted"] = True
     if not training.use_cpu:
         return fitted
-    chosen_here = (
-        training.__dict__.get("_bf16_by_hardware") and zero_stage(training) is None
-    )  # DeepSpeed has been told
+    # Not under DeepSpeed, which has been told its precision already.
+    chosen_here = training.__dict__.get("_bf16_by_hardware") and zero_stage(training) is None
     if chosen_here and width >= BF16_WIDTH_ON_CPU and bf16_unit():
         fitted.bf16, fitted.mixed_precision = True, "bf16"
     if "OMP_NUM_THREADS" not in os.environ:
