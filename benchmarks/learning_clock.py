@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from peers import HERE, OFFLINE, python_with
 
+Curves = dict[str, list[list[dict[str, float]]]]  # by kind of run, of each seed, what was measured at each look
+
 KINDS = {  # algorithm, flags
     "ours": ("ours", []),
     "ours, upper layers": ("ours", ["--upper"]),
@@ -101,32 +103,40 @@ def run(kind: str, seed: int, asked: Any, folder: Path) -> None:
     print(f"{kind}, seed {seed}: {'done' if out.is_file() else f'failed ({code}), see {log.name}'}", flush=True)
 
 
-def at(points: list[dict[str, float]], seconds: float) -> float:
-    """The score at the last look up to that time."""
-    return [point["score"] for point in points if point["seconds"] <= seconds][-1]
+def at(points: list[dict[str, float]], seconds: float, what: str) -> float:
+    """What was measured at the last look up to that time."""
+    return [point[what] for point in points if point["seconds"] <= seconds][-1]
 
 
 def told(folder: Path, asked: Any) -> str:
-    """The table of scores at an eighth, a quarter, a half and the whole of the time; all points and the plot beside it."""
-    budgets = [asked.seconds * share for share in (1 / 8, 1 / 4, 1 / 2, 1)]
-    lines = ["| | " + " | ".join(f"{budget:.0f} s" for budget in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
-    curves: dict[str, list[list[dict[str, float]]]] = {}
+    """The table of scores, and in the quickstart's world that of the judge's, which is what is raised; all points and the
+    plot beside it."""
+    curves: Curves = {}
     for kind in KINDS:
         files = [folder / f"{kind.replace(' ', '_').replace(',', '')}_{seed}.json" for seed in asked.seeds]
         curves[kind] = [json.loads(file.read_text()) for file in files if file.is_file()]
-        if not curves[kind]:
-            continue
-        cells = []
-        for budget in budgets:
-            scores = [at(points, budget) for points in curves[kind]]
-            cells.append(f"{sum(scores) / len(scores):.3f} ({min(scores):.3f}-{max(scores):.3f})")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     (folder / "clock.json").write_text(json.dumps(curves), encoding="utf-8")
     draw(curves, folder / "clock.png", asked)
+    text = table(curves, asked.seconds, "score")
+    if asked.world == "quickstart":
+        text += f"\n\nThe judge's score:\n\n{table(curves, asked.seconds, 'judge')}"
+    return text
+
+
+def table(curves: Curves, seconds: float, what: str) -> str:
+    """The mean of the seeds (least and most) at an eighth, a quarter, a half and the whole of the time."""
+    budgets = [seconds * share for share in (1 / 8, 1 / 4, 1 / 2, 1)]
+    lines = ["| | " + " | ".join(f"{budget:.0f} s" for budget in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
+    for kind, runs in curves.items():
+        cells = []
+        for budget in budgets if runs else ():
+            found = [at(points, budget, what) for points in runs]
+            cells.append(f"{sum(found) / len(found):.3f} ({min(found):.3f}-{max(found):.3f})")
+        lines += [f"| {kind} | " + " | ".join(cells) + " |"] if cells else []
     return "\n".join(lines)
 
 
-def draw(curves: dict[str, list[list[dict[str, float]]]], path: Path, asked: Any) -> None:
+def draw(curves: Curves, path: Path, asked: Any) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
