@@ -128,11 +128,13 @@ def table(curves: Curves, seconds: float, what: str) -> str:
     budgets = [seconds * share for share in (1 / 8, 1 / 4, 1 / 2, 1)]
     lines = ["| | " + " | ".join(f"{budget:.0f} s" for budget in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
     for kind, runs in curves.items():
+        if not runs:
+            continue
         cells = []
-        for budget in budgets if runs else ():
+        for budget in budgets:
             found = [at(points, budget, what) for points in runs]
             cells.append(f"{sum(found) / len(found):.3f} ({min(found):.3f}-{max(found):.3f})")
-        lines += [f"| {kind} | " + " | ".join(cells) + " |"] if cells else []
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

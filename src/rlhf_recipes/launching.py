@@ -48,8 +48,7 @@ def check_zero(training: Any) -> None:
     Raises:
         UserError: names the line to add.
     """
-    saves = _zero(training).get("stage3_gather_16bit_weights_on_model_save")
-    if zero_stage(training) == 3 and saves is not True:
+    if zero_stage(training) == 3 and _zero(training).get("stage3_gather_16bit_weights_on_model_save") is not True:
         raise UserError(
             "this ZeRO-3 would save no weights; write `zero3_save_16bit_model: true` in the launcher's configuration "
             "(accelerate_configs/deepspeed_zero3.yaml), or `stage3_gather_16bit_weights_on_model_save` in DeepSpeed's"

@@ -22,8 +22,6 @@ AUTOMATIC = {
     "stage3_param_persistence_threshold": lambda width: 10 * width,
 }  # as transformers fills in what a configuration leaves to it, of a model that tells its width
 
-CAST = (torch.float32, torch.float16)  # by an engine that computes in bfloat16
-
 
 def cast(module: nn.Module, args: Any) -> None:
     """Bring weights into the precision that the engine brings those into that it trains, where nothing else casts.
@@ -31,10 +29,8 @@ def cast(module: nn.Module, args: Any) -> None:
     Weights alone, as it does (`DeepSpeedEngine._cast_module_mixed_precision`): rotary frequencies in bfloat16 would turn
     far tokens by another angle.
     """
-    if zero_stage(args) is None or not args.bf16:
-        return
-    for parameter in module.parameters():
-        if parameter.dtype in CAST and not hasattr(parameter, "quant_state"):
+    for parameter in _castable(module, args):
+        if not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
@@ -44,13 +40,18 @@ def check_storage(model: nn.Module, args: Any) -> None:
     Raises:
         UserError: its 4-bit weights are kept as numbers (`bnb_4bit_quant_storage`) which the engine would cast.
     """
-    if zero_stage(args) is None or not args.bf16:
-        return
-    if any(hasattr(parameter, "quant_state") and parameter.dtype in CAST for parameter in model.parameters()):
+    if any(hasattr(parameter, "quant_state") for parameter in _castable(model, args)):
         raise UserError(
             "DeepSpeed in bfloat16 would cast 4-bit weights that are kept as other numbers; set bnb_4bit_quant_storage to "
             "uint8 or bfloat16, or bf16 to false"
         )
+
+
+def _castable(module: nn.Module, args: Any) -> list[nn.Parameter]:
+    """What an engine that trains the module casts to bfloat16; nothing where it computes in float32, or where there is none."""
+    if zero_stage(args) is None or not args.bf16:
+        return []
+    return [parameter for parameter in module.parameters() if parameter.dtype in (torch.float32, torch.float16)]
 
 
 def engine_of(accelerator: Any) -> Any:
