@@ -11,9 +11,8 @@ import torch
 from peers import as_ratio
 from torch.nn.functional import scaled_dot_product_attention
 
-from rlhf_recipes.models import hardware
-from rlhf_recipes.models.hardware import keep_freed_memory
-from rlhf_recipes.models.kernels import _CausalAttention
+from rlhf_recipes.optimizations import ShortCausalAttention
+from rlhf_recipes.system import hardware, keep_freed_memory
 
 SHAPES = [(8, 6, 48, 64), (8, 6, 96, 64), (8, 12, 128, 64), (4, 12, 192, 64), (4, 12, 256, 64), (4, 12, 384, 64)]
 ROUNDS = 15
@@ -25,7 +24,7 @@ def milliseconds(shape: tuple[int, ...]) -> tuple[list[float], list[float]]:
     gradient = torch.randn(shape).bfloat16()
     kinds = (
         lambda: scaled_dot_product_attention(query, key, value, is_causal=True),
-        lambda: _CausalAttention.apply(query, key, value, shape[-1] ** -0.5),
+        lambda: ShortCausalAttention.apply(query, key, value, shape[-1] ** -0.5),
     )
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS + 2):

@@ -23,15 +23,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rlhf_recipes.arguments import UserError, one_line_errors
-from rlhf_recipes.artifacts import write_json, write_text
-from rlhf_recipes.models import hardware
-from rlhf_recipes.report.markdown import plain, table
+from rlhf_recipes.core.errors import UserError, one_line_errors
+from rlhf_recipes.core.files import write_json, write_text
+from rlhf_recipes.core.markdown import escape_markdown, table
+from rlhf_recipes.system import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "recipes" / "configs" / "quickstart"
 ALGORITHMS = ("ppo", "dpo", "rloo")
-GOLD = "rlhf_recipes.world:gold_score"
+GOLD = "rlhf_recipes.quickstart:gold_score"
 NEEDED = ("world/prompts", "world/preferences", "world/corpus", "sft", "reward")
 START = "sft"
 # what is shown: name -> (heading, format)
@@ -144,7 +144,9 @@ def _write(asked: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
 def comparison_table(results: dict[str, list[dict[str, Any]]]) -> str:
     """One row a model: of each number the mean over seeds, and in brackets the value of each seed."""
     header = ["", *(heading for heading, _ in COLUMNS.values())]
-    rows = [[plain(name), *(_cell(runs, *item) for item in COLUMNS.items())] for name, runs in results.items()]
+    rows = [
+        [escape_markdown(name), *(_cell(runs, *item) for item in COLUMNS.items())] for name, runs in results.items()
+    ]
     return table(header, rows, range(1, len(header)))
 
 

@@ -23,8 +23,8 @@ from ppo_worker import model_of, prompts_of
 from transformers import GPT2LMHeadModel
 
 from rlhf_recipes import generation
-from rlhf_recipes.models import casts_kept, hardware, quicken, roomy_cache
-from rlhf_recipes.models.hardware import bf16_unit, keep_freed_memory
+from rlhf_recipes.optimizations import casts_kept, quicken, roomy_cache
+from rlhf_recipes.system import bf16_unit, hardware, keep_freed_memory
 
 CPU = torch.device("cpu")
 ASKED = argparse.Namespace(shape="14M", prompt=48, response=48)

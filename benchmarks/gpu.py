@@ -21,7 +21,7 @@ from ppo_speed import CASES, TRL, compared
 from pretrain_worker import BLOCK, STEPS
 from triton.testing import do_bench
 
-from rlhf_recipes.models import hardware
+from rlhf_recipes.system import hardware
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = "124M"

@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    from rlhf_recipes.models import hardware
+    from rlhf_recipes.system import hardware
 
     torch.set_num_threads(1)
 

@@ -60,7 +60,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 
 def prepare(asked: Any, folder: Path) -> None:
     """Policy, judge and prompts, in a form that every trainer takes."""
-    from rlhf_recipes.arguments import DatasetArguments
+    from rlhf_recipes.core.arguments import DatasetArguments
     from rlhf_recipes.data import load_train_and_test, prompt_ids
     from rlhf_recipes.models import load_causal_lm, load_judge, load_tokenizer
     from rlhf_recipes.stages.ppo import with_prompts
@@ -188,7 +188,7 @@ def main() -> None:
         list(
             pool.map(lambda one: run(*one[::-1], asked, asked.output_dir), itertools.product(asked.seeds, asked.kinds))
         )
-    from rlhf_recipes.models import hardware
+    from rlhf_recipes.system import hardware
 
     head = (
         f"{datetime.date.today()}, {hardware()}; {asked.at_once} runs at a time, one thread each; seeds {asked.seeds}."

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.models import hardware
+from rlhf_recipes.system import hardware
 
 SPECIAL = ("<|endoftext|>", "<|pad|>")
 SHAPE: dict[str, Any] = {

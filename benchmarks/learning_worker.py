@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from rlhf_recipes.generation import Sampling, row_seed, sample
-from rlhf_recipes.scoring.judges import ModelReward
+from rlhf_recipes.scoring import ModelReward
 
 TEMPERATURE, KL = 0.7, 0.1
 
@@ -87,7 +87,7 @@ class Clock(TrainerCallback):
         scores = self.judge.score_ids([[*one, *two] for one, two in zip(ids, answers.ids, strict=True)])
         point = {"seconds": self.trained, "judge": sum(scores) / len(scores), "length": mean(map(len, answers.ids))}
         if self.prepared.told["world"] == "quickstart":
-            from rlhf_recipes.world.gold import gold_score
+            from rlhf_recipes.quickstart import gold_score
 
             asked = [row["prompt"] for row in rows]
             point["score"] = mean(gold_score(asked, texts, answer=[row["answer"] for row in rows]))
@@ -116,7 +116,7 @@ def ppo_arguments(prepared: Prepared, asked: Any, folder: str) -> dict[str, Any]
 
 def ours(prepared: Prepared, asked: Any, folder: str) -> None:
     from rlhf_recipes import PPOConfig, PPOTrainer
-    from rlhf_recipes.models import fit_to_hardware
+    from rlhf_recipes.system import fit_to_hardware
 
     policy = prepared.policy()
     least = {"generation_kwargs": {"min_new_tokens": prepared.least}} if prepared.least else {}
@@ -155,7 +155,8 @@ def grouped(prepared: Prepared, asked: Any, folder: str) -> None:
     import trl
 
     from rlhf_recipes import PPOConfig
-    from rlhf_recipes.models import fit_to_hardware, read_left_padding
+    from rlhf_recipes.models import read_left_padding
+    from rlhf_recipes.system import fit_to_hardware
 
     policy, judge, told = prepared.policy(), prepared.reward(prepared.judge()), prepared.told
 

@@ -24,7 +24,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.models import build_gpt2, hardware, save_judge_config
+from rlhf_recipes.models import build_gpt2, save_judge_config
+from rlhf_recipes.system import hardware
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 CASES = {

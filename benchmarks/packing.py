@@ -19,12 +19,11 @@ from peers import as_ratio
 from ppo_worker import model_of
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from rlhf_recipes.models import hardware, packed, quicken, tokens_at_once
-from rlhf_recipes.models.hardware import bf16_unit, keep_freed_memory
-from rlhf_recipes.ppo.roles import without_dropout
-from rlhf_recipes.ppo.rollout import narrowed, pack_episodes
-from rlhf_recipes.ppo.value_head import PolicyAndValue
-from rlhf_recipes.tensors import length_batches
+from rlhf_recipes.core.tensors import length_batches
+from rlhf_recipes.optimizations import packing as packed
+from rlhf_recipes.optimizations import quicken
+from rlhf_recipes.ppo import PolicyAndValue, narrowed, pack_episodes, without_dropout
+from rlhf_recipes.system import bf16_unit, hardware, keep_freed_memory, tokens_at_once
 
 CPU = torch.device("cpu")
 CASES = {  # value model, layers that learn

@@ -117,7 +117,7 @@ def theirs(asked: Any, folder: str, turns: Turns) -> Any:
 
 def ours(asked: Any, folder: str, turns: Turns) -> Any:
     from rlhf_recipes import PPOConfig, PPOTrainer
-    from rlhf_recipes.models import fit_to_hardware
+    from rlhf_recipes.system import fit_to_hardware
 
     chosen = {} if asked.bf16 == "unset" else {"bf16": asked.bf16 == "true"}
     args = PPOConfig(

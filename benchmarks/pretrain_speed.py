@@ -23,7 +23,7 @@ def main() -> None:
     asked = parser.parse_args()
     import torch
 
-    from rlhf_recipes.models import hardware
+    from rlhf_recipes.system import hardware
 
     torch.set_num_threads(1)
 

@@ -60,8 +60,8 @@ def plain(asked: Any) -> None:
 def ours(asked: Any, folder: str) -> None:
     """The trainer that the pretrain stage builds, on blocks that are there already."""
     from rlhf_recipes import PretrainConfig
-    from rlhf_recipes.models import fit_to_hardware
-    from rlhf_recipes.pretraining import PretrainTrainer, collate_blocks
+    from rlhf_recipes.system import fit_to_hardware
+    from rlhf_recipes.training import PretrainTrainer, collate_blocks
 
     chosen = {} if asked.defaults else {"bf16": False}
     args = PretrainConfig(

@@ -317,7 +317,7 @@ def main() -> None:
 
 def hardware_seen() -> str:
     """What a process would run on; asked of one of its own, since a process that has looked at a GPU keeps seeing it."""
-    asked = "import torch; torch.set_num_threads(1); from rlhf_recipes.models import hardware; print(hardware())"
+    asked = "import torch; torch.set_num_threads(1); from rlhf_recipes.system import hardware; print(hardware())"
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", asked],

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.models import hardware
+from rlhf_recipes.system import hardware
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("full", "8-bit", "4-bit", "4-bit double")

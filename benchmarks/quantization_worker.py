@@ -19,21 +19,14 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_recipes import PPOConfig, PPOTrainer, load_reward, parse_arguments
+from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.data import split_ids
+from rlhf_recipes.evaluation import completion_perplexity, evaluate_model
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.metrics import completion_perplexity
-from rlhf_recipes.metrics.models import evaluate_model
-from rlhf_recipes.models import (
-    base_model,
-    build_gpt2,
-    in_bits,
-    load_causal_lm,
-    load_judge,
-    load_tokenizer,
-    without_traps,
-)
+from rlhf_recipes.models import build_gpt2, in_bits, load_causal_lm, load_judge, load_tokenizer
 from rlhf_recipes.stages import eval as evaluation
 from rlhf_recipes.stages import ppo, reward, sft
+from rlhf_recipes.system import without_traps
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs" / "quickstart"
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -55,7 +48,7 @@ ASKED: dict[str, dict[str, Any]] = {  # beside the YAML of the stage: fewer step
     "ppo": {"total_episodes": 960, "learning_rate": 2e-3, "max_test_samples": 16},
 }
 PROMPTS = 200
-GOLD = "rlhf_recipes.world:gold_score"
+GOLD = "rlhf_recipes.quickstart:gold_score"
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 

@@ -45,7 +45,7 @@ class Tally:
 
 
 def main(kills: int = 120) -> int:
-    from rlhf_recipes.models import hardware
+    from rlhf_recipes.system.hardware import hardware
 
     tally = Tally()
     places = [str(HERE / "stages" / f"test_{name}.py") for name in ("nothing_lost", "processes")]

@@ -108,7 +108,7 @@ def _child(job: dict[str, Any]) -> int:
     sys.addaudithook(seen)
     from huggingface_hub import constants
 
-    from rlhf_recipes.hub import asking
+    from rlhf_recipes.hub import requests as asking
 
     constants.HF_HUB_OFFLINE = bool(job.get("offline"))
     asking.STALLED = job.get("stalled", asking.STALLED)

@@ -125,7 +125,7 @@ def tell(case: Case, said: Said, before: dict[str, bytes], hub: Hub, repo: str, 
 def provenance() -> str:
     from huggingface_hub import __version__
 
-    from rlhf_recipes.models import hardware
+    from rlhf_recipes.system.hardware import hardware
 
     when = f"{time.strftime('%Y-%m-%d')} on {hardware()}"
     return f"Measured {when}, with huggingface_hub {__version__}, by `python tests/hub_faults.py`.\n"

@@ -39,79 +39,92 @@ class Mutation:
 ROLES, STEERING, RESUME = ((f"tests/ppo/test_points_{name}.py",) for name in ("roles", "steering", "resume"))
 
 MUTATIONS = [
-    Mutation("GAE forgets lambda", "ppo/advantages.py", "gamma * lam * running", "gamma * running"),
-    Mutation("GAE forgets gamma in the error", "ppo/advantages.py", "gamma * following", "following"),
+    Mutation("GAE forgets lambda", "ppo/rollout/advantages.py", "gamma * lam * running", "gamma * running"),
+    Mutation("GAE forgets gamma in the error", "ppo/rollout/advantages.py", "gamma * following", "following"),
     Mutation(
         "GAE looks beyond the last token",
-        "ppo/advantages.py",
+        "ppo/rollout/advantages.py",
         "values = torch.where(mask, values, torch.zeros_like(values))",
         "values = values.clone()",
     ),
     Mutation(
         "policy clip takes the better side",
-        "ppo/losses.py",
+        "ppo/update/losses.py",
         "TokenLosses(torch.maximum(plain",
         "TokenLosses(torch.minimum(plain",
     ),
     Mutation(
         "ratio upside down",
-        "ppo/losses.py",
+        "ppo/update/losses.py",
         "torch.exp(log_probs - old_log_probs)",
         "torch.exp(old_log_probs - log_probs)",
     ),
-    Mutation("value clip takes the better side", "ppo/losses.py", "0.5 * torch.maximum", "0.5 * torch.minimum"),
+    Mutation("value clip takes the better side", "ppo/update/losses.py", "0.5 * torch.maximum", "0.5 * torch.minimum"),
     Mutation(
         "value clip around the return",
-        "ppo/losses.py",
+        "ppo/update/losses.py",
         "torch.clamp(values, old_values -",
         "torch.clamp(values, returns -",
     ),
-    Mutation("value loss without its half", "ppo/losses.py", "0.5 * torch.maximum", "torch.maximum"),
-    Mutation("KL upside down", "ppo/rewards.py", "log_probs - reference_log_probs", "reference_log_probs - log_probs"),
-    Mutation("k3 with the ratio upside down", "ppo/rewards.py", "torch.exp(-log_ratio)", "torch.exp(log_ratio)"),
-    Mutation("KL penalty as a gain", "ppo/rewards.py", "-kl_coef * kl", "kl_coef * kl"),
+    Mutation("value loss without its half", "ppo/update/losses.py", "0.5 * torch.maximum", "torch.maximum"),
     Mutation(
-        "score on the first token", "ppo/rewards.py", "(mask.sum(dim=1) - 1).clamp(min=0)", "mask.sum(dim=1) * 0"
+        "KL upside down",
+        "ppo/rollout/rewards.py",
+        "log_probs - reference_log_probs",
+        "reference_log_probs - log_probs",
+    ),
+    Mutation(
+        "k3 with the ratio upside down", "ppo/rollout/rewards.py", "torch.exp(-log_ratio)", "torch.exp(log_ratio)"
+    ),
+    Mutation("KL penalty as a gain", "ppo/rollout/rewards.py", "-kl_coef * kl", "kl_coef * kl"),
+    Mutation(
+        "score on the first token",
+        "ppo/rollout/rewards.py",
+        "(mask.sum(dim=1) - 1).clamp(min=0)",
+        "mask.sum(dim=1) * 0",
     ),
     Mutation(
         "score on the last column",
-        "ppo/rewards.py",
+        "ppo/rollout/rewards.py",
         "(mask.sum(dim=1) - 1).clamp(min=0)",
         "mask.sum(dim=1) * 0 + mask.shape[1] - 1",
     ),
     Mutation(
         "missing-EOS penalty for the finished",
-        "ppo/rewards.py",
+        "ppo/rollout/rewards.py",
         "(stopped, scores, scores - penalty)",
         "(stopped, scores - penalty, scores)",
     ),
-    Mutation("missing-EOS penalty as a gain", "ppo/rewards.py", "scores - penalty", "scores + penalty"),
+    Mutation("missing-EOS penalty as a gain", "ppo/rollout/rewards.py", "scores - penalty", "scores + penalty"),
     Mutation(
         "advantages not whitened",
-        "ppo/rollout.py",
+        "ppo/rollout/rollout.py",
         "torch.where(mask, masked_whiten(raw, mask, reduce=reduce)",
         "torch.where(mask, raw",
     ),
-    Mutation("whitening with the biased variance", "tensors.py", "squares / (count - 1)", "squares / count"),
-    Mutation("whitened rewards lose their mean", "ppo/rollout.py", "shift_mean=False", "shift_mean=True"),
+    Mutation("whitening with the biased variance", "core/tensors.py", "squares / (count - 1)", "squares / count"),
+    Mutation("whitened rewards lose their mean", "ppo/rollout/rollout.py", "shift_mean=False", "shift_mean=True"),
     Mutation(
-        "returns from whitened advantages", "ppo/rollout.py", "returns=raw + values", "returns=advantages + values"
+        "returns from whitened advantages",
+        "ppo/rollout/rollout.py",
+        "returns=raw + values",
+        "returns=advantages + values",
     ),
     Mutation(
         "log-probabilities without temperature",
-        "tensors.py",
+        "core/tensors.py",
         "else logits.float() / temperature",
         "else logits.float()",
     ),
     Mutation(
         "their gradient without temperature",
-        "tensors.py",
+        "core/tensors.py",
         "weights = of_log_probs[rows, None] / ctx.temperature",
         "weights = of_log_probs[rows, None]",
     ),
-    Mutation("entropy's gradient upside down", "tensors.py", "part -= p * (log_p", "part += p * (log_p"),
+    Mutation("entropy's gradient upside down", "core/tensors.py", "part -= p * (log_p", "part += p * (log_p"),
     *(
-        Mutation(name, "models/packed.py", old, new, "", ("tests/test_packed.py",))
+        Mutation(name, "optimizations/packing.py", old, new, "", ("tests/test_packed.py",))
         for name, old, new in (
             ("packed rows all begin in the same column", "position_ids=layout.packed(columns)", "position_ids=None"),
             ("packed rows spread one off", "(real.cumsum(0) - 1)", "real.cumsum(0)"),
@@ -128,13 +141,18 @@ MUTATIONS = [
             ),
         )
     ),
-    Mutation("states shifted by one", "ppo/value_head.py", "response_mask, first=-1)", "response_mask, first=0)"),
+    Mutation("states shifted by one", "ppo/roles/value.py", "response_mask, first=-1)", "response_mask, first=0)"),
     Mutation(
-        "attention's gradient looks ahead", "models/kernels.py", "triu_(1)", "triu_(2)", "", ("tests/test_kernels.py",)
+        "attention's gradient looks ahead",
+        "optimizations/attention.py",
+        "triu_(1)",
+        "triu_(2)",
+        "",
+        ("tests/test_kernels.py",),
     ),
     Mutation(
         "casts outlive the optimizer step",
-        "ppo/minimizing.py",
+        "ppo/step.py",
         "if self.accelerator.sync_gradients:\n            self._keep_casts(False)",
         "if self.accelerator.sync_gradients:",
         "kept_casts",
@@ -142,7 +160,7 @@ MUTATIONS = [
     ),
     Mutation(
         "pieces of a minibatch overlap",
-        "ppo/minimizing.py",
+        "ppo/step.py",
         "tensor[rows] for name",
         "tensor[batches[0]] for name",
         "pieces",
@@ -150,7 +168,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the lower layers learn",
-        "models/trunk.py",
+        "optimizations/frozen_trunk.py",
         "each.requires_grad_(False)",
         "pass",
         "changes_nothing",
@@ -158,7 +176,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the reference moves with the upper layers",
-        "ppo/roles.py",
+        "ppo/roles/build.py",
         "model.upper.frozen_copy()",
         "model.upper",
         "changes_nothing",
@@ -166,48 +184,48 @@ MUTATIONS = [
     ),
     Mutation(
         "padding counted in positions",
-        "tensors.py",
+        "core/tensors.py",
         "(mask.long().cumsum(dim=-1) - 1).clamp(min=0)",
         "torch.ones_like(mask).cumsum(dim=-1) - 1",
         "point_10_a_row or point_09_every",
     ),
-    Mutation("mean over positions, not tokens", "ppo/objective.py", "losses.sum() / tokens", "losses.mean()"),
+    Mutation("mean over positions, not tokens", "ppo/update/objective.py", "losses.sum() / tokens", "losses.mean()"),
     Mutation(
         "mean over each micro-batch",
-        "ppo/objective.py",
+        "ppo/update/objective.py",
         "if tokens is None else tokens",
         "if tokens is None else mask.sum().clamp(min=1)",
     ),
     Mutation(
         "value loss without its weight",
-        "ppo/objective.py",
+        "ppo/update/objective.py",
         "policy.losses + args.vf_coef * value.losses",
         "policy.losses + value.losses",
     ),
     Mutation(
         "only the first stop id stops",
-        "ppo/roles.py",
+        "ppo/roles/build.py",
         "else stop_ids(base_model(model), tokenizer)",
         "else stop_ids(base_model(model), tokenizer)[:1]",
         "point_04_answers",
     ),
     Mutation(
         "a step that is not finite is taken",
-        "ppo/guard.py",
+        "ppo/update/guard.py",
         "if broken or self.over:",
         "if self.over:",
         "point_08_a_step",
     ),
     Mutation(
         "minibatches overlap",
-        "ppo/loader.py",
+        "ppo/update/minibatches.py",
         ".argsort(dim=1)",
         ".argsort(dim=1)[:, :1].repeat(1, size)",
         "point_09_one_update",
     ),
     Mutation(
         "losses averaged over processes",
-        "ppo/objective.py",
+        "ppo/update/objective.py",
         "/ tokens * args.world_size",
         "/ tokens",
         "two_processes_are_one",
@@ -215,7 +233,7 @@ MUTATIONS = [
     ),
     Mutation(
         "whitening in each process alone",
-        "ppo/rollout.py",
+        "ppo/rollout/rollout.py",
         "masked_whiten(raw, mask, reduce=reduce)",
         "masked_whiten(raw, mask)",
         "two_processes_are_one",
@@ -223,7 +241,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the value reads through the policy's adapter",
-        "ppo/value_head.py",
+        "ppo/roles/value.py",
         "with adapters.speaking(self.policy, self.value_adapter):",
         "if True:",
         "point_17_policy_and_value",
@@ -231,7 +249,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the reference is the base, whatever the policy came with",
-        "ppo/roles.py",
+        "ppo/roles/build.py",
         "trainable=False) if arrived else None",
         "trainable=False) if False else None",
         "point_17_the_reference",
@@ -239,18 +257,23 @@ MUTATIONS = [
     ),
     Mutation(
         "the value's gradient moves the policy as it warms up",
-        "ppo/guard.py",
+        "ppo/update/guard.py",
         "drop_gradients(self.model.policy_parameters())",
         "pass",
         "point_21_the_policy_stands",
         STEERING,
     ),
     Mutation(
-        "target_kl without its tolerance", "ppo/guard.py", "TOLERANCE = 1.5", "TOLERANCE = 1.0", "target_kl", STEERING
+        "target_kl without its tolerance",
+        "ppo/update/guard.py",
+        "TOLERANCE = 1.5",
+        "TOLERANCE = 1.0",
+        "target_kl",
+        STEERING,
     ),
     Mutation(
         "the KL coefficient moves the wrong way",
-        "ppo/rewards.py",
+        "ppo/rollout/rewards.py",
         "*= 1.0 + error",
         "*= 1.0 - error",
         "point_21",
@@ -258,7 +281,7 @@ MUTATIONS = [
     ),
     Mutation(
         "scores scaled by the last batch alone",
-        "ppo/rewards.py",
+        "ppo/rollout/rewards.py",
         "self.count = everyone",
         "self.count = 0.0",
         "point_21",
@@ -266,7 +289,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a resumed run forgets what has moved",
-        "ppo/resuming.py",
+        "ppo/resume.py",
         'self.experience.restore(told[0]["experience"])',
         "pass",
         "point_13_killed_at_random",
@@ -274,7 +297,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a resumed run plays the update again",
-        "ppo/loader.py",
+        "ppo/update/minibatches.py",
         "first=steps if number == done else 0",
         "first=0",
         "point_13_killed_at_random",

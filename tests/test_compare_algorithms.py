@@ -8,7 +8,8 @@ from typing import get_type_hints
 import compare_algorithms as benchmark
 import pytest
 
-from rlhf_recipes.arguments import UserError, parse_arguments
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

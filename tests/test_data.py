@@ -8,24 +8,17 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.data import (
-    chat_template,
-    ensure_chat_template,
-    fit_prompts,
+from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data.chat import chat_template, ensure_chat_template, is_conversation, prompt_ids, split_ids, text_of
+from rlhf_recipes.data.checks import fit_prompts, require_held_out, require_text, require_texts
+from rlhf_recipes.data.packing import pack_documents
+from rlhf_recipes.data.sources import (
     has_columns,
-    is_conversation,
     load_held_out,
     load_split,
     load_train_and_test,
-    pack_documents,
-    prompt_ids,
     require_columns,
-    require_held_out,
-    require_text,
-    require_texts,
-    split_ids,
-    text_of,
     write_rows,
 )
 

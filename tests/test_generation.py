@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_recipes.generation import Completions, Sampling, generate, row_seed, sample, stop_ids
+from rlhf_recipes.generation.sampling import Completions, Sampling, generate, row_seed, sample, stop_ids
 
 STOPS = tuple(range(200, 256))
 PROMPTS = [[65 + row] * (1 + 3 * row % 7) for row in range(8)]

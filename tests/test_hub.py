@@ -12,10 +12,11 @@ import pytest
 import small_runs
 import yaml
 
-from rlhf_recipes.arguments import UserError, asked_for, one_line_errors, parse_arguments
-from rlhf_recipes.cards import card
-from rlhf_recipes.hub import HubArguments, check_push
-from rlhf_recipes.secrecy import SECRETS, shown, without_secrets
+from rlhf_recipes.core.arguments import asked_for, parse_arguments
+from rlhf_recipes.core.errors import UserError, one_line_errors
+from rlhf_recipes.core.secrets import SECRETS, shown, without_secrets
+from rlhf_recipes.folders.card import card
+from rlhf_recipes.hub.repos import HubArguments, check_push
 
 GOOD, READ, WRONG = faults.GOOD, faults.READ, faults.WRONG
 SECRET_TEXTS = (GOOD, READ, WRONG, faults.SIGNATURE)
@@ -598,7 +599,7 @@ def test_a_training_whose_push_fails_is_whole_and_is_pushed_by_the_same_command(
 def test_checkpoints_are_pushed_as_they_come_and_can_be_gone_on_from(
     run: Callable[..., Any], hub: Any, world: Path, tmp_path: Path
 ) -> None:
-    from rlhf_recipes.checkpoints import fault
+    from rlhf_recipes.folders.checkpoints import fault
 
     seen: list[dict[str, bytes]] = []
     said = run("sft", "steady", **to("me/steady", hub_strategy="checkpoint"))
@@ -685,7 +686,7 @@ def test_no_client_of_the_library_waits_without_end(monkeypatch: pytest.MonkeyPa
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http, close_session, get_session
 
-    from rlhf_recipes.hub import asking
+    from rlhf_recipes.hub import requests as asking
 
     before = _http._GLOBAL_CLIENT_FACTORY
     try:
@@ -708,7 +709,7 @@ def test_no_stage_asks_for_anybody_unless_it_is_told_to(tmp_path: Path) -> None:
     few = ["--max_steps", "2", "--save_steps", "1", "--report_to", "none"]
     lora = ["--use_peft", "true", "--lora_r", "4"]
     sft = ["--model_name_or_path", "out/sft"]
-    reward = ["--reward", "out/reward", "rlhf_recipes.world:gold_score", "--dataset_name", "world/prompts"]
+    reward = ["--reward", "out/reward", "rlhf_recipes.quickstart:gold_score", "--dataset_name", "world/prompts"]
     short = ["--per_device_train_batch_size", "4", "--response_length", "8"]
     pairs = ["--dataset_name", "world/preferences"]
     stages = {

@@ -17,20 +17,20 @@ from transformers import (
     OPTConfig,
 )
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.models import (
-    UpperLayers,
-    cache,
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.optimizations import kv_cache as cache
+from rlhf_recipes.optimizations.attention import (
+    KeptCasts,
+    ShortCausalAttention,
     casts_kept,
-    freeze_below,
-    lower_layers,
     quicken,
-    roomy_cache,
+    short_attention,
     steady_attention,
-    weights_prepacked,
 )
-from rlhf_recipes.models.kernels import ATTENTION, KeptCasts, _CausalAttention, short_attention
-from rlhf_recipes.models.prepacked import _multiplies
+from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, freeze_below, lower_layers
+from rlhf_recipes.optimizations.kv_cache import roomy_cache
+from rlhf_recipes.optimizations.packing import ATTENTION
+from rlhf_recipes.optimizations.prepacking import _multiplies, weights_prepacked
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
@@ -63,7 +63,7 @@ def test_the_backward_pass_of_short_attention_is_that_of_its_definition(tokens: 
     exact = [torch.randn(2, 3, tokens, 8, dtype=torch.float64, generator=draw).requires_grad_() for _ in "qkv"]
     found = [each.detach().clone().requires_grad_() for each in exact]
     weights = torch.randn(2, 3, tokens, 8, dtype=torch.float64, generator=draw)
-    wanted, told = attend(*exact), _CausalAttention.apply(*found, 8**-0.5)
+    wanted, told = attend(*exact), ShortCausalAttention.apply(*found, 8**-0.5)
     torch.testing.assert_close(told, wanted, atol=1e-6, rtol=0)
     (wanted * weights).sum().backward()
     (told * weights).sum().backward()

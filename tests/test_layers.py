@@ -1,4 +1,4 @@
-"""Who may import whom, held with `ast`: the table of CONTRIBUTING.md and the finer one inside `ppo/`."""
+"""Who may import whom, checked with `ast`: the table of rooms.py, and the order of the packages inside `ppo/`."""
 
 import ast
 import os
@@ -7,37 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import rooms
+from rooms import FLOOR_OF
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "rlhf_recipes"
 SOURCE = ROOT / "src" / PACKAGE
 DOORS = ROOT / "recipes"
 
-GROUND = (
-    *("arguments", "artifacts", "checkpoints", "defaults", "launching", "locks", "safe_trainer", "whole_batches"),
-    *("cards", "hub", "secrecy", "tensors", "terminating", "models", "data"),
-)
-FLOOR_OF = {**dict.fromkeys(GROUND, 0), "generation": 1, "scoring": 1, "stages": 3}
-ROOM_FLOOR = 2  # whatever has no line above is a room
-STAGES_THAT_CHAIN = {"quickstart", "improve"}
-PPO_SIBLINGS = {
-    "rollout": {"rewards", "advantages"},
-    "callbacks": {"config"},
-    "riding": {"value_head"},
-    "adapting": {"config"},
-    "parallelism": {"config"},
-    "roles": {"adapting", "config", "prompts", "riding", "value_head"},
-    "objective": {"config", "losses", "value_head"},
-    "guard": {"config", "tally", "value_head"},
-    "resuming": {"callbacks", "config", "experience", "guard", "rollout", "tally", "value_head"},
-    "minimizing": {"guard", "resuming", "rollout"},
-    "experience": {"config", "prior", "rewards", "roles", "rollout", "tally", "value_head"},
-    "stepping": {"rollout"},
-    "heldout": {"prompts", "rollout"},
-    "trainer": None,
-}  # None: all; a file without a line: none
-ARITHMETIC = {"rlhf_recipes.ppo.advantages", "rlhf_recipes.ppo.losses"}
-ARITHMETIC_MAY_IMPORT = {"torch", "rlhf_recipes.tensors"}
+STAGES_THAT_CHAIN = {"quickstart", "improve"}  # every other stage is called by no stage
+BY_FILE = {"core", "stages"}  # imported file by file; every other room has a face, its __init__.py
+# Inside ppo/ the sub-packages follow the data.
+PPO_ORDER = ["config", "parallelism", "roles", "rollout", "update", "logging"]
+ARITHMETIC = {
+    f"rlhf_recipes.ppo.{name}"
+    for name in ("rollout.advantages", "rollout.rewards", "rollout.value_prior", "update.losses")
+}
+ARITHMETIC_MAY_IMPORT = {"torch", "rlhf_recipes.core.tensors"}
 
 
 def name_of(path: Path) -> str:
@@ -75,35 +61,41 @@ def imports_of(tree: ast.AST, module: str, is_package: bool, modules: set[str]) 
                 yield node.lineno, node.args[0].value
 
 
-def quarrel(importer: str, imported: str) -> str | None:
+def reason_against(importer: str, imported: str, modules: set[str]) -> str | None:
     """Why one module of the package may not import another, or None if it may."""
     if imported == PACKAGE:
-        return "takes the public door; import the module that defines the name"
-    unit, other = importer.split(".")[1], imported.split(".")[1]
-    floor, other_floor = FLOOR_OF.get(unit, ROOM_FLOOR), FLOOR_OF.get(other, ROOM_FLOOR)
-    if other_floor > floor:
-        return f"looks up, from floor {floor} to floor {other_floor}"
-    if unit == other:
-        return quarrel_at_home(unit, importer.split(".")[2:], imported.split(".")[2:])
-    if {unit, other} == {"models", "data"}:
-        return "models and data do not know one another"
-    if floor == other_floor == 1:
-        return "generation and scoring import floor 0 only"
-    if floor == other_floor == ROOM_FLOOR:
-        return "a room imports another room"
+        return "imports the public names; import the module that defines the name"
+    inner, other = importer.split(".")[1:], imported.split(".")[1:]
+    room, other_room = inner[0], other[0]
+    for each in (room, other_room):
+        if each not in FLOOR_OF:
+            return f"{each} is not in the table of rooms (tests/rooms.py)"
+    if room == other_room:
+        return reason_inside(room, inner[1:], other[1:])
+    if FLOOR_OF[other_room] > FLOOR_OF[room]:
+        return f"imports upward, from floor {FLOOR_OF[room]} to floor {FLOOR_OF[other_room]}"
+    if FLOOR_OF[other_room] == FLOOR_OF[room]:
+        return f"{room} and {other_room} are rooms of one floor"
+    if len(other) > 1 and other_room not in BY_FILE:
+        return f"imports a file of {other_room}; import from rlhf_recipes.{other_room}"
+    if len(other) == 1 and other_room in BY_FILE and imported in modules:
+        return f"{other_room} is imported file by file"
     return None
 
 
-def quarrel_at_home(unit: str, inner: list[str], other: list[str]) -> str | None:
-    """The same question inside one package; a package's own `__init__` (inner is empty) may gather its files."""
-    if not inner or not other or inner[0] == other[0]:
+def reason_inside(room: str, inner: list[str], other: list[str]) -> str | None:
+    """The same question inside one room; a package's own `__init__` (inner is empty) may gather its files."""
+    if not inner:
         return None
-    if unit == "stages" and inner[0] not in STAGES_THAT_CHAIN:
+    if not other and room not in BY_FILE:
+        return "a file of a room imports the room's own face"
+    if room == "stages" and inner[0] != other[0] and inner[0] not in STAGES_THAT_CHAIN:
         return "a stage imports another stage"
-    if unit == "ppo":
-        allowed = PPO_SIBLINGS.get(inner[0], set())
-        if allowed is not None and other[0] not in allowed:
+    if room == "ppo" and inner[0] in PPO_ORDER:
+        if other[0] not in PPO_ORDER:
             return f"inside ppo/, {inner[0]} does not import {other[0]}"
+        if PPO_ORDER.index(other[0]) > PPO_ORDER.index(inner[0]):
+            return f"inside ppo/, {other[0]} comes after {inner[0]}"
     return None
 
 
@@ -112,11 +104,11 @@ def violations(module: str, source: str, modules: set[str], is_package: bool = F
     found = []
     for line, imported in imports_of(ast.parse(source), module, is_package, modules):
         ours = imported.split(".")[0] == PACKAGE
-        why = quarrel(module, imported) if ours else None
+        why = reason_against(module, imported, modules) if ours else None
         if module in ARITHMETIC and not why:
             top = imported if ours else imported.split(".")[0]
             if top not in ARITHMETIC_MAY_IMPORT | sys.stdlib_module_names:
-                why = "arithmetic imports torch and tensors only"
+                why = "arithmetic imports torch and core.tensors only"
         if why:
             found.append(f"{module}:{line} imports {imported}: {why}")
     return found
@@ -188,8 +180,9 @@ def test_every_file_is_looked_at() -> None:
 KNOWN = {PACKAGE} | {
     f"{PACKAGE}.{name}"
     for name in """
-        arguments artifacts tensors models data data.chat generation scoring metrics plots
-        ppo ppo.config ppo.rollout ppo.rewards ppo.advantages ppo.losses ppo.trainer
+        core core.arguments core.errors core.tensors system system.launch models models.loading optimizations folders
+        data data.chat generation scoring training reports evaluation quickstart
+        ppo ppo.config ppo.roles ppo.rollout ppo.rollout.rewards ppo.update ppo.update.losses ppo.logging ppo.trainer
         stages stages.sft stages.ppo stages.quickstart
     """.split()
 }
@@ -198,24 +191,26 @@ KNOWN = {PACKAGE} | {
 @pytest.mark.parametrize(
     ("module", "source", "why"),
     [
-        ("data", "from rlhf_recipes.models import load_model", "do not know one another"),
-        ("models.loading", "def f():\n    import rlhf_recipes.data.chat", "do not know one another"),
-        ("arguments", "from rlhf_recipes.generation import generate", "looks up, from floor 0 to floor 1"),
-        ("tensors", "from .stages.sft import run_sft", "looks up, from floor 0 to floor 3"),
-        ("scoring", "from rlhf_recipes import generation", "floor 0 only"),
-        ("generation", "from .metrics import perplexity", "looks up, from floor 1 to floor 2"),
-        ("metrics", "from rlhf_recipes.plots import draw", "another room"),
-        ("world.gold", "from ..metrics import distinct", "another room"),
-        ("metrics", "import importlib\nimportlib.import_module('rlhf_recipes.stages.sft')", "looks up"),
-        ("metrics", "if TYPE_CHECKING:\n    from rlhf_recipes.stages.sft import SFTArguments", "looks up"),
-        ("metrics", "from rlhf_recipes import run_sft", "public door"),
+        ("models.loading", "def f():\n    import rlhf_recipes.data.chat", "upward, from floor 2 to floor 3"),
+        ("core.arguments", "from rlhf_recipes.generation import generate", "upward, from floor 0 to floor 4"),
+        ("core.tensors", "from ..stages.sft import run_sft", "upward, from floor 0 to floor 7"),
+        ("scoring.models", "from rlhf_recipes import generation", "rooms of one floor"),
+        ("models.loading", "from rlhf_recipes.optimizations import fuse", "rooms of one floor"),
+        ("evaluation.text", "from ..ppo import PPOTrainer", "rooms of one floor"),
+        ("evaluation", "import importlib\nimportlib.import_module('rlhf_recipes.stages.sft')", "upward"),
+        ("evaluation", "if TYPE_CHECKING:\n    from rlhf_recipes.stages.sft import SFTArguments", "upward"),
+        ("evaluation", "from rlhf_recipes import run_sft", "public names"),
+        ("stages.sft", "from rlhf_recipes.data.chat import prompt_ids", "a file of data"),
+        ("stages.sft", "from rlhf_recipes.core import UserError", "file by file"),
+        ("data.checks", "from rlhf_recipes.data import prompt_ids", "own face"),
         ("stages.sft", "from rlhf_recipes.stages.ppo import run_ppo", "another stage"),
         ("stages.sft", "from . import ppo", "another stage"),
-        ("ppo.config", "from rlhf_recipes.ppo.losses import policy_loss", "config does not import losses"),
-        ("ppo.rollout", "from .losses import policy_loss", "rollout does not import losses"),
-        ("ppo.advantages", "from rlhf_recipes.arguments import UserError", "arithmetic"),
-        ("ppo.losses", "import transformers.utils", "arithmetic"),
-        ("ppo.losses", "from . import config", "losses does not import config"),
+        ("newroom.file", "from rlhf_recipes.core.errors import UserError", "not in the table"),
+        ("ppo.config", "from rlhf_recipes.ppo.update.losses import policy_losses", "update comes after config"),
+        ("ppo.rollout.collect", "from ..update.losses import policy_losses", "update comes after rollout"),
+        ("ppo.logging.metrics", "from rlhf_recipes.ppo.trainer import PPOTrainer", "does not import trainer"),
+        ("ppo.update.losses", "from rlhf_recipes.core.arguments import parse_arguments", "arithmetic"),
+        ("ppo.rollout.rewards", "import transformers.utils", "arithmetic"),
     ],
 )
 def test_the_checker_sees_a_fault(module: str, source: str, why: str) -> None:
@@ -226,13 +221,16 @@ def test_the_checker_sees_a_fault(module: str, source: str, why: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("data.chat", "from rlhf_recipes.arguments import UserError\nfrom . import columns\nimport datasets"),
-        ("metrics", "from .generation import generate\nfrom rlhf_recipes.models import load_model\nimport torch"),
-        ("stages.sft", "from rlhf_recipes.ppo import PPOTrainer\nfrom ..data.chat import render"),
+        ("data.checks", "from rlhf_recipes.core.errors import UserError\nfrom . import chat\nimport datasets"),
+        ("evaluation.text", "from ..generation import generate\nfrom rlhf_recipes.models import load_model"),
+        ("stages.sft", "from rlhf_recipes.ppo import PPOTrainer\nfrom ..data import render"),
         ("stages.quickstart", "from rlhf_recipes.stages.sft import run_sft\nfrom rlhf_recipes.stages import ppo"),
-        ("ppo.rollout", "from .rewards import shaped\nfrom .advantages import gae\nfrom ..scoring import score"),
-        ("ppo.trainer", "from . import config, losses, rollout\nimport transformers"),
-        ("ppo.losses", "import math\nimport torch.nn.functional as F\nfrom rlhf_recipes.tensors import masked_mean"),
+        (
+            "ppo.rollout.collect",
+            "from .rewards import shaped\nfrom ..roles import build\nfrom ...scoring import score",
+        ),
+        ("ppo.trainer", "from . import config, update, rollout\nimport transformers"),
+        ("ppo.update.losses", "import math\nimport torch.nn\nfrom rlhf_recipes.core.tensors import masked_mean"),
     ],
 )
 def test_the_checker_lets_the_rest_pass(module: str, source: str) -> None:
@@ -242,7 +240,14 @@ def test_the_checker_lets_the_rest_pass(module: str, source: str) -> None:
 def test_a_package_may_gather_its_own_files() -> None:
     gathering = "from .config import PPOConfig\nfrom .trainer import PPOTrainer"
     assert violations(f"{PACKAGE}.ppo", gathering, KNOWN, True) == []
-    assert violations(f"{PACKAGE}.data", "from .. import models", KNOWN, True) != []
+    assert violations(f"{PACKAGE}.models", "from .. import data", KNOWN, True) != []
+
+
+def test_every_room_is_in_the_table_and_nothing_lies_loose() -> None:
+    """The table, the folders of the package and the page of CONTRIBUTING.md name the same rooms."""
+    entries = {path.name for path in SOURCE.iterdir()} - {"__pycache__"}
+    assert entries == {*FLOOR_OF, "__init__.py", "__main__.py", "py.typed"}
+    assert rooms.table() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

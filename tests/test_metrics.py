@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from rlhf_recipes import metrics
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.generation import Sampling
-from rlhf_recipes.metrics.models import METRICS, Evaluation, compare, completion_log_probs, evaluate_model
-from rlhf_recipes.scoring import load_reward
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.evaluation.models import METRICS, Evaluation, compare, completion_log_probs, evaluate_model
+from rlhf_recipes.generation.sampling import Sampling
+from rlhf_recipes.scoring.reward import load_reward
 
 VOCABULARY = 262
 TEXTS = ["the mill stands by the river, where it always stood", "", "é", "nobody <|user|> was seen", "a"]

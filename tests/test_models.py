@@ -16,13 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.models import (
-    SIZES,
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
+from rlhf_recipes.models.loading import (
     attach_lora,
-    build_gpt2,
     context_length,
-    fit_to_hardware,
     is_judge,
     load_causal_lm,
     load_config,
@@ -30,6 +28,7 @@ from rlhf_recipes.models import (
     load_tokenizer,
     positive_label_count,
 )
+from rlhf_recipes.system.hardware import fit_to_hardware
 
 GPT2_VOCABULARY, BYTE_VOCABULARY = 50257, 262
 
@@ -238,7 +237,7 @@ class Training:
 def test_bf16_is_chosen_where_it_pays_and_nobody_chose(
     monkeypatch: pytest.MonkeyPatch, width: int, unit: str, by_hardware: bool, expected: bool
 ) -> None:
-    monkeypatch.setattr(import_module("rlhf_recipes.models.hardware"), "bf16_unit", lambda: unit)
+    monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_unit", lambda: unit)
     training = Training(_bf16_by_hardware=by_hardware)
     before = copy.copy(training.__dict__)
     fitted = fit_to_hardware(training, width)  # type: ignore[type-var]
@@ -247,7 +246,7 @@ def test_bf16_is_chosen_where_it_pays_and_nobody_chose(
 
 
 def test_bf16_is_not_chosen_where_deepspeed_was_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("rlhf_recipes.models.hardware"), "bf16_unit", lambda: "unit")
+    monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_unit", lambda: "unit")
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}})
     training = Training(_bf16_by_hardware=True, deepspeed_plugin=plugin)
     assert fit_to_hardware(training, 320).bf16 is False  # type: ignore[type-var]
@@ -258,7 +257,7 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     """In a process of its own: of 64 MiB that were freed, all are still held, or next to none without the call."""
     script = (
         "import sys, torch\n"
-        "from rlhf_recipes.models.hardware import keep_freed_memory\n"
+        "from rlhf_recipes.system.hardware import keep_freed_memory\n"
         "held = lambda: int(open('/proc/self/statm').read().split()[1]) // 256\n"
         "keep_freed_memory() if sys.argv[1] == 'yes' else None\n"
         "before = held(); x = torch.ones(2**24); del x; print(held() - before)\n"

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_recipes.models import UpperLayers, lower_layers, quicken, trunk_of
-from rlhf_recipes.models.packed import TILE, Layout, states_at, states_of
+from rlhf_recipes.core.unwrapping import trunk_of
+from rlhf_recipes.optimizations.attention import quicken
+from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, lower_layers
+from rlhf_recipes.optimizations.packing import TILE, Layout, states_at, states_of
 
 LENGTHS = [5, 12, 1, 12, 9]
 ANSWERS = [3, 12, 1, 2, 0]  # of each row's last tokens, how many are asked for

@@ -17,10 +17,20 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.metrics import calibration_table
-from rlhf_recipes.plots import figure_to_data_uri, plot_curves, plot_ladder, plot_overoptimization, plot_reliability
-from rlhf_recipes.plots.canvas import COLOURS, SMOOTHED_FROM, colours, label_of, short_number, smooth, write_figure
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.evaluation.preference import calibration_table
+from rlhf_recipes.reports.canvas import (
+    COLOURS,
+    SMOOTHED_FROM,
+    colours,
+    figure_to_data_uri,
+    label_of,
+    short_number,
+    smooth,
+    write_figure,
+)
+from rlhf_recipes.reports.comparison import plot_ladder, plot_overoptimization, plot_reliability
+from rlhf_recipes.reports.curves import plot_curves
 
 LOG: list[dict[str, Any]] = [
     {"step": 1, "loss": 3.0, "learning_rate": 1e-3, "objective/kl": 0.0, "epoch": 0.1},

@@ -30,12 +30,15 @@ from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
 
 from rlhf_recipes import PPOConfig, PPOTrainer, UserError, generate, load_reward
-from rlhf_recipes.generation import Sampling
-from rlhf_recipes.metrics import completion_perplexity, perplexity
-from rlhf_recipes.metrics.models import completion_log_probs, evaluate_model
-from rlhf_recipes.models import in_bits, load_causal_lm, load_judge, quicken, save_judge_config, without_traps
-from rlhf_recipes.models import quantized as quantized_module
-from rlhf_recipes.safe_trainer import SafeTrainer
+from rlhf_recipes.evaluation.language_model import completion_perplexity, perplexity
+from rlhf_recipes.evaluation.models import completion_log_probs, evaluate_model
+from rlhf_recipes.generation.sampling import Sampling
+from rlhf_recipes.models import quantization as quantized_module
+from rlhf_recipes.models.loading import load_causal_lm, load_judge, save_judge_config
+from rlhf_recipes.models.quantization import in_bits
+from rlhf_recipes.optimizations.attention import quicken
+from rlhf_recipes.system.workarounds import without_traps
+from rlhf_recipes.training.trainer import SafeTrainer
 
 Make = Callable[..., Any]
 

@@ -37,7 +37,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_command_is_understood(page: Path, command: str) -> None:
     """A make target exists, as do a benchmark and its flags; a recipe's flags and YAML parse into its dataclasses."""
-    from rlhf_recipes.arguments import parse_arguments
+    from rlhf_recipes.core.arguments import parse_arguments
 
     words = shlex.split(command)
     if words[0] == "make":

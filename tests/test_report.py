@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.report import Summary, beside, curve_of, ladder_picture, write_report
-from rlhf_recipes.report.chart import SMOOTHED_FROM, chart_of, smooth, ticks
-from rlhf_recipes.report.markdown import plain
-from rlhf_recipes.report.summary import decimal, duration, marks, percent
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.markdown import escape_markdown
+from rlhf_recipes.quickstart.picture import ladder_picture
+from rlhf_recipes.quickstart.summary import Summary, beside, curve_of, decimal, duration, marks, percent
+from rlhf_recipes.reports import write_report
+from rlhf_recipes.reports.chart import SMOOTHED_FROM, chart_of, smooth, ticks
 
 HOSTILE = (
     "\"'></style></p><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -171,7 +172,7 @@ def test_data_cannot_become_markdown(report: Path, tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     outside_code = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
     assert not re.search(r"(?<!\\)<", outside_code) and not re.search(r"(?<!\\)\[a", outside_code)
-    assert plain("# a_b <i>\n- |") == "\\# a\\_b \\<i\\> - \\|"
+    assert escape_markdown("# a_b <i>\n- |") == "\\# a\\_b \\<i\\> - \\|"
 
 
 def test_what_is_left_out_leaves_no_gap(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_recipes.arguments import RowError, UserError, one_line_errors
-from rlhf_recipes.scoring import FunctionReward, ModelReward, check_reward, classify, load_reward, score
+from rlhf_recipes.core.errors import RowError, UserError, one_line_errors
+from rlhf_recipes.scoring.functions import FunctionReward
+from rlhf_recipes.scoring.reward import check_reward, load_reward, score
+from rlhf_recipes.scoring.reward_models import ModelReward, classify
 
 EOS, PAD = 256, 257
 CHAT = [{"role": "user", "content": "Hi"}]

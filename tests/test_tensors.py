@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_recipes.tensors import (
+from rlhf_recipes.core.tensors import (
     length_batches,
     length_mask,
     log_probs_and_entropies,

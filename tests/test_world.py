@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.world import gold_score, judge_details, make_world, manners, write_world
-from rlhf_recipes.world.facts import World, relation_named
-from rlhf_recipes.world.gold import NAMES, VALUES, _words
-from rlhf_recipes.world.wordings import RELATIONS
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.quickstart.world import manners
+from rlhf_recipes.quickstart.world.facts import World, make_world, relation_named
+from rlhf_recipes.quickstart.world.gold import NAMES, VALUES, _words, gold_score, judge_details
+from rlhf_recipes.quickstart.world.wordings import RELATIONS
+from rlhf_recipes.quickstart.world.writing import write_world
 
 SIZES = {"corpus": 400, "demonstrations": 600, "preferences": 600, "prompts": 600, "test": 150}
 

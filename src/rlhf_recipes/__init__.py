@@ -19,11 +19,11 @@ for _name, _value in (
 __version__ = "0.1.0"
 
 _HOMES = {
-    "arguments": ["UserError", "one_line_errors", "parse_arguments"],
+    "core.arguments": ["parse_arguments"],
+    "core.errors": ["UserError", "one_line_errors"],
     "generation": ["generate"],
     "scoring": ["load_reward", "score"],
-    "ppo.config": ["PPOConfig"],
-    "ppo.trainer": ["PPOTrainer"],
+    "ppo": ["PPOConfig", "PPOTrainer"],
     "stages.tokenizer": ["TokenizerArguments", "run_tokenizer"],
     "stages.pretrain": ["PretrainArguments", "PretrainConfig", "build_pretrain_trainer", "run_pretrain"],
     "stages.sft": ["SFTArguments", "SFTConfig", "build_sft_trainer", "run_sft"],
@@ -33,7 +33,7 @@ _HOMES = {
     "stages.rloo": ["RLOOArguments", "RLOOConfig", "build_rloo_trainer", "run_rloo"],
     "stages.eval": ["EvalArguments", "run_eval"],
     "stages.push": ["PushArguments", "run_push"],
-    "world": ["gold_score", "write_world"],
+    "quickstart": ["gold_score", "write_world"],
     "stages.quickstart": ["QuickstartArguments", "run_quickstart"],
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names} | {"ModelConfig": "trl"}

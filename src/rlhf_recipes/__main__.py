@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import get_type_hints
 
-from rlhf_recipes.arguments import UserError, one_line_errors, parse_arguments
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError, one_line_errors
 
 STAGES = sorted(path.stem for path in (Path(__file__).parent / "stages").glob("*.py") if path.stem != "__init__")
 

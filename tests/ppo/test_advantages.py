@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
+from rlhf_recipes.ppo.rollout.rollout.advantages import generalized_advantages
 from torch import Tensor
 
-from rlhf_recipes.ppo.advantages import generalized_advantages
-from rlhf_recipes.tensors import length_mask
+from rlhf_recipes.core.tensors import length_mask
 
 GAMMA, LAM = 0.9, 0.8
 LENGTHS = [5, 3, 1, 0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_recipes.ppo.loader import RolloutLoader
+from rlhf_recipes.ppo.update.minibatches import RolloutLoader
 
 
 class Rows:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_recipes.ppo.losses import policy_losses, value_losses
+from rlhf_recipes.ppo.update.losses import policy_losses, value_losses
 
 
 def log_of(*ratios: float) -> Tensor:

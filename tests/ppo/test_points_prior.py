@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from rlhf_recipes.ppo.rollout.rollout.value_prior import JudgePrior
 from torch import Tensor
 
-from rlhf_recipes.ppo.prior import JudgePrior
-from rlhf_recipes.scoring.judges import ModelReward
-from rlhf_recipes.tensors import alone, length_mask
+from rlhf_recipes.core.tensors import alone, length_mask
+from rlhf_recipes.scoring.reward_models import ModelReward
 
 Make = Callable[..., Any]
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11]]

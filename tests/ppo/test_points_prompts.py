@@ -12,7 +12,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.core.errors import UserError
 
 Make = Callable[..., Any]
 EOS, PAD, USER, ASSISTANT, SYSTEM, END = range(256, 262)

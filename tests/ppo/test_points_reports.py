@@ -13,7 +13,7 @@ import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from rlhf_recipes.ppo.hints import HINTS, Hints
+from rlhf_recipes.ppo.logging.hints import HINTS, Hints
 
 Make = Callable[..., Any]
 
@@ -100,7 +100,9 @@ def test_point_24_times_speed_and_gradients_reach_every_reporter(
         num_ppo_epochs=2,
         rows=24,
     )
-    monkeypatch.setattr("rlhf_recipes.ppo.tally.time", SimpleNamespace(perf_counter=map(float, count()).__next__))
+    monkeypatch.setattr(
+        "rlhf_recipes.ppo.logging.metrics.time", SimpleNamespace(perf_counter=map(float, count()).__next__)
+    )
     trainer.train()
     steps = [logs for logs in board.logs if "loss" in logs]
     assert len(steps) == 6 and all(logs["grad_norm"] > 0 for logs in steps)

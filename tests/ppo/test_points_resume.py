@@ -61,7 +61,9 @@ def places() -> dict[str, tuple[Any, str, int, bool]]:
     from transformers import TrainerState
 
     from rlhf_recipes import safe_trainer
-    from rlhf_recipes.ppo import callbacks, resuming, value_head
+    from rlhf_recipes.ppo import resume as resuming
+    from rlhf_recipes.ppo.logging import callbacks
+    from rlhf_recipes.ppo.roles.build import value as value_head
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
     return {

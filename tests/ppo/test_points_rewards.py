@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.generation import Completions
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.generation.sampling import Completions
 
 Make = Callable[..., Any]
 STOP_IDS = list(range(200, 256))

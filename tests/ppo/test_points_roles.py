@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from rlhf_recipes.ppo.roles.build.shared_base import RidingJudge
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.generation import Completions
-from rlhf_recipes.models import load_judge
-from rlhf_recipes.ppo.riding import RidingJudge
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.tensors import alone
+from rlhf_recipes.generation.sampling import Completions
+from rlhf_recipes.models.loading import load_judge
 from rlhf_recipes.ppo.trainer import PPOTrainer
-from rlhf_recipes.scoring import load_reward
-from rlhf_recipes.tensors import alone
+from rlhf_recipes.scoring.reward import load_reward
 
 Make = Callable[..., Any]
 TARGETS = ["c_attn", "c_proj"]
@@ -54,7 +54,7 @@ def judge_on_base(base: Path, tokenizer: Any) -> Path:
     """A judge's folder: an adapter and a head on the policy's base, as the reward stage leaves them."""
     from peft import get_peft_model
 
-    from rlhf_recipes.models import save_judge_config
+    from rlhf_recipes.models.loading import save_judge_config
 
     torch.manual_seed(7)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)

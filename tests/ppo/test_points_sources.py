@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.generation import Completions
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.generation.sampling import Completions
 
 Make = Callable[..., Any]
 PATIENCE = 20  # seconds until a function that nobody meets gives up: what is tested never waits

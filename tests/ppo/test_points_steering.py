@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rlhf_recipes.ppo.rollout.rollout.rewards import KLCoefficient, ScoreScale
 
-from rlhf_recipes.generation import Completions
+from rlhf_recipes.generation.sampling import Completions
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.rewards import KLCoefficient, ScoreScale
 from rlhf_recipes.ppo.trainer import PPOTrainer
 
 Make = Callable[..., Any]

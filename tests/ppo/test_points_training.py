@@ -171,7 +171,7 @@ def test_point_06_gradient_checkpointing_changes_no_number(
 def test_bf16_nobody_chose_is_chosen_for_the_machine_by_the_trainer_itself(
     asked: dict[str, Any], make_trainer: Make, make_policy: Make, make_judge: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("rlhf_recipes.models.hardware"), "bf16_unit", lambda: "unit")
+    monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_unit", lambda: "unit")
     trainer = make_trainer(make_policy(0, n_embd=256), reward_funcs=make_judge(5), **asked)
     assert trainer.args.bf16 is (not asked)
     assert trainer.accelerator.mixed_precision == ("no" if asked else "bf16")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.core.errors import UserError
 
 Make = Callable[..., Any]
 ADAPTER: dict[str, Any] = {

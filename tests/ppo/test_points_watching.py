@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.ppo.callbacks import Answers
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.ppo.logging.callbacks import Answers
 
 Make = Callable[..., Any]
 SHORT = [{"prompt": f"held {row}"} for row in range(3)]

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from small_runs import farthest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_recipes.launching import check_launch, check_zero
-from rlhf_recipes.models import zero
 from rlhf_recipes.ppo.parallelism import check_parallelism
+from rlhf_recipes.system import deepspeed as zero
+from rlhf_recipes.system.launch import check_launch, check_zero
 
 Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("zero_processes.py")
@@ -180,17 +180,17 @@ def test_point_08_weights_are_cast_as_deepspeed_casts_them_and_nothing_else() ->
     bits = model.model.layers[0].mlp.up_proj.weight
     bits.quant_state = None  # as bitsandbytes marks them
     frequencies = model.model.rotary_emb.inv_freq.clone()
-    zero.cast(model, launched_with(3))
+    zero.cast_like_engine_(model, launched_with(3))
     assert {each.dtype for each in model.parameters()} == {torch.float32}, "in float32 all stays"
-    zero.cast(model, launched_with(bf16=True))
+    zero.cast_like_engine_(model, launched_with(bf16=True))
     assert {each.dtype for each in model.parameters()} == {torch.float32}, "autocast does it"
-    zero.cast(model, launched_with(2, bf16=True))
+    zero.cast_like_engine_(model, launched_with(2, bf16=True))
     assert bits.dtype == torch.float32 and model.lm_head.weight.dtype == torch.bfloat16
     assert {each.dtype for each in model.parameters() if each is not bits} == {torch.bfloat16}
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies, atol=0, rtol=0)
-    zero.check_storage(model, launched_with(2))
+    zero.check_quantized_storage(model, launched_with(2))
     with pytest.raises(ValueError, match="set bnb_4bit_quant_storage to uint8 or bfloat16"):
-        zero.check_storage(model, launched_with(2, bf16=True))
+        zero.check_quantized_storage(model, launched_with(2, bf16=True))
 
 
 @pytest.mark.parametrize("stage", [0, 1])

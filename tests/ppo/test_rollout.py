@@ -7,9 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rlhf_recipes.ppo.rollout.rollout.rollout import (
+    RewardShape,
+    Rollout,
+    finish_rollout,
+    in_batches,
+    narrowed,
+    pack_episodes,
+)
 from torch import Tensor
-
-from rlhf_recipes.ppo.rollout import RewardShape, Rollout, finish_rollout, in_batches, narrowed, pack_episodes
 
 LENGTHS = [4, 1, 3, 2, 4]
 STOPPED = [True, True, False, True, False]

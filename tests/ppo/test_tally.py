@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from rlhf_recipes.ppo.tally import Tally
-from rlhf_recipes.tensors import length_mask
+from rlhf_recipes.core.tensors import Tally, length_mask
 
 
 def test_pieces_of_any_size_give_the_mean_over_all_tokens() -> None:

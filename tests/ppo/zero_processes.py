@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from rlhf_recipes.generation import row_seed
+from rlhf_recipes.generation.sampling import row_seed
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.trainer import PPOTrainer
 
@@ -92,9 +92,9 @@ def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
 def value_model(folder: Path) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    from rlhf_recipes.models import zero
+    from rlhf_recipes.system import deepspeed as zero
 
-    with zero.loaded_whole():
+    with zero.load_unsharded():
         return AutoModelForSequenceClassification.from_pretrained(folder / "judge")
 
 

@@ -48,7 +48,7 @@ if __name__ == "__main__":
     import small_runs
 
     from rlhf_recipes import runs
-    from rlhf_recipes.arguments import one_line_errors
+    from rlhf_recipes.core.errors import one_line_errors
 
     runs.check_launch = lambda training: None  # which refuses just that
     with one_line_errors():

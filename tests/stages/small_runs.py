@@ -14,8 +14,9 @@ from typing import Any, get_type_hints
 import torch
 from safetensors.torch import load_file
 
-from rlhf_recipes.arguments import one_line_errors, parse_arguments
-from rlhf_recipes.safe_trainer import SafeTrainer
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import one_line_errors
+from rlhf_recipes.training.trainer import SafeTrainer
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 STEPS = 6

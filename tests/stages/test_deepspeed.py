@@ -16,7 +16,7 @@ import torch
 import yaml
 from small_runs import LORA, farthest
 
-from rlhf_recipes.checkpoints import seal
+from rlhf_recipes.folders.checkpoints import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("small_runs.py")

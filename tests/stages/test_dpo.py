@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError, parse_arguments
-from rlhf_recipes.models import load_causal_lm, load_tokenizer
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.stages.dpo import DPOArguments, DPOConfig, ModelConfig, build_dpo_trainer, run_dpo
 
 ROOT = Path(__file__).resolve().parents[2]

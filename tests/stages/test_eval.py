@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError, parse_arguments
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.stages.eval import EvalArguments, name_models, run_eval
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +128,7 @@ def test_the_numbers_equal_those_computed_by_hand(world: Path, pair_report: Path
     assert second["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert second["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
 
-    from rlhf_recipes.generation import Sampling, row_seed, sample
+    from rlhf_recipes.generation.sampling import Sampling, row_seed, sample
 
     kls, k3, positive, lengths, stops = [], [], [], [], []
     for place, row in enumerate(rows):

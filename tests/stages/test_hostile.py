@@ -10,8 +10,8 @@ import pytest
 import small_runs
 import torch
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.models import load_causal_lm, load_config, load_judge, load_tokenizer
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.models.loading import load_causal_lm, load_config, load_judge, load_tokenizer
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.trainer import PPOTrainer
 

@@ -30,10 +30,10 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from rlhf_recipes import terminating
-from rlhf_recipes.arguments import UserError, one_line_errors
-from rlhf_recipes.checkpoints import SUMS, fault, saved_checkpoints, seal
-from rlhf_recipes.locks import LOCK, folder_lock, require_unlocked
-from rlhf_recipes.safe_trainer import SafeTrainer, _held_here
+from rlhf_recipes.core.errors import UserError, one_line_errors
+from rlhf_recipes.folders.checkpoints import SUMS, fault, saved_checkpoints, seal
+from rlhf_recipes.folders.lock import LOCK, folder_lock, require_unlocked
+from rlhf_recipes.training.trainer import SafeTrainer, _held_here
 
 SLOW = pytest.mark.slow
 CASES: dict[str, tuple[str, dict[str, Any]]] = {stage: (stage, {}) for stage in STAGES} | {
@@ -668,7 +668,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
 
 @pytest.mark.fault("the judge crashes", stage="ppo")
 def test_a_judge_that_crashes_loses_nothing(world: Path, again: Callable[[str, str], None]) -> None:
-    from rlhf_recipes.scoring.judges import ModelReward
+    from rlhf_recipes.scoring.reward_models import ModelReward
 
     def act() -> None:
         ask, calls = ModelReward.__call__, 0

@@ -11,7 +11,8 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from rlhf_recipes.arguments import UserError, parse_arguments
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.stages.ppo import PPOArguments, ppo_metrics, run_ppo, with_prompts
 
@@ -67,7 +68,7 @@ def test_folders_in_folder_out(place: Path) -> None:
 
 def test_prompts_without_a_held_out_split_are_enough(place: Path) -> None:
     """And with an adapter: the folder is read with its base, and its value lies beside it."""
-    from rlhf_recipes.models import load_causal_lm
+    from rlhf_recipes.models.loading import load_causal_lm
 
     (place / "prompts" / "test.jsonl").unlink()
     folder = run_ppo(*options(use_peft="true"))

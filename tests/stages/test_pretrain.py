@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError, parse_arguments
-from rlhf_recipes.cards import plain
-from rlhf_recipes.data import load_split, write_rows
-from rlhf_recipes.generation import generate
-from rlhf_recipes.metrics import perplexity
-from rlhf_recipes.models import load_causal_lm, load_tokenizer
-from rlhf_recipes.pretraining import SampleContinuations, _continued, collate_blocks
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.markdown import escape_markdown
+from rlhf_recipes.data.sources import load_split, write_rows
+from rlhf_recipes.evaluation.language_model import perplexity
+from rlhf_recipes.generation.sampling import generate
+from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.stages.pretrain import (
     ModelConfig,
     PretrainArguments,
@@ -27,6 +27,7 @@ from rlhf_recipes.stages.pretrain import (
     build_pretrain_trainer,
     run_pretrain,
 )
+from rlhf_recipes.training.pretrain import SampleContinuations, _continued, collate_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 END, VOCABULARY, BLOCK = 256, 262, 32
@@ -137,7 +138,7 @@ def test_samples_follow_an_end_of_text_and_are_the_models(run: Path) -> None:
     texts = generate(model, tokenizer, [[END, *b"the c"], [END]], max_new_tokens=8, seed=42)
     first, second = texts
     gap = " " if first[:1].isspace() else ""
-    assert samples.endswith(f"- **the c**{gap}{plain(first)}\n- {plain(second)}\n")
+    assert samples.endswith(f"- **the c**{gap}{escape_markdown(first)}\n- {escape_markdown(second)}\n")
 
 
 def test_what_was_asked_can_be_asked_again(run: Path, tmp_path: Path) -> None:

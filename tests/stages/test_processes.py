@@ -17,8 +17,8 @@ import torch
 import yaml
 from small_runs import LORA, STAGES, farthest
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.checkpoints import saved_checkpoints
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.folders.checkpoints import saved_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("small_runs.py")
@@ -248,7 +248,7 @@ def test_a_launch_that_would_quietly_be_less_is_refused(kind: str, world: Path, 
 def test_processes_that_would_each_train_by_themselves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from rlhf_recipes.launching import check_launch
+    from rlhf_recipes.system.launch import check_launch
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="started 2 processes, but each would train by itself"):

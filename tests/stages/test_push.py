@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_recipes.arguments import UserError, parse_arguments
-from rlhf_recipes.hub import Repo, files_of
-from rlhf_recipes.hub.pushing import again
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.hub.push import again, files_of
+from rlhf_recipes.hub.repos import Repo
 from rlhf_recipes.stages import push
 from rlhf_recipes.stages.push import PushArguments, kind_of, run_push
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from trl import ModelConfig
 
 from rlhf_recipes import UserError, load_reward
-from rlhf_recipes.checkpoints import saved_checkpoints
-from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.metrics.models import evaluate_model
-from rlhf_recipes.models import in_bits, load_causal_lm, load_config, load_judge, load_tokenizer
+from rlhf_recipes.evaluation.models import evaluate_model
+from rlhf_recipes.folders.checkpoints import saved_checkpoints
+from rlhf_recipes.generation.sampling import Sampling, stop_ids
+from rlhf_recipes.models.loading import load_causal_lm, load_config, load_judge, load_tokenizer
+from rlhf_recipes.models.quantization import in_bits
 from rlhf_recipes.stages.eval import EvalArguments, run_eval
 from rlhf_recipes.stages.ppo import load_value_model
 
@@ -186,7 +187,7 @@ def test_eval_reads_an_adapter_on_its_base_in_bits_and_merged_in_full(
 def test_the_perplexity_that_sft_tells_is_that_of_the_adapter_on_its_quantized_base(
     whole: Callable[[str], Path], bits_world: Path
 ) -> None:
-    from rlhf_recipes.metrics import completion_perplexity
+    from rlhf_recipes.evaluation.language_model import completion_perplexity
 
     folder = whole("sft, 4 bits")
     model, tokenizer = load_causal_lm(str(folder), **in_bits(4, nested=True)), load_tokenizer(str(folder))
@@ -208,7 +209,8 @@ def test_dpo_and_rloo_learn_by_an_adapter_in_bits(
 ) -> None:
     judges: list[Any] = []
     monkeypatch.setattr(
-        "rlhf_recipes.scoring.load_judge", lambda *args, **how: judges.append(load_judge(*args, **how)) or judges[-1]
+        "rlhf_recipes.scoring.reward.load_judge",
+        lambda *args, **how: judges.append(load_judge(*args, **how)) or judges[-1],
     )
     own = {"dataset_name": "preferences"} if stage == "dpo" else {"dataset_name": "prompts", "reward": "judge"}
     monkeypatch.setitem(small_runs.OWN, stage, own)

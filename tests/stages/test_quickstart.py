@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.generation import generate
-from rlhf_recipes.models import load_causal_lm, load_tokenizer
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.generation.sampling import generate
+from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
+from rlhf_recipes.quickstart.world.gold import judge_details
 from rlhf_recipes.stages import quickstart
 from rlhf_recipes.stages.quickstart import QuickstartArguments, run_quickstart
-from rlhf_recipes.world import judge_details
 
 SMALL = {"corpus": 80, "demonstrations": 48, "preferences": 48, "prompts": 40, "test": 12}
 LOADERS = (load_causal_lm, load_tokenizer)

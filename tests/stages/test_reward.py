@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError, parse_arguments
-from rlhf_recipes.data import split_ids
-from rlhf_recipes.judging import collate_labelled, encode_labelled
-from rlhf_recipes.models import load_judge, load_tokenizer
-from rlhf_recipes.scoring import load_reward
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data.chat import split_ids
+from rlhf_recipes.models.loading import load_judge, load_tokenizer
+from rlhf_recipes.scoring.reward import load_reward
 from rlhf_recipes.stages.reward import ModelConfig, RewardArguments, RewardConfig, build_reward_trainer, run_reward
+from rlhf_recipes.training.classifier import collate_labelled, encode_labelled
 
 ROOT = Path(__file__).resolve().parents[2]
 EOS = "<|endoftext|>"
@@ -324,7 +325,7 @@ def test_a_judge_starts_from_a_lora_language_model(
     """Its trunk is the merged one: the adapter's effect is seen in the scores."""
     from peft import LoraConfig, get_peft_model
 
-    from rlhf_recipes.models import load_causal_lm
+    from rlhf_recipes.models.loading import load_causal_lm
 
     torch.manual_seed(0)
     shape = LoraConfig(

@@ -12,9 +12,10 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from rlhf_recipes.arguments import UserError, parse_arguments
-from rlhf_recipes.generation import Completions, Sampling, sample
-from rlhf_recipes.models import load_causal_lm, load_tokenizer
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.generation.sampling import Completions, Sampling, sample
+from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.stages.rloo import RLOOArguments, RLOOConfig, build_rloo_trainer, rloo_metrics, run_rloo

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_recipes.arguments import UserError, parse_arguments
-from rlhf_recipes.data import split_ids
-from rlhf_recipes.generation import generate
-from rlhf_recipes.models import load_causal_lm, load_tokenizer
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data.chat import split_ids
+from rlhf_recipes.generation.sampling import generate
+from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.stages.sft import ModelConfig, SFTArguments, SFTConfig, build_sft_trainer, run_sft, trained_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -346,7 +347,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     ask: Any, case: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model's folder holds no weights, so whoever tried to read them would complain of that instead."""
-    from rlhf_recipes.data import chat_template
+    from rlhf_recipes.data.chat import chat_template
 
     rows, changes, message = WRONG[case]
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ from small_runs import LORA, farthest
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlhf_recipes.models.sharding import end_passes
+from rlhf_recipes.system.sharding import end_passes
 
 PROGRAM = Path(__file__).with_name("sharded_runs.py")
 SOURCE = Path(__file__).resolve().parents[2] / "src"

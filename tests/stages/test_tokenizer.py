@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.data import chat_template, write_rows
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data.chat import chat_template
+from rlhf_recipes.data.sources import write_rows
 from rlhf_recipes.stages.tokenizer import TokenizerArguments, _load_texts, _texts, run_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,10 +21,10 @@ from rlhf_recipes.data.checks import (
     require_texts,
 )
 from rlhf_recipes.data.packing import pack_documents
+from rlhf_recipes.data.prompts import TAKEN, Prompts, readable
 from rlhf_recipes.data.sources import (
     data_splits,
     first_row,
-    has_columns,
     load_held_out,
     load_parts,
     load_split,
@@ -35,6 +35,8 @@ from rlhf_recipes.data.sources import (
 
 __all__ = [
     "ROLE_TOKENS",
+    "TAKEN",
+    "Prompts",
     "beginning_of_text",
     "chat_template",
     "data_splits",
@@ -42,7 +44,6 @@ __all__ = [
     "first_row",
     "fit_prompts",
     "fit_rows",
-    "has_columns",
     "is_conversation",
     "load_held_out",
     "load_parts",
@@ -51,6 +52,7 @@ __all__ = [
     "pack_documents",
     "prompt_ids",
     "prompt_text",
+    "readable",
     "require_batch",
     "require_columns",
     "require_held_out",

@@ -7,7 +7,7 @@ generation markers tell TRL which tokens carry loss.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.chat import beginning_of_text, ensure_chat_template, is_conversation, prompt_ids, prompt_text
 from rlhf_recipes.data.sources import first_row, require_columns
 

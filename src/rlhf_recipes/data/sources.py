@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.artifacts import write_text
+from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.files import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

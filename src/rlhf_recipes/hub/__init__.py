@@ -4,7 +4,7 @@ A folder becomes one commit, which is read back and compared, file by file, befo
 fails leaves the repo as it was and the folder as it is, in one line that says how to try again.
 """
 
-from rlhf_recipes.hub.pushing import ADAPTER, files_of, open_asked, push_asked, push_checkpoint, push_folder, tell
+from rlhf_recipes.hub.push import ADAPTER, files_of, open_asked, push_asked, push_checkpoint, push_folder, tell
 from rlhf_recipes.hub.repos import HubArguments, Repo, check_push, check_repo, open_repo
 
 __all__ = [

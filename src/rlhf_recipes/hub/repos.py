@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.hub.asking import api, in_one_line, patiently, status_of, token_of
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.hub.requests import api, in_one_line, patiently, status_of, token_of
 
 
 @dataclass

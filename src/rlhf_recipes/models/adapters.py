@@ -14,11 +14,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.models.sources import file_of
 
-VALUE, REFERENCE = "ppo_value", "ppo_reference"
-FILE = "adapter_model.safetensors"
+VALUE_ADAPTER, REFERENCE_ADAPTER = "ppo_value", "ppo_reference"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -26,7 +26,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 @contextmanager
-def speaking(model: Any, adapter: str) -> Iterator[None]:
+def use_adapter(model: Any, adapter: str) -> Iterator[None]:
     """For the time, `model` answers with this adapter."""
     before, flags = model.active_adapter, _flags(model)
     model.set_adapter(adapter)
@@ -39,7 +39,7 @@ def speaking(model: Any, adapter: str) -> Iterator[None]:
 
 
 @contextmanager
-def silent(model: Any) -> Iterator[None]:
+def disable_adapters(model: Any) -> Iterator[None]:
     """For the time, `model` answers as its base."""
     flags = _flags(model)
     with model.disable_adapter():
@@ -48,8 +48,8 @@ def silent(model: Any) -> Iterator[None]:
 
 
 def under(model: Any, adapter: str | None) -> AbstractContextManager[None]:
-    """`speaking`, or nothing to do where there is no adapter to switch to."""
-    return nullcontext() if adapter is None or model.active_adapter == adapter else speaking(model, adapter)
+    """`use_adapter`, or nothing to do where there is no adapter to switch to."""
+    return nullcontext() if adapter is None or model.active_adapter == adapter else use_adapter(model, adapter)
 
 
 def _flags(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
@@ -61,13 +61,13 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
         parameter.requires_grad_(trainable)
 
 
-def parameters_of(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     """The weights of one adapter, in the order of the model's."""
     name_of = re.compile(rf"\.{re.escape(adapter)}(\.|$)")
     return [parameter for name, parameter in model.named_parameters() if name_of.search(name)]
 
 
-def twin(model: Any, name: str, trainable: bool) -> str:
+def copy_adapter(model: Any, name: str, trainable: bool) -> str:
     """Add an adapter that starts as a copy of the active one; returns its name."""
     flags = _flags(model)
     if name in model.peft_config:  # of an earlier trainer of the same policy
@@ -78,14 +78,14 @@ def twin(model: Any, name: str, trainable: bool) -> str:
             True  # its weights come from the first; other ways to begin change the base they share
         )
     model.add_adapter(name, config)
-    load(model, name, state_of(model, model.active_adapter))
+    load_adapter_state(model, name, adapter_state(model, model.active_adapter))
     _restore(flags)
-    for parameter in parameters_of(model, name):
+    for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(trainable)
     return name
 
 
-def ride(model: Any, folder: str, name: str) -> dict[str, Tensor]:
+def add_adapter_from(model: Any, folder: str, name: str) -> dict[str, Tensor]:
     """Add the adapter of a folder, frozen. Returns what else the folder holds, such as a head, by name.
 
     Raises:
@@ -100,17 +100,17 @@ def ride(model: Any, folder: str, name: str) -> dict[str, Tensor]:
         model.delete_adapter(name)
     model.add_adapter(name, config)
     _restore(flags)
-    state = load_file(file_of(folder, FILE) or Path(folder) / FILE)
+    state = load_file(file_of(folder, ADAPTER_WEIGHTS) or Path(folder) / ADAPTER_WEIGHTS)
     inner = {key: value for key, value in state.items() if ".lora_" in key}
-    load(model, name, inner)
-    for parameter in parameters_of(model, name):
+    load_adapter_state(model, name, inner)
+    for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(False)
-    if len(parameters_of(model, name)) != len(inner):
+    if len(adapter_parameters(model, name)) != len(inner):
         raise UserError(f"adapter {folder} does not fit the base model; give a judge trained on the same base")
     return {key: value for key, value in state.items() if key not in inner}
 
 
-def state_of(model: Any, adapter: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def adapter_state(model: Any, adapter: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     base = Path(str(model.peft_config[adapter].base_model_name_or_path))
@@ -122,16 +122,16 @@ def state_of(model: Any, adapter: str, state_dict: dict[str, Tensor] | None = No
     return {key: value.detach().clone().contiguous() for key, value in state.items()}
 
 
-def load(model: Any, adapter: str, state: dict[str, Tensor]) -> None:
+def load_adapter_state(model: Any, adapter: str, state: dict[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(model, state, adapter_name=adapter)
 
 
-def save(model: Any, adapter: str, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+def save_adapter(model: Any, adapter: str, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Leave one adapter as a folder that peft loads, whatever its name is here."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(state_of(model, adapter, state_dict), Path(folder) / FILE, metadata={"format": "pt"})
+    save_file(adapter_state(model, adapter, state_dict), Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config[adapter]
     trained, config.inference_mode = config.inference_mode, True
     config.save_pretrained(folder)

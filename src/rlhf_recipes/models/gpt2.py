@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase

@@ -5,13 +5,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.models.gpt2 import CAUSAL_LOSS
-from rlhf_recipes.models.hardware import give_back_freed_memory
-from rlhf_recipes.models.quantized import quantization_of, without_traps
+from rlhf_recipes.models.quantization import quantization_of
 from rlhf_recipes.models.sources import base_of, check_source, config_source, file_of, is_adapter, place_of
-from rlhf_recipes.models.unwrapping import base_model
-from rlhf_recipes.models.zero import loaded_whole
+from rlhf_recipes.system import give_back_freed_memory, load_unsharded, without_traps
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -217,7 +216,7 @@ def _load(
         else:
             place, inside = place_of(base)
             # What is quantized transformers cannot cut apart as it reads it.
-            with loaded_whole() if options.get("quantization_config") is not None else nullcontext():
+            with load_unsharded() if options.get("quantization_config") is not None else nullcontext():
                 model = without_traps(auto_class.from_pretrained(place, **inside, **options))
         if is_quantized(model):
             give_back_freed_memory()  # of the weights as they were read

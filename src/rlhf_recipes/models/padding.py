@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from rlhf_recipes.models.unwrapping import base_model
-from rlhf_recipes.tensors import positions
+from rlhf_recipes.core.tensors import positions
+from rlhf_recipes.core.unwrapping import base_model
 
 
 def read_left_padding(model: nn.Module | None) -> None:

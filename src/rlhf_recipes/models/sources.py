@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.core.errors import UserError
 
 VALUE = "value_model"
 

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.launching import refuse_eight_bits_cut
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.models.loading import context_length, is_judge, load_config, load_tokenizer
-from rlhf_recipes.models.quantized import asks_for_bits
+from rlhf_recipes.models.quantization import asks_for_bits
 from rlhf_recipes.models.sources import is_adapter
+from rlhf_recipes.system import refuse_eight_bits_cut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

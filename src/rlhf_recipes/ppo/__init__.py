@@ -1,1 +1,36 @@
 """Proximal policy optimisation of a language model against a reward (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+from typing import TYPE_CHECKING
+
+from rlhf_recipes.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from rlhf_recipes.ppo.config import PPOConfig
+    from rlhf_recipes.ppo.parallelism import check_parallelism
+    from rlhf_recipes.ppo.roles.build import checked_prompts, without_dropout
+    from rlhf_recipes.ppo.roles.value import PolicyAndValue
+    from rlhf_recipes.ppo.rollout.rollout import narrowed, pack_episodes
+    from rlhf_recipes.ppo.trainer import PPOTrainer
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "config": ["PPOConfig"],
+        "trainer": ["PPOTrainer"],
+        "roles.value": ["PolicyAndValue"],
+        "parallelism": ["check_parallelism"],
+        "roles.build": ["checked_prompts", "without_dropout"],
+        "rollout.rollout": ["narrowed", "pack_episodes"],
+    },
+)
+
+__all__ = [
+    "PPOConfig",
+    "PPOTrainer",
+    "PolicyAndValue",
+    "check_parallelism",
+    "checked_prompts",
+    "narrowed",
+    "pack_episodes",
+    "without_dropout",
+]

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.defaults import TrainingDefaults
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.training import TrainingDefaults
 
 SAMPLING = ("top_k", "top_p", "min_p", "min_new_tokens")  # what generation_kwargs may say
 

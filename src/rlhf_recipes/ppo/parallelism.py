@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.launching import check_zero, names_optimizer, zero_stage
-from rlhf_recipes.models import zero
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.system import cast_like_engine_, check_zero, fill_bucket_sizes_, names_optimizer, zero_stage
 
 
 def check_parallelism(args: PPOConfig, kind: Any) -> None:
@@ -54,6 +53,6 @@ def settle(trainer: Any, width: int) -> None:
     """Once there is an Accelerator: whether PPO can train under it, and what DeepSpeed wants to know. width: the policy's."""
     check_parallelism(trainer.args, trainer.accelerator.distributed_type)
     if trainer.is_deepspeed_enabled:
-        zero.fill_in_sizes(trainer.accelerator, width)
+        fill_bucket_sizes_(trainer.accelerator, width)
         trainer.model.to(trainer.args.device)  # this, and casting, it does as training begins; it may be read before
-        zero.cast(trainer.model, trainer.args)
+        cast_like_engine_(trainer.model, trainer.args)

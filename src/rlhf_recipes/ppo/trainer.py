@@ -11,22 +11,20 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 
-from rlhf_recipes.arguments import UserError
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.generation import Completions, row_seed, sample
-from rlhf_recipes.models import adapters, base_model, casts_kept, fit_to_hardware, quicken
-from rlhf_recipes.models.sharding import is_sharded, whole_weights
-from rlhf_recipes.ppo.adapting import with_adapter
-from rlhf_recipes.ppo.callbacks import Answers, SampleTable, UpdateEnd, UpdateLine
+from rlhf_recipes.models import has_adapter
+from rlhf_recipes.optimizations import casts_kept, quicken
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.experience import Experience
-from rlhf_recipes.ppo.guard import StepGuard
-from rlhf_recipes.ppo.heldout import measured, shown
-from rlhf_recipes.ppo.hints import Hints
-from rlhf_recipes.ppo.loader import RolloutLoader
-from rlhf_recipes.ppo.minimizing import MinimizingTrainer
-from rlhf_recipes.ppo.objective import objective
+from rlhf_recipes.ppo.evaluate import measured, shown
+from rlhf_recipes.ppo.logging.callbacks import Answers, SampleTable, UpdateEnd, UpdateLine
+from rlhf_recipes.ppo.logging.hints import Hints
+from rlhf_recipes.ppo.logging.metrics import Clock, UpdateLog
+from rlhf_recipes.ppo.manual import checked_episodes, take_update
 from rlhf_recipes.ppo.parallelism import check_parallelism, settle
-from rlhf_recipes.ppo.roles import (
+from rlhf_recipes.ppo.roles.adapter import with_adapter
+from rlhf_recipes.ppo.roles.build import (
     checked_prompts,
     chosen_sampling,
     held_out_prompts,
@@ -37,11 +35,15 @@ from rlhf_recipes.ppo.roles import (
     with_value,
     without_dropout,
 )
-from rlhf_recipes.ppo.rollout import Rollout, as_samples
-from rlhf_recipes.ppo.stepping import checked_episodes, take_update
-from rlhf_recipes.ppo.tally import Clock, UpdateLog
-from rlhf_recipes.ppo.value_head import TokenOutputs
+from rlhf_recipes.ppo.roles.value import TokenOutputs
+from rlhf_recipes.ppo.rollout.collect import Experience
+from rlhf_recipes.ppo.rollout.rollout import Rollout, as_samples
+from rlhf_recipes.ppo.step import MinimizingTrainer
+from rlhf_recipes.ppo.update.guard import StepGuard
+from rlhf_recipes.ppo.update.minibatches import RolloutLoader
+from rlhf_recipes.ppo.update.objective import objective
 from rlhf_recipes.scoring import RewardSource, Scores, score_by_each
+from rlhf_recipes.system import fit_to_hardware, is_sharded, whole_weights
 
 
 class PPOTrainer(MinimizingTrainer):
@@ -101,7 +103,7 @@ class PPOTrainer(MinimizingTrainer):
         plays = train_dataset is not None or sources is not None  # neither: the caller plays, and calls step()
         data = (train_dataset, eval_dataset)
         self.prompts, self.eval_prompts = checked_prompts(config, processing_class, *data, args, plays)
-        arrived = peft_config is None and adapters.has_adapter(model)
+        arrived = peft_config is None and has_adapter(model)
         both = with_value(with_adapter(model, peft_config, args), value_model, args)
         reference = the_reference(both, arrived, ref_model, args)
         judges = (sources, processing_class, reward_processing_classes)

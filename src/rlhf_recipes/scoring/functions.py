@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlhf_recipes.arguments import RowError, UserError
+from rlhf_recipes.core.errors import RowError, UserError
 from rlhf_recipes.data import text_of
 
 Scores = list[Any]  # of each completion one float, or a list of one float a token

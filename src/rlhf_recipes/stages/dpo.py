@@ -12,23 +12,21 @@ from typing import Any
 import trl
 from trl import DPOTrainer, ModelConfig
 
-from rlhf_recipes.arguments import DatasetArguments
-from rlhf_recipes.artifacts import leave_folder
+from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.data import fit_rows, load_train_and_test, require_batch, require_held_out
-from rlhf_recipes.defaults import TrainingDefaults
+from rlhf_recipes.folders import leave_folder
 from rlhf_recipes.models import (
     Start,
     attach_lora,
     check_policy,
-    fit_to_hardware,
     is_quantized,
     load_causal_lm,
     prepare_for_lora,
     trainable_to_float32,
 )
-from rlhf_recipes.plots import plot_curves
-from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
-from rlhf_recipes.safe_trainer import SafeTrainer
+from rlhf_recipes.reports import plot_curves
+from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.training import SafeTrainer, TrainingDefaults, logged_panels, open_run, save_model, train, under_way
 
 COLUMNS = ("prompt", "chosen", "rejected")
 CURVES = [

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.arguments import OutputArguments, UserError
-from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
-from rlhf_recipes.data import load_split, prompt_ids, require_columns, text_of, write_rows
+from rlhf_recipes.core.arguments import OutputArguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.markdown import escape_markdown, table
+from rlhf_recipes.data import TAKEN, load_split, prompt_ids, readable, require_columns, text_of, write_rows
+from rlhf_recipes.evaluation import METRICS, Evaluation, compare, evaluate_model
+from rlhf_recipes.folders import check_output_folder, leave_folder, prepare_output_folder
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.metrics.models import METRICS, Evaluation, compare, evaluate_model
 from rlhf_recipes.models import ReadingArguments, context_length, is_judge, load_causal_lm, load_config, load_tokenizer
-from rlhf_recipes.plots import plot_ladder
-from rlhf_recipes.ppo.prompts import TAKEN, readable
-from rlhf_recipes.report.markdown import plain, table
+from rlhf_recipes.reports import plot_ladder
 from rlhf_recipes.scoring import check_reward, load_reward
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class EvalArguments(OutputArguments, ReadingArguments):
     )
     gold: str | None = field(
         default=None,
-        metadata={"help": "The truth, where it is known, such as rlhf_recipes.world:gold_score."},
+        metadata={"help": "The truth, where it is known, such as rlhf_recipes.quickstart:gold_score."},
     )
     reference: str | None = field(
         default=None, metadata={"help": "Model that KL is measured to. Unset: the first model."}
@@ -274,9 +274,9 @@ def _check_lengths(name: str, code: Any, tokenizer: Any, prompts: list[Any], max
 
 def _card(measured: dict[str, dict[str, float]], evaluations: dict[str, Evaluation]) -> str:
     """What was measured, one column a model, and the first prompts as each model answers them."""
-    names = [plain(name) for name in measured]
+    names = [escape_markdown(name) for name in measured]
     numbers = [
-        [plain(key), *(_shown(metrics, key) for metrics in measured.values()), plain(meaning)]
+        [escape_markdown(key), *(_shown(metrics, key) for metrics in measured.values()), escape_markdown(meaning)]
         for key, meaning in METRICS.items()
         if any(key in metrics for metrics in measured.values())
     ]
@@ -284,8 +284,8 @@ def _card(measured: dict[str, dict[str, float]], evaluations: dict[str, Evaluati
     first = {row["index"]: place for place, row in reversed(list(enumerate(asked)))}  # each prompt's first answer
     answers = [
         [
-            plain(text_of(asked[place]["prompt"])),
-            *(plain(one.rows[place]["completion"]) for one in evaluations.values()),
+            escape_markdown(text_of(asked[place]["prompt"])),
+            *(escape_markdown(one.rows[place]["completion"]) for one in evaluations.values()),
         ]
         for place in sorted(first.values())[:SAMPLES_ON_CARD]
     ]

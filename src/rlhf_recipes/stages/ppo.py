@@ -6,15 +6,15 @@ from typing import Any
 
 from trl import ModelConfig
 
-from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.artifacts import leave_folder
+from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import first_row, load_train_and_test, require_columns, require_held_out, write_rows
+from rlhf_recipes.folders import leave_folder
 from rlhf_recipes.models import (
     FrozenArguments,
-    adapters,
     attach_lora,
     check_bits,
-    fit_to_hardware,
+    has_adapter,
     in_bits,
     is_quantized,
     load_causal_lm,
@@ -23,15 +23,12 @@ from rlhf_recipes.models import (
     load_tokenizer,
     positive_label_count,
     prepare_for_lora,
-    zero,
 )
-from rlhf_recipes.plots import plot_curves
-from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.parallelism import check_parallelism
-from rlhf_recipes.ppo.roles import checked_prompts
-from rlhf_recipes.ppo.trainer import PPOTrainer
-from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
+from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, checked_prompts
+from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.scoring import check_reward
+from rlhf_recipes.system import fit_to_hardware, load_unsharded
+from rlhf_recipes.training import logged_panels, open_run, save_model, train, under_way
 
 CURVES = [
     ("Score", ["objective/scores", "objective/rlhf_reward", "eval_objective/scores"]),
@@ -99,7 +96,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     training = fit_to_hardware(training, config.get_text_config().hidden_size)
     frozen, name_of_reference = arguments.frozen(model_config), arguments.reference_model
     set_seed(training.seed)  # a new adapter is drawn at random
-    with zero.loaded_whole():
+    with load_unsharded():
         policy = load_causal_lm(name, model_config, **code)
         reference = load_causal_lm(name_of_reference, **frozen, **code) if name_of_reference else None
         value = load_value_model(arguments.value_model, model_config) if arguments.value_model else None
@@ -124,7 +121,7 @@ def load_value_model(name: str, model_config: ModelConfig) -> Any:
         return load_judge(name)
     bits = 8 if model_config.load_in_8bit else 4 if model_config.load_in_4bit else None
     model = load_judge(name, **in_bits(bits, model_config.bnb_4bit_quant_type, model_config.use_bnb_nested_quant))
-    if not is_quantized(model) or adapters.has_adapter(model):
+    if not is_quantized(model) or has_adapter(model):
         return model
     from peft import get_peft_model
 

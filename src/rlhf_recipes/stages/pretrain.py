@@ -9,25 +9,34 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig
 
-from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.artifacts import leave_folder
+from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import load_train_and_test, pack_documents, require_batch, require_text
-from rlhf_recipes.defaults import TrainingDefaults
-from rlhf_recipes.metrics import perplexity
+from rlhf_recipes.evaluation import perplexity
+from rlhf_recipes.folders import leave_folder
 from rlhf_recipes.models import (
     SIZES,
     asks_for_bits,
     build_gpt2,
     context_length,
-    fit_to_hardware,
     is_judge,
     load_causal_lm,
     load_config,
     load_tokenizer,
 )
-from rlhf_recipes.plots import plot_curves
-from rlhf_recipes.pretraining import PretrainTrainer, SampleContinuations, collate_blocks
-from rlhf_recipes.runs import measures, open_run, save_model, train, under_way
+from rlhf_recipes.reports import plot_curves
+from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.training import (
+    PretrainTrainer,
+    SampleContinuations,
+    TrainingDefaults,
+    collate_blocks,
+    measures,
+    open_run,
+    save_model,
+    train,
+    under_way,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.arguments import UserError
-from rlhf_recipes.artifacts import MARK
-from rlhf_recipes.cards import front_matter, plain
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.markdown import escape_markdown, front_matter
 from rlhf_recipes.data import data_splits, load_split
+from rlhf_recipes.folders import MARK, require_unlocked
 from rlhf_recipes.hub import ADAPTER, Repo, check_repo, files_of, push_folder, tell
-from rlhf_recipes.locks import require_unlocked
 
 MODEL_FILES = ("config.json", ADAPTER, "tokenizer_config.json", "value_head.safetensors")
 SPLITS = {"train", "test", "validation"}
@@ -90,10 +89,10 @@ def _cards_of_rows(folder: Path) -> dict[str, Path | bytes]:
     splits = data_splits(folder)
     places = [{"split": name, "path": [_below(folder, file) for file in files]} for name, files in splits.items()]
     lines = [front_matter(tags=["rlhf-recipes"], configs=[{"config_name": "default", "data_files": places}])]
-    lines += [f"# {plain(folder.absolute().name)}", "", "| split | rows | columns |", "|---|---|---|"]
+    lines += [f"# {escape_markdown(folder.absolute().name)}", "", "| split | rows | columns |", "|---|---|---|"]
     for name in splits:
         rows: Any = load_split(str(folder), name)
-        lines.append(f"| {plain(name)} | {len(rows)} | {plain(', '.join(rows.column_names))} |")
+        lines.append(f"| {escape_markdown(name)} | {len(rows)} | {escape_markdown(', '.join(rows.column_names))} |")
     lines += ["", "Pushed by rlhf-recipes as they are. Who made the rows, and from what, is not known here.", ""]
     return {"README.md": "\n".join(lines).encode()}
 

@@ -15,19 +15,22 @@ from typing import Any, get_type_hints
 
 from tqdm.auto import tqdm
 
-from rlhf_recipes.arguments import OutputArguments, UserError, parse_arguments
-from rlhf_recipes.artifacts import MARK, check_output_folder, leave_folder, prepare_output_folder, write_text
+from rlhf_recipes.core.arguments import OutputArguments, parse_arguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.files import write_text
 from rlhf_recipes.data import load_split, text_of
+from rlhf_recipes.evaluation import Evaluation, compare, evaluate_model
+from rlhf_recipes.folders import MARK, check_output_folder, leave_folder, prepare_output_folder
 from rlhf_recipes.generation import Sampling, generate, stop_ids
-from rlhf_recipes.metrics.models import Evaluation, compare, evaluate_model
-from rlhf_recipes.models import hardware, load_causal_lm, load_tokenizer
-from rlhf_recipes.report import Curve, Exchange, Reply, Summary, beside, curve_of, write_report
+from rlhf_recipes.models import load_causal_lm, load_tokenizer
+from rlhf_recipes.quickstart import Exchange, Reply, Summary, Verdict, judge_details, write_report, write_world
+from rlhf_recipes.reports import Curve, beside, curve_of
 from rlhf_recipes.scoring import load_reward
-from rlhf_recipes.world import Verdict, judge_details, write_world
+from rlhf_recipes.system import hardware
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
+CONFIGS = Path(__file__).parent.parent / "quickstart" / "configs" / "quickstart"
 OVEROPTIMIZED = CONFIGS.parent / "overoptimized" / "measured.json"  # a recorded run of the setting beside it
-GOLD = "rlhf_recipes.world:gold_score"
+GOLD = "rlhf_recipes.quickstart:gold_score"
 ANSWERING = ("pretrain", "sft", "ppo")  # the stages that leave a model that can be asked
 SHOWN_PROMPTS = 10
 ANSWER_TOKENS, TEMPERATURE = 40, 0.7  # as ppo samples

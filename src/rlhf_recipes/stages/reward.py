@@ -15,8 +15,8 @@ import trl
 from transformers import EvalPrediction, Trainer
 from trl import ModelConfig, RewardTrainer
 
-from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.artifacts import leave_folder
+from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
     fit_prompts,
     load_train_and_test,
@@ -26,24 +26,33 @@ from rlhf_recipes.data import (
     require_texts,
     split_ids,
 )
-from rlhf_recipes.defaults import TrainingDefaults
-from rlhf_recipes.judging import collate_labelled, encode_labelled, mean_cross_entropy
-from rlhf_recipes.metrics import calibration_table, compute_classification_metrics, preference_metrics
+from rlhf_recipes.evaluation import calibration_table, compute_classification_metrics, preference_metrics
+from rlhf_recipes.folders import leave_folder
 from rlhf_recipes.models import (
     Start,
     attach_lora,
     check_start,
-    fit_to_hardware,
     is_quantized,
     load_judge,
     prepare_for_lora,
     save_judge_config,
     trainable_to_float32,
 )
-from rlhf_recipes.plots import plot_curves, plot_reliability
-from rlhf_recipes.runs import measures, open_run, save_model, train, under_way
-from rlhf_recipes.safe_trainer import SafeTrainer
+from rlhf_recipes.reports import plot_curves, plot_reliability
 from rlhf_recipes.scoring import Reward, load_reward
+from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.training import (
+    SafeTrainer,
+    TrainingDefaults,
+    collate_labelled,
+    encode_labelled,
+    mean_cross_entropy,
+    measures,
+    open_run,
+    save_model,
+    train,
+    under_way,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

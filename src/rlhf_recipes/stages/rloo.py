@@ -13,29 +13,27 @@ from typing import TYPE_CHECKING, Any
 import trl
 from trl import ModelConfig, RLOOTrainer
 
-from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.artifacts import leave_folder
-from rlhf_recipes.data import load_train_and_test, require_columns, require_held_out, require_texts
-from rlhf_recipes.defaults import TrainingDefaults
+from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data import Prompts, load_train_and_test, require_columns, require_held_out, require_texts
+from rlhf_recipes.folders import leave_folder
 from rlhf_recipes.generation import stop_ids
 from rlhf_recipes.models import (
     FrozenArguments,
     Start,
     attach_lora,
     check_policy,
-    fit_to_hardware,
+    context_length,
     is_quantized,
     load_causal_lm,
     prepare_for_lora,
     read_left_padding,
     trainable_to_float32,
 )
-from rlhf_recipes.plots import plot_curves
-from rlhf_recipes.ppo.prompts import Prompts
-from rlhf_recipes.rewarding import load_functions, missing_eos
-from rlhf_recipes.runs import logged_panels, open_run, save_model, train, under_way
-from rlhf_recipes.safe_trainer import SafeTrainer
-from rlhf_recipes.scoring import check_reward
+from rlhf_recipes.reports import plot_curves
+from rlhf_recipes.scoring import check_reward, load_functions, missing_eos
+from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.training import SafeTrainer, TrainingDefaults, logged_panels, open_run, save_model, train, under_way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -224,7 +222,9 @@ def load_prompts(arguments: RLOOArguments, start: Start, training: RLOOConfig) -
             return None
         require_columns(rows, ["prompt"], role=name)
         require_texts(rows, ["prompt"], start.tokenizer, name)
-        columns = Prompts(rows, start.tokenizer, start.config, training.max_completion_length, name).columns
+        columns = Prompts(
+            rows, start.tokenizer, context_length(start.config), training.max_completion_length, name
+        ).columns
         return rows.select_columns(["prompt", *columns])
 
     train_rows, test_rows = load_train_and_test(arguments)

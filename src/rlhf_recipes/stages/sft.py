@@ -8,8 +8,8 @@ from typing import Any
 import trl
 from trl import ModelConfig, SFTTrainer
 
-from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.artifacts import leave_folder
+from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
     beginning_of_text,
     first_row,
@@ -21,21 +21,20 @@ from rlhf_recipes.data import (
     require_held_out,
     require_texts,
 )
-from rlhf_recipes.defaults import TrainingDefaults
-from rlhf_recipes.metrics import completion_perplexity
+from rlhf_recipes.evaluation import completion_perplexity
+from rlhf_recipes.folders import leave_folder
 from rlhf_recipes.models import (
     Start,
     attach_lora,
     check_policy,
-    fit_to_hardware,
     is_quantized,
     load_causal_lm,
     prepare_for_lora,
     trainable_to_float32,
 )
-from rlhf_recipes.plots import plot_curves
-from rlhf_recipes.runs import measures, open_run, save_model, train, under_way
-from rlhf_recipes.safe_trainer import SafeTrainer
+from rlhf_recipes.reports import plot_curves
+from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.training import SafeTrainer, TrainingDefaults, measures, open_run, save_model, train, under_way
 
 PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
 IGNORED = -100  # the label of a token without loss

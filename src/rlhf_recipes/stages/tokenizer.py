@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.arguments import DatasetArguments, UserError
-from rlhf_recipes.artifacts import check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
     ROLE_TOKENS,
     chat_template,
@@ -19,6 +19,7 @@ from rlhf_recipes.data import (
     require_columns,
     require_text,
 )
+from rlhf_recipes.folders import check_output_folder, leave_folder, prepare_output_folder
 from rlhf_recipes.hub import HubArguments, check_push, open_asked, push_asked
 
 if TYPE_CHECKING:

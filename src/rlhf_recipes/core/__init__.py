@@ -1,0 +1,1 @@
+"""What every room stands on: arguments, errors, files, secrets, tensors. Imported file by file."""

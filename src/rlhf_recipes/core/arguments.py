@@ -1,0 +1,232 @@
+"""Three voices for every value, the later wins: the dataclass default, the YAML file, the flag.
+
+A YAML line ``learning_rate: 1e-4`` is read exactly like the flag ``--learning_rate 1e-4``, so both are checked by
+the same rules and fail with the same one-line message.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.secrets import SECRETS
+
+DataclassT = TypeVar("DataclassT")
+
+
+@dataclass
+class OutputArguments:
+    """What every stage accepts about the folder it leaves."""
+
+    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in the output folder."})
+
+
+@dataclass
+class DatasetArguments(OutputArguments):
+    """Where the rows come from. Any stage takes a folder, a data file or a Hub id."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Dataset: a folder, a file (.jsonl, .json, .csv, .parquet, .txt, also .gz) or a Hub id."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split held out for evaluation; a dataset without it is trained on whole."}
+    )
+    extra_dataset_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Further datasets (as dataset_name) whose training rows follow; only shared columns are kept."
+        },
+    )
+    row_filter: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Keep rows whose columns hold these values, as column=value; a column named twice may hold "
+            "either. A dataset without the column is kept whole, as long as another has it."
+        },
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first so many held-out rows."})
+
+
+def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Read flags, and the YAML file that ``--config`` names, into one instance of each dataclass, in order.
+
+    Each instance remembers what was asked for (see `asked_for`), so that a run can be written down and repeated.
+
+    Raises:
+        UserError: unknown key (with the nearest match), wrong type, missing required value, unreadable file.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(dataclass_types)
+    flags, config = _split_config(argv)
+    lines = _yaml_as_flags(config, parser) if config else []
+    defaults = {action.dest: action.default for action in parser._actions}
+    for action in parser._actions:
+        action.default = SUPPRESS  # so that the namespace holds only what was asked for
+    if {"-h", "--help"} & set(flags):
+        for action in parser._actions:
+            action.default = defaults[action.dest]
+        parser.print_help()
+        raise SystemExit(0)
+    asked = vars(_parse_known(parser, lines + flags))
+    return tuple(_instance(dataclass_type, asked) for dataclass_type in dataclass_types)
+
+
+def asked_for(*instances: Any) -> dict[str, Any]:
+    """What the caller asked for, as one flat mapping that ``--config`` reads back; a token of the Hub is not in it.
+
+    Instances from `parse_arguments` remember it; for others it is every field that differs from a fresh default.
+    """
+    asked: dict[str, Any] = {}
+    for instance in instances:
+        remembered = instance.__dict__.get("_asked")
+        asked |= remembered if remembered is not None else _differences(instance)
+    plain = {key: value.value if isinstance(value, Enum) else value for key, value in asked.items()}
+    return {key: value for key, value in plain.items() if _is_plain(value) and key not in SECRETS}
+
+
+def _differences(instance: Any) -> dict[str, Any]:
+    required = {
+        item.name: getattr(instance, item.name)
+        for item in dataclasses.fields(instance)
+        if item.init and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    }
+    fresh = type(instance)(**required)
+    return required | {
+        item.name: getattr(instance, item.name)
+        for item in dataclasses.fields(instance)
+        if item.init and getattr(instance, item.name) != getattr(fresh, item.name)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether YAML can hold the value and read it back as it was."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def _parser(dataclass_types: Sequence[type]) -> Any:
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{message}; run with --help to see what is accepted")
+
+    parser = Parser(
+        formatter_class=ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE.yaml] [--flag value ...]",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="YAML file with any of the values below; flags win over it."
+    )
+    for dataclass_type in dataclass_types:
+        title = getattr(dataclass_type, "_argument_group_name", dataclass_type.__name__)
+        group = parser.add_argument_group(title)
+        hints = _type_hints(dataclass_type)
+        for item in dataclasses.fields(dataclass_type):
+            if item.init:
+                item.type = hints[item.name]
+                parser._parse_dataclass_field(group, item)  # type: ignore[arg-type]
+    return parser
+
+
+def _type_hints(dataclass_type: type) -> dict[str, Any]:
+    from typing import get_type_hints
+
+    return get_type_hints(dataclass_type)
+
+
+def _split_config(argv: list[str]) -> tuple[list[str], str | None]:
+    flags, config = [], None
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        if word == "--config":
+            if position + 1 == len(argv):
+                raise UserError("--config needs the path of a YAML file")
+            config, position = argv[position + 1], position + 2
+        elif word.startswith("--config="):
+            config, position = word.removeprefix("--config="), position + 1
+        else:
+            flags.append(word)
+            position += 1
+    return flags, config
+
+
+def _yaml_as_flags(config: str, parser: Any) -> list[str]:
+    import yaml
+
+    path = Path(config)
+    if not path.is_file():
+        raise UserError(f"--config {config}: no such file; give the path of a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {config} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {config}: expected lines of the form `key: value`")
+    known = _known(parser)
+    flags: list[str] = []
+    for key, value in values.items():
+        if str(key) not in known:
+            raise UserError(f"{config}: unknown key {key!r}{_nearest(str(key), known)}")
+        flags += _as_flag(str(key), value)
+    return flags
+
+
+def _as_flag(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []  # an empty YAML value means: as the default has it
+    if isinstance(value, list):
+        return [f"--{key}", *(item if isinstance(item, str) else json.dumps(item) for item in value)]
+    if isinstance(value, dict):
+        return [f"--{key}", json.dumps(value)]
+    return [f"--{key}={value}"]
+
+
+def _parse_known(parser: Any, words: list[str]) -> Any:
+    namespace, unknown = parser.parse_known_args(words)
+    if unknown:
+        word = unknown[0]
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}; values follow a --flag")
+        name = word.removeprefix("--").split("=")[0].replace("-", "_")
+        raise UserError(f"unknown flag --{name}{_nearest(name, _known(parser))}")
+    return namespace
+
+
+def _known(parser: Any) -> list[str]:
+    actions: list[Action] = parser._actions
+    return [action.dest for action in actions if action.dest not in ("help", "config")]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else "; run with --help to see what is accepted"
+
+
+def _instance(dataclass_type: type[DataclassT], asked: dict[str, Any]) -> DataclassT:
+    names = {item.name for item in dataclasses.fields(dataclass_type) if item.init}  # type: ignore[arg-type]
+    mine = {key: value for key, value in asked.items() if key in names}
+    try:
+        instance = dataclass_type(**mine)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{dataclass_type.__name__}: {error}") from None
+    instance.__dict__["_asked"] = mine
+    return instance

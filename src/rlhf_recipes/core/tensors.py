@@ -1,0 +1,168 @@
+"""Masked arithmetic on tensors, the same for one process and for many.
+
+`reduce` sums a tensor over all processes; left out, there is one process. Masks are bool and come from lengths, never
+from comparing ids with a pad id.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The `reduce` of a single process."""
+    return tensor
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """True at the first `lengths[i]` of `width` positions. lengths: (batch,) -> (batch, width)."""
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the positions where mask is True; what stands elsewhere (NaN included) does not matter."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
+    """Mean over the True positions of all processes; 0 where there is none."""
+    total, count = reduce(torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)]))
+    return total / count.clamp(min=1)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = alone) -> Tensor:
+    """Scale to unit variance over the True positions of all processes, and to mean 0 unless `shift_mean` is False.
+
+    The variance is the unbiased one. Fewer than two positions are left unscaled: they have no variance.
+    """
+    mean = masked_mean(values, mask, reduce)
+    squares, count = reduce(torch.stack([masked_sum((values - mean) ** 2, mask), mask.sum().to(values.dtype)]))
+    scale = torch.rsqrt(squares / (count - 1) + 1e-8) if count > 1 else torch.ones_like(mean)
+    whitened = (values - mean) * scale
+    return whitened if shift_mean else whitened + mean
+
+
+def log_probs_and_entropies(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p(token), and the entropy in nats, of the distribution that is sampled from at `temperature`; float32.
+
+    logits: (..., vocabulary) in any precision, tokens: (...) -> (...) each. A few rows at a time, forward and backward,
+    so that there is never a float32 copy of all logits; backward keeps nothing but the logits as they came.
+    """
+    flat: Any = (logits.flatten(0, -2), tokens.flatten(), temperature)
+    log_probs, entropies = _LogProbsAndEntropies.apply(*flat)
+    return log_probs.view(tokens.shape), entropies.view(tokens.shape)
+
+
+class _LogProbsAndEntropies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        log_probs, entropies = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
+        for rows in _row_slices(logits):
+            log_p = torch.log_softmax(_tempered(logits[rows], temperature), dim=-1)
+            log_probs[rows] = log_p.gather(-1, tokens[rows, None]).squeeze(-1)
+            entropies[rows] = -(log_p.exp().mul_(log_p)).sum(dim=-1)
+        ctx.save_for_backward(logits, tokens, entropies)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return log_probs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, of_log_probs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor, None, None]:
+        """d log p(token) = [token] - p, and dH = -p (log p + H), for each logit, over the temperature."""
+        logits, tokens, entropies = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _row_slices(logits):
+            scaled = _tempered(logits[rows], ctx.temperature)
+            p = torch.softmax(scaled, dim=-1)
+            part = torch.zeros_like(p)
+            if of_log_probs is not None:
+                weights = of_log_probs[rows, None] / ctx.temperature
+                part = (p * -weights).scatter_add_(-1, tokens[rows, None], weights)
+            if of_entropies is not None:
+                log_p = torch.log_softmax(scaled, dim=-1)
+                part -= p * (log_p + entropies[rows, None]) * (of_entropies[rows, None] / ctx.temperature)
+            gradient[rows] = part
+        return gradient, None, None
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
+
+
+def _row_slices(logits: Tensor) -> list[slice]:
+    """So many rows at once that their float32 copies stay in a processor's cache, or keep a GPU busy."""
+    at_once = max(1, (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[-1])
+    return [slice(start, start + at_once) for start in range(0, len(logits), at_once)]
+
+
+def length_batches(lengths: Sequence[int], most_rows: int, most_tokens: int | None = None) -> list[list[int]]:
+    """Rows of like length together: row numbers, shortest rows first, in batches of at most `most_rows`.
+
+    A batch, padded to its longest row, has at most `most_tokens` tokens (None: any number), or one row.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        batch = batches[-1] if batches else []
+        tokens = (len(batch) + 1) * lengths[row]
+        if not batch or len(batch) == most_rows or (most_tokens is not None and tokens > most_tokens):
+            batches.append(batch := [])
+        batch.append(row)
+    return batches
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Stack rows of unequal length. Returns (ids, mask), both (batch, width); mask is True on real tokens.
+
+    The width is the longest row's, or the next multiple.
+    """
+    width = -(-max((len(row) for row in rows), default=0) // multiple) * multiple
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[index, columns] = torch.as_tensor(row, dtype=torch.long)
+        mask[index, columns] = True
+    return ids, mask
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids that count real tokens only, so that padding on the left moves nothing. (batch, width)."""
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+class Tally:
+    """Collects masked values by name; `means` gives each name's mean over all that was added, in all processes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor], mask: Tensor) -> None:
+        """values: tensors of the mask's shape. Only the True positions count."""
+        for name, value in values.items():
+            value = value.detach().double()
+            entry = torch.stack([masked_sum(value, mask), mask.sum().double()])
+            self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def means(self, reduce: Reduce = alone) -> dict[str, float]:
+        """Mean of each name; every process must have added the same names. The tally is empty afterwards."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        totals = reduce(torch.stack([self._sums[name] for name in names]))
+        self._sums = {}
+        return {name: (total / count.clamp(min=1)).item() for name, (total, count) in zip(names, totals, strict=True)}
+
+    def state(self) -> dict[str, list[float]]:
+        """Sum and count of each name, in this process."""
+        return {name: entry.tolist() for name, entry in self._sums.items()}
+
+    def restore(self, states: Sequence[Mapping[str, list[float]]], device: torch.device, counts: bool = True) -> None:
+        """Go on from what several tallies with the same names held together; not `counts`: from their names alone."""
+        self._sums = {
+            name: torch.tensor([state[name] for state in states], dtype=torch.float64, device=device).sum(0) * counts
+            for name in states[0]
+        }

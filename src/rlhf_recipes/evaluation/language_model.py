@@ -1,0 +1,160 @@
+"""Perplexity and bits per byte, each token predicted exactly once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from rlhf_recipes.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class _Window(NamedTuple):
+    """`ids` is what the model sees; tokens from position `first_scored` on are predicted."""
+
+    ids: list[int]
+    first_scored: int
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Perplexity of whole texts.
+
+    Every text starts from the BOS token (EOS where there is no BOS), which is context and is not itself predicted; no
+    special token is added at the end. A text longer than the context is cut into windows that overlap by half: each
+    token is predicted once, with at least half a context of history (or all there is, near the start). `max_length`
+    is that context in tokens; by default the model's own.
+
+    Returns `perplexity` (exp of `loss`), `bits_per_byte` (comparable between tokenizers), `loss` (nats per token),
+    `tokens` (predicted) and `bytes` (UTF-8, of the texts as given).
+    """
+    context = _context_length(model, max_length)
+    start = _start_token(tokenizer)
+    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    windows = [window for ids in encoded for window in _windows([start, *ids], 1, context)]
+    size = sum(len(text.encode("utf-8")) for text in texts)
+    return _summary(model, windows, size, batch_size, progress)
+
+
+def completion_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Perplexity of completions given their prompts; `pairs` holds `(prompt_ids, completion_ids)`.
+
+    The ids are taken as they are: a chat template has already been applied, and an EOS at the end of a completion is
+    predicted like any token. An empty prompt becomes the BOS (or EOS) token. Rows longer than the context are windowed
+    as in `perplexity`, whose keys are returned. `bytes` are those of the decoded completions without special tokens,
+    so a predicted EOS adds to the bits and not to the bytes.
+    """
+    context = _context_length(model, max_length)
+    rows = [(list(prompt) or [_start_token(tokenizer)], list(completion)) for prompt, completion in pairs]
+    windows = [
+        window for prompt, completion in rows for window in _windows([*prompt, *completion], len(prompt), context)
+    ]
+    decoded = tokenizer.batch_decode([completion for _, completion in rows], skip_special_tokens=True)
+    size = sum(len(text.encode("utf-8")) for text in decoded)
+    return _summary(model, windows, size, batch_size, progress)
+
+
+def _windows(ids: list[int], first_scored: int, context: int) -> list[_Window]:
+    """Cut `ids` so that each token from `first_scored` on is scored once, behind at least half a context."""
+    windows: list[_Window] = []
+    scored = first_scored
+    while scored < len(ids):
+        begin = max(0, scored - context // 2)
+        end = min(len(ids), begin + context)
+        begin = max(0, end - context)  # the last window reaches back for all the history that fits
+        windows.append(_Window(ids[begin:end], scored - begin))
+        scored = end
+    return windows
+
+
+def _summary(
+    model: PreTrainedModel, windows: list[_Window], size: int, batch_size: int, progress: bool
+) -> dict[str, float]:
+    if not windows:
+        raise UserError("perplexity of no tokens; give at least one text that is not empty")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    tokens = sum(len(window.ids) - window.first_scored for window in windows)
+    nats = _negative_log_likelihood(model, windows, batch_size, progress)
+    loss = nats / tokens
+    return {
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": nats / math.log(2) / size if size else math.inf,
+        "loss": loss,
+        "tokens": tokens,
+        "bytes": size,
+    }
+
+
+def _negative_log_likelihood(model: PreTrainedModel, windows: list[_Window], batch_size: int, progress: bool) -> float:
+    """Sum of -log p over all scored tokens, in nats. Windows of like length share a batch, so little is padding."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from rlhf_recipes.system import without_traps
+
+    ordered = sorted(windows, key=lambda window: len(window.ids), reverse=True)
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    was_training = model.training
+    without_traps(model).eval()
+    try:
+        with torch.no_grad():
+            return math.fsum(_batch_nats(model, batch) for batch in tqdm(batches, "perplexity", disable=not progress))
+    finally:
+        model.train(was_training)
+
+
+def _batch_nats(model: PreTrainedModel, batch: list[_Window]) -> float:
+    import torch
+    from torch.nn.functional import cross_entropy
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows = [torch.tensor(window.ids) for window in batch]
+    lengths = torch.tensor([len(row) for row in rows])
+    # Padding stands on the right and behind the mask, so its id is never seen: 0 serves any tokenizer.
+    ids = pad_sequence(rows, batch_first=True).to(model.device)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    nats = 0.0
+    for row, window in enumerate(batch):  # one row at a time keeps the float32 copy of the logits small
+        end, first = len(window.ids), window.first_scored
+        scored = logits[row, first - 1 : end - 1].float()
+        nats += cross_entropy(scored, ids[row, first:end], reduction="none").double().sum().item()
+    return nats
+
+
+def _context_length(model: PreTrainedModel, max_length: int | None) -> int:
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    if max_length is None and limit is None:
+        raise UserError("the model states no context length; set max_length")
+    context = min(length for length in (max_length, limit) if length is not None)
+    if context < 2:
+        raise UserError(f"a context of {context} tokens predicts nothing; set max_length to at least 2")
+    if max_length is not None and context < max_length:
+        raise UserError(f"max_length {max_length} is beyond the model's context; set it to {context} or less")
+    return context
+
+
+def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError("the tokenizer has neither BOS nor EOS, so a first token has no context; give it an EOS token")
+    return start

@@ -1,0 +1,257 @@
+"""A language model measured by what it writes: one call, one row of numbers, and the answers behind them.
+
+The same prompt draws the same random numbers whatever the model, so two models differ by what they learnt and not by
+luck, and a model compared with itself ties on every prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.tensors import length_batches, log_probs_and_entropies, pad, positions
+from rlhf_recipes.data import prompt_ids, text_of
+from rlhf_recipes.evaluation.comparison import mean_with_interval, win_rate
+from rlhf_recipes.evaluation.divergence import sequence_kl
+from rlhf_recipes.evaluation.language_model import perplexity
+from rlhf_recipes.evaluation.text import distinct_n, eos_share, length_statistics
+from rlhf_recipes.generation import Completions, Sampling, row_seed, sample
+from rlhf_recipes.scoring import ModelReward, Reward, score
+from rlhf_recipes.system import without_traps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Every number a model can be given; those whose judge, reference or texts are missing are left out. `<name>_low` and
+# `<name>_high`, where they stand beside a number, are its 95 % interval over prompts.
+METRICS = {
+    "gold_score": "mean gold score",
+    "judge_score": "mean score of the judge",
+    "judge_positive": "mean probability of label 1, for a judge of two labels",
+    "kl": "KL(model || reference) in nats per answer, estimated on the answers, at the sampling temperature; not at 0",
+    "kl_per_token": "the same per token, by the k3 estimator",
+    "perplexity": "perplexity of the texts",
+    "bits_per_byte": "bits per byte of the texts",
+    "length": "mean tokens of an answer, the stop token included",
+    "length_p90": "90th percentile of that",
+    "eos_share": "share of answers that ended by a stop token",
+    "distinct_1": "different words among all words of the answers",
+    "distinct_2": "different pairs of neighbouring words among all pairs",
+    "win_rate_judge": "share of prompts on which the judge scores the answer above the first model's; ties count half",
+    "win_rate_gold": "share of prompts on which gold does",
+}
+PERPLEXITY_BATCH = 8  # whole contexts, all their logits: the one place where memory, not speed, sets the batch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: numbers by name. rows: one a completion, prompts in order and the completions of a prompt together."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+
+    def by_prompt(self, column: str) -> list[float]:
+        """The mean of a numeric column over the completions of each prompt."""
+        values: dict[int, list[float]] = {}
+        for row in self.rows:
+            values.setdefault(row["index"], []).append(float(row[column]))
+        return [math.fsum(of_prompt) / len(of_prompt) for of_prompt in values.values()]  # ties stay ties
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    *,
+    sampling: Sampling,
+    seed: int = 0,
+    completions_per_prompt: int = 1,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    judge: Reward | None = None,
+    gold: Reward | None = None,
+    reference: PreTrainedModel | None = None,
+    texts: Sequence[str] | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Evaluation:
+    """Sample answers to `prompts` (text, messages or ids) and measure them; measure the model itself on `texts`.
+
+    columns: the other columns of the prompts, one value a prompt, for `gold` and `judge`.
+    reference: a model that reads the same token ids. The metrics are listed in `METRICS`.
+    """
+    if not prompts:
+        raise UserError("no prompts to answer; give at least one")
+    repeated = [index for index in range(len(prompts)) for _ in range(completions_per_prompt)]
+    ids = [prompt_ids(prompts[index], tokenizer) for index in repeated]
+    answers = _answer(model, ids, sampling, seed, batch_size, progress)
+    rows: list[dict[str, Any]] = [
+        {"index": index, "prompt": prompts[index], "completion": text, "tokens": len(answer), "stopped": stopped}
+        for index, text, answer, stopped in zip(
+            repeated, answers.texts(tokenizer), answers.ids, answers.stopped, strict=True
+        )
+    ]
+    aligned = {name: [values[index] for index in repeated] for name, values in (columns or {}).items()}
+    metrics = _text_metrics(rows)
+    if judge is not None:
+        _add_scores(rows, "judge", judge, ids, answers.ids, aligned)
+        metrics |= _judge_metrics(rows, judge)
+    if gold is not None:
+        _add_scores(rows, "gold", gold, ids, answers.ids, aligned)
+        metrics |= _gold_metrics(Evaluation({}, rows))
+    if reference is not None and sampling.temperature > 0:
+        metrics |= _divergence(model, reference, rows, ids, answers.ids, sampling.temperature, batch_size, progress)
+    if texts:
+        measured = perplexity(model, tokenizer, texts, batch_size=min(batch_size, PERPLEXITY_BATCH), progress=progress)
+        metrics |= {key: measured[key] for key in ("perplexity", "bits_per_byte")}
+    return Evaluation(metrics, rows)
+
+
+def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, float]:
+    """`win_rate_judge` and `win_rate_gold` over `baseline`, each with `_low` and `_high`, where both were scored.
+
+    A prompt is won by the higher mean score over its completions, so that the interval counts prompts: completions of
+    one prompt are no independent evidence.
+    """
+    metrics: dict[str, float] = {}
+    for name in ("judge", "gold"):
+        if all(name in side.rows[0] for side in (evaluation, baseline)):
+            result = win_rate(evaluation.by_prompt(name), baseline.by_prompt(name))
+            metrics |= {f"win_rate_{name}": result["win_rate"]}
+            metrics |= {f"win_rate_{name}_{end}": result[end] for end in ("low", "high")}
+    return metrics
+
+
+@torch.no_grad()
+def completion_log_probs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 log-probabilities of the tokens of completions, and the mask of those that are real.
+
+    One batch: prompts and completions are rows of ids; both results are (batch, longest completion), on the CPU.
+    The model should be in eval mode.
+    """
+    device = next(without_traps(model).parameters()).device
+    before, before_mask = pad(prompts, value=0, side="left")
+    after, after_mask = pad(completions, value=0)
+    width = after.shape[1]
+    mask = torch.cat([before_mask, after_mask], dim=1)
+    # Prompts end in the same column, so the logits that predict a completion are the last ones, whatever the prompt.
+    logits = model(
+        input_ids=torch.cat([before, after], dim=1).to(device),
+        attention_mask=mask.long().to(device),
+        position_ids=positions(mask).to(device),
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits[:, -width - 1 : -1]
+    return log_probs_and_entropies(logits, after.to(device), temperature)[0].cpu(), after_mask
+
+
+def _answer(
+    model: PreTrainedModel, ids: list[list[int]], sampling: Sampling, seed: int, batch_size: int, progress: bool
+) -> Completions:
+    seeds = [row_seed(seed, place) for place in range(len(ids))]
+    result = Completions([[] for _ in ids], [False] * len(ids))
+    for batch in _batches(ids, batch_size, "answers", progress):
+        answers = sample(model, [ids[row] for row in batch], sampling, [seeds[row] for row in batch], batch_size)
+        for row, answer, stopped in zip(batch, answers.ids, answers.stopped, strict=True):
+            result.ids[row], result.stopped[row] = answer, stopped
+    return result
+
+
+def _batches(rows: Sequence[Sequence[int]], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:
+    """Places of rows in batches of like length, with a progress bar."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=len(rows), desc=label, disable=not progress) as bar:
+        for batch in length_batches([len(row) for row in rows], batch_size):
+            yield batch
+            bar.update(len(batch))
+
+
+def _text_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+    texts = [row["completion"] for row in rows]
+    lengths = length_statistics([row["tokens"] for row in rows])
+    return {
+        "length": lengths["mean"],
+        "length_p90": lengths["p90"],
+        "eos_share": eos_share([row["stopped"] for row in rows]),
+        "distinct_1": distinct_n(texts, 1),
+        "distinct_2": distinct_n(texts, 2),
+    }
+
+
+def _add_scores(
+    rows: list[dict[str, Any]],
+    name: str,
+    reward: Reward,
+    ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> None:
+    scores = score(
+        reward,
+        [row["prompt"] for row in rows],
+        [text_of(row["completion"]) for row in rows],
+        prompt_ids=ids,
+        completion_ids=completion_ids,
+        columns=columns,
+    )
+    for row, value in zip(rows, scores, strict=True):
+        row[name] = (
+            math.fsum(value) if isinstance(value, list) else value
+        )  # of one number a token, what they add up to
+
+
+def _judge_metrics(rows: list[dict[str, Any]], judge: Reward) -> dict[str, float]:
+    scores = torch.tensor([row["judge"] for row in rows], dtype=torch.float64)
+    metrics = {"judge_score": scores.mean().item()}
+    if isinstance(judge, ModelReward) and judge.model.config.num_labels == 2:
+        # The score of two labels is the log-odds of label 1, so its probability is the sigmoid.
+        metrics["judge_positive"] = torch.sigmoid(scores).mean().item()
+    return metrics
+
+
+def _gold_metrics(evaluation: Evaluation) -> dict[str, float]:
+    interval = mean_with_interval(evaluation.by_prompt("gold"))
+    return {"gold_score": interval["mean"], "gold_score_low": interval["low"], "gold_score_high": interval["high"]}
+
+
+def _divergence(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    rows: list[dict[str, Any]],
+    ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    temperature: float,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, float]:
+    modes = [(each, each.training) for each in (model, reference)]
+    nats, per_token, tokens = 0.0, 0.0, 0
+    try:
+        for each, _ in modes:
+            each.eval()
+        whole = [[*prompt, *answer] for prompt, answer in zip(ids, completion_ids, strict=True)]
+        for batch in _batches(whole, batch_size, "KL", progress):
+            asked, answered = [ids[row] for row in batch], [completion_ids[row] for row in batch]
+            log_probs, mask = completion_log_probs(model, asked, answered, temperature)
+            reference_log_probs, _ = completion_log_probs(reference, asked, answered, temperature)
+            measured, count = sequence_kl(log_probs, reference_log_probs, mask), int(mask.sum())
+            nats += measured["kl"] * len(batch)
+            per_token += measured["kl_per_token_k3"] * count
+            tokens += count
+            ratios = torch.where(mask, log_probs - reference_log_probs, 0.0).sum(dim=1)
+            for row, ratio in zip(batch, ratios.tolist(), strict=True):
+                rows[row]["kl"] = ratio
+    finally:
+        for each, mode in modes:
+            each.train(mode)
+    return {"kl": nats / len(rows), "kl_per_token": per_token / tokens}

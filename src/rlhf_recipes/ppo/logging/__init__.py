@@ -1,0 +1,1 @@
+"""What is logged of an update: metrics, callbacks, hints."""

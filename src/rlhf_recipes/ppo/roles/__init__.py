@@ -1,0 +1,1 @@
+"""The models of PPO: policy and value, reference, rewards, adapters."""

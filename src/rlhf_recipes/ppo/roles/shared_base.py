@@ -1,0 +1,82 @@
+"""A judge that was trained as an adapter on the policy's own base, and needs no second copy of it."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.unwrapping import base_model, trunk_of
+from rlhf_recipes.models import add_adapter_from, has_adapter, is_adapter, load_config, use_adapter
+
+
+def rides_on(judge: str, policy: Any) -> bool:
+    """Whether a judge's folder is an adapter on the base that the policy has an adapter on."""
+    if not is_adapter(judge) or not has_adapter(policy):
+        return False
+    from peft import PeftConfig
+
+    bases = [str(PeftConfig.from_pretrained(judge).base_model_name_or_path), str(base_model(policy).name_or_path)]
+    same = len({os.path.realpath(base) if os.path.isdir(base) else base for base in bases}) == 1
+    return same and _as_saved(policy, Path(bases[0]) / "model.safetensors")
+
+
+def _as_saved(policy: Any, path: Path) -> bool:
+    """Whether the layers under the policy's adapter are those of the file still, and nothing was merged into them.
+
+    True where it cannot be told: the file is elsewhere, or the weights were quantized as they were read.
+    """
+    if not path.is_file():
+        return True
+    live = base_model(policy).state_dict()
+    with safe_open(path, framework="pt") as saved:
+        for name in saved.keys():  # noqa: SIM118  not a mapping
+            head, _, leaf = name.rpartition(".")
+            weight = live.get(f"{head}.base_layer.{leaf}")
+            if weight is None or not weight.is_floating_point():
+                continue
+            kept = saved.get_tensor(name).to(weight.dtype)
+            if weight.shape == kept.shape and not torch.equal(weight.cpu(), kept):
+                return False
+    return True
+
+
+class RidingJudge(nn.Module):
+    """A sequence classifier made of the policy's base, an adapter of its own on it, and a head.
+
+    Only the head belongs to this module; the policy keeps base and adapter.
+
+    Raises:
+        UserError: the folder's weights do not fit the base.
+    """
+
+    def __init__(self, policy: Any, folder: str, adapter: str) -> None:
+        super().__init__()
+        self.config = load_config(folder, "judge")
+        self.config._name_or_path = folder
+        rest = add_adapter_from(policy, folder, adapter)
+        heads = [value for key, value in rest.items() if key.endswith("score.weight")]
+        if len(heads) != 1 or len(rest) != 1:
+            raise UserError(
+                f"judge {folder} trained more of its base than an adapter and a head ({', '.join(rest) or 'no head'}); "
+                "merge it into a model of its own"
+            )
+        self.score = nn.Linear(heads[0].shape[1], heads[0].shape[0], bias=False)
+        self.score.weight = nn.Parameter(heads[0].clone(), requires_grad=False)
+        self.__dict__["_ridden"] = (policy, adapter)  # not a submodule: it is the policy's to save and to move
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        """logits (batch, labels), read at the last token of each row that is not the pad id, as transformers does."""
+        policy, adapter = self.__dict__["_ridden"]
+        with use_adapter(policy, adapter):
+            states = trunk_of(policy)(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        logits = self.score(states.to(self.score.weight.dtype))
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (places * (input_ids != self.config.pad_token_id)).argmax(dim=-1)
+        return SimpleNamespace(logits=logits[torch.arange(len(logits), device=logits.device), last])

@@ -1,0 +1,313 @@
+"""Policy and value as one module, so that one optimizer, one wrapper and one backward pass serve both."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.tensors import log_probs_and_entropies
+from rlhf_recipes.core.unwrapping import base_model, trunk_of
+from rlhf_recipes.models import (
+    ADAPTER_WEIGHTS,
+    adapter_parameters,
+    has_adapter,
+    load_adapter_state,
+    save_adapter,
+    use_adapter,
+)
+from rlhf_recipes.optimizations import (
+    ATTENTION,
+    UpperLayers,
+    freeze_below,
+    in_whole_tiles,
+    lower_layers,
+    states_at,
+    states_of,
+)
+from rlhf_recipes.system import is_sharded, load_whole_state, whole_state
+
+
+class TokenOutputs(NamedTuple):
+    """Each (batch, tokens) in float32, at the generated tokens only; zero where the mask is False."""
+
+    log_probs: Tensor
+    entropies: Tensor
+    values: Tensor
+
+
+class ValueHead(nn.Module):
+    """One number a state, read from the policy's last hidden state. It starts at zero: no opinion yet."""
+
+    FILE = "value_head.safetensors"
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., hidden_size) -> (...)."""
+        return in_own_precision(self.score, hidden)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        state = {key: value.contiguous() for key, value in (state_dict or self.state_dict()).items()}
+        save_file(state, Path(folder) / self.FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ValueHead":
+        state = load_file(Path(folder) / cls.FILE)
+        head = cls(state["score.weight"].shape[1])
+        head.load_state_dict(state)
+        return head
+
+
+class PolicyAndValue(nn.Module):
+    """A causal language model and its value: a head on the policy's trunk, or a model of its own.
+
+    value_adapter: the policy's adapter that the value head reads through, where it has one of its own on the same
+    base; None reads the policy's states.
+    upper_layers: only so many of the policy's layers learn; those below may be read once for many passes.
+
+    Raises:
+        TypeError: value_model is no sequence classifier with one label.
+        UserError: a policy that cannot be cut in two there.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        value_model: nn.Module | None = None,
+        value_adapter: str | None = None,
+        upper_layers: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy: Any = policy
+        self.policy_adapter: str | None = getattr(self.policy, "active_adapter", None)
+        self.value_adapter = value_adapter
+        self.value_model: Any = (
+            check_value_model(value_model) if value_model is not None else ValueHead(hidden_size(policy))
+        )
+        lower, upper = None, policy
+        if upper_layers is not None:
+            freeze_below(policy, upper_layers)
+            lower, upper = lower_layers(policy, upper_layers), UpperLayers(policy, upper_layers)
+        self._no_split_modules = base_model(policy)._no_split_modules  # what FSDP asks for
+        # Views of the policy's own modules, which it alone saves and moves: so they are not registered here.
+        self.__dict__.update(lower=lower, upper=upper)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+        lower_states: Tensor | None = None,
+    ) -> TokenOutputs:
+        """Log-probabilities, entropies and values of the generated tokens.
+
+        input_ids, attention_mask: (batch, width), each row a query, its answer, and padding.
+        response_mask: (batch, tokens). lower_states: (batch, width, hidden_size), what `read_lower` gave for them.
+        """
+        episodes = (input_ids, attention_mask, response_mask)
+        read = self.policy if lower_states is None else self.upper
+        hidden, log_probs, entropies = policy_outputs(read, *episodes, temperature, entropy_gradient, lower_states)
+        if isinstance(self.value_model, ValueHead):
+            if self.value_adapter is not None:
+                with use_adapter(self.policy, self.value_adapter):
+                    hidden = response_states(read, *episodes, lower_states)
+            values = self.value_model(hidden)
+        else:
+            states = response_states(self.value_model, *episodes)
+            values = in_own_precision(self.value_model.score, states)
+        return TokenOutputs(log_probs, entropies, scatter(values, response_mask))
+
+    def read_lower(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor]:
+        """What the layers that stand still leave: (batch, width, hidden_size), in a tuple."""
+        return (states_of(self.lower, attention_mask, input_ids=input_ids),)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in the backward pass; what Trainer calls for ``gradient_checkpointing``."""
+        for module in (self.policy, self.value_model):
+            if not isinstance(module, ValueHead):
+                module.activation_checkpointing_enable(**options)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What is trained and is the policy's."""
+        value = {id(parameter) for parameter in self.value_parameters()}
+        return [each for each in self.parameters() if each.requires_grad and id(each) not in value]
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """What is trained and is the value's alone: its head or model, and its adapter."""
+        own = [] if self.value_adapter is None else adapter_parameters(self.policy, self.value_adapter)
+        return [each for each in [*self.value_model.parameters(), *own] if each.requires_grad]
+
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, value: bool = True
+    ) -> None:
+        """The policy in `folder`, loadable as any causal language model or adapter; the value in ``value_model/``."""
+        policy = _part(state_dict, "policy.")
+        if self.policy_adapter is None:
+            self.policy.save_pretrained(folder, state_dict=policy)
+        else:
+            save_adapter(self.policy, self.policy_adapter, folder, policy)
+            base_model(self.policy).generation_config.save_pretrained(folder)
+        if value:
+            beside = Path(folder) / "value_model"
+            self.value_model.save_pretrained(beside, state_dict=_part(state_dict, "value_model."))
+            if self.value_adapter is not None:
+                save_adapter(self.policy, self.value_adapter, beside, policy)
+
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Read back the weights that `save_pretrained` left, in place. Of sharded weights, all processes call it."""
+        beside = Path(folder) / "value_model"
+        if is_sharded(self):
+            state = _saved("policy.", self.policy, Path(folder), self.policy_adapter)
+            if self.value_adapter is not None:
+                state |= _saved("policy.", self.policy, beside, self.value_adapter)
+            state |= _saved("value_model.", self.value_model, beside, None)
+            load_whole_state(self, whole_state(self) | state)
+            return
+        _read_back(self.policy, Path(folder), self.policy_adapter)
+        if self.value_adapter is not None:
+            load_adapter_state(self.policy, self.value_adapter, load_file(beside / ADAPTER_WEIGHTS))
+        if isinstance(self.value_model, ValueHead):
+            self.value_model.load_state_dict(load_file(beside / ValueHead.FILE))
+        else:
+            own: Any = self.value_model.active_adapter if has_adapter(self.value_model) else None
+            _read_back(self.value_model, beside, own)
+
+
+def in_own_precision(score: Any, hidden: Tensor) -> Tensor:
+    """(..., hidden_size) -> (...) in float32. Autocast would round values, whose differences are what counts."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return score(hidden.to(score.weight.dtype)).squeeze(-1).float()
+
+
+def _part(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+    if state_dict is None:
+        return None
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
+def _read_back(module: Any, folder: Path, adapter: str | None) -> None:
+    if adapter is not None:
+        load_adapter_state(module, adapter, load_file(folder / ADAPTER_WEIGHTS))
+    else:
+        module.load_state_dict(type(module).from_pretrained(folder, dtype=module.dtype).state_dict())
+
+
+def _saved(prefix: str, module: Any, folder: Path, adapter: str | None) -> dict[str, Tensor]:
+    """The weights in a folder under the names that they have in a `PolicyAndValue`."""
+    if isinstance(module, ValueHead):
+        state = load_file(folder / ValueHead.FILE)
+    elif adapter is None:
+        state = type(module).from_pretrained(folder, dtype=module.dtype).state_dict()
+    else:
+        kept = load_file(folder / ADAPTER_WEIGHTS)
+        state = {f"{name.removesuffix('.weight')}.{adapter}.weight": tensor for name, tensor in kept.items()}
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def check_value_model(model: nn.Module) -> nn.Module:
+    """A `ValueHead`, or a sequence classifier with one label and its head under ``score``; else a TypeError."""
+    score = getattr(model, "score", None)
+    outputs = getattr(score, "out_features", None)
+    if isinstance(model, ValueHead) or (isinstance(score, nn.Module) and outputs == 1):
+        return model
+    raise TypeError(
+        f"value_model is a {type(model).__name__}"
+        + (f" with {outputs} labels" if outputs else "")
+        + "; give AutoModelForSequenceClassification with num_labels=1, or None for a value head on the policy"
+    )
+
+
+def response_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, lower_states: Tensor | None = None
+) -> Tensor:
+    """The hidden state in which each generated token was chosen. Returns (generated tokens, hidden_size).
+
+    A token is chosen in the state of the position before it. Positions that generated nothing are left out here, so
+    that no logits are ever computed for prompts or padding. `UpperLayers` read lower_states, any other model the ids.
+    """
+    columns = answer_columns(attention_mask, response_mask, first=-1)
+    if isinstance(model, UpperLayers) and lower_states is not None:
+        return states_at(model.trunk, columns, attention_mask, inputs_embeds=lower_states)
+    return states_at(trunk_of(model), columns, attention_mask, input_ids=input_ids)
+
+
+def answer_columns(attention_mask: Tensor, response_mask: Tensor, first: int = 0) -> Tensor:
+    """True where a row's answer stands, or so many columns on. (batch, width) bool."""
+    ends = attention_mask.sum(1, keepdim=True) + first
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None, :]
+    return (columns < ends) & (columns >= ends - response_mask.sum(1, keepdim=True))
+
+
+def policy_outputs(
+    policy: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    lower_states: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of those tokens."""
+    hidden = response_states(policy, input_ids, attention_mask, response_mask, lower_states)
+    head = policy.head if isinstance(policy, UpperLayers) else base_model(policy).get_output_embeddings()
+    chosen = input_ids[answer_columns(attention_mask, response_mask)]
+    logits = head(in_whole_tiles(hidden))
+    both = log_probs_and_entropies(logits, in_whole_tiles(chosen), temperature)
+    log_probs, entropies = (each[: len(chosen)] for each in both)
+    entropies = entropies if entropy_gradient else entropies.detach()
+    return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Put one value a True position back into the shape of the mask; zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Of the states that the head reads, which a trunk may have projected to another width than it works in."""
+    return int(base_model(model).get_output_embeddings().weight.shape[-1])
+
+
+@torch.no_grad()
+def check_head(policy: nn.Module) -> None:
+    """Whether a policy's logits are its head on the last states of its trunk, which is how probabilities are read here.
+
+    Raises:
+        UserError: something bends or scales them on the way.
+    """
+    base = base_model(policy)
+    device, mode, attention = next(base.parameters()).device, base.training, base.config._attn_implementation
+    if device.type == "meta":
+        return  # another process has the weights, and looks
+    ids = torch.arange(1, 9, device=device)[None] % base.config.get_text_config().vocab_size
+    swapped = device.type == "cpu" and attention not in (
+        None,
+        "eager",
+        "sdpa",
+        ATTENTION,
+    )  # made for a GPU, not there yet
+    base.eval()
+    try:
+        if swapped:
+            base.set_attn_implementation("eager")
+        logits = base(input_ids=ids, use_cache=False).logits
+        ours = base.get_output_embeddings()(trunk_of(base)(input_ids=ids, use_cache=False).last_hidden_state)
+    finally:
+        if swapped:
+            base.set_attn_implementation(attention)
+        base.train(mode)
+    if logits.shape != ours.shape or (logits - ours).abs().max() > 1e-3 * logits.abs().max():
+        raise UserError(
+            f"the logits of a {type(base).__name__} are not its head on the states of its trunk, which PPOTrainer reads "
+            "probabilities from; take another model"
+        )

@@ -1,0 +1,1 @@
+"""From prompts to a rollout: answers, scores, token rewards, advantages."""

@@ -1,0 +1,204 @@
+"""One update's worth of episodes: what was asked, what was answered, and what it was worth."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_recipes.core.tensors import Reduce, alone, length_mask, masked_mean, masked_whiten, pad
+from rlhf_recipes.generation import Completions
+from rlhf_recipes.optimizations import TILE
+from rlhf_recipes.ppo.rollout.advantages import generalized_advantages
+from rlhf_recipes.ppo.rollout.rewards import kl_estimates, penalize_missing_eos, token_rewards
+
+WHOLE_ROWS = (
+    "input_ids",
+    "attention_mask",
+    "lower_states",
+)  # as wide as query and answer; all else is as wide as the answer
+
+
+@dataclass
+class Rollout:
+    """Tensors of one process's episodes: each query and its answer from the first column on, then padding.
+
+    Nothing real stands to the right of padding, so a causal model needs no mask for it.
+    """
+
+    input_ids: Tensor  # (batch, width) long; width: tokens of the longest query and answer together
+    attention_mask: Tensor  # (batch, width) long
+    response_mask: Tensor  # (batch, tokens) bool: generated tokens, the stop token among them
+    stopped: Tensor  # (batch,) bool: ended by a stop token
+    scores: Tensor  # (batch,) float32: what the whole answer earned, its tokens and the missing-EOS penalty included
+    log_probs: Tensor  # (batch, tokens) float32, like all below
+    reference_log_probs: Tensor
+    values: Tensor
+    kl: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+    prior: Tensor | None = None  # (batch, tokens) float32: what of `values` is not the head's, if anything
+    lower_states: Tensor | None = None  # (batch, width, hidden_size): what the layers that stand still left, if any do
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All there is, by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) is not None}
+
+    def select(self, rows: Tensor) -> dict[str, Tensor]:
+        """The episodes of one micro-batch, as the mapping that `compute_loss` takes."""
+        return {name: tensor[rows] for name, tensor in self.tensors().items()}
+
+    def by_length(self, rows: Tensor) -> Tensor:
+        """Those rows, the shortest episode first."""
+        return rows[self.attention_mask[rows].sum(1).argsort(stable=True).to(rows.device)]
+
+    def episode_metrics(self, kl_coef: float) -> dict[str, Tensor]:
+        """What the field logs of each episode, (batch,) each, under TRL's names."""
+        penalty = kl_coef * self.kl.sum(1)
+        return {
+            "objective/kl": self.kl.sum(1),
+            "objective/entropy": -self.log_probs.sum(1),
+            "objective/non_score_reward": -penalty,
+            "objective/rlhf_reward": self.scores - penalty,
+            "objective/scores": self.scores,
+            "completions/mean_length": self.response_mask.sum(1).float(),
+            "completions/eos_share": self.stopped.float(),
+        }
+
+    def explained_variance(self, reduce: Reduce = alone) -> float:
+        """Share of the returns' variance that the values foresaw, over the tokens of all processes; 1 is perfect."""
+        mask = self.response_mask
+        spread = masked_mean((self.returns - masked_mean(self.returns, mask, reduce)) ** 2, mask, reduce)
+        error = masked_mean((self.returns - self.values) ** 2, mask, reduce)
+        return float(1.0 - error / spread.clamp(min=1e-8))
+
+
+@dataclass(frozen=True)
+class RewardShape:
+    """The numbers that turn scores into advantages."""
+
+    kl_coef: float
+    kl_estimator: str
+    gamma: float
+    lam: float
+    whiten_rewards: bool
+    missing_eos_penalty: float | None
+
+    @classmethod
+    def of(cls, config: Any, **moved: float) -> "RewardShape":
+        """Those numbers of a `PPOConfig`, but for those that have moved since."""
+        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)} | moved)
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """The episodes of several rollouts in one, as wide as the widest."""
+    widths = {name: max(getattr(part, name).shape[-1 if name != "lower_states" else 1] for part in parts)
+              for name, tensor in parts[0].tensors().items() if tensor.dim() > 1}  # fmt: skip
+    return Rollout(
+        **{
+            name: torch.cat([_widened(getattr(part, name), widths.get(name)) for part in parts])
+            for name in parts[0].tensors()
+        }
+    )
+
+
+def _widened(tensor: Tensor, width: int | None) -> Tensor:
+    if width is None or tensor.shape[1] == width:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(len(tensor), width - tensor.shape[1], *tensor.shape[2:])], dim=1)
+
+
+def as_samples(
+    prompts: Sequence[Any], texts: Sequence[str], scores: Mapping[str, Sequence[Any]], completions: Completions
+) -> list[dict[str, Any]]:
+    """One row an episode: its prompt, its answer in words, its tokens, whether it ended, and its score by each reward."""
+    lengths = [len(ids) for ids in completions.ids]
+    return [
+        {"prompt": prompt, "completion": text, "tokens": length, "stopped": stopped}
+        | {name: values[row] for name, values in scores.items()}
+        for row, (prompt, text, length, stopped) in enumerate(
+            zip(prompts, texts, lengths, completions.stopped, strict=True)
+        )
+    ]
+
+
+def pack_episodes(
+    queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int = 0
+) -> dict[str, Tensor]:
+    """input_ids, attention_mask (batch, width) and response_mask (batch, tokens) of episodes given as ids.
+
+    pad_id fills the gaps and is looked at by nobody: the masks come from the lengths. So it need not be the
+    tokenizer's, which may lie beyond the embedding.
+    """
+    rows = [[*query, *answer] for query, answer in zip(queries, answers, strict=True)]
+    input_ids, attention_mask = pad(rows, pad_id, multiple=TILE)
+    lengths = torch.tensor([len(answer) for answer in answers])
+    response_mask = length_mask(lengths, int(lengths.max()) if len(answers) else 0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask.long(), "response_mask": response_mask}
+
+
+def narrowed(episodes: dict[str, Tensor], multiple: int = 1) -> dict[str, Tensor]:
+    """Episodes without the columns that are padding in all of them, but for what fills the width up to a multiple."""
+    width = -(-int(episodes["attention_mask"].sum(1).max()) // multiple) * multiple
+    tokens = int(episodes["response_mask"].sum(1).max())
+    cut = {name: width if name in WHOLE_ROWS else tokens for name, tensor in episodes.items() if tensor.dim() > 1}
+    return {name: tensor[:, : cut[name]] if name in cut else tensor for name, tensor in episodes.items()}
+
+
+@torch.no_grad()
+def in_batches(
+    ask: Callable[..., Sequence[Tensor]], episodes: dict[str, Tensor], batches: list[list[int]], multiple: int = 1
+) -> list[Tensor]:
+    """`ask` over the episodes, batch by batch, without gradient; its outputs, put together.
+
+    batches: row numbers, each row in one of them; multiple: see `narrowed`. Outputs are (rows, tokens) of the answers,
+    or (rows, width, ...).
+    """
+    whole: list[Tensor] = []
+    for rows in batches:
+        outputs = ask(**narrowed({name: tensor[rows] for name, tensor in episodes.items()}, multiple))
+        if not whole:
+            shapes = [episodes["response_mask" if output.dim() == 2 else "input_ids"].shape for output in outputs]
+            whole = [each.new_zeros(*shape, *each.shape[2:]) for each, shape in zip(outputs, shapes, strict=True)]
+        for target, output in zip(whole, outputs, strict=True):
+            target[rows, : output.shape[1]] = output
+    return whole
+
+
+def finish_rollout(
+    episodes: dict[str, Tensor],
+    stopped: Tensor,
+    scores: Tensor,
+    log_probs: Tensor,
+    reference_log_probs: Tensor,
+    values: Tensor,
+    shape: RewardShape,
+    reduce: Reduce = alone,
+    token_scores: Tensor | None = None,
+) -> Rollout:
+    """Shape rewards, estimate advantages, whiten them over the episodes of all processes, and put it all together.
+
+    episodes: what `pack_episodes` gives, with lower_states if there are any.
+    scores: (batch,), of whole answers; token_scores: (batch, tokens), what single tokens earned besides.
+    """
+    mask = episodes["response_mask"]
+    kl = torch.where(
+        mask, kl_estimates(log_probs, reference_log_probs, shape.kl_estimator), torch.zeros_like(log_probs)
+    )
+    scores = penalize_missing_eos(scores, stopped, shape.missing_eos_penalty)
+    rewards = token_rewards(scores, kl, mask, shape.kl_coef, token_scores)
+    if token_scores is not None:
+        scores = scores + torch.where(mask, token_scores, torch.zeros_like(token_scores)).sum(dim=1)
+    if shape.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
+    raw = generalized_advantages(rewards, values, mask, shape.gamma, shape.lam)
+    advantages = torch.where(mask, masked_whiten(raw, mask, reduce=reduce), torch.zeros_like(raw))
+    return Rollout(
+        **episodes, stopped=stopped, scores=scores, log_probs=log_probs, reference_log_probs=reference_log_probs,
+        values=values, kl=kl, rewards=rewards, advantages=advantages, returns=raw + values,
+    )  # fmt: skip

@@ -1,0 +1,77 @@
+"""The machine a run is on: hardware, launcher, DeepSpeed and FSDP, workarounds for faults of libraries."""
+
+from rlhf_recipes.system.deepspeed import (
+    DeferredStepEngine,
+    cast_like_engine_,
+    check_quantized_storage,
+    deepspeed_engine,
+    exclude_frozen_weights_,
+    fill_bucket_sizes_,
+    load_unsharded,
+    safe_deepspeed_loading,
+)
+from rlhf_recipes.system.hardware import (
+    MATRIX_UNIT,
+    bf16_unit,
+    fit_to_hardware,
+    give_back_freed_memory,
+    hardware,
+    keep_freed_memory,
+    tokens_at_once,
+)
+from rlhf_recipes.system.launch import (
+    check_launch,
+    check_sharding,
+    check_zero,
+    names_optimizer,
+    refuse_eight_bits_cut,
+    require_as_many,
+    zero_stage,
+)
+from rlhf_recipes.system.sharding import (
+    by_name,
+    end_passes,
+    is_sharded,
+    load_whole_optimizer_state,
+    load_whole_state,
+    tied_again,
+    whole_optimizer_state,
+    whole_state,
+    whole_weights,
+)
+from rlhf_recipes.system.workarounds import without_traps
+
+__all__ = [
+    "MATRIX_UNIT",
+    "DeferredStepEngine",
+    "bf16_unit",
+    "by_name",
+    "cast_like_engine_",
+    "check_launch",
+    "check_quantized_storage",
+    "check_sharding",
+    "check_zero",
+    "deepspeed_engine",
+    "end_passes",
+    "exclude_frozen_weights_",
+    "fill_bucket_sizes_",
+    "fit_to_hardware",
+    "give_back_freed_memory",
+    "hardware",
+    "is_sharded",
+    "keep_freed_memory",
+    "load_unsharded",
+    "load_whole_optimizer_state",
+    "load_whole_state",
+    "names_optimizer",
+    "refuse_eight_bits_cut",
+    "require_as_many",
+    "safe_deepspeed_loading",
+    "tied_again",
+    "tokens_at_once",
+    "whole_optimizer_state",
+    "whole_state",
+    "whole_weights",
+    "without_traps",
+    "zero_stage",
+]
