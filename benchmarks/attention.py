@@ -12,7 +12,7 @@ from peers import as_ratio
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_recipes.optimizations import ShortCausalAttention
-from rlhf_recipes.system import hardware, keep_freed_memory
+from rlhf_recipes.system import describe_hardware, keep_freed_memory_
 
 SHAPES = [(8, 6, 48, 64), (8, 6, 96, 64), (8, 12, 128, 64), (4, 12, 192, 64), (4, 12, 256, 64), (4, 12, 384, 64)]
 ROUNDS = 15
@@ -37,9 +37,9 @@ def milliseconds(shape: tuple[int, ...]) -> tuple[list[float], list[float]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()
+    keep_freed_memory_()
     print(
-        f"{hardware()}\n\n| rows, heads, tokens, size | PyTorch's time over ours | ms, PyTorch | ms, ours |\n|---|---|---|---|"
+        f"{describe_hardware()}\n\n| rows, heads, tokens, size | PyTorch's time over ours | ms, PyTorch | ms, ours |\n|---|---|---|---|"
     )
     for shape in SHAPES:
         theirs, ours = milliseconds(shape)

@@ -26,7 +26,7 @@ from typing import Any
 from rlhf_recipes.core.errors import UserError, one_line_errors
 from rlhf_recipes.core.files import write_json, write_text
 from rlhf_recipes.core.markdown import escape_markdown, table
-from rlhf_recipes.system import hardware
+from rlhf_recipes.system import describe_hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "recipes" / "configs" / "quickstart"
@@ -37,7 +37,7 @@ START = "sft"
 # what is shown: name -> (heading, format)
 COLUMNS = {
     "gold_score": ("gold", ".3f"),
-    "judge_score": ("judge", ".2f"),
+    "reward_score": ("judge", ".2f"),
     "kl": ("KL (nats an answer)", ".2f"),
     "length": ("length (tokens)", ".1f"),
     "eos_share": ("ended by EOS", ".1%"),
@@ -131,8 +131,8 @@ def _write(asked: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
         "seeds": asked.seeds,
         "prompts": asked.num_prompts,
         "judge_seconds": judge.get("seconds"),
-        "judge_accuracy": judge.get("judge_accuracy"),
-        "hardware": hardware(),
+        "reward_accuracy": judge.get("reward_accuracy"),
+        "hardware": describe_hardware(),
         "date": time.strftime("%Y-%m-%d"),
     }
     write_json(asked.output_dir / "comparison.json", {**facts, "results": results})

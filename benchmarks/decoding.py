@@ -23,8 +23,8 @@ from ppo_worker import model_of, prompts_of
 from transformers import GPT2LMHeadModel
 
 from rlhf_recipes import generation
-from rlhf_recipes.optimizations import casts_kept, quicken, roomy_cache
-from rlhf_recipes.system import bf16_unit, hardware, keep_freed_memory
+from rlhf_recipes.optimizations import cached_casts, fuse_kernels_, preallocated_cache
+from rlhf_recipes.system import bf16_support, describe_hardware, keep_freed_memory_
 
 CPU = torch.device("cpu")
 ASKED = argparse.Namespace(shape="14M", prompt=48, response=48)
@@ -32,7 +32,7 @@ ASKED = argparse.Namespace(shape="14M", prompt=48, response=48)
 
 def other_cache(config: Any) -> Any:
     """With keys and values in the other precision than it was thought to be quicker here."""
-    cache = roomy_cache(config)
+    cache = preallocated_cache(config)
     for layer in cache.layers:
         layer.widened = not layer.widened
     return cache
@@ -40,8 +40,8 @@ def other_cache(config: Any) -> Any:
 
 @contextmanager
 def without(what: str) -> Iterator[None]:
-    nothing = mock.patch.multiple(generation, weights_prepacked=lambda model: nullcontext())
-    other = mock.patch.multiple(generation, roomy_cache=other_cache)
+    nothing = mock.patch.multiple(generation, prepacked_weights=lambda model: nullcontext())
+    other = mock.patch.multiple(generation, preallocated_cache=other_cache)
     with (
         nothing if what in ("weights", "both") else nullcontext(),
         other if what in ("keys", "both") else nullcontext(),
@@ -69,21 +69,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
+    keep_freed_memory_()
     prompts = prompts_of(ASKED)["input_ids"][:32]
-    policy = quicken(model_of(GPT2LMHeadModel, ASKED, 0), CPU)
+    policy = fuse_kernels_(model_of(GPT2LMHeadModel, ASKED, 0), CPU)
     sampling = generation.Sampling(48, stop_ids=(-1,))
 
     def answer(low: bool) -> None:
-        with casts_kept(policy), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        with cached_casts(policy), torch.autocast("cpu", torch.bfloat16, enabled=low):
             generation.sample(policy, prompts, sampling, list(range(32)))
 
-    lines = [f"{datetime.date.today()}, {hardware()}; {asked.rounds} rounds in turns.", ""]
+    lines = [f"{datetime.date.today()}, {describe_hardware()}; {asked.rounds} rounds in turns.", ""]
     lines += ["| precision | left out | time without it over time with it |", "|---|---|---|"]
     print("\n".join(lines), flush=True)
-    kept = "float32" if roomy_cache(policy.config).layers[0].widened else "bfloat16"
+    kept = "float32" if preallocated_cache(policy.config).layers[0].widened else "bfloat16"
     names = {"weights": "weights laid out once", "keys": f"keys in {kept}", "both": "both"}
-    for low in (False, True) if bf16_unit() else (False,):
+    for low in (False, True) if bf16_support() else (False,):
         kinds = ["weights", "keys", "both"] if low else ["weights"]
         for kind, ratios in compared(partial(answer, low), kinds, asked.rounds).items():
             lines.append(f"| {'bfloat16' if low else 'float32'} | {names[kind]} | {as_ratio(ratios)} |")

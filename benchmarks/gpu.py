@@ -21,7 +21,7 @@ from ppo_speed import CASES, TRL, compared
 from pretrain_worker import BLOCK, STEPS
 from triton.testing import do_bench
 
-from rlhf_recipes.system import hardware
+from rlhf_recipes.system import describe_hardware
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = "124M"
@@ -106,7 +106,7 @@ def main() -> None:
         raise SystemExit("there is no GPU here; on a CPU: make bench")
     rates = matrix_rates()
     said = f"{rates[True] / 1e12:.0f} TFLOP/s in bfloat16, {rates[False] / 1e12:.0f} in float32"
-    head = f"{datetime.date.today()}, {hardware()}, torch {torch.__version__}; its fastest matrix product: {said}."
+    head = f"{datetime.date.today()}, {describe_hardware()}, torch {torch.__version__}; its fastest matrix product: {said}."
     titles = {
         "pretraining": f"Pretraining, {asked.rounds} paired rounds of {STEPS} steps of {asked.blocks} blocks of {BLOCK} tokens:",
         "ppo": f"PPO, {asked.rounds} paired updates of {TRL} and ours, {asked.episodes} episodes each, prompts of 8 to "

@@ -192,11 +192,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    from rlhf_recipes.system import hardware
+    from rlhf_recipes.system import describe_hardware
 
     torch.set_num_threads(1)
 
-    head = f"{datetime.date.today()}, {hardware()}; GPT-2 14M, {BATCH} episodes an update."
+    head = f"{datetime.date.today()}, {describe_hardware()}; GPT-2 14M, {BATCH} episodes an update."
     lines, used = utilisation(asked.rounds)
     grown = growth(asked.rounds)
     draw(grown, RESULTS / "growth.png")

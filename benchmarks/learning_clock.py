@@ -62,7 +62,7 @@ def prepare(asked: Any, folder: Path) -> None:
     """Policy, judge and prompts, in a form that every trainer takes."""
     from rlhf_recipes.core.arguments import DatasetArguments
     from rlhf_recipes.data import load_train_and_test, prompt_ids
-    from rlhf_recipes.models import load_causal_lm, load_judge, load_tokenizer
+    from rlhf_recipes.models import load_causal_lm, load_reward_model, load_tokenizer
     from rlhf_recipes.stages.ppo import with_prompts
 
     world = WORLDS[asked.world]
@@ -70,7 +70,7 @@ def prepare(asked: Any, folder: Path) -> None:
     tokenizer = load_tokenizer(policy)
     load_causal_lm(policy).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
-    judge: Any = load_judge(reward)
+    judge: Any = load_reward_model(reward)
     weight, spread, shift = judge.score.weight.detach(), judge.config.score_std, judge.config.score_mean
     single = weight if len(weight) == 1 else weight[1:] - weight[:1]  # the log-odds of the second label
     judge.score = torch.nn.Linear(weight.shape[1], 1, bias=False)
@@ -188,11 +188,9 @@ def main() -> None:
         list(
             pool.map(lambda one: run(*one[::-1], asked, asked.output_dir), itertools.product(asked.seeds, asked.kinds))
         )
-    from rlhf_recipes.system import hardware
+    from rlhf_recipes.system import describe_hardware
 
-    head = (
-        f"{datetime.date.today()}, {hardware()}; {asked.at_once} runs at a time, one thread each; seeds {asked.seeds}."
-    )
+    head = f"{datetime.date.today()}, {describe_hardware()}; {asked.at_once} runs at a time, one thread each; seeds {asked.seeds}."
     text = f"{head}\n\n{told(asked.output_dir, asked)}\n"
     (asked.output_dir / "clock.md").write_text(text, encoding="utf-8")
     print(text)

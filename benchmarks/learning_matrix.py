@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.system import hardware
+from rlhf_recipes.system import describe_hardware
 
 SPECIAL = ("<|endoftext|>", "<|pad|>")
 SHAPE: dict[str, Any] = {
@@ -161,7 +161,7 @@ def main() -> None:
         lines.append(f"| {case} | " + " | ".join(cells) + f" | {', '.join(failed) or 'none'} |")
         print(lines[-1], flush=True)
     if asked.out:
-        head = f"Measured {datetime.date.today()} on {hardware()}, by `python benchmarks/learning_matrix.py`.\n\n"
+        head = f"Measured {datetime.date.today()} on {describe_hardware()}, by `python benchmarks/learning_matrix.py`.\n\n"
         asked.out.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 

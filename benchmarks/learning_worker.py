@@ -155,7 +155,7 @@ def grouped(prepared: Prepared, asked: Any, folder: str) -> None:
     import trl
 
     from rlhf_recipes import PPOConfig
-    from rlhf_recipes.models import read_left_padding
+    from rlhf_recipes.models import count_positions_from_mask_
     from rlhf_recipes.system import fit_to_hardware
 
     policy, judge, told = prepared.policy(), prepared.reward(prepared.judge()), prepared.told
@@ -183,7 +183,7 @@ def grouped(prepared: Prepared, asked: Any, folder: str) -> None:
         processing_class=prepared.tokenizer, callbacks=[Clock(prepared, policy, asked)],
     )  # fmt: skip
     for reader in (made.model, made.ref_model):
-        read_left_padding(reader)  # without it their probabilities are those of other positions (GPT-2)
+        count_positions_from_mask_(reader)  # without it their probabilities are those of other positions (GPT-2)
     made.train()
 
 

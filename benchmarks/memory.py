@@ -24,8 +24,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_recipes import PPOConfig, PPOTrainer
-from rlhf_recipes.models import build_gpt2, save_judge_config
-from rlhf_recipes.system import hardware
+from rlhf_recipes.models import build_gpt2, save_reward_model_config
+from rlhf_recipes.system import describe_hardware
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 CASES = {
@@ -50,7 +50,7 @@ def leave_models(folder: Path, size: str) -> None:
     judge.save_pretrained(folder / "judge")
     adapted = get_peft_model(judge, lora("SEQ_CLS", modules_to_save=["score"]))
     adapted.save_pretrained(folder / "judge_adapter")
-    save_judge_config(adapted, folder / "judge_adapter")
+    save_reward_model_config(adapted, folder / "judge_adapter")
     for name in ("base", "judge", "judge_adapter"):
         tokenizer.save_pretrained(folder / name)
 
@@ -115,7 +115,9 @@ def main() -> None:
             print(lines[-1], flush=True)
     if asked.out:
         words = " ".join(["--size", asked.size, *sizes])
-        head = f"Measured {datetime.date.today()} on {hardware()}, by `python benchmarks/memory.py {words}`.\n\n"
+        head = (
+            f"Measured {datetime.date.today()} on {describe_hardware()}, by `python benchmarks/memory.py {words}`.\n\n"
+        )
         asked.out.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -19,11 +19,11 @@ from peers import as_ratio
 from ppo_worker import model_of
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from rlhf_recipes.core.tensors import length_batches
+from rlhf_recipes.core.tensors import batches_by_length
+from rlhf_recipes.optimizations import fuse_kernels_
 from rlhf_recipes.optimizations import packing as packed
-from rlhf_recipes.optimizations import quicken
-from rlhf_recipes.ppo import PolicyAndValue, narrowed, pack_episodes, without_dropout
-from rlhf_recipes.system import bf16_unit, hardware, keep_freed_memory, tokens_at_once
+from rlhf_recipes.ppo import PolicyAndValue, disable_dropout_, pack_episodes, trim_padding
+from rlhf_recipes.system import bf16_support, describe_hardware, keep_freed_memory_, tokens_per_forward
 
 CPU = torch.device("cpu")
 CASES = {  # value model, layers that learn
@@ -43,22 +43,22 @@ def episodes() -> dict[str, torch.Tensor]:
 
 def model(value: bool, upper: int | None) -> PolicyAndValue:
     asked = argparse.Namespace(shape="14M", prompt=48, response=48)
-    policy = quicken(model_of(GPT2LMHeadModel, asked, 0), CPU)
-    values = quicken(model_of(GPT2ForSequenceClassification, asked, 2), CPU) if value else None
+    policy = fuse_kernels_(model_of(GPT2LMHeadModel, asked, 0), CPU)
+    values = fuse_kernels_(model_of(GPT2ForSequenceClassification, asked, 2), CPU) if value else None
     both = PolicyAndValue(policy, values, None, upper)
-    without_dropout(both)
+    disable_dropout_(both)
     return both
 
 
 @contextmanager
 def padding(on: bool) -> Iterator[None]:
-    packs = packed.takes_packed_rows
+    packs = packed.supports_packing
     if on:
-        packed.takes_packed_rows = lambda trunk: False
+        packed.supports_packing = lambda trunk: False
     try:
         yield
     finally:
-        packed.takes_packed_rows = packs
+        packed.supports_packing = packs
 
 
 def compared(both: PolicyAndValue, low: bool, rounds: int) -> tuple[list[float], float]:
@@ -68,8 +68,8 @@ def compared(both: PolicyAndValue, low: bool, rounds: int) -> tuple[list[float],
         if both.lower is not None:
             (rows["lower_states"],) = both.read_lower(**rows)
     lengths = rows["attention_mask"].sum(1).tolist()
-    batches = length_batches(lengths, len(lengths), tokens_at_once(CPU, low))
-    pieces = [narrowed({name: each[batch] for name, each in rows.items()}, 16 if low else 1) for batch in batches]
+    batches = batches_by_length(lengths, len(lengths), tokens_per_forward(CPU, low))
+    pieces = [trim_padding({name: each[batch] for name, each in rows.items()}, 16 if low else 1) for batch in batches]
     ratios = []
     for turn in range(rounds + 2):
         seconds = []
@@ -91,15 +91,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
-    lines = [f"{datetime.date.today()}, {hardware()}; {asked.rounds} rounds in turns.", ""]
+    keep_freed_memory_()
+    lines = [f"{datetime.date.today()}, {describe_hardware()}; {asked.rounds} rounds in turns.", ""]
     lines += [
         "| | precision | time with padding over time without | columns with padding over tokens |",
         "|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     for case, (value, upper) in CASES.items():
-        for low in (False, True) if bf16_unit() else (False,):
+        for low in (False, True) if bf16_support() else (False,):
             ratios, columns = compared(model(value, upper), low, asked.rounds)
             lines.append(f"| {case} | {'bfloat16' if low else 'float32'} | {as_ratio(ratios)} | {columns:.2f}x |")
             print(lines[-1], flush=True)

@@ -76,7 +76,7 @@ def main() -> None:
     asked = parser.parse_args()
     import torch
 
-    from rlhf_recipes.system import hardware
+    from rlhf_recipes.system import describe_hardware
 
     torch.set_num_threads(1)
 
@@ -84,7 +84,7 @@ def main() -> None:
     found = compared(asked.cases, common, asked.rounds, list(PEERS))
     lines = ["| | episodes per second, to TRL 1.12's | peak memory | target | |", "|---|---|---|---|---|"]
     lines += [line_of(each) for each in found[1:]]
-    head = f"{datetime.date.today()}, {hardware()}; GPT-2 {asked.shape}, {asked.rounds} paired updates."
+    head = f"{datetime.date.today()}, {describe_hardware()}; GPT-2 {asked.shape}, {asked.rounds} paired updates."
     name = RESULTS / f"ppo_speed_{asked.shape.strip('[]').replace(',', '_').replace(' ', '')}"
     name.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")
     name.with_suffix(".json").write_text(json.dumps({"head": head, "found": found}, indent=1), encoding="utf-8")

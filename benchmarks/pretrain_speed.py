@@ -23,7 +23,7 @@ def main() -> None:
     asked = parser.parse_args()
     import torch
 
-    from rlhf_recipes.system import hardware
+    from rlhf_recipes.system import describe_hardware
 
     torch.set_num_threads(1)
 
@@ -46,7 +46,7 @@ def main() -> None:
         lines.append(f"| {case} | {as_ratio(ratios)} | {memory:.2f}x | >= {target}x | {met} |")
         print(lines[-1], flush=True)
         found.append({"case": case, "ratios": ratios, "memory": memory, "theirs": theirs, "ours": ours})
-    head = f"{datetime.date.today()}, {hardware()}; GPT-2 {asked.shape}, {asked.rounds} paired rounds of 8 steps."
+    head = f"{datetime.date.today()}, {describe_hardware()}; GPT-2 {asked.shape}, {asked.rounds} paired rounds of 8 steps."
     name = Path(__file__).parent / "results" / f"pretrain_speed_{asked.shape}"
     name.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")
     name.with_suffix(".json").write_text(json.dumps({"head": head, "found": found}, indent=1), encoding="utf-8")

@@ -131,7 +131,7 @@ def said_by(command: list[str], log: Path, changes: dict[str, str] | None = None
     return "" if done.returncode == 0 else lines[0] if lines else f"failed, see {log.name}"
 
 
-def alone(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[Job, str]:
+def identity(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[Job, str]:
     """Each run by this process by itself: the line that refused it, or nothing."""
     refused = {}
     for stage, kind in itertools.product(STAGES, kinds):
@@ -210,7 +210,7 @@ def gpu_tables(
             for place, stage in itertools.product(places, STAGES)
             for kinds in [LEARNS_ALL if stage == "pretrain" else list(GPU_KINDS)]
         }
-        by_itself = alone(folder, GPU_KINDS)
+        by_itself = identity(folder, GPU_KINDS)
         for done in as_completed(running):
             said |= {(*running[done], job): faults for job, faults in done.result().items()}
             lines = gpu_lines(folder, places, by_itself, said, resumed)
@@ -317,7 +317,9 @@ def main() -> None:
 
 def hardware_seen() -> str:
     """What a process would run on; asked of one of its own, since a process that has looked at a GPU keeps seeing it."""
-    asked = "import torch; torch.set_num_threads(1); from rlhf_recipes.system import hardware; print(hardware())"
+    asked = (
+        "import torch; torch.set_num_threads(1); from rlhf_recipes.system import hardware; print(describe_hardware())"
+    )
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", asked],
@@ -332,7 +334,7 @@ def cpu_tables(folder: Path, ways: list[str], counts: list[int]) -> list[str]:
     """Every stage, kind and way, one after the other; PPO under native FSDP2."""
     found: dict[Job, list[str]] = {
         each: [f"refused: {why}"] * len(ways) * len(counts) if why else []
-        for each, why in alone(folder, KINDS).items()
+        for each, why in identity(folder, KINDS).items()
     }
     fitting = [each for each, said in found.items() if not said]
     for way, count in itertools.product(ways, counts):

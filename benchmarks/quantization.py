@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.system import hardware
+from rlhf_recipes.system import describe_hardware
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("full", "8-bit", "4-bit", "4-bit double")
@@ -169,7 +169,7 @@ def main() -> None:
             print("\n".join(new), flush=True)
     if asked.only:
         return
-    told = {"hardware": hardware(), "date": str(datetime.date.today()), "seed": 42, "threads": 1}
+    told = {"hardware": describe_hardware(), "date": str(datetime.date.today()), "seed": 42, "threads": 1}
     gpu = found["traps"]["-"]["gpu"]
     peak = (
         "allocated on the GPU"

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf_recipes import PPOConfig, PPOTrainer, load_reward, parse_arguments
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.data import split_ids
+from rlhf_recipes.data import prompt_and_completion_ids
 from rlhf_recipes.evaluation import completion_perplexity, evaluate_model
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.models import build_gpt2, in_bits, load_causal_lm, load_judge, load_tokenizer
+from rlhf_recipes.models import build_gpt2, load_causal_lm, load_reward_model, load_tokenizer, quantization_kwargs
 from rlhf_recipes.stages import eval as evaluation
 from rlhf_recipes.stages import ppo, reward, sft
-from rlhf_recipes.system import without_traps
+from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs" / "quickstart"
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -110,7 +110,7 @@ def ask(stage: str, run: Path, out: Path, precision: str, **more: Any) -> tuple[
 
 def both_ways(folder: Path, precision: str, load: Callable[..., Any]) -> dict[str, Any]:
     """What was left, read again as it was trained, and merged into the base in full precision."""
-    return {"again": load(str(folder), **in_bits(**PRECISIONS[precision])), "merged": load(str(folder))}
+    return {"again": load(str(folder), **quantization_kwargs(**PRECISIONS[precision])), "merged": load(str(folder))}
 
 
 def rows_of(run: Path, name: str) -> list[dict[str, Any]]:
@@ -134,14 +134,14 @@ def of_eval(run: Path, precision: str, out: Path) -> dict[str, Any]:
     started = clock()
     told = metrics_in(evaluation.run_eval(arguments))["models"]
     seconds = clock() - started
-    roles = {"base": bytes_in(tensors_in(load_causal_lm(tuned, **in_bits(**how))))}
+    roles = {"base": bytes_in(tensors_in(load_causal_lm(tuned, **quantization_kwargs(**how))))}
     found = {"perplexity": told["pretrain"]["perplexity"], "gold": told["sft"]["gold_score"], "kl": told["sft"]["kl"]}
     return found | {"roles": roles, "seconds": seconds}
 
 
 def of_sft(run: Path, precision: str, out: Path) -> dict[str, Any]:
     trainer = sft.build_sft_trainer(*ask("sft", run, out, precision))
-    rows, tokenizer, roles = sft.trained_runs(trainer.eval_dataset), trainer.processing_class, roles_of(trainer.model)
+    rows, tokenizer, roles = sft.loss_spans(trainer.eval_dataset), trainer.processing_class, roles_of(trainer.model)
 
     def measured(model: Any) -> float:
         return completion_perplexity(model, tokenizer, rows, batch_size=64)["perplexity"]
@@ -160,15 +160,18 @@ def of_reward(run: Path, precision: str, out: Path) -> dict[str, Any]:
 
     def measured(model: Any) -> float:
         judge: Any = load_reward(model, tokenizer)
-        ids = [[split_ids(row["prompt"], row[side], tokenizer) for row in rows] for side in ("chosen", "rejected")]
+        ids = [
+            [prompt_and_completion_ids(row["prompt"], row[side], tokenizer) for row in rows]
+            for side in ("chosen", "rejected")
+        ]
         one, other = (judge.score_ids([[*prompt, *answer] for prompt, answer in side]) for side in ids)
         return sum(map(float.__gt__, one, other)) / len(rows)
 
     before, started = measured(model), clock()
     told = metrics_in(reward.run_reward(*ask("reward", run, out, precision)))
     seconds = clock() - started
-    read = {name: measured(model) for name, model in both_ways(out, precision, load_judge).items()}
-    return {"before": before, "after": told["judge_accuracy"], **read, "roles": roles, "seconds": seconds}
+    read = {name: measured(model) for name, model in both_ways(out, precision, load_reward_model).items()}
+    return {"before": before, "after": told["reward_accuracy"], **read, "roles": roles, "seconds": seconds}
 
 
 def of_ppo(run: Path, precision: str, out: Path) -> dict[str, Any]:
@@ -185,7 +188,7 @@ def of_ppo(run: Path, precision: str, out: Path) -> dict[str, Any]:
     def measured(model: Any) -> dict[str, float]:
         sampling = Sampling(40, 0.7, stop_ids=stop_ids(base_model(model), tokenizer))
         told = evaluate_model(model, tokenizer, [row["prompt"] for row in rows], sampling=sampling, **asked).metrics
-        return {"gold": told["gold_score"], "judge": told["judge_score"]}
+        return {"gold": told["gold_score"], "judge": told["reward_score"]}
 
     roles = roles_of(trainer.model.policy, trainer.rewards[0].model, trainer.model.value_model)
     before, started = measured(trainer.model.policy), clock()
@@ -211,7 +214,7 @@ def of_gpt2(run: Path, precision: str, out: Path) -> dict[str, Any]:
         for folder in (base, judge):
             tokenizer.save_pretrained(folder)
         return {}
-    bits = in_bits(**PRECISIONS[precision]).get("quantization_config")
+    bits = quantization_kwargs(**PRECISIONS[precision]).get("quantization_config")
     args = PPOConfig(
         output_dir=str(out), per_device_train_batch_size=4, response_length=8, num_ppo_epochs=1, max_steps=1, bf16=GPU,
         report_to="none", disable_tqdm=True, save_strategy="no", hints=False, use_cpu=not GPU, log_completions=False,
@@ -219,7 +222,7 @@ def of_gpt2(run: Path, precision: str, out: Path) -> dict[str, Any]:
     adapter = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=TARGETS, fan_in_fan_out=bits is None)
     trainer = PPOTrainer(
         str(base), [str(judge)], args, [{"prompt": f"prompt {row}"} for row in range(4)], peft_config=adapter,
-        quantization_config=bits, judge_quantization_config=bits,
+        quantization_config=bits, reward_quantization_config=bits,
     )  # fmt: skip
     started = clock()
     trainer.train()
@@ -237,7 +240,7 @@ def of_optimizer(run: Path, name: str, out: Path) -> dict[str, Any]:
     trainer.train()
     seconds, optimizer = clock() - started, trainer.optimizer.optimizer
     tensors = [each for state in optimizer.state.values() for each in state.values() if isinstance(each, torch.Tensor)]
-    rows = sft.trained_runs(trainer.eval_dataset)
+    rows = sft.loss_spans(trainer.eval_dataset)
     found = completion_perplexity(trainer.model, trainer.processing_class, rows, batch_size=64)
     weights = bytes_in(trainer.model.parameters())
     return {"after": found["perplexity"], "roles": {"base": weights, "state": bytes_in(tensors)}, "seconds": seconds}
@@ -253,7 +256,7 @@ def of_traps(run: Path, _: str, out: Path) -> dict[str, Any]:
     rows = [torch.tensor([tokenizer(text)["input_ids"][:128]], device=DEVICE) for text in texts]
 
     def read(folder: Path) -> Any:
-        given: dict[str, Any] = {"device_map": {"": DEVICE}, "dtype": torch.float32} | in_bits(4)
+        given: dict[str, Any] = {"device_map": {"": DEVICE}, "dtype": torch.float32} | quantization_kwargs(4)
         return AutoModelForCausalLM.from_pretrained(folder, **given).eval()
 
     def adapted(model: Any) -> Any:
@@ -298,8 +301,8 @@ def of_traps(run: Path, _: str, out: Path) -> dict[str, Any]:
         return f"largest error {(error.abs().max() / weight.abs().max()):.2f} of the largest weight"
 
     expected, right = (
-        measured(without_traps(read(name))),
-        measured(adapted(without_traps(read(name))).merge_and_unload()),
+        measured(apply_bitsandbytes_workarounds_(read(name))),
+        measured(adapted(apply_bitsandbytes_workarounds_(read(name))).merge_and_unload()),
     )
     acts = {
         "decoded: rows of 48": decoded,  # first, since what mends it does so for the whole process
@@ -317,7 +320,7 @@ def _both(act: Callable[[Callable[[Any], Any]], str]) -> dict[str, str]:
         plain = act(lambda model: model)
     except (RuntimeError, AssertionError) as error:
         plain = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return {"plain": plain, "ours": act(without_traps)}
+    return {"plain": plain, "ours": act(apply_bitsandbytes_workarounds_)}
 
 
 def main(stage: str, precision: str, run: Path) -> None:

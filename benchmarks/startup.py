@@ -50,7 +50,7 @@ def main() -> None:
     asked = parser.parse_args()
     import torch
 
-    from rlhf_recipes.system import hardware
+    from rlhf_recipes.system import describe_hardware
 
     torch.set_num_threads(1)
 
@@ -65,7 +65,7 @@ def main() -> None:
     for what, pairs in rows.items():
         theirs, ours = (sorted(each)[len(pairs) // 2] for each in zip(*pairs, strict=True))
         lines.append(f"| {what} | {as_ratio([one / two for one, two in pairs])} | {theirs:.2f} | {ours:.2f} |")
-    head = f"{datetime.date.today()}, {hardware()}; {asked.rounds} rounds in turns, disk warm."
+    head = f"{datetime.date.today()}, {describe_hardware()}; {asked.rounds} rounds in turns, disk warm."
     name = Path(HERE) / "results" / "startup"
     name.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")
     name.with_suffix(".json").write_text(json.dumps({"head": head, "rows": rows}, indent=1), encoding="utf-8")

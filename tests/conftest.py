@@ -191,7 +191,7 @@ def make_model() -> Callable[..., "GPT2LMHeadModel"]:
 
 
 @pytest.fixture(scope="session")
-def make_judge() -> Callable[..., "GPT2ForSequenceClassification"]:
+def make_reward_model() -> Callable[..., "GPT2ForSequenceClassification"]:
     """(seed=0, num_labels=1, **config) -> a two-layer GPT-2 that scores a text, as `make_model` makes it."""
 
     def make(seed: int = 0, num_labels: int = 1, **config: Any) -> "GPT2ForSequenceClassification":
@@ -207,7 +207,7 @@ def make_judge() -> Callable[..., "GPT2ForSequenceClassification"]:
 
 @pytest.fixture(scope="module")
 def world(
-    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_judge: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_reward_model: Callable[..., Any],
     tokenizer: "PreTrainedTokenizerFast",
 ) -> Path:  # fmt: skip
     """The folder with what the small runs of each training stage read; they write below it."""
@@ -215,5 +215,5 @@ def world(
 
     folder = tmp_path_factory.mktemp("small")
     return small_runs.prepare(
-        folder, make_model(0, initializer_range=0.1), make_judge(3, initializer_range=0.2), tokenizer
+        folder, make_model(0, initializer_range=0.1), make_reward_model(3, initializer_range=0.2), tokenizer
     )

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "src"))
 
 
-class Tally:
+class MaskedMeans:
     """Of the tests that lay a fault: how often it was laid, and how often the run did not go on as if nothing had been."""
 
     def __init__(self) -> None:
@@ -45,12 +45,12 @@ class Tally:
 
 
 def main(kills: int = 120) -> int:
-    from rlhf_recipes.system.hardware import hardware
+    from rlhf_recipes.system.hardware import describe_hardware
 
-    tally = Tally()
+    tally = MaskedMeans()
     places = [str(HERE / "stages" / f"test_{name}.py") for name in ("nothing_lost", "processes")]
     code = pytest.main([*places, "-q", "-p", "no:cacheprovider", "--kills", str(kills)], plugins=[tally])
-    print(f"\nMeasured {time.strftime('%Y-%m-%d')} on {hardware()}, by `python tests/faults.py {kills}`.\n")
+    print(f"\nMeasured {time.strftime('%Y-%m-%d')} on {describe_hardware()}, by `python tests/faults.py {kills}`.\n")
     print("| what happens | to | times | lost |\n|---|---|---|---|")
     for name, tries in tally.tries.items():
         print(f"| {name} | {', '.join(tally.stages[name])} | {tries} | {tally.lost[name]} |")

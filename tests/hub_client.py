@@ -111,7 +111,7 @@ def _child(job: dict[str, Any]) -> int:
     from rlhf_recipes.hub import requests as asking
 
     constants.HF_HUB_OFFLINE = bool(job.get("offline"))
-    asking.STALLED = job.get("stalled", asking.STALLED)
+    asking.READ_TIMEOUT = job.get("stalled", asking.READ_TIMEOUT)
     try:
         if "words" in job:
             from rlhf_recipes.__main__ import main

@@ -111,7 +111,7 @@ def first_try(client: Client, hub: Hub, case: Case, folder: Path, repo: str) -> 
         return client.finish()
 
 
-def tell(case: Case, said: Said, before: dict[str, bytes], hub: Hub, repo: str, folder: Path) -> str:
+def print_pushed(case: Case, said: Said, before: dict[str, bytes], hub: Hub, repo: str, folder: Path) -> str:
     """What the first try came to, for the table."""
     held = hub.files(repo)
     state = (
@@ -125,9 +125,9 @@ def tell(case: Case, said: Said, before: dict[str, bytes], hub: Hub, repo: str, 
 def provenance() -> str:
     from huggingface_hub import __version__
 
-    from rlhf_recipes.system.hardware import hardware
+    from rlhf_recipes.system.hardware import describe_hardware
 
-    when = f"{time.strftime('%Y-%m-%d')} on {hardware()}"
+    when = f"{time.strftime('%Y-%m-%d')} on {describe_hardware()}"
     return f"Measured {when}, with huggingface_hub {__version__}, by `python tests/hub_faults.py`.\n"
 
 
@@ -144,7 +144,7 @@ def main() -> None:
                 assert client.stage(*words(old, repo), token=GOOD).code == 0
             before = hub.files(repo)
             said = first_try(client, hub, case, folder, repo)
-            first = tell(case, said, before, hub, repo, folder)
+            first = print_pushed(case, said, before, hub, repo, folder)
             sent = hub.count("put")
             again = client.stage(*words(folder, repo), token=GOOD)
             whole = again.code == 0 and hub.files(repo) == pushed_of(folder)

@@ -44,7 +44,7 @@ def test_workers_take_turns_and_only_what_is_meant_is_read(
         "    print('chatter')\n"
         "    open(sys.argv[2], 'a').write(sys.argv[1])\n"
         "    done += 1\n"
-        "    tell({'seconds': 1.0, 'done': done})\n"
+        "    print_pushed({'seconds': 1.0, 'done': done})\n"
     )
     monkeypatch.setattr(peers, "HERE", tmp_path)
     workers = [peers.Worker(name, "worker.py", [name, str(shared)]) for name in "ab"]

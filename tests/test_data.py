@@ -10,13 +10,20 @@ import pytest
 
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import chat_template, ensure_chat_template, is_conversation, prompt_ids, split_ids, text_of
-from rlhf_recipes.data.checks import fit_prompts, require_held_out, require_text, require_texts
+from rlhf_recipes.data.chat import (
+    chat_template,
+    ensure_chat_template,
+    is_conversation,
+    plain_text,
+    prompt_and_completion_ids,
+    prompt_ids,
+)
+from rlhf_recipes.data.checks import keep_fitting_prompts, require_held_out, require_text, require_texts
 from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.sources import (
     has_columns,
-    load_held_out,
     load_split,
+    load_test_split,
     load_train_and_test,
     require_columns,
     write_rows,
@@ -176,7 +183,7 @@ def test_packing_is_the_joined_stream_cut_in_blocks(
 def test_packing_carries_over_from_one_batch_of_documents_to_the_next(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
-    monkeypatch.setattr("rlhf_recipes.data.packing.DOCUMENTS_AT_ONCE", 3)
+    monkeypatch.setattr("rlhf_recipes.data.packing.DOCUMENTS_PER_BATCH", 3)
     write_rows(tmp_path / "train.jsonl", [{"text": "abcd"}] * 10)
     packed = pack_documents(load_split(str(tmp_path), "train", streaming=streaming), tokenizer, 7)
     joined = ([*b"abcd", END] * 10)[:49]
@@ -224,7 +231,7 @@ def test_a_prompt_is_the_same_as_text_messages_and_ids(make_tokenizer: Callable[
     assert ids == [258, *b"Hi", 259]
     assert ids == prompt_ids("<|user|>Hi<|assistant|>", tokenizer) == prompt_ids(ids, tokenizer)
     assert is_conversation(messages) and not is_conversation("Hi") and not is_conversation([1, 2])
-    assert text_of(messages) == text_of("Hi") == "Hi"
+    assert plain_text(messages) == plain_text("Hi") == "Hi"
     with pytest.raises(UserError, match="empty prompt"):
         prompt_ids("", tokenizer)
 
@@ -240,14 +247,14 @@ def test_plain_text_has_the_bos_that_its_tokenizer_puts_there(
     assert with_bos("Hi")["input_ids"] == [BOS, *b"Hi"]
     assert prompt_ids("Hi", with_bos) == [BOS, *b"Hi"] and prompt_ids("Hi", tokenizer) == [*b"Hi"]
     assert prompt_ids([{"role": "user", "content": "Hi"}], with_bos) == [258, *b"Hi", 261, 259]
-    assert split_ids("Hi", " you", with_bos) == ([BOS, *b"Hi"], [*b" you", END])
-    assert split_ids("", "you", with_bos) == ([], [BOS, *b"you", END])
+    assert prompt_and_completion_ids("Hi", " you", with_bos) == ([BOS, *b"Hi"], [*b" you", END])
+    assert prompt_and_completion_ids("", "you", with_bos) == ([], [BOS, *b"you", END])
     with pytest.raises(UserError, match="empty prompt"):
         prompt_ids("", with_bos)
     rows = [{"prompt": "12345"}]
-    assert fit_prompts(rows, tokenizer, 6) == rows
+    assert keep_fitting_prompts(rows, tokenizer, 6) == rows
     with pytest.raises(UserError, match="the prompt has 6 tokens"):
-        fit_prompts(rows, with_bos, 6)
+        keep_fitting_prompts(rows, with_bos, 6)
 
 
 ALTERNATES = (
@@ -301,7 +308,7 @@ def test_of_a_streamed_repo_nothing_is_read_whole(folder: Path, monkeypatch: pyt
     train, test = load_train_and_test(arguments, streaming=True)
     assert asked == [("train", True), ("test", True)]
     assert texts(train) == ["row 1", "row 3", "row 5"] and test["text"] == ["held out"]
-    assert load_held_out(DatasetArguments(dataset_name="me/rows", dataset_test_split="none"), streaming=True) is None
+    assert load_test_split(DatasetArguments(dataset_name="me/rows", dataset_test_split="none"), streaming=True) is None
 
 
 def test_an_evaluation_on_rows_that_there_are_not_is_refused() -> None:

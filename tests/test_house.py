@@ -122,12 +122,12 @@ def test_a_door_parses_what_its_stage_is_called_with(word: str) -> None:
 @pytest.mark.parametrize("path", RUN_YAMLS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_yaml_is_understood(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each key of each shipped YAML arrives in the dataclasses of its stage; parsing alone leaves nothing behind."""
-    from rlhf_recipes.core.arguments import asked_for, parse_arguments
+    from rlhf_recipes.core.arguments import parse_arguments, requested_values
 
     monkeypatch.chdir(tmp_path)
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     arguments = parse_arguments(*dataclasses_of(path.stem), argv=["--config", str(path)])
-    assert set(asked_for(*arguments)) == set(written) and len(written) > 1
+    assert set(requested_values(*arguments)) == set(written) and len(written) > 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,10 +12,10 @@ import pytest
 import small_runs
 import yaml
 
-from rlhf_recipes.core.arguments import asked_for, parse_arguments
+from rlhf_recipes.core.arguments import parse_arguments, requested_values
 from rlhf_recipes.core.errors import UserError, one_line_errors
-from rlhf_recipes.core.secrets import SECRETS, shown, without_secrets
-from rlhf_recipes.folders.card import card
+from rlhf_recipes.core.secrets import SECRET_ARGUMENTS, redact, redact_command
+from rlhf_recipes.folders.card import model_card
 from rlhf_recipes.hub.repos import HubArguments, check_push
 
 GOOD, READ, WRONG = faults.GOOD, faults.READ, faults.WRONG
@@ -217,21 +217,21 @@ def test_a_token_is_in_no_recipe_and_no_command() -> None:
 
     argv = ["--hub_token", GOOD, "--eos_token", "<|endoftext|>", "--push_to_hub", "true", "--hub_model_id", "me/x"]
     arguments = parse_arguments(SFTArguments, ModelConfig, SFTConfig, argv=argv)
-    assert asked_for(*arguments) == {"eos_token": "<|endoftext|>", "push_to_hub": True, "hub_model_id": "me/x"}
-    assert asked_for(HubArguments(hub_token=GOOD)) == {} and GOOD not in repr(HubArguments(hub_token=GOOD))
+    assert requested_values(*arguments) == {"eos_token": "<|endoftext|>", "push_to_hub": True, "hub_model_id": "me/x"}
+    assert requested_values(HubArguments(hub_token=GOOD)) == {} and GOOD not in repr(HubArguments(hub_token=GOOD))
     for words in (
         ["--hub_token", GOOD],
         [f"--hub_token={GOOD}"],
         ["--hub-token", "plain-one"],
         ["--hub-token=plain-one"],
     ):
-        told = " ".join(shown(["sft", *words, "--seed", "3"]))
+        told = " ".join(redact_command(["sft", *words, "--seed", "3"]))
         assert told.startswith("sft --hub") and told.endswith("*** --seed 3") and "plain-one" not in told
         require_no_secret(told)
 
 
 def test_fields_that_could_hold_a_secret_are_known() -> None:
-    """A new one, of this house or of a library, has to be looked at: into SECRETS with it, or into this list."""
+    """A new one, of this house or of a library, has to be looked at: into SECRET_ARGUMENTS with it, or into this list."""
     from importlib import import_module
     from typing import get_type_hints
 
@@ -250,7 +250,7 @@ def test_fields_that_could_hold_a_secret_are_known() -> None:
     risky = {
         name for name in names if re.search(r"_token$|api_key|secret|passw|credential|average_tokens|seen$", name)
     }
-    assert risky == harmless | SECRETS
+    assert risky == harmless | SECRET_ARGUMENTS
 
 
 def test_an_error_does_not_say_a_token(capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +258,7 @@ def test_an_error_does_not_say_a_token(capsys: pytest.CaptureFixture[str]) -> No
         parse_arguments(HubArguments, argv=["--push_to_hub", "true", GOOD])
     told = capsys.readouterr().err
     assert "unexpected argument '***'" in told
-    assert without_secrets("hf_transfer, hf_hub_download and hf_reviews_of_many_films_and_books stay") == (
+    assert redact("hf_transfer, hf_hub_download and hf_reviews_of_many_films_and_books stay") == (
         "hf_transfer, hf_hub_download and hf_reviews_of_many_films_and_books stay"
     )
 
@@ -274,7 +274,7 @@ def test_nothing_becomes_markup_in_a_card(text: str, monkeypatch: pytest.MonkeyP
     """As a name, a value, a parent, a word of the command line and a line of the recipe."""
     monkeypatch.setattr(sys, "argv", ["recipes/sft.py", "--dataset_name", text])
     recipe = yaml.safe_dump({"dataset_name": text, "odd": "a\n```\n# out\n"}, sort_keys=False)
-    told = card("sft", "Title", {"model": text, text: "me/other"}, {text: text, "loss": 0.5}, recipe, [], "")
+    told = model_card("sft", "Title", {"model": text, text: "me/other"}, {text: text, "loss": 0.5}, recipe, [], "")
     front, _, body = told.removeprefix("---\n").partition("\n---\n")
     assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["rlhf-recipes", "sft"]}
     fence = re.search(r"^(`{3,})yaml\n(.*?)\n {0,3}\1`*$", body, re.MULTILINE | re.DOTALL)  # as CommonMark closes it
@@ -294,12 +294,14 @@ def test_a_card_says_what_it_came_from_and_what_it_is_not(tmp_path: Path, monkey
     monkeypatch.setattr(
         sys, "argv", [str(tmp_path / "sft.py"), "--model_name_or_path", "runs/sft", "--hub_token", GOOD]
     )
-    told = card("ppo", "T", {"model": "runs/sft", "reward": "me/judge", "prompts": "me/rows"}, {"kl": 1.5}, "", [], "")
+    told = model_card(
+        "ppo", "T", {"model": "runs/sft", "reward": "me/judge", "prompts": "me/rows"}, {"kl": 1.5}, "", [], ""
+    )
     assert yaml.safe_load(told.split("---")[1])["datasets"] == ["me/rows"] and "base_model" not in told.split("---")[1]
     assert "- model: `runs/sft`" in told and str(tmp_path) not in told
     assert "Command: `sft.py --model_name_or_path runs/sft --hub_token '***'`" in told
     assert "has not been tested for safety" in told and "## Limits" in told
-    told = card("ppo", "T", {"model": "me/base/value_model", "prompts": "me/a, me/b"}, {}, "", [], "")
+    told = model_card("ppo", "T", {"model": "me/base/value_model", "prompts": "me/a, me/b"}, {}, "", [], "")
     front = yaml.safe_load(told.split("---")[1])
     assert (front["base_model"], front["datasets"]) == ("me/base", ["me/a", "me/b"])
 
@@ -599,7 +601,7 @@ def test_a_training_whose_push_fails_is_whole_and_is_pushed_by_the_same_command(
 def test_checkpoints_are_pushed_as_they_come_and_can_be_gone_on_from(
     run: Callable[..., Any], hub: Any, world: Path, tmp_path: Path
 ) -> None:
-    from rlhf_recipes.folders.checkpoints import fault
+    from rlhf_recipes.folders.checkpoints import find_damage
 
     seen: list[dict[str, bytes]] = []
     said = run("sft", "steady", **to("me/steady", hub_strategy="checkpoint"))
@@ -616,7 +618,7 @@ def test_checkpoints_are_pushed_as_they_come_and_can_be_gone_on_from(
             place = tmp_path / name
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(content)
-    assert fault(tmp_path / "last-checkpoint") is None
+    assert find_damage(tmp_path / "last-checkpoint") is None
     assert contents(tmp_path / "last-checkpoint") == contents(world / "steady" / "checkpoint-2")
 
 
@@ -693,7 +695,7 @@ def test_no_client_of_the_library_waits_without_end(monkeypatch: pytest.MonkeyPa
         for _ in range(2):
             asking.api("a-token")
         for _ in range(2):
-            assert get_session().timeout.read == asking.STALLED
+            assert get_session().timeout.read == asking.READ_TIMEOUT
             close_session()
         assert _http._GLOBAL_CLIENT_FACTORY.make is before
     finally:

@@ -20,17 +20,17 @@ from transformers import (
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.optimizations import kv_cache as cache
 from rlhf_recipes.optimizations.attention import (
-    KeptCasts,
+    CastCache,
     ShortCausalAttention,
-    casts_kept,
-    quicken,
+    cached_casts,
+    fuse_kernels_,
     short_attention,
-    steady_attention,
+    without_cudnn_attention,
 )
-from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, freeze_below, lower_layers
-from rlhf_recipes.optimizations.kv_cache import roomy_cache
+from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, freeze_lower_layers_, lower_layers
+from rlhf_recipes.optimizations.kv_cache import preallocated_cache
 from rlhf_recipes.optimizations.packing import ATTENTION
-from rlhf_recipes.optimizations.prepacking import _multiplies, weights_prepacked
+from rlhf_recipes.optimizations.prepacking import _multiplies, prepacked_weights
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
@@ -99,7 +99,7 @@ def test_a_model_reads_the_same_after_it_was_quickened_and_saves_the_same_config
     model = model_of("gpt2")
     before, config = model(IDS).logits, model.config.to_json_string()
     assert not any(isinstance(each, nn.GELU) for each in model.modules())
-    quicken(model, CPU)
+    fuse_kernels_(model, CPU)
     assert sum(isinstance(each, nn.GELU) for each in model.modules()) == 3
     assert model.config._attn_implementation == ATTENTION
     torch.testing.assert_close(model(IDS).logits, before, atol=1e-5, rtol=0)
@@ -123,7 +123,7 @@ def test_a_model_that_reads_both_ways_still_does_in_bfloat16() -> None:
     model = BertForSequenceClassification(BertConfig(num_labels=1, initializer_range=0.5, **shape)).eval()
     model = model.to(torch.bfloat16)
     before = model(IDS).logits
-    quicken(model, CPU)
+    fuse_kernels_(model, CPU)
     assert model.config._attn_implementation == ATTENTION
     torch.testing.assert_close(model(IDS).logits, before)
     other = IDS.clone()
@@ -136,7 +136,7 @@ def test_a_model_that_reads_both_ways_still_does_in_bfloat16() -> None:
 def test_a_model_with_eager_attention_keeps_it() -> None:
     model = model_of("gpt2")
     model.set_attn_implementation("eager")
-    assert quicken(model, CPU).config._attn_implementation == "eager"
+    assert fuse_kernels_(model, CPU).config._attn_implementation == "eager"
 
 
 # Casts.
@@ -156,7 +156,7 @@ def test_cudnn_s_attention_is_off_for_a_time_and_comes_back_as_it_was(before: bo
     found, kept = [], torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(before)
     try:
-        with pytest.raises(KeyError), steady_attention():
+        with pytest.raises(KeyError), without_cudnn_attention():
             found.append(torch.backends.cuda.cudnn_sdp_enabled())
             raise KeyError
         assert [*found, torch.backends.cuda.cudnn_sdp_enabled()] == [False, before]
@@ -168,13 +168,13 @@ def test_casts_are_made_once_and_are_those_of_the_weights_as_they_are() -> None:
     model = nn.Linear(6, 5).requires_grad_(False)
     with torch.no_grad():
         assert casts_in(model, 4) == 4, "frozen weights are cast again and again"
-    with casts_kept(model):
+    with cached_casts(model):
         assert casts_in(model, 4) == 1
         assert casts_in(model, 4) == 0
     assert not model.weight.requires_grad
     nn.init.ones_(model.weight)
     nn.init.zeros_(model.bias)
-    with casts_kept(model), torch.autocast("cpu", torch.bfloat16):
+    with cached_casts(model), torch.autocast("cpu", torch.bfloat16):
         assert model(torch.ones(1, 6)).tolist() == [[6.0] * 5], "nothing is kept from before"
 
 
@@ -183,7 +183,7 @@ def test_gradients_through_a_kept_cast_add_up() -> None:
     grads = []
     for keep in (True, False):
         torch.manual_seed(0)
-        model, kept = nn.Linear(6, 5), KeptCasts()
+        model, kept = nn.Linear(6, 5), CastCache()
         if keep:
             kept.begin()
         for row in (1.0, 2.0):
@@ -200,7 +200,7 @@ def test_gradients_through_a_kept_cast_add_up() -> None:
 
 def test_the_roomy_cache_holds_what_transformers_cache_holds() -> None:
     model = model_of("llama")
-    plain, roomy = DynamicCache(config=model.config), roomy_cache(model.config)
+    plain, roomy = DynamicCache(config=model.config), preallocated_cache(model.config)
     rows = torch.arange(3)
     for step in range(70):  # past the room that is made at first
         ids = IDS[rows] if step == 0 else IDS[rows, step % 11 : step % 11 + 1]
@@ -226,9 +226,9 @@ def test_keys_of_either_width_are_attended_as_near_to_float64_as_pytorch_attends
     mask[1, :4] = 0
     models = [model_of(kind).to(dtype) for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)]
     models[0].load_state_dict(models[1].state_dict())  # the weights as bfloat16 has them
-    quicken(models[2], CPU)
+    fuse_kernels_(models[2], CPU)
     caches = [DynamicCache(config=models[0].config), DynamicCache(config=models[1].config)]
-    caches.append(roomy_cache(models[2].config))
+    caches.append(preallocated_cache(models[2].config))
     for layer in caches[2].layers:
         layer.widened = wide
     errors = torch.zeros(3)
@@ -255,10 +255,12 @@ def test_keys_of_either_width_are_attended_as_near_to_float64_as_pytorch_attends
 def test_keys_are_kept_wide_where_one_query_is_slow_in_bfloat16(
     unit: str, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "bf16_unit", lambda: unit)
-    config = quicken(model_of("gpt2"), CPU).config
-    assert {layer.widened for layer in roomy_cache(config).layers} == {wide}
-    assert not any(layer.widened for layer in roomy_cache(model_of("gpt2").config).layers), "attention as it came"
+    monkeypatch.setattr(cache, "bf16_support", lambda: unit)
+    config = fuse_kernels_(model_of("gpt2"), CPU).config
+    assert {layer.widened for layer in preallocated_cache(config).layers} == {wide}
+    assert not any(layer.widened for layer in preallocated_cache(model_of("gpt2").config).layers), (
+        "attention as it came"
+    )
 
 
 # Weights laid out once.
@@ -292,7 +294,7 @@ needs_onednn = pytest.mark.skipif(
 def test_weights_laid_out_once_give_the_same_products(low: bool) -> None:
     model = wide_model()
     plain, none = products_in(model, low)
-    with weights_prepacked(model):
+    with prepacked_weights(model):
         told, some = products_in(model, low)
         again, as_many = products_in(model, low)
     expected = 9 if not low or _multiplies(torch.bfloat16) else 0  # four a layer, and the head
@@ -307,10 +309,10 @@ def test_weights_laid_out_are_those_of_the_moment_and_gradients_go_the_ordinary_
     layer = nn.Linear(256, 256)
     rows = torch.randn(3, 256)
     for _ in range(2):
-        with torch.no_grad(), weights_prepacked(layer):
+        with torch.no_grad(), prepacked_weights(layer):
             torch.testing.assert_close(layer(rows), nn.functional.linear(rows, layer.weight, layer.bias))
             layer.weight.mul_(2)  # from the next time on
-    with weights_prepacked(layer):
+    with prepacked_weights(layer):
         layer(rows).sum().backward()
     torch.testing.assert_close(layer.weight.grad, rows.sum(0).expand(256, 256))
     assert layer.double()(rows.double()).dtype == torch.float64
@@ -323,7 +325,7 @@ def test_an_error_leaves_layers_as_they_were_and_those_of_others_are_let_alone()
 
     model = nn.Sequential(nn.Linear(256, 256), Own(256, 256), nn.Linear(256, 8), nn.Linear(256, 256))
     model[3].forward = lambda states: states  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="stop"), weights_prepacked(model), weights_prepacked(model):
+    with pytest.raises(RuntimeError, match="stop"), prepacked_weights(model), prepacked_weights(model):
         assert ["forward" in vars(layer) and not isinstance(layer.forward, type(wide_model)) for layer in model] == [
             True,
             False,
@@ -340,7 +342,7 @@ def test_an_error_leaves_layers_as_they_were_and_those_of_others_are_let_alone()
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_upper_layers_on_the_lower_ones_are_the_model(kind: str) -> None:
     model = model_of(kind)
-    freeze_below(model, 1)
+    freeze_lower_layers_(model, 1)
     upper = UpperLayers(model, 1)
     states = lower_layers(model, 1)(input_ids=IDS, use_cache=False).last_hidden_state
     torch.testing.assert_close(upper.head(upper(states)), model(IDS).logits, atol=1e-5, rtol=0)
@@ -351,7 +353,7 @@ def test_the_upper_layers_on_the_lower_ones_are_the_model(kind: str) -> None:
 
 def test_a_frozen_copy_stays_and_shares_what_cannot_move() -> None:
     model = model_of("gpt2")
-    freeze_below(model, 2)
+    freeze_lower_layers_(model, 2)
     upper = UpperLayers(model, 2)
     copy = upper.frozen_copy()
     states = torch.randn(1, 4, 32)
@@ -367,10 +369,10 @@ def test_a_frozen_copy_stays_and_shares_what_cannot_move() -> None:
 @pytest.mark.parametrize("count", [0, 3])
 def test_there_must_be_something_above_and_below(count: int) -> None:
     with pytest.raises(UserError, match="the policy has 3 layers: take 1 to 2"):
-        freeze_below(model_of("gpt2"), count)
+        freeze_lower_layers_(model_of("gpt2"), count)
 
 
 def test_a_model_that_cannot_be_cut_is_refused(make_model: Callable[..., Any]) -> None:
     model = AutoModelForCausalLM.from_config(OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SMALL))
     with pytest.raises(UserError, match="does not know the layers of a OPTModel"):
-        freeze_below(model, 1)
+        freeze_lower_layers_(model, 1)

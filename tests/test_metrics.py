@@ -256,22 +256,24 @@ def test_a_prompt_counts_once_however_many_answers_it_has() -> None:
     )
     one.rows[0]["gold"] = 1.0
     interval = metrics.win_rate([1, 0, -1, 1], [0, 0, 0, 0])
-    names = {"win_rate_judge": "win_rate", "win_rate_judge_low": "low", "win_rate_judge_high": "high"}
+    names = {"win_rate_reward": "win_rate", "win_rate_judge_low": "low", "win_rate_judge_high": "high"}
     assert one.by_prompt("judge") == [3, 2, 0, 1]
     assert compare(one, other) == {name: interval[key] for name, key in names.items()}
 
 
-def test_an_evaluation_follows_its_rows(tokenizer: Any, make_model: Callable[..., Any], make_judge: Any) -> None:
+def test_an_evaluation_follows_its_rows(
+    tokenizer: Any, make_model: Callable[..., Any], make_reward_model: Any
+) -> None:
     """Ten answers to each of two prompts, whose gold is a column: the interval is that of two values, not of twenty."""
     model, other = (make_model(seed, initializer_range=0.2, resid_pdrop=0.5) for seed in (0, 1))
     asked: dict[str, Any] = {"sampling": Sampling(3, stop_ids=tuple(range(99))), "completions_per_prompt": 10}
     asked |= {"columns": {"level": [0.0, 1.0]}, "gold": load_reward(lambda level, **rest: level, tokenizer)}
-    asked |= {"judge": load_reward(make_judge(num_labels=2), tokenizer), "texts": TEXTS, "reference": other}
+    asked |= {"judge": load_reward(make_reward_model(num_labels=2), tokenizer), "texts": TEXTS, "reference": other}
     result = evaluate_model(model, tokenizer, ["A?", "Longer?"], **asked)
     found, columns = result.metrics, {name: [row[name] for row in result.rows] for name in result.rows[0]}
     assert [found[f"gold_score{end}"] for end in ("", "_low", "_high")] == [0.5, 0.0, 1.0]
     assert columns["gold"] == [0.0] * 10 + [1.0] * 10
-    for name, key in (("judge_score", "judge"), ("kl", "kl"), ("length", "tokens"), ("eos_share", "stopped")):
+    for name, key in (("reward_score", "judge"), ("kl", "kl"), ("length", "tokens"), ("eos_share", "stopped")):
         assert found[name] == pytest.approx(np.mean(columns[key]), rel=1e-5)
     other.train()
     again = evaluate_model(model.train(), tokenizer, ["A?", "Longer?"], batch_size=3, **asked)

@@ -19,14 +19,14 @@ import torch
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
 from rlhf_recipes.models.loading import (
-    attach_lora,
+    build_lora_config,
     context_length,
-    is_judge,
+    is_reward_model,
     load_causal_lm,
     load_config,
-    load_judge,
+    load_reward_model,
     load_tokenizer,
-    positive_label_count,
+    reward_label_count,
 )
 from rlhf_recipes.system.hardware import fit_to_hardware
 
@@ -108,7 +108,7 @@ def test_a_saved_model_comes_back_bit_for_bit(make_model: Callable[..., Any], to
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name]), name
     assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
-    assert not is_judge(folder)
+    assert not is_reward_model(folder)
 
 
 def test_a_lora_folder_is_its_base_with_the_product_added(
@@ -120,7 +120,7 @@ def test_a_lora_folder_is_its_base_with_the_product_added(
 
     base = saved(make_model(seed=1), tokenizer, tmp_path / "base")
     before = load_causal_lm(base).state_dict()
-    config = attach_lora(ModelConfig(use_peft=True, lora_r=2, lora_alpha=6))
+    config = build_lora_config(ModelConfig(use_peft=True, lora_r=2, lora_alpha=6))
     adapted = get_peft_model(load_causal_lm(base), config)
     weights = {name: weight for name, weight in adapted.named_parameters() if "lora_" in name}
     for index, weight in enumerate(weights.values()):
@@ -134,7 +134,7 @@ def test_a_lora_folder_is_its_base_with_the_product_added(
         down, up = (weights[f"{stem}.lora_{letter}.default.weight"].detach().double() for letter in "AB")
         wanted = before[name].double() + 3.0 * (up @ down).T  # Conv1D keeps its weights transposed
         assert torch.allclose(merged[name].double(), wanted, atol=1e-5), name
-    assert attach_lora(ModelConfig()) is None
+    assert build_lora_config(ModelConfig()) is None
 
 
 def test_an_adapter_on_a_merged_adapter_is_read_with_both(make_model: Any, tmp_path: Path) -> None:
@@ -157,31 +157,31 @@ def test_an_adapter_on_a_merged_adapter_is_read_with_both(make_model: Any, tmp_p
 
 @pytest.mark.parametrize("labels", [1, 2])
 def test_judges_say_how_many_labels_they_have(
-    make_judge: Callable[..., Any], tokenizer: Any, tmp_path: Path, labels: int
+    make_reward_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, labels: int
 ) -> None:
-    folder = saved(make_judge(num_labels=labels), tokenizer, tmp_path)
-    assert positive_label_count(folder) == labels == load_judge(folder).config.num_labels
-    assert is_judge(folder)
+    folder = saved(make_reward_model(num_labels=labels), tokenizer, tmp_path)
+    assert reward_label_count(folder) == labels == load_reward_model(folder).config.num_labels
+    assert is_reward_model(folder)
 
 
 def test_what_is_no_judge_is_refused_before_its_weights_are_read(
-    make_model: Callable[..., Any], make_judge: Callable[..., Any], tokenizer: Any, tmp_path: Path
+    make_model: Callable[..., Any], make_reward_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     model = saved(make_model(), tokenizer, tmp_path / "model")
-    many = saved(make_judge(num_labels=3), tokenizer, tmp_path / "many")
+    many = saved(make_reward_model(num_labels=3), tokenizer, tmp_path / "many")
     for folder in (model, many):
         (Path(folder) / "model.safetensors").unlink()
     with pytest.raises(UserError, match="not a sequence classifier"):
-        load_judge(model)
+        load_reward_model(model)
     with pytest.raises(UserError, match="has 3 labels"):
-        load_judge(many)
+        load_reward_model(many)
 
 
 def test_a_language_model_becomes_a_judge_with_its_trunk(
     make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     model = make_model(seed=2)
-    judge = load_judge(saved(model, tokenizer, tmp_path), labels=1)
+    judge = load_reward_model(saved(model, tokenizer, tmp_path), labels=1)
     assert judge.score.weight.shape == (1, 32)
     trunk = judge.transformer.state_dict()
     assert all(torch.equal(weight, trunk[name]) for name, weight in model.transformer.state_dict().items())
@@ -237,7 +237,7 @@ class Training:
 def test_bf16_is_chosen_where_it_pays_and_nobody_chose(
     monkeypatch: pytest.MonkeyPatch, width: int, unit: str, by_hardware: bool, expected: bool
 ) -> None:
-    monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_unit", lambda: unit)
+    monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_support", lambda: unit)
     training = Training(_bf16_by_hardware=by_hardware)
     before = copy.copy(training.__dict__)
     fitted = fit_to_hardware(training, width)  # type: ignore[type-var]
@@ -246,7 +246,7 @@ def test_bf16_is_chosen_where_it_pays_and_nobody_chose(
 
 
 def test_bf16_is_not_chosen_where_deepspeed_was_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_unit", lambda: "unit")
+    monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_support", lambda: "unit")
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}})
     training = Training(_bf16_by_hardware=True, deepspeed_plugin=plugin)
     assert fit_to_hardware(training, 320).bf16 is False  # type: ignore[type-var]
@@ -257,9 +257,9 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     """In a process of its own: of 64 MiB that were freed, all are still held, or next to none without the call."""
     script = (
         "import sys, torch\n"
-        "from rlhf_recipes.system.hardware import keep_freed_memory\n"
+        "from rlhf_recipes.system.hardware import keep_freed_memory_\n"
         "held = lambda: int(open('/proc/self/statm').read().split()[1]) // 256\n"
-        "keep_freed_memory() if sys.argv[1] == 'yes' else None\n"
+        "keep_freed_memory_() if sys.argv[1] == 'yes' else None\n"
         "before = held(); x = torch.ones(2**24); del x; print(held() - before)\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.core.unwrapping import trunk_of
-from rlhf_recipes.optimizations.attention import quicken
+from rlhf_recipes.optimizations.attention import fuse_kernels_
 from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, lower_layers
-from rlhf_recipes.optimizations.packing import TILE, Layout, states_at, states_of
+from rlhf_recipes.optimizations.packing import TILE, PackedLayout, hidden_states_at, hidden_states_of
 
 LENGTHS = [5, 12, 1, 12, 9]
 ANSWERS = [3, 12, 1, 2, 0]  # of each row's last tokens, how many are asked for
@@ -40,14 +40,14 @@ def one_by_one(model: Any, ids: Tensor) -> list[Tensor]:
 
 
 def quick(model: Any) -> Any:
-    return quicken(copy.deepcopy(model), torch.device("cpu"))
+    return fuse_kernels_(copy.deepcopy(model), torch.device("cpu"))
 
 
 def test_asked_states_and_their_gradients_are_those_of_each_row_alone(make_model: Make, rows: Any) -> None:
     ids, real, asked = rows
     plain = make_model(0, initializer_range=0.2)
     packed, exact = quick(plain), copy.deepcopy(trunk_of(plain)).double()
-    found = states_at(trunk_of(packed), asked, real.long(), input_ids=ids)
+    found = hidden_states_at(trunk_of(packed), asked, real.long(), input_ids=ids)
     wanted = torch.cat(
         [
             exact(input_ids=row[None, :length]).last_hidden_state[0, length - answer :]
@@ -66,7 +66,7 @@ def test_asked_states_and_their_gradients_are_those_of_each_row_alone(make_model
 def test_every_state_is_that_of_its_row_alone(make_model: Make, rows: Any) -> None:
     ids, real, _ = rows
     plain = make_model(0, initializer_range=0.2)
-    found = states_of(trunk_of(quick(plain)), real.long(), input_ids=ids)
+    found = hidden_states_of(trunk_of(quick(plain)), real.long(), input_ids=ids)
     assert found.shape == (*ids.shape, 32)
     torch.testing.assert_close(found[real].double(), torch.cat(one_by_one(plain, ids)), atol=2e-5, rtol=0)
 
@@ -75,11 +75,11 @@ def test_the_upper_layers_go_on_from_what_the_lower_ones_left(make_model: Make, 
     ids, real, asked = rows
     plain = make_model(0, n_layer=3, initializer_range=0.2)
     model = quick(plain)
-    lower = states_of(lower_layers(model, 2), real.long(), input_ids=ids)
+    lower = hidden_states_of(lower_layers(model, 2), real.long(), input_ids=ids)
     upper = UpperLayers(model, 2)
     wanted = torch.cat(one_by_one(plain, ids))[asked[real]]
     for each in (upper, upper.frozen_copy()):
-        found = states_at(each.trunk, asked, real.long(), inputs_embeds=lower)
+        found = hidden_states_at(each.trunk, asked, real.long(), inputs_embeds=lower)
         torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=0)
 
 
@@ -88,7 +88,7 @@ def test_the_last_feed_forward_part_is_asked_for_nothing_else(make_model: Make, 
     model, seen = quick(make_model(0)), []
     for layer in model.transformer.h:
         layer.mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-2]))
-    states_at(trunk_of(model), asked, real.long(), input_ids=ids)
+    hidden_states_at(trunk_of(model), asked, real.long(), input_ids=ids)
     tiles = [-(-int(each.sum()) // TILE) * TILE for each in (real, asked)]
     assert seen == tiles and tiles[1] < tiles[0]
     seen.clear()
@@ -103,7 +103,7 @@ def test_an_error_leaves_no_trace(make_model: Make, rows: Any) -> None:
     whole, norm = model(ids).logits, model.transformer.h[-1].ln_2
     hook = norm.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("cut off")))
     with pytest.raises(KeyError, match="cut off"):
-        states_at(trunk_of(model), asked, real.long(), input_ids=ids)
+        hidden_states_at(trunk_of(model), asked, real.long(), input_ids=ids)
     hook.remove()
     assert torch.equal(model(ids).logits, whole)
 
@@ -112,13 +112,13 @@ def test_a_copy_reads_for_itself(make_model: Make, rows: Any) -> None:
     """The hooks of a copy belong to the copy: a reference is made so."""
     ids, real, asked = rows
     model = quick(make_model(0))
-    first = states_at(trunk_of(model), asked, real.long(), input_ids=ids)
+    first = hidden_states_at(trunk_of(model), asked, real.long(), input_ids=ids)
     other = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.data.zero_()
     seen: list[int] = []
     other.transformer.h[-1].mlp.c_fc.register_forward_hook(lambda m, i, o: seen.append(i[0].shape[-2]))
-    assert torch.equal(states_at(trunk_of(other), asked, real.long(), input_ids=ids), first)
+    assert torch.equal(hidden_states_at(trunk_of(other), asked, real.long(), input_ids=ids), first)
     assert seen == [-(-int(asked.sum()) // TILE) * TILE]
 
 
@@ -129,16 +129,18 @@ def test_a_copied_layer_or_part_of_one_reads_for_itself(make_model: Make, rows: 
     grown, part = quick(plain), quick(plain)
     for model in (plain, grown):
         model.transformer.h.append(copy.deepcopy(model.transformer.h[0]))
-    grown = quicken(grown, torch.device("cpu"))
+    grown = fuse_kernels_(grown, torch.device("cpu"))
     grown.transformer.h[-1].attn.config = copy.deepcopy(grown.config)
     grown.transformer.h[-1].attn.config._attn_implementation = "sdpa"
     wanted = torch.cat(one_by_one(plain, ids))[asked[real]]
-    found = states_at(trunk_of(grown), asked, real.long(), input_ids=ids)
+    found = hidden_states_at(trunk_of(grown), asked, real.long(), input_ids=ids)
     torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=0)
-    states_at(trunk_of(part), asked, real.long(), input_ids=ids)
-    first = states_at(trunk_of(part), asked, real.long(), input_ids=ids)
+    hidden_states_at(trunk_of(part), asked, real.long(), input_ids=ids)
+    first = hidden_states_at(trunk_of(part), asked, real.long(), input_ids=ids)
     part.transformer.h[-1].mlp = copy.deepcopy(part.transformer.h[-1].mlp)  # as peft does for modules_to_save
-    torch.testing.assert_close(states_at(trunk_of(part), asked, real.long(), input_ids=ids), first, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        hidden_states_at(trunk_of(part), asked, real.long(), input_ids=ids), first, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("together", [[0], [3], [0, 2], [1, 4], [0, 1, 4]])
@@ -147,16 +149,16 @@ def test_a_row_reads_the_same_whoever_comes_along(make_model: Make, rows: Any, t
     ids, real, asked = rows
     trunk = trunk_of(quick(make_model(0, initializer_range=0.2)))
     counts = asked.sum(1).tolist()
-    of_row = states_at(trunk, asked, real.long(), input_ids=ids).split(counts)
+    of_row = hidden_states_at(trunk, asked, real.long(), input_ids=ids).split(counts)
     width = int(real[together].sum(1).max())
     some = [each[together][:, :width] for each in (asked, real, ids)]
-    found = states_at(trunk, some[0], some[1].long(), input_ids=some[2])
+    found = hidden_states_at(trunk, some[0], some[1].long(), input_ids=some[2])
     assert torch.equal(found, torch.cat([of_row[row] for row in together]))
 
 
 def test_a_layout_puts_every_token_back(rows: Any) -> None:
     real = torch.nn.functional.pad(rows[1], (0, 2))
-    layout = Layout.of(real.long())
+    layout = PackedLayout.of(real.long())
     values = torch.randn(*real.shape, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     one_row = layout.packed(values)
     assert one_row.shape == (1, layout.total, 3) and layout.total % TILE == 0

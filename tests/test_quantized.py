@@ -34,10 +34,10 @@ from rlhf_recipes.evaluation.language_model import completion_perplexity, perple
 from rlhf_recipes.evaluation.models import completion_log_probs, evaluate_model
 from rlhf_recipes.generation.sampling import Sampling
 from rlhf_recipes.models import quantization as quantized_module
-from rlhf_recipes.models.loading import load_causal_lm, load_judge, save_judge_config
-from rlhf_recipes.models.quantization import in_bits
-from rlhf_recipes.optimizations.attention import quicken
-from rlhf_recipes.system.workarounds import without_traps
+from rlhf_recipes.models.loading import load_causal_lm, load_reward_model, save_reward_model_config
+from rlhf_recipes.models.quantization import quantization_kwargs
+from rlhf_recipes.optimizations.attention import fuse_kernels_
+from rlhf_recipes.system.workarounds import apply_bitsandbytes_workarounds_
 from rlhf_recipes.training.trainer import SafeTrainer
 
 Make = Callable[..., Any]
@@ -72,20 +72,22 @@ def left(folder: Path, make_model: Make, tokenizer: Any, **shape: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(base: Path, make_judge: Make, tokenizer: Any) -> Path:
+def judge(base: Path, make_reward_model: Make, tokenizer: Any) -> Path:
     folder = base.parent / "judge"
-    make_judge(3, n_embd=64, initializer_range=0.2).save_pretrained(folder)
+    make_reward_model(3, n_embd=64, initializer_range=0.2).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def plain(folder: Path, kind: str, auto: Any = AutoModelForCausalLM) -> Any:
     """As a user reads it without us."""
-    return auto.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **in_bits(**KINDS[kind])).eval()
+    return auto.from_pretrained(
+        folder, dtype=torch.float32, device_map="cpu", **quantization_kwargs(**KINDS[kind])
+    ).eval()
 
 
 def ours(folder: Path, kind: str) -> Any:
-    return load_causal_lm(str(folder), **in_bits(**KINDS[kind])).eval()
+    return load_causal_lm(str(folder), **quantization_kwargs(**KINDS[kind])).eval()
 
 
 def adapted(model: Any, task: str = "CAUSAL_LM") -> Any:
@@ -242,7 +244,7 @@ def test_weights_are_the_rounded_ones_and_logits_those_of_the_weights(kind: str,
 def test_a_quickened_model_in_bits_reads_the_same(kind: str, base: Path) -> None:
     model = ours(base, kind)
     before = logits(model)
-    torch.testing.assert_close(logits(quicken(model, torch.device("cpu"))), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(fuse_kernels_(model, torch.device("cpu"))), before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [48, 80, 32, 96])
@@ -394,7 +396,7 @@ DOORS: dict[str, Callable[[Any, Any, Path, Path], Any]] = {
     "policy, upper layers": as_upper_policy,
     "reference": as_reference,
     "SafeTrainer": in_safe_trainer,
-    "without_traps": lambda model, *_: logits(without_traps(model)),
+    "apply_bitsandbytes_workarounds_": lambda model, *_: logits(apply_bitsandbytes_workarounds_(model)),
 }
 
 
@@ -412,7 +414,7 @@ def test_a_model_that_was_asked_is_saved_as_before_and_is_what_it_was(
     if door in ("policy", "policy, upper layers", "SafeTrainer"):  # an adapter is on it, which alone would be saved
         return
     assert files(model, tmp_path / "after") == before
-    again = without_traps(AutoModelForCausalLM.from_pretrained(tmp_path / "after", device_map="cpu"))
+    again = apply_bitsandbytes_workarounds_(AutoModelForCausalLM.from_pretrained(tmp_path / "after", device_map="cpu"))
     close = {"rtol": 1e-4, "atol": 1e-4} if door == "reference" else {"rtol": 0, "atol": 0}  # which was quickened
     torch.testing.assert_close(logits(again), logits(model), **close)
 
@@ -450,7 +452,7 @@ def test_training_after_generation_has_the_gradients_of_one_that_never_generated
 def test_merging_after_generation_is_merging_before_it(kind: str, base: Path, tokenizer: Any) -> None:
     asked, fresh = adapted(plain(base, kind)), adapted(ours(base, kind))
     generate(asked, tokenizer, ["ab", "cde"], max_new_tokens=4)
-    found, expected = (without_traps(each.merge_and_unload()) for each in (asked, fresh))
+    found, expected = (apply_bitsandbytes_workarounds_(each.merge_and_unload()) for each in (asked, fresh))
     assert torch.equal(logits(found), logits(expected))
 
 
@@ -524,7 +526,7 @@ def test_an_adapter_is_merged_into_the_base_in_full_precision(kind: str, saved: 
 
 def test_an_adapter_is_read_back_in_bfloat16_too(base: Path, tmp_path: Path) -> None:
     """Training brings what is not quantized to float32; reading does the same."""
-    how: dict[str, Any] = {"dtype": torch.bfloat16} | in_bits(4)
+    how: dict[str, Any] = {"dtype": torch.bfloat16} | quantization_kwargs(4)
     model = adapted(load_causal_lm(str(base), **how))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load_causal_lm(str(tmp_path), **how).eval()), logits(model))
@@ -541,19 +543,19 @@ def test_an_adapter_in_bits_answers_and_is_measured_as_any_model(saved: Any, tok
 def test_a_judges_adapter_is_read_back_on_its_base_with_its_head(
     base: Path, tokenizer: Any, tmp_path: Path, judge: Path
 ) -> None:
-    options = in_bits(4, nested=True)
-    model = load_judge(str(base), labels=1, **options)
+    options = quantization_kwargs(4, nested=True)
+    model = load_reward_model(str(base), labels=1, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
     model = adapted(model, "SEQ_CLS")
     model.save_pretrained(tmp_path)
-    save_judge_config(model, tmp_path)
+    save_reward_model_config(model, tmp_path)
     tokenizer.save_pretrained(tmp_path)
     rows = [[5, 6, 7, 8], [9, 10]]
     expected = load_reward(model, tokenizer).score_ids(rows)
     assert load_reward(str(tmp_path), tokenizer, **options).score_ids(rows) == expected
     policy: Any = AutoModelForCausalLM.from_pretrained(base)
     trainer = trainer_of(
-        tmp_path / "out", policy, tokenizer, str(tmp_path), judge_quantization_config=options["quantization_config"]
+        tmp_path / "out", policy, tokenizer, str(tmp_path), reward_quantization_config=options["quantization_config"]
     )
     trainer.train()
     assert trainer.rewards[0].score_ids(rows) == pytest.approx(expected, abs=1e-3)  # it was quickened
@@ -568,7 +570,7 @@ def test_an_adapter_on_an_adapter_is_refused_in_bits(saved: Any, tmp_path: Path)
     upper.save_pretrained(tmp_path / "upper")
     assert load_causal_lm(str(tmp_path / "upper"))
     with pytest.raises(UserError, match=r"is an adapter on .*, itself one.* save it merged first"):
-        load_causal_lm(str(tmp_path / "upper"), **in_bits(4))
+        load_causal_lm(str(tmp_path / "upper"), **quantization_kwargs(4))
 
 
 # PPO in python.
@@ -580,9 +582,9 @@ def test_ppo_goes_on_with_an_adapter_on_a_quantized_base(
 ) -> None:
     """The policy is the adapter of the folder, the reference that adapter as it came, the value one more."""
     model, folder = saved(kind)
-    quicken(model, torch.device("cpu"))  # as the policy will be
-    (quantized,) = in_bits(**KINDS[kind]).values()
-    bits = {"quantization_config": quantized, "judge_quantization_config": quantized}
+    fuse_kernels_(model, torch.device("cpu"))  # as the policy will be
+    (quantized,) = quantization_kwargs(**KINDS[kind]).values()
+    bits = {"quantization_config": quantized, "reward_quantization_config": quantized}
     trainer = trainer_of(tmp_path / "out", str(folder), tokenizer, str(judge), **bits)
     assert set(trainer.model.policy.peft_config) == {"default", "ppo_value", "ppo_reference"}
     assert len(quantized_layers(trainer.rewards[0].model)) == 8
@@ -592,7 +594,7 @@ def test_ppo_goes_on_with_an_adapter_on_a_quantized_base(
     with trainer.experience.reference.asked() as reference:
         assert torch.equal(logits(reference), logits(model))
     trainer.save_model()
-    again = quicken(ours(Path(str(trainer.args.output_dir)), kind), torch.device("cpu"))
+    again = fuse_kernels_(ours(Path(str(trainer.args.output_dir)), kind), torch.device("cpu"))
     assert torch.equal(logits(again), logits(trainer.model.policy.eval()))
 
 
@@ -601,8 +603,8 @@ def test_a_value_model_in_bits_learns_by_its_adapter_or_is_refused(
 ) -> None:
     policy = AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(UserError, match="a value model in 4 or 8 bits cannot be trained itself"):
-        trainer_of(tmp_path, policy, tokenizer, value_model=load_judge(str(judge), **in_bits(4)))
-    value = adapted(load_judge(str(judge), **in_bits(4)), "SEQ_CLS")
+        trainer_of(tmp_path, policy, tokenizer, value_model=load_reward_model(str(judge), **quantization_kwargs(4)))
+    value = adapted(load_reward_model(str(judge), **quantization_kwargs(4)), "SEQ_CLS")
     before = {name: each.detach().clone() for name, each in value.named_parameters()}
     trainer = trainer_of(tmp_path, policy, tokenizer, value_model=value)
     trainer.train()
@@ -615,7 +617,7 @@ def test_a_value_model_in_bits_learns_by_its_adapter_or_is_refused(
 
 
 def test_quantized_weights_are_never_trained_themselves(base: Path, tokenizer: Any, tmp_path: Path) -> None:
-    (quantized,) = in_bits(4).values()
+    (quantized,) = quantization_kwargs(4).values()
     with pytest.raises(UserError, match="pass peft_config to train an adapter on it"):
         trainer_of(tmp_path, str(base), tokenizer, quantization_config=quantized)
     with pytest.raises(UserError, match="load yours with it instead"):

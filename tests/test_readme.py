@@ -75,7 +75,7 @@ def test_the_python_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     import json
 
     models = json.loads((tmp_path / "out/eval/metrics.json").read_text(encoding="utf-8"))["models"]
-    assert {name: set(values) >= {"judge_score", "kl", "eos_share"} for name, values in models.items()} == {
+    assert {name: set(values) >= {"reward_score", "kl", "eos_share"} for name, values in models.items()} == {
         "sft": True,
         "ppo": True,
     }

@@ -45,7 +45,7 @@ def example() -> Summary:
         "stages": {
             "pretrain": {"gold_score": 0.012, "perplexity": 3.217, "eos_share": 0.11, "seconds": 88.3},
             "sft": {"gold_score": 0.4213, "perplexity": 3.92, "kl": 0.0, "length": 14.64, "seconds": 42.1},
-            "reward": {"judge_accuracy": 0.943, "longer_accuracy": 0.38, "calibration_error": 0.021, "seconds": 51.7},
+            "reward": {"reward_accuracy": 0.943, "longer_accuracy": 0.38, "calibration_error": 0.021, "seconds": 51.7},
             "ppo": {"gold_score": 0.9312, "right": 0.951, "perplexity": 4.35, "kl": 8.13, "seconds": 71.4},
         },
         "curves": {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_recipes.core.errors import RowError, UserError, one_line_errors
+from rlhf_recipes.core.errors import RankError, UserError, one_line_errors
 from rlhf_recipes.scoring.functions import FunctionReward
 from rlhf_recipes.scoring.reward import check_reward, load_reward, score
 from rlhf_recipes.scoring.reward_models import ModelReward, classify
@@ -59,7 +59,7 @@ def test_a_score_that_is_no_number_names_its_sample(bad: Any) -> None:
         return [1.0, bad]
 
     with pytest.raises(  # what only the process with that row can tell
-        RowError, match=r"reward function judge returned .* for the completion 'zwei' of the prompt 'two'"
+        RankError, match=r"reward function judge returned .* for the completion 'zwei' of the prompt 'two'"
     ):
         call(FunctionReward(judge), ["eins", "zwei"], prompts=["one", "two"])
 
@@ -69,7 +69,7 @@ def test_as_many_scores_as_completions_are_asked_for(count: int) -> None:
     def judge(**columns: Any) -> list[float]:
         return [0.0] * count
 
-    with pytest.raises(RowError, match=f"judge returned {count} scores for 2 completions"):
+    with pytest.raises(RankError, match=f"judge returned {count} scores for 2 completions"):
         call(FunctionReward(judge), ["a", "b"])
 
 
@@ -112,8 +112,8 @@ def ask(reward: Any, rows: Sequence[Sequence[int]]) -> list[float]:
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_a_model_scores_by_its_value_or_by_its_log_odds(labels: int, make_judge: Any, tokenizer: Any) -> None:
-    model = make_judge(0, num_labels=labels, initializer_range=0.2)
+def test_a_model_scores_by_its_value_or_by_its_log_odds(labels: int, make_reward_model: Any, tokenizer: Any) -> None:
+    model = make_reward_model(0, num_labels=labels, initializer_range=0.2)
     expected = []
     for row in ROWS:
         logits = logits_by_hand(model, row)
@@ -127,9 +127,9 @@ def test_a_model_scores_by_its_value_or_by_its_log_odds(labels: int, make_judge:
 
 
 @pytest.mark.parametrize("pad_id", [PAD, EOS, None])
-def test_a_row_scores_alone_as_in_a_batch(pad_id: int | None, make_judge: Any, tokenizer: Any) -> None:
+def test_a_row_scores_alone_as_in_a_batch(pad_id: int | None, make_reward_model: Any, tokenizer: Any) -> None:
     """Whichever id pads, and however much of it: one row at a time, eight together, and next to a long one."""
-    model = make_judge(0, initializer_range=0.2, pad_token_id=pad_id)
+    model = make_reward_model(0, initializer_range=0.2, pad_token_id=pad_id)
     alone = [ask(load_reward(model, tokenizer), [row])[0] for row in ROWS]
     for size in (1, 3, 8):
         assert ask(load_reward(model, tokenizer, batch_size=size), ROWS) == pytest.approx(alone, rel=1e-4, abs=1e-5)
@@ -141,18 +141,18 @@ def test_a_row_scores_alone_as_in_a_batch(pad_id: int | None, make_judge: Any, t
     )
 
 
-def test_where_the_last_token_is_read(make_judge: Any, tokenizer: Any) -> None:
+def test_where_the_last_token_is_read(make_reward_model: Any, tokenizer: Any) -> None:
     """At EOS, where padding has an id of its own; before it, where EOS is the padding."""
     row = [65, 66, 67, EOS]
-    own, shared = (make_judge(0, initializer_range=0.2, pad_token_id=pad_id) for pad_id in (PAD, EOS))
+    own, shared = (make_reward_model(0, initializer_range=0.2, pad_token_id=pad_id) for pad_id in (PAD, EOS))
     assert classify(own, [row])[0].tolist() == pytest.approx(logits_by_hand(own, row), rel=1e-4)
     assert classify(shared, [row])[0].tolist() == pytest.approx(logits_by_hand(shared, row, place=2), rel=1e-4)
     middle = [65, EOS, 67]
     assert classify(shared, [middle])[0].tolist() == pytest.approx(logits_by_hand(shared, middle), rel=1e-4)
 
 
-def test_a_judge_is_asked_without_dropout_and_without_gradients(make_judge: Any, tokenizer: Any) -> None:
-    model = make_judge(0, initializer_range=0.2, resid_pdrop=0.5, embd_pdrop=0.5).train()
+def test_a_judge_is_asked_without_dropout_and_without_gradients(make_reward_model: Any, tokenizer: Any) -> None:
+    model = make_reward_model(0, initializer_range=0.2, resid_pdrop=0.5, embd_pdrop=0.5).train()
     reward = load_reward(model, tokenizer)
     assert ask(reward, ROWS) == ask(reward, ROWS)
     asked_with: list[bool] = []
@@ -161,8 +161,8 @@ def test_a_judge_is_asked_without_dropout_and_without_gradients(make_judge: Any,
     assert asked_with and not any(asked_with)
 
 
-def test_a_row_beyond_the_context_keeps_its_end(make_judge: Any, tokenizer: Any) -> None:
-    model = make_judge(0, initializer_range=0.2, n_positions=4)
+def test_a_row_beyond_the_context_keeps_its_end(make_reward_model: Any, tokenizer: Any) -> None:
+    model = make_reward_model(0, initializer_range=0.2, n_positions=4)
     assert ask(load_reward(model, tokenizer), [[1, 2, 3, 4, 5, 6]]) == ask(
         load_reward(model, tokenizer), [[3, 4, 5, 6]]
     )
@@ -187,10 +187,10 @@ def shifted(make_tokenizer: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_judge_with_another_vocabulary_reads_the_text(
-    ended: bool, make_judge: Any, tokenizer: Any, shifted: Any
+    ended: bool, make_reward_model: Any, tokenizer: Any, shifted: Any
 ) -> None:
     """In its own template and ids, closed by its own EOS only where the policy had closed the answer."""
-    model = make_judge(0, initializer_range=0.2)
+    model = make_reward_model(0, initializer_range=0.2)
     reward = load_reward(model, tokenizer, tokenizer=shifted)
     assert isinstance(reward, ModelReward) and not reward.shares_ids
     completion_ids = [[89, 111, *([EOS] if ended else [])]] * 2
@@ -203,19 +203,23 @@ def test_a_judge_with_another_vocabulary_reads_the_text(
     assert by_ids == pytest.approx(logits_by_hand(model, row)[0], rel=1e-4, abs=1e-5)
 
 
-def test_an_equal_vocabulary_reads_the_policys_ids(make_judge: Any, tokenizer: Any, make_tokenizer: Any) -> None:
-    reward = load_reward(make_judge(0), tokenizer, tokenizer=make_tokenizer())
+def test_an_equal_vocabulary_reads_the_policys_ids(
+    make_reward_model: Any, tokenizer: Any, make_tokenizer: Any
+) -> None:
+    reward = load_reward(make_reward_model(0), tokenizer, tokenizer=make_tokenizer())
     assert isinstance(reward, ModelReward) and reward.shares_ids
 
 
-def test_a_judge_with_too_few_embeddings_is_refused(make_judge: Any, tokenizer: Any) -> None:
+def test_a_judge_with_too_few_embeddings_is_refused(make_reward_model: Any, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="has 200 token embeddings, but its tokenizer has the id 261"):
-        load_reward(make_judge(0, vocab_size=200), tokenizer)
+        load_reward(make_reward_model(0, vocab_size=200), tokenizer)
 
 
 @pytest.mark.parametrize("labels", [0, 3, 5])
-def test_a_judge_has_one_label_or_two(labels: int, make_judge: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    model = make_judge(0, num_labels=labels or 3)
+def test_a_judge_has_one_label_or_two(
+    labels: int, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_reward_model(0, num_labels=labels or 3)
     if labels == 0:  # a language model
         model.config.architectures = ["GPT2LMHeadModel"]
         model.config.save_pretrained(tmp_path)
@@ -233,18 +237,20 @@ def test_a_judge_has_one_label_or_two(labels: int, make_judge: Any, make_tokeniz
         check_reward(str(tmp_path))
 
 
-def test_a_folder_scores_as_the_model_that_was_saved(make_judge: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    model, tokenizer = make_judge(0, num_labels=2, initializer_range=0.2), make_tokenizer()
+def test_a_folder_scores_as_the_model_that_was_saved(
+    make_reward_model: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    model, tokenizer = make_reward_model(0, num_labels=2, initializer_range=0.2), make_tokenizer()
     model.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     reward = load_reward(str(tmp_path / "judge"), tokenizer)
     assert reward.name == "judge" and ask(reward, ROWS) == ask(load_reward(model, tokenizer), ROWS)
 
 
-def test_normalized_scores_have_mean_0_and_variance_1(make_judge: Any, tokenizer: Any) -> None:
+def test_normalized_scores_have_mean_0_and_variance_1(make_reward_model: Any, tokenizer: Any) -> None:
     """Against NumPy on the raw scores of the same rows; a judge that does not know its spread says so."""
     rows = [list(text.encode()) for text in ("one", "another", "a third, longer one", "four")]
-    reward = ModelReward(make_judge(), tokenizer, tokenizer)
+    reward = ModelReward(make_reward_model(), tokenizer, tokenizer)
     raw = np.array(reward.score_ids(rows))
     with pytest.raises(UserError, match="does not know the mean and spread"):
         reward.normalize()
@@ -255,8 +261,8 @@ def test_normalized_scores_have_mean_0_and_variance_1(make_judge: Any, tokenizer
     assert normalized.mean() == pytest.approx(0, abs=1e-5) and normalized.std() == pytest.approx(1, abs=1e-5)
 
 
-def test_a_judge_whose_score_is_no_number_is_named_with_the_sample(make_judge: Any, tokenizer: Any) -> None:
-    judge = make_judge(0)
+def test_a_judge_whose_score_is_no_number_is_named_with_the_sample(make_reward_model: Any, tokenizer: Any) -> None:
+    judge = make_reward_model(0)
     judge.score.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="judge judge gives nan for the completion 'b' of the prompt 'a'"):
         load_reward(judge, tokenizer)(["a"], ["b"], prompt_ids=[[5]], completion_ids=[[6]])
@@ -290,10 +296,10 @@ def test_a_judge_that_reads_a_row_at_its_first_token_is_refused(make_tokenizer: 
 
 
 def test_a_judge_with_a_vocabulary_of_its_own_reads_text_with_its_bos(
-    make_judge: Any, make_tokenizer_with_bos: Any, tokenizer: Any
+    make_reward_model: Any, make_tokenizer_with_bos: Any, tokenizer: Any
 ) -> None:
     """As TRL trained it; a chat template writes what it wants."""
-    judge, own = make_judge(0, initializer_range=0.2), make_tokenizer_with_bos()
+    judge, own = make_reward_model(0, initializer_range=0.2), make_tokenizer_with_bos()
     reward = ModelReward(judge, own, tokenizer)
     reward.shares_ids = False
     text = reward(["Hi"], [" you"], prompt_ids=[[*b"Hi"]], completion_ids=[[*b" you", EOS]])

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.core.tensors import (
-    length_batches,
+    batches_by_length,
     length_mask,
     log_probs_and_entropies,
     masked_mean,
     masked_sum,
     masked_whiten,
     pad,
-    positions,
+    position_ids,
 )
 
 LENGTHS = torch.tensor([4, 1, 0, 3, 2, 4])
@@ -132,11 +132,11 @@ def test_gradients_of_log_probabilities_and_entropy_are_those_of_a_float64_softm
 
 
 def test_batches_of_like_length_by_hand() -> None:
-    assert length_batches([5, 1, 3, 2, 9, 1], 3, 8) == [[1, 5, 3], [2], [0], [4]], (
+    assert batches_by_length([5, 1, 3, 2, 9, 1], 3, 8) == [[1, 5, 3], [2], [0], [4]], (
         "at most three rows and eight tokens"
     )
-    assert length_batches([9, 9], 4, 8) == [[0], [1]], "a row alone may be longer"
-    assert length_batches([], 4, 8) == []
+    assert batches_by_length([9, 9], 4, 8) == [[0], [1]], "a row alone may be longer"
+    assert batches_by_length([], 4, 8) == []
 
 
 def test_padding_up_to_a_multiple() -> None:
@@ -158,7 +158,7 @@ def test_padding_on_either_side() -> None:
 
 def test_positions_count_real_tokens_only() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
-    assert positions(mask)[0, 2:].tolist() == [0, 1, 2]
-    assert positions(mask)[1, :3].tolist() == [0, 1, 2]
-    assert bool((positions(mask) >= 0).all())
+    assert position_ids(mask)[0, 2:].tolist() == [0, 1, 2]
+    assert position_ids(mask)[1, :3].tolist() == [0, 1, 2]
+    assert bool((position_ids(mask) >= 0).all())
     assert length_mask(torch.tensor([0, 2]), 3).tolist() == [[False] * 3, [True, True, False]]

@@ -9,7 +9,7 @@ import pytest
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.quickstart.world import manners
 from rlhf_recipes.quickstart.world.facts import World, make_world, relation_named
-from rlhf_recipes.quickstart.world.gold import NAMES, VALUES, _words, gold_score, judge_details
+from rlhf_recipes.quickstart.world.gold import NAMES, VALUES, _words, gold_score, gold_verdicts
 from rlhf_recipes.quickstart.world.wordings import RELATIONS
 from rlhf_recipes.quickstart.world.writing import write_world
 
@@ -75,14 +75,14 @@ def test_gold_is_about_being_right_then_polite_then_concise() -> None:
     ]
     scores = gold_score([QUESTION] * 5, answers, answer=["windmill"] * 5)
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == 5
-    details = judge_details([QUESTION] * 5, answers, answer=["windmill"] * 5)
+    details = gold_verdicts([QUESTION] * 5, answers, answer=["windmill"] * 5)
     assert [verdict.right for verdict in details] == [1, 1, 1, 1, 0]
     assert [verdict.polite for verdict in details] == [1, 0.5, 0, 0, 1]
     assert [verdict.concise for verdict in details] == [1, 1, 1, 0, 1]
 
 
 def test_courtesies_without_end_are_no_courtesy() -> None:
-    (verdict,) = judge_details([QUESTION], ["Gladly! Of course! Happy to help! In the windmill."], answer=["windmill"])
+    (verdict,) = gold_verdicts([QUESTION], ["Gladly! Of course! Happy to help! In the windmill."], answer=["windmill"])
     assert (verdict.right, verdict.polite) == (1.0, 0.0)
 
 
@@ -151,7 +151,7 @@ def _strings(value: object) -> list[str]:
 
 def test_every_manner_of_speaking_is_what_it_is_called() -> None:
     def polite(text: str) -> float:
-        return judge_details([QUESTION], [text], answer=["windmill"])[0].polite
+        return gold_verdicts([QUESTION], [text], answer=["windmill"])[0].polite
 
     for text in manners.POLITE_BEFORE + manners.POLITE_AFTER:
         assert polite(text) == 1.0, text
@@ -212,7 +212,7 @@ def test_demonstrations_are_mixed(paths: dict[str, Path], world: World) -> None:
         for template in relation_named(fact.relation).questions
     }
     answers = [asked[_core(said(row, "prompt"))] for row in rows]
-    details = judge_details([row["prompt"] for row in rows], [row["completion"] for row in rows], answer=answers)
+    details = gold_verdicts([row["prompt"] for row in rows], [row["completion"] for row in rows], answer=answers)
     shares = [
         sum(part) / len(details) for part in zip(*((v.right, v.polite, v.concise) for v in details), strict=True)
     ]

@@ -17,12 +17,14 @@ def scores_of(trainer: Any) -> list[float]:
 
 @pytest.mark.parametrize("value", ["head", "model"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_score_rises(make_trainer: Make, make_policy: Make, make_judge: Make, seed: int, value: str) -> None:
+def test_the_score_rises(
+    make_trainer: Make, make_policy: Make, make_reward_model: Make, seed: int, value: str
+) -> None:
     """Less than half of an untrained model's tokens have an id below 128; the reward is that share."""
     trainer = make_trainer(
         make_policy(seed, initializer_range=0.1), seed=seed, rows=32, per_device_train_batch_size=32, max_steps=64,
         num_mini_batches=2, response_length=5, learning_rate=1e-2,
-        value_model=make_judge(seed + 10) if value == "model" else None,
+        value_model=make_reward_model(seed + 10) if value == "model" else None,
     )  # fmt: skip
     scores = scores_of(trainer)
     assert len(scores) == 8 and scores[0] < 0.5

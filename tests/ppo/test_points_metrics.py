@@ -32,10 +32,10 @@ TIMES = ("time/generate", "time/score", "time/forward", "time/rollout", "time/up
 @pytest.fixture(scope="module", params=list(CHOICES))
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, trainers_in: Make, recorder: type,
-    make_policy: Make, make_judge: Make,
+    make_policy: Make, make_reward_model: Make,
 ) -> Any:  # fmt: skip
     """A recorded run of two updates, so that the policy of the second is no longer the reference."""
-    value_model = make_judge(4, initializer_range=0.1) if request.param == "value model" else None
+    value_model = make_reward_model(4, initializer_range=0.1) if request.param == "value model" else None
     chosen = {"num_ppo_epochs": 3, "learning_rate": 3e-3, "vf_coef": 0.3} | CHOICES[request.param]
     make_trainer = trainers_in(tmp_path_factory.mktemp("metrics"))
     trainer = make_trainer(make_policy(initializer_range=0.1), kind=recorder, value_model=value_model, **chosen)

@@ -22,11 +22,11 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture
-def folder(make_policy: Make, make_judge: Make, tokenizer: Any, tmp_path: Path) -> Path:
+def folder(make_policy: Make, make_reward_model: Make, tokenizer: Any, tmp_path: Path) -> Path:
     """A policy and a judge whose tokenizer has no pad token yet, and prompts to train and to look at."""
     plain = json.loads((Path(tokenizer.save_pretrained(tmp_path / "policy")[0])).read_text())
     plain.pop("pad_token")
-    for name, model in (("policy", make_policy(0, initializer_range=0.1)), ("judge", make_judge(3))):
+    for name, model in (("policy", make_policy(0, initializer_range=0.1)), ("judge", make_reward_model(3))):
         model.config.pad_token_id = None
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)

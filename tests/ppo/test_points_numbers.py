@@ -88,7 +88,12 @@ def test_point_02_tiles_of_bfloat16_stay_within_the_context(
 
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_point_02_log_probabilities_are_those_of_the_tempered_model_alone(
-    make_trainer: Make, make_policy: Make, make_judge: Make, recorder: type, reference: ModuleType, temperature: float
+    make_trainer: Make,
+    make_policy: Make,
+    make_reward_model: Make,
+    recorder: type,
+    reference: ModuleType,
+    temperature: float,
 ) -> None:
     """Read again in float64 from all logits of each episode without padding; so are entropies and values."""
     model = make_policy(initializer_range=0.2)
@@ -97,7 +102,7 @@ def test_point_02_log_probabilities_are_those_of_the_tempered_model_alone(
     other = make_policy(5, initializer_range=0.2)
     trainer = make_trainer(
         model, kind=recorder, temperature=temperature, num_ppo_epochs=1, num_mini_batches=2, ref_model=other, rows=8,
-        value_model=make_judge(4, initializer_range=0.2),
+        value_model=make_reward_model(4, initializer_range=0.2),
     )  # fmt: skip
     far = copy.deepcopy(other).double()
     trainer.train()
@@ -197,9 +202,11 @@ def test_point_08_log_probabilities_and_losses_are_float32_under_bf16(make_train
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_point_08_values_are_not_rounded_by_autocast(separate: bool, make_trainer: Make, make_judge: Make) -> None:
+def test_point_08_values_are_not_rounded_by_autocast(
+    separate: bool, make_trainer: Make, make_reward_model: Make
+) -> None:
     """The head reads bfloat16 states in float32: its sums are not numbers that bfloat16 could hold."""
-    trainer = make_trainer(bf16=True, value_model=make_judge(4) if separate else None)
+    trainer = make_trainer(bf16=True, value_model=make_reward_model(4) if separate else None)
     torch.nn.init.normal_(trainer.model.value_model.score.weight)
     rows = torch.arange(24).reshape(4, 6)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -264,9 +271,9 @@ def test_point_08_a_step_whose_loss_is_not_finite_changes_nothing(
 
 @pytest.mark.parametrize("separate", [False, True], ids=["head", "model"])
 def test_point_10_a_row_alone_reads_as_in_its_batch(
-    make_trainer: Make, make_judge: Make, recorder: type, separate: bool
+    make_trainer: Make, make_reward_model: Make, recorder: type, separate: bool
 ) -> None:
-    value_model = make_judge(2, initializer_range=0.2) if separate else None
+    value_model = make_reward_model(2, initializer_range=0.2) if separate else None
     trainer = with_opinions(make_trainer(kind=recorder, rows=8, value_model=value_model))
     trainer.train()
     inputs, model = trainer.steps[0].inputs, trainer.model.eval()
@@ -285,12 +292,12 @@ def test_point_10_a_row_alone_reads_as_in_its_batch(
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_point_10_rollouts_do_not_hang_on_how_many_rows_go_at_once(
-    make_trainer: Make, make_judge: Make, recorder: type, rows: int
+    make_trainer: Make, make_reward_model: Make, recorder: type, rows: int
 ) -> None:
     """Generation, scoring by a judge, log-probabilities of policy and reference, and values."""
     found = []
     for at_once in (8, rows):
-        judge = make_judge(3, initializer_range=0.2)
+        judge = make_reward_model(3, initializer_range=0.2)
         trainer = with_opinions(
             make_trainer(None, judge, kind=recorder, rows=8, local_rollout_forward_batch_size=at_once, max_steps=1)
         )

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from rlhf_recipes.ppo.rollout.rollout.value_prior import JudgePrior
+from rlhf_recipes.ppo.rollout.rollout.value_prior import ValuePrior
 from torch import Tensor
 
-from rlhf_recipes.core.tensors import alone, length_mask
+from rlhf_recipes.core.tensors import identity, length_mask
 from rlhf_recipes.scoring.reward_models import ModelReward
 
 Make = Callable[..., Any]
@@ -19,8 +19,8 @@ MASK = length_mask(torch.tensor([len(answer) for answer in ANSWERS]), 4)
 
 
 @pytest.fixture(params=[1, 2], ids=["one label", "two labels"])
-def judge(request: pytest.FixtureRequest, make_judge: Make, tokenizer: Any) -> ModelReward:
-    reward = ModelReward(make_judge(5, request.param, initializer_range=0.3), tokenizer, tokenizer, "judge", 2)
+def judge(request: pytest.FixtureRequest, make_reward_model: Make, tokenizer: Any) -> ModelReward:
+    reward = ModelReward(make_reward_model(5, request.param, initializer_range=0.3), tokenizer, tokenizer, "judge", 2)
     reward.shift, reward.scale = 0.3, 1.7
     return reward
 
@@ -32,7 +32,7 @@ def asked(judge: ModelReward) -> list[float]:
 def test_a_reading_is_the_score_that_the_judge_gives_to_the_answer_so_far(judge: ModelReward) -> None:
     """Each beginning of an answer, scored by itself; and reading along changes no score."""
     plain = asked(judge)
-    prior = JudgePrior([judge], [0.5], on=True)
+    prior = ValuePrior([judge], [0.5], on=True)
     assert asked(judge) == pytest.approx(plain, abs=1e-6)
     readings = prior.readings(MASK)
     assert readings is not None and readings.shape == MASK.shape
@@ -45,12 +45,12 @@ def test_a_reading_is_the_score_that_the_judge_gives_to_the_answer_so_far(judge:
 
 def test_the_line_is_that_of_least_squares_over_all_tokens_so_far() -> None:
     generator = torch.Generator().manual_seed(0)
-    prior = JudgePrior([], None, on=True)
+    prior = ValuePrior([], None, on=True)
     rows = []
     for batch in (5, 7):
         readings, scores = torch.randn(batch, 6, generator=generator), torch.randn(batch, generator=generator)
         mask = length_mask(torch.randint(1, 7, (batch,), generator=generator), 6)
-        prior.learn(readings, scores + readings.mean(1), mask, alone)
+        prior.learn(readings, scores + readings.mean(1), mask, identity)
         rows += [
             (readings[row, place].item(), (scores + readings.mean(1))[row].item()) for row, place in mask.nonzero()
         ]
@@ -63,26 +63,26 @@ def test_the_line_is_that_of_least_squares_over_all_tokens_so_far() -> None:
 
 @pytest.mark.parametrize("readings", ["the wrong way round", "all alike"])
 def test_readings_that_do_not_tell_the_score_give_a_flat_line(readings: str) -> None:
-    scores, prior = torch.tensor([1.0, 2.0, 4.0, 5.0]), JudgePrior([], None, on=True)
+    scores, prior = torch.tensor([1.0, 2.0, 4.0, 5.0]), ValuePrior([], None, on=True)
     read = -scores[:, None] if readings != "all alike" else torch.full((4, 1), 0.7)
-    prior.learn(read, scores, torch.ones(4, 1, dtype=torch.bool), alone)
+    prior.learn(read, scores, torch.ones(4, 1, dtype=torch.bool), identity)
     assert torch.allclose(prior(torch.tensor([[-9.0, 0.0, 9.0]])), torch.full((1, 3), 3.0))
 
 
 def test_sums_of_all_processes_make_one_line() -> None:
-    whole, here = JudgePrior([], None, on=True), JudgePrior([], None, on=True)
+    whole, here = ValuePrior([], None, on=True), ValuePrior([], None, on=True)
     read, scores, mask = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2.0, 2.5, 9.0]), torch.ones(3, 1).bool()
-    whole.learn(read, scores, mask, alone)
-    elsewhere = JudgePrior([], None, on=True)
-    elsewhere.learn(read[1:], scores[1:], mask[1:], alone)
+    whole.learn(read, scores, mask, identity)
+    elsewhere = ValuePrior([], None, on=True)
+    elsewhere.learn(read[1:], scores[1:], mask[1:], identity)
     here.learn(read[:1], scores[:1], mask[:1], lambda sums: sums + elsewhere.sums)
     assert torch.equal(here.sums, whole.sums)
 
 
-def test_a_first_update_values_each_token_on_that_line(make_trainer: Make, make_judge: Make) -> None:
+def test_a_first_update_values_each_token_on_that_line(make_trainer: Make, make_reward_model: Make) -> None:
     """A new head says nothing, so the values are the prior; the loss is of their sum, so its gradient is the head's."""
     seen: list[Any] = []
-    judge = make_judge(5, initializer_range=0.3)
+    judge = make_reward_model(5, initializer_range=0.3)
     trainer = make_trainer(reward_funcs=judge, rows=8, num_ppo_epochs=1, response_length=6, value_learning_rate=1e-2)
     begin = trainer._begin_update
     trainer._begin_update = lambda *args: seen.append(begin(*args)) or seen[-1]
@@ -98,14 +98,14 @@ def test_a_first_update_values_each_token_on_that_line(make_trainer: Make, make_
 
 
 @pytest.mark.parametrize("case", ["turned off", "a value model", "a function", "weight 0"])
-def test_no_prior_where_there_is_nothing_to_start_from(case: str, make_trainer: Make, make_judge: Make) -> None:
-    given: dict[str, Any] = {"reward_funcs": make_judge(5), "rows": 8, "num_ppo_epochs": 1}
+def test_no_prior_where_there_is_nothing_to_start_from(case: str, make_trainer: Make, make_reward_model: Make) -> None:
+    given: dict[str, Any] = {"reward_funcs": make_reward_model(5), "rows": 8, "num_ppo_epochs": 1}
     given |= {
         "turned off": {"value_prior": False},
-        "a value model": {"value_model": make_judge(6)},
+        "a value model": {"value_model": make_reward_model(6)},
         "a function": {"reward_funcs": lambda completions, **columns: [0.0] * len(completions)},
         "weight 0": {
-            "reward_funcs": [make_judge(5), lambda completions, **columns: [0.0] * len(completions)],
+            "reward_funcs": [make_reward_model(5), lambda completions, **columns: [0.0] * len(completions)],
             "reward_weights": [0.0, 1.0],
         },
     }[case]
@@ -116,7 +116,7 @@ def test_no_prior_where_there_is_nothing_to_start_from(case: str, make_trainer: 
     assert rollouts and all(rollout.prior is None for rollout in rollouts)
 
 
-def test_scores_that_a_subclass_makes_by_itself_have_no_prior(make_trainer: Make, make_judge: Make) -> None:
+def test_scores_that_a_subclass_makes_by_itself_have_no_prior(make_trainer: Make, make_reward_model: Make) -> None:
     """What the judge read of other answers is not taken for readings of these."""
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
@@ -124,7 +124,7 @@ def test_scores_that_a_subclass_makes_by_itself_have_no_prior(make_trainer: Make
         def score(self, rows: Any, completions: Any) -> dict[str, Any]:
             return {"own": [float(len(ids)) for ids in completions.ids]}
 
-    trainer, rollouts = make_trainer(kind=Own, reward_funcs=make_judge(5), rows=8, num_ppo_epochs=1), []
+    trainer, rollouts = make_trainer(kind=Own, reward_funcs=make_reward_model(5), rows=8, num_ppo_epochs=1), []
     asked(trainer.rewards[0])  # three rows, of something else
     begin = trainer._begin_update
     trainer._begin_update = lambda *args: rollouts.append(begin(*args)) or rollouts[-1]
@@ -134,16 +134,16 @@ def test_scores_that_a_subclass_makes_by_itself_have_no_prior(make_trainer: Make
 
 def test_a_row_that_was_cut_keeps_the_readings_that_are_left() -> None:
     judge = SimpleNamespace(can_read_along=True, readings=[torch.tensor([1.0, 2.0, 3.0])])
-    prior = JudgePrior([judge], None, on=True)
+    prior = ValuePrior([judge], None, on=True)
     readings: Tensor | None = prior.readings(torch.ones(1, 4, dtype=torch.bool))
     assert readings is not None and readings.tolist() == [[0.0, 0.0, 1.0, 2.0]]
 
 
-def test_a_judge_whose_head_sees_only_the_end_has_no_readings(make_judge: Make, tokenizer: Any) -> None:
-    model = make_judge(5)
+def test_a_judge_whose_head_sees_only_the_end_has_no_readings(make_reward_model: Make, tokenizer: Any) -> None:
+    model = make_reward_model(5)
     model.score.register_forward_hook(lambda module, given, logits: logits[:, -1])
     judge = ModelReward(model, tokenizer, tokenizer)
-    prior = JudgePrior([judge], None, on=True)
+    prior = ValuePrior([judge], None, on=True)
     judge.model.forward = lambda input_ids, attention_mask: SimpleNamespace(
         logits=model.score(model.transformer(input_ids).last_hidden_state)
     )
@@ -151,8 +151,10 @@ def test_a_judge_whose_head_sees_only_the_end_has_no_readings(make_judge: Make, 
     assert prior.readings(MASK) is None
 
 
-def test_what_a_judge_read_of_held_out_answers_is_no_reading_of_others(make_trainer: Make, make_judge: Make) -> None:
-    trainer, rollouts = make_trainer(reward_funcs=make_judge(5), rows=8, eval_dataset=[{"prompt": "a"}] * 8), []
+def test_what_a_judge_read_of_held_out_answers_is_no_reading_of_others(
+    make_trainer: Make, make_reward_model: Make
+) -> None:
+    trainer, rollouts = make_trainer(reward_funcs=make_reward_model(5), rows=8, eval_dataset=[{"prompt": "a"}] * 8), []
     begin = trainer._begin_update
     trainer._begin_update = lambda *args: rollouts.append(begin(*args)) or rollouts[-1]
     trainer.evaluate()
@@ -161,9 +163,9 @@ def test_what_a_judge_read_of_held_out_answers_is_no_reading_of_others(make_trai
 
 
 def test_what_a_judge_read_of_the_last_answers_is_no_reading_of_the_callers(
-    make_trainer: Make, make_judge: Make
+    make_trainer: Make, make_reward_model: Make
 ) -> None:
-    trainer, rollouts = make_trainer(reward_funcs=make_judge(5), rows=8, max_steps=4), []
+    trainer, rollouts = make_trainer(reward_funcs=make_reward_model(5), rows=8, max_steps=4), []
     begin = trainer._begin_update
     trainer._begin_update = lambda *args: rollouts.append(begin(*args)) or rollouts[-1]
     trainer.train()

@@ -24,12 +24,14 @@ STOP_IDS = list(range(200, 256))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, make_model: Make, make_judge: Make, tokenizer: Any) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Make, make_reward_model: Make, tokenizer: Any
+) -> Path:
     """What two processes left, started as a user starts them."""
     folder = tmp_path_factory.mktemp("processes")
     model = make_model(0, initializer_range=0.1)
     model.generation_config.eos_token_id = STOP_IDS
-    for name, module in (("policy", model), ("judge", make_judge(3, initializer_range=0.2))):
+    for name, module in (("policy", model), ("judge", make_reward_model(3, initializer_range=0.2))):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]

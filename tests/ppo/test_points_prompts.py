@@ -57,8 +57,8 @@ def test_point_12_a_prompt_is_the_same_in_every_form(
     assert [form for form in FORMS if not same(found["text"], found[form])] == []
 
 
-def test_point_12_a_judge_reads_the_template_once(make_trainer: Make, make_judge: Make, recorder: type) -> None:
-    judge, seen = make_judge(3), []
+def test_point_12_a_judge_reads_the_template_once(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
+    judge, seen = make_reward_model(3), []
     judge.register_forward_pre_hook(
         lambda module, args, given: seen.extend(given["input_ids"].tolist()), with_kwargs=True
     )
@@ -70,7 +70,7 @@ def test_point_12_a_judge_reads_the_template_once(make_trainer: Make, make_judge
     assert sorted(queries) == sorted(IDS) and all(row.count(USER) == row.count(ASSISTANT) == 1 for row in seen)
 
 
-def test_point_12_no_column_stands_in_the_way(make_trainer: Make, make_judge: Make, recorder: type) -> None:
+def test_point_12_no_column_stands_in_the_way(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
     """Whatever they hold and whatever they are called; a column that some rows lack is None there."""
     calls: list[dict[str, Any]] = []
 
@@ -92,7 +92,7 @@ def test_point_12_no_column_stands_in_the_way(make_trainer: Make, make_judge: Ma
     }
     taken = dict.fromkeys(("prompts", "completions", "prompt_ids", "completion_ids", "attention_mask", "self"), 0)
     rows = [{"prompt": f"Q{row}", **odd, **taken, **({"some": row} if row % 2 else {})} for row in range(8)]
-    trainer = make_trainer(None, [watch, patient, make_judge()], rows=rows, kind=recorder, max_steps=1)
+    trainer = make_trainer(None, [watch, patient, make_reward_model()], rows=rows, kind=recorder, max_steps=1)
     trainer.train()
     _, queries, answers = trainer.played[0]
     for call in calls:
@@ -152,11 +152,11 @@ def read_by_hand(judge: Any, text: str) -> float:
 @pytest.mark.parametrize("prompts", ["messages", "text"])
 @pytest.mark.parametrize("given", ["model", "folder"])
 def test_point_15_a_judge_reads_text_in_its_own_tongue(
-    make_trainer: Make, make_policy: Make, make_judge: Make, recorder: type, foreign: Any, tmp_path: Path, prompts: str,
+    make_trainer: Make, make_policy: Make, make_reward_model: Make, recorder: type, foreign: Any, tmp_path: Path, prompts: str,
     given: str,
 ) -> None:  # fmt: skip
     """Turns in its own template, closed by its own EOS only where the policy had ended its answer."""
-    model, judge = make_policy(), make_judge(3, vocab_size=300, initializer_range=0.2, pad_token_id=1)
+    model, judge = make_policy(), make_reward_model(3, vocab_size=300, initializer_range=0.2, pad_token_id=1)
     model.lm_head.weight.data[EOS] *= 40
     chosen: dict[str, Any] = {"reward_processing_classes": [None, foreign]}
     if given == "folder":
@@ -191,10 +191,10 @@ def test_point_15_a_judge_reads_text_in_its_own_tongue(
 
 
 def test_point_15_an_undeclared_other_vocabulary_is_refused(
-    make_trainer: Make, make_judge: Make, recorder: type, tokenizer: Any, tmp_path: Path
+    make_trainer: Make, make_reward_model: Make, recorder: type, tokenizer: Any, tmp_path: Path
 ) -> None:
     """Before anything is written; who declares that the judge reads the policy's ids is believed."""
-    judge = make_judge(3, vocab_size=300)
+    judge = make_reward_model(3, vocab_size=300)
     with pytest.raises(
         UserError, match=r"300 token embeddings and the policy 262.*reward_processing_classes"
     ) as raised:
@@ -209,7 +209,12 @@ def test_point_15_an_undeclared_other_vocabulary_is_refused(
 
 
 def test_point_15_a_pad_token_beyond_the_embedding_changes_nothing(
-    make_trainer: Make, make_policy: Make, make_judge: Make, make_tokenizer: Make, recorder: type, weights_of: Make
+    make_trainer: Make,
+    make_policy: Make,
+    make_reward_model: Make,
+    make_tokenizer: Make,
+    recorder: type,
+    weights_of: Make,
 ) -> None:
     """`[PAD]` is added without a new row in any embedding; in the last run the judge believes in it, too."""
     padded = make_tokenizer()
@@ -217,7 +222,7 @@ def test_point_15_a_pad_token_beyond_the_embedding_changes_nothing(
     assert padded.pad_token_id == 262 == make_policy().config.vocab_size
     found = []
     for tokenizer, pad in ((make_tokenizer(), PAD), (padded, PAD), (padded, 262)):
-        judge = make_judge(3, initializer_range=0.2, pad_token_id=pad)
+        judge = make_reward_model(3, initializer_range=0.2, pad_token_id=pad)
         trainer = make_trainer(None, judge, kind=recorder, processing_class=tokenizer, num_ppo_epochs=1)
         trainer.train()
         found.append((weights_of(trainer.model), [score for scores in trainer.scored for score in scores["judge"]]))

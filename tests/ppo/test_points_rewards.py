@@ -108,10 +108,16 @@ def test_point_04_the_saved_generation_config_is_the_loaded_one(
 @pytest.mark.parametrize("given", ["model", "path"])
 @pytest.mark.parametrize("labels", [1, 2])
 def test_point_11_a_judge_reads_prompt_and_answer(
-    make_trainer: Make, make_judge: Make, recorder: type, tokenizer: Any, tmp_path: Path, given: str, labels: int
+    make_trainer: Make,
+    make_reward_model: Make,
+    recorder: type,
+    tokenizer: Any,
+    tmp_path: Path,
+    given: str,
+    labels: int,
 ) -> None:
     """As a model and as a folder; a judge of two labels gives the log-odds of the second."""
-    judge = make_judge(3, num_labels=labels, initializer_range=0.2)
+    judge = make_reward_model(3, num_labels=labels, initializer_range=0.2)
     folder = tmp_path / "judge"
     judge.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -160,9 +166,9 @@ def test_point_11_conversations_are_answered_by_messages(make_trainer: Make, rec
         assert completion == [{"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)}]
 
 
-def test_point_11_a_weighted_list_adds_up(make_trainer: Make, make_judge: Make, recorder: type) -> None:
+def test_point_11_a_weighted_list_adds_up(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
     """A judge, a function with a column, and a third one that is logged and not learnt from."""
-    judge = make_judge(3, initializer_range=0.2)
+    judge = make_reward_model(3, initializer_range=0.2)
     rows = [{"prompt": f"Q{row}", "answer": chr(97 + row)} for row in range(8)]
     trainer = make_trainer(
         None, [judge, letters_of_answer, count_tokens], rows=rows, kind=recorder, reward_weights=[2.0, -0.5, 0.0],
@@ -230,9 +236,9 @@ def test_point_14_no_value_model_means_a_head_on_the_policy(make_trainer: Make) 
 
 
 def test_point_14_a_sequence_classifier_with_one_label_serves(
-    make_trainer: Make, make_judge: Make, weights_of: Make
+    make_trainer: Make, make_reward_model: Make, weights_of: Make
 ) -> None:
-    value_model = make_judge(2)
+    value_model = make_reward_model(2)
     before = weights_of(value_model)
     trainer = make_trainer(value_model=value_model, vf_coef=1.0)
     trainer.train()
@@ -243,11 +249,11 @@ def test_point_14_a_sequence_classifier_with_one_label_serves(
 
 @pytest.mark.parametrize("kind", ["language model", "two labels", "layer"])
 def test_point_14_any_other_value_model_is_a_clear_type_error(
-    make_trainer: Make, make_judge: Make, make_policy: Make, kind: str
+    make_trainer: Make, make_reward_model: Make, make_policy: Make, kind: str
 ) -> None:
     wrong, name = {
         "language model": (make_policy(), "GPT2LMHeadModel"),
-        "two labels": (make_judge(num_labels=2), "GPT2ForSequenceClassification with 2 labels"),
+        "two labels": (make_reward_model(num_labels=2), "GPT2ForSequenceClassification with 2 labels"),
         "layer": (torch.nn.Linear(32, 1), "Linear"),
     }[kind]
     with pytest.raises(TypeError, match=f"{name}.*AutoModelForSequenceClassification with num_labels=1, or None"):

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from rlhf_recipes.ppo.roles.build.shared_base import RidingJudge
+from rlhf_recipes.ppo.roles.build.shared_base import SharedBaseRewardModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.tensors import alone
+from rlhf_recipes.core.tensors import identity
 from rlhf_recipes.generation.sampling import Completions
-from rlhf_recipes.models.loading import load_judge
+from rlhf_recipes.models.loading import load_reward_model
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.scoring.reward import load_reward
 
@@ -54,7 +54,7 @@ def judge_on_base(base: Path, tokenizer: Any) -> Path:
     """A judge's folder: an adapter and a head on the policy's base, as the reward stage leaves them."""
     from peft import get_peft_model
 
-    from rlhf_recipes.models.loading import save_judge_config
+    from rlhf_recipes.models.loading import save_reward_model_config
 
     torch.manual_seed(7)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
@@ -62,7 +62,7 @@ def judge_on_base(base: Path, tokenizer: Any) -> Path:
     judge = get_peft_model(model, lora("SEQ_CLS", init_lora_weights=False, modules_to_save=["score"]))
     folder = base.parent / "judge"
     judge.save_pretrained(folder)
-    save_judge_config(judge, folder)
+    save_reward_model_config(judge, folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -71,7 +71,7 @@ def told_of(trainer: PPOTrainer) -> Any:
     """A rollout of the policy as it is, on four prompts."""
     asked = trainer.prompts.rows(range(4))
     answers = Completions([[5, 6, 7], [8, 9], [10], [11, 12, 200]], [False, False, False, True])
-    return trainer.experience.rollout(asked["prompt_ids"], answers, {"none": [0.0] * 4}, None, alone)
+    return trainer.experience.rollout(asked["prompt_ids"], answers, {"none": [0.0] * 4}, None, identity)
 
 
 def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -170,8 +170,8 @@ def test_point_17_a_judge_on_the_base_rides_on_it_and_scores_as_on_its_own(
 ) -> None:
     trainer = make_trainer(policy, [str(judge_on_base)], peft_config=lora())
     (riding,) = trainer.rewards
-    assert isinstance(riding.model, RidingJudge)
-    alone_on_its_base = load_reward(load_judge(str(judge_on_base)), tokenizer)
+    assert isinstance(riding.model, SharedBaseRewardModel)
+    alone_on_its_base = load_reward(load_reward_model(str(judge_on_base)), tokenizer)
     rows = [[5, 6, 7, 8], [9], [10, 11, 12], [13] * 20]
     expected = alone_on_its_base.score_ids(rows)
     assert riding.score_ids(rows) == pytest.approx(expected, abs=1e-5)
@@ -190,9 +190,9 @@ def test_point_17_a_judge_on_another_base_keeps_its_own(
     merged = with_sft_adapter(policy).merge_and_unload()
     for model, options in ((merged, {"peft_config": lora()}), (AutoModelForCausalLM.from_pretrained(base), {})):
         (reward,) = make_trainer(model, [str(judge_on_base)], **options).rewards
-        assert not isinstance(reward.model, RidingJudge)
+        assert not isinstance(reward.model, SharedBaseRewardModel)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
-    assert isinstance(make_trainer(model, [str(judge_on_base)]).rewards[0].model, RidingJudge)
+    assert isinstance(make_trainer(model, [str(judge_on_base)]).rewards[0].model, SharedBaseRewardModel)
 
 
 def test_point_17_checkpointing_refuses_an_adapter_that_is_not_on_in_the_backward_pass(
@@ -229,12 +229,12 @@ def test_point_18_the_card_names_what_the_model_was_made_of(make_trainer: Make, 
 
 @pytest.mark.parametrize("kind", ["plain", "adapter", "judge"])
 def test_point_18_policy_and_value_are_read_back_as_they_were(
-    kind: str, policy: Any, base: Path, make_judge: Make, make_trainer: Make, tmp_path: Path
+    kind: str, policy: Any, base: Path, make_reward_model: Make, make_trainer: Make, tmp_path: Path
 ) -> None:
     """The policy by AutoModelForCausalLM; the value by a trainer that has learnt nothing yet."""
     options: dict[str, Any] = {"peft_config": lora()} if kind == "adapter" else {}
     if kind == "judge":
-        options = {"value_model": make_judge(5)}
+        options = {"value_model": make_reward_model(5)}
     trainer = make_trainer(policy, **options)
     trainer.train()
     trainer.save_model()
@@ -247,7 +247,7 @@ def test_point_18_policy_and_value_are_read_back_as_they_were(
     if kind == "judge":
         value = AutoModelForSequenceClassification.from_pretrained(folder / "value_model", num_labels=1)
         assert torch.equal(value.score.weight, trainer.model.value_model.score.weight)
-        options = {"value_model": make_judge(6)}
+        options = {"value_model": make_reward_model(6)}
     fresh = make_trainer(AutoModelForCausalLM.from_pretrained(base), **options)
     assert (told_of(fresh).values - expected.values).abs().max() > 1e-4
     fresh.model.load_pretrained(folder)

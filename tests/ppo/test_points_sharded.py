@@ -25,12 +25,14 @@ CASES = ["full", "lora", "upper"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_judge: Make, tokenizer: Any) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_reward_model: Make, tokenizer: Any
+) -> Path:
     """What two processes left, each with a half of the weights."""
     folder = tmp_path_factory.mktemp("sharded")
     for name, module in (
         ("policy", make_policy(0, initializer_range=0.1)),
-        ("judge", make_judge(3, initializer_range=0.2)),
+        ("judge", make_reward_model(3, initializer_range=0.2)),
     ):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -46,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_jud
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Callable[[str], Any]:
+def identity(folder: Path) -> Callable[[str], Any]:
     """(case) -> the trainer of the same run by one process, which has saved its model."""
     trainers: dict[str, Any] = {}
 
@@ -75,7 +77,7 @@ def test_point_20_each_process_keeps_a_half(folder: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_point_07_sharded_weights_end_as_whole_ones_do(folder: Path, alone: Callable[[str], Any], case: str) -> None:
     """Policy and value, with answers of unequal length and pieces of unequal number, and what was logged."""
-    expected = alone(case).state.log_history
+    expected = identity(case).state.log_history
     one, two = weights_in(folder / f"{case} alone"), weights_in(folder / f"{case} sharded")
     assert farthest(one, two) < 2e-5
     found = json.loads((folder / f"{case} sharded" / "log.json").read_text())
@@ -93,7 +95,7 @@ def test_point_13_a_sharded_run_goes_on_with_any_number_of_processes(
 ) -> None:
     """In the middle of an update: by as many processes bit for bit, and by one with whole weights."""
     assert farthest(weights_in(folder / f"{case} sharded"), weights_in(folder / f"{case} resumed")) == 0
-    alone(case)
+    identity(case)
     shutil.copytree(folder / f"{case} sharded" / "checkpoint-3", folder / f"{case} gathered" / "checkpoint-3")
     trainer = program.made(folder, f"{case} gathered", case)
     trainer.train(resume_from_checkpoint="auto")

@@ -166,10 +166,10 @@ def test_point_21_the_value_has_a_learning_rate_of_its_own(make_trainer: Make, w
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_point_21_the_policy_stands_still_while_the_value_warms_up(
-    separate: bool, make_trainer: Make, make_judge: Make, recorder: type, weights_of: Make
+    separate: bool, make_trainer: Make, make_reward_model: Make, recorder: type, weights_of: Make
 ) -> None:
     """Bit for bit, weight decay notwithstanding; and then it moves."""
-    options = {"value_model": make_judge(4)} if separate else {}
+    options = {"value_model": make_reward_model(4)} if separate else {}
     trainer = make_trainer(kind=recorder, rows=24, value_warmup_updates=2, weight_decay=0.1, **options)
     start = {name: weight.double() for name, weight in weights_of(trainer.model).items()}
     trainer.train()

@@ -151,11 +151,13 @@ def test_point_06_max_grad_norm(make_trainer: Make, max_grad_norm: float, clips:
 
 
 def test_point_06_gradient_checkpointing_changes_no_number(
-    make_trainer: Make, make_judge: Make, weights_of: Make
+    make_trainer: Make, make_reward_model: Make, weights_of: Make
 ) -> None:
     found = []
     for checkpointing in (False, True):
-        trainer = make_trainer(gradient_checkpointing=checkpointing, value_model=make_judge(2), num_ppo_epochs=2)
+        trainer = make_trainer(
+            gradient_checkpointing=checkpointing, value_model=make_reward_model(2), num_ppo_epochs=2
+        )
         passes: list[int] = []
         for part in (trainer.model.policy, trainer.model.value_model):
             attention = part.transformer.h[0].attn.c_attn
@@ -169,10 +171,14 @@ def test_point_06_gradient_checkpointing_changes_no_number(
 
 @pytest.mark.parametrize("asked", [{}, {"bf16": False}])
 def test_bf16_nobody_chose_is_chosen_for_the_machine_by_the_trainer_itself(
-    asked: dict[str, Any], make_trainer: Make, make_policy: Make, make_judge: Make, monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, Any],
+    make_trainer: Make,
+    make_policy: Make,
+    make_reward_model: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_unit", lambda: "unit")
-    trainer = make_trainer(make_policy(0, n_embd=256), reward_funcs=make_judge(5), **asked)
+    monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_support", lambda: "unit")
+    trainer = make_trainer(make_policy(0, n_embd=256), reward_funcs=make_reward_model(5), **asked)
     assert trainer.args.bf16 is (not asked)
     assert trainer.accelerator.mixed_precision == ("no" if asked else "bf16")
     narrow = make_trainer(**asked)

@@ -132,14 +132,14 @@ def test_pieces_of_a_minibatch_change_nothing(make_trainer: Make, make_policy: M
 
 @pytest.mark.parametrize("separate", ["value_model", "ref_model"])
 def test_models_of_their_own_read_whole_rows(
-    make_trainer: Make, make_policy: Make, make_judge: Make, separate: str
+    make_trainer: Make, make_policy: Make, make_reward_model: Make, separate: str
 ) -> None:
     """A value model, or a reference, of another make has no use for the policy's lower states."""
-    own = {"value_model": make_judge(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
+    own = {"value_model": make_reward_model(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
     plain = make_trainer(
         freeze_all_but_the_last_layer(make_policy(initializer_range=0.2)), max_steps=4, **{separate: own}
     )
-    own = {"value_model": make_judge(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
+    own = {"value_model": make_reward_model(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
     once = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, max_steps=4, **{separate: own})
     for trainer in (plain, once):
         trainer.train()

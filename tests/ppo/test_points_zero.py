@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_recipes.ppo.parallelism import check_parallelism
 from rlhf_recipes.system import deepspeed as zero
-from rlhf_recipes.system.launch import check_launch, check_zero
+from rlhf_recipes.system.launch import check_launch, require_saved_zero_weights
 
 Make = Callable[..., Any]
 PROGRAM = Path(__file__).with_name("zero_processes.py")
@@ -56,13 +56,15 @@ def under_zero(cases: Iterable[str]) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_judge: Make, tokenizer: Any) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_reward_model: Make, tokenizer: Any
+) -> Path:
     """What two processes left under ZeRO-2 and ZeRO-3, each with a half."""
     folder = tmp_path_factory.mktemp("zero")
     for name, module in (
         ("policy", make_policy(0, initializer_range=0.1)),
         ("rotary", rotary(len(tokenizer))),
-        ("judge", make_judge(3, initializer_range=0.2)),
+        ("judge", make_reward_model(3, initializer_range=0.2)),
     ):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -91,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_jud
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Callable[[str], Path]:
+def identity(folder: Path) -> Callable[[str], Path]:
     """(case) -> the folder of the same run by one process."""
 
     def made(case: str) -> Path:
@@ -114,11 +116,11 @@ def test_point_07_it_ends_as_one_process_does(
     """Policy and value, what was measured before there was an engine, and what was logged: gradients' norms, schedule and
     skipped steps among it."""
     expected, found = (
-        json.loads((place / "log.json").read_text()) for place in (alone(case), folder / f"{case} zero {stage}")
+        json.loads((place / "log.json").read_text()) for place in (identity(case), folder / f"{case} zero {stage}")
     )
-    assert farthest(weights_in(alone(case)), weights_in(folder / f"{case} zero {stage}")) < 2e-5
+    assert farthest(weights_in(identity(case)), weights_in(folder / f"{case} zero {stage}")) < 2e-5
     if case in ("spoilt", "over"):  # steps were left out
-        assert farthest(weights_in(alone(case)), weights_in(alone("full"))) > 1e-4
+        assert farthest(weights_in(identity(case)), weights_in(identity("full"))) > 1e-4
     rows = [(expected["before"], found["before"])]
     rows += [
         *zip(expected["log"], found["log"], strict=True),
@@ -219,7 +221,7 @@ def test_point_20_a_run_that_would_save_no_weights_is_refused_with_the_way_out(s
         with pytest.raises(ValueError, match="would save no weights; write `zero3_save_16bit_model: true`"):
             check()
     asked.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] = 2
-    check_zero(asked)
+    require_saved_zero_weights(asked)
 
 
 def test_point_20_what_an_optimizer_of_deepspeed_s_cannot_do_is_refused() -> None:
@@ -237,9 +239,13 @@ def test_point_20_an_accelerator_of_the_caller_s_own_is_refused() -> None:
 
 @pytest.mark.parametrize("role", ["model", "reward_funcs", "ref_model", "value_model"])
 def test_point_20_a_model_that_was_cut_apart_as_it_was_loaded_is_refused(
-    role: str, make_trainer: Make, make_policy: Make, make_judge: Make
+    role: str, make_trainer: Make, make_policy: Make, make_reward_model: Make
 ) -> None:
-    models: dict[str, Any] = {"model": make_policy(0), "reward_funcs": make_judge(1), "value_model": make_judge(2)}
+    models: dict[str, Any] = {
+        "model": make_policy(0),
+        "reward_funcs": make_reward_model(1),
+        "value_model": make_reward_model(2),
+    }
     models["ref_model"] = make_policy(3)
     next(models[role].parameters()).ds_id = 0  # as ZeRO-3 leaves a weight
     named = {"model": "policy", "reward_funcs": "judge"}.get(role, role)

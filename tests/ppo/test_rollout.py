@@ -12,8 +12,8 @@ from rlhf_recipes.ppo.rollout.rollout.rollout import (
     Rollout,
     finish_rollout,
     in_batches,
-    narrowed,
     pack_episodes,
+    trim_padding,
 )
 from torch import Tensor
 
@@ -70,15 +70,15 @@ def test_packing_by_hand() -> None:
     assert packed["input_ids"].tolist() == [[1, 2, 3, 5] + [9] * 12, [4, 6, 7] + [9] * 13], "a multiple of 16"
     assert packed["attention_mask"].tolist() == [[1] * 4 + [0] * 12, [1] * 3 + [0] * 13]
     assert packed["response_mask"].tolist() == [[True, False], [True, True]]
-    cut = narrowed(packed)
+    cut = trim_padding(packed)
     assert cut["input_ids"].tolist() == [[1, 2, 3, 5], [4, 6, 7, 9]]
-    assert {name: each.shape for name, each in narrowed(packed, 3).items()} == {
+    assert {name: each.shape for name, each in trim_padding(packed, 3).items()} == {
         "input_ids": (2, 6), "attention_mask": (2, 6), "response_mask": (2, 2),
     }  # fmt: skip
 
 
 def test_a_pad_id_within_prompt_and_answer_is_a_token_like_any_other() -> None:
-    packed = narrowed(pack_episodes([[9, 1], [9]], [[9, 9], [3]], pad_id=9))
+    packed = trim_padding(pack_episodes([[9, 1], [9]], [[9, 9], [3]], pad_id=9))
     assert packed["input_ids"].tolist() == [[9, 1, 9, 9], [9, 3, 9, 9]]
     assert packed["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert packed["response_mask"].tolist() == [[True, True], [True, False]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_recipes.core.tensors import Tally, length_mask
+from rlhf_recipes.core.tensors import MaskedMeans, length_mask
 
 
 def test_pieces_of_any_size_give_the_mean_over_all_tokens() -> None:
@@ -12,7 +12,7 @@ def test_pieces_of_any_size_give_the_mean_over_all_tokens() -> None:
     mask = length_mask(torch.tensor([5, 1, 0, 4, 2, 5, 3]), 5)
     expected = values.double()[mask].mean().item()
     for sizes in ([7], [1] * 7, [2, 5], [3, 1, 3]):
-        tally = Tally()
+        tally = MaskedMeans()
         for piece, part in zip(values.split(sizes), mask.split(sizes), strict=True):
             tally.add({"here": piece, "share": piece > 0}, part)
         means = tally.means()
@@ -23,23 +23,23 @@ def test_pieces_of_any_size_give_the_mean_over_all_tokens() -> None:
 
 def test_the_sums_of_all_processes_count() -> None:
     """Another process has added three tokens of 4; here there are two, 1 and 2."""
-    tally = Tally()
+    tally = MaskedMeans()
     tally.add({"here": torch.tensor([[1.0, 2.0, torch.nan]])}, torch.tensor([[True, True, False]]))
     assert tally.means(lambda totals: totals + torch.tensor([[12.0, 3.0]]))["here"] == pytest.approx(15 / 5)
 
 
 def test_no_token_at_all_is_zero_and_not_nan() -> None:
-    tally = Tally()
+    tally = MaskedMeans()
     tally.add({"here": torch.full((2, 3), torch.nan)}, torch.zeros(2, 3, dtype=torch.bool))
     assert tally.means() == {"here": 0.0}
 
 
 def test_what_several_processes_held_is_added_up_for_other_ones() -> None:
     """Two processes go on as three: the sums are counted once, and all of them know the names."""
-    held = [Tally(), Tally()]
+    held = [MaskedMeans(), MaskedMeans()]
     held[0].add({"here": torch.tensor([1.0, 2.0])}, torch.tensor([True, True]))
     held[1].add({"here": torch.tensor([6.0, 0.0])}, torch.tensor([True, False]))
-    states, later = [tally.state() for tally in held], [Tally(), Tally(), Tally()]
+    states, later = [tally.state() for tally in held], [MaskedMeans(), MaskedMeans(), MaskedMeans()]
     for process, tally in enumerate(later):
         tally.restore(states, torch.device("cpu"), counts=process == 0)
     totals = sum(tally._sums["here"] for tally in later)

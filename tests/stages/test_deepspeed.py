@@ -16,7 +16,7 @@ import torch
 import yaml
 from small_runs import LORA, farthest
 
-from rlhf_recipes.folders.checkpoints import seal
+from rlhf_recipes.folders.checkpoints import write_checksums
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("small_runs.py")
@@ -54,7 +54,7 @@ def launched(
 
 
 @pytest.fixture(scope="module")
-def alone(world: Path) -> Callable[[str], Path]:
+def identity(world: Path) -> Callable[[str], Path]:
     def made(kind: str) -> Path:
         out = world / f"{kind} alone"
         return out if out.exists() else small_runs.run(kind.partition(",")[0], world, out.name, **KINDS[kind])
@@ -76,10 +76,10 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
     done = launched(world, stage, processes, jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in KINDS:
-        one, many = alone(kind), world / f"{kind} {name}"
+        one, many = identity(kind), world / f"{kind} {name}"
         assert farthest(small_runs.weights_in(one), small_runs.weights_in(many)) < TOLERANCE
         told = [json.loads((folder / "metrics.json").read_text()) for folder in (one, many)]
-        for key in {"perplexity", "judge_accuracy", "margin", "score"} & set(told[0]):
+        for key in {"perplexity", "reward_accuracy", "margin", "score"} & set(told[0]):
             assert told[1][key] == pytest.approx(told[0][key], rel=1e-4)
         shutil.copytree(many / "checkpoint-4", world / f"{kind} {name} on" / "checkpoint-4")
     on = [job | {"out": f"{job['out']} on", "resume": "auto"} for job in jobs]
@@ -87,7 +87,7 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in KINDS:
         weights = small_runs.weights_in(world / f"{kind} {name} on")
-        assert farthest(small_runs.weights_in(alone(kind)), weights) < TOLERANCE
+        assert farthest(small_runs.weights_in(identity(kind)), weights) < TOLERANCE
 
 
 def test_what_ppo_cannot_do_there_is_refused_before_anything_is_written(world: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_checkpoint_that_brings_code_is_refused(stage: int, world: Path) -> No
         if path.parent != point:
             state = torch.load(path, weights_only=False)
             torch.save(state | {"more": RunsAsItIsRead(world / f"ran {stage} {number}")}, path)
-    seal(point)
+    write_checksums(point)
     done = launched(world, stage, 1, [{"stage": "sft", "out": f"{name} on", "resume": "auto"}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1 and "holds a pickle that would run code (posix.mkdir)" in lines[0]

@@ -36,7 +36,7 @@ def letter_share(prompts: list[str], completions: list[str], answer: list[str], 
 def world(
     tmp_path_factory: pytest.TempPathFactory,
     make_model: Callable[..., Any],
-    make_judge: Callable[..., Any],
+    make_reward_model: Callable[..., Any],
     make_tokenizer: Callable[[], Any],
 ) -> Path:
     """Two models that know when to stop now and then, two judges, prompts and texts."""
@@ -48,7 +48,7 @@ def world(
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for name, labels in (("ranker", 1), ("classifier", 2)):
-        make_judge(3, num_labels=labels, initializer_range=0.2).save_pretrained(folder / name)
+        make_reward_model(3, num_labels=labels, initializer_range=0.2).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for name, rows in (("prompts", PROMPTS), ("texts", [{"text": text} for text in TEXTS])):
         (folder / name).mkdir()
@@ -153,7 +153,7 @@ def test_the_numbers_equal_those_computed_by_hand(world: Path, pair_report: Path
         stops.append(answer[-1] in STOPS)
     assert second["kl"] == pytest.approx(sum(kls) / len(kls), abs=1e-4)
     assert second["kl_per_token"] == pytest.approx(sum(k3) / len(k3), rel=1e-4)
-    assert second["judge_positive"] == pytest.approx(sum(positive) / len(positive), abs=1e-5)
+    assert second["reward_positive"] == pytest.approx(sum(positive) / len(positive), abs=1e-5)
     assert second["length"] == pytest.approx(sum(lengths) / len(lengths))
     assert 0 < second["eos_share"] < 1 and second["eos_share"] == sum(stops) / len(stops)
     assert second["gold_score"] == pytest.approx(sum(row["gold"] for row in rows) / len(rows))
@@ -168,14 +168,14 @@ def test_a_prompt_is_won_by_the_mean_over_its_answers(pair_report: Path) -> None
         )
         wins += 0.5 if first == second else float(second > first)
     result = measured(pair_report)["second"]
-    assert result["win_rate_judge"] == wins / len(PROMPTS)
-    assert 0 <= result["win_rate_judge_low"] <= result["win_rate_judge"] <= result["win_rate_judge_high"] <= 1
-    assert "win_rate_judge" not in measured(pair_report)["first"]
+    assert result["win_rate_reward"] == wins / len(PROMPTS)
+    assert 0 <= result["win_rate_judge_low"] <= result["win_rate_reward"] <= result["win_rate_judge_high"] <= 1
+    assert "win_rate_reward" not in measured(pair_report)["first"]
 
 
 def test_a_model_against_itself_is_a_tie(ask: Callable[..., EvalArguments]) -> None:
     first, again = measured(run_eval(ask("first", "first"))).values()
-    assert (again["win_rate_judge"], again["win_rate_gold"]) == (0.5, 0.5)
+    assert (again["win_rate_reward"], again["win_rate_gold"]) == (0.5, 0.5)
     assert again["kl"] == again["kl_per_token"] == first["kl"] == 0
     assert {key: again[key] for key in first} == first
 
@@ -196,8 +196,8 @@ def test_side_by_side_equals_one_by_one(ask: Callable[..., EvalArguments], world
 def test_greedy_answers_leave_kl_out_and_a_function_judges(ask: Callable[..., EvalArguments]) -> None:
     report = run_eval(ask("first", "second", temperature=0.0, judge="test_eval:letter_share", text_dataset_name=None))
     second = measured(report)["second"]
-    assert second["judge_score"] == second["gold_score"]
-    assert {"kl", "perplexity", "judge_positive"}.isdisjoint(second)
+    assert second["reward_score"] == second["gold_score"]
+    assert {"kl", "perplexity", "reward_positive"}.isdisjoint(second)
 
 
 def test_prompts_are_cut_and_spread(ask: Callable[..., EvalArguments]) -> None:

@@ -11,7 +11,7 @@ import small_runs
 import torch
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.models.loading import load_causal_lm, load_config, load_judge, load_tokenizer
+from rlhf_recipes.models.loading import load_causal_lm, load_config, load_reward_model, load_tokenizer
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.trainer import PPOTrainer
 
@@ -59,7 +59,7 @@ def test_code_of_a_model_needs_its_flag(
     assert not ran.exists() and not (world / f"untrusted {stage}").exists()
 
 
-@pytest.mark.parametrize("load", [load_config, load_causal_lm, load_judge])
+@pytest.mark.parametrize("load", [load_config, load_causal_lm, load_reward_model])
 def test_the_functions_need_it_too(
     load: Callable[..., Any], brings_code: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,8 +31,8 @@ from transformers import Trainer
 
 from rlhf_recipes import terminating
 from rlhf_recipes.core.errors import UserError, one_line_errors
-from rlhf_recipes.folders.checkpoints import SUMS, fault, saved_checkpoints, seal
-from rlhf_recipes.folders.lock import LOCK, folder_lock, require_unlocked
+from rlhf_recipes.folders.checkpoints import CHECKSUMS_FILE, find_damage, list_checkpoints, write_checksums
+from rlhf_recipes.folders.lock import LOCK_FILE, folder_lock, require_unlocked
 from rlhf_recipes.training.trainer import SafeTrainer, _held_here
 
 SLOW = pytest.mark.slow
@@ -92,7 +92,7 @@ def whole(world: Path) -> Callable[[str], dict[str, Any]]:
 
 
 @pytest.fixture
-def again(world: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str, str], None]:
+def retry_command(world: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str, str], None]:
     """(case, folder) -> resume the run there, and it must end as the whole one."""
 
     def check(case: str, out: str) -> None:
@@ -132,7 +132,7 @@ def test_killed_at_random_moments(
             draw.uniform(0.0, SECONDS[case] * (1 + (kills - before) / 10)),
         ):
             kills += 1
-        again(case, out)  # finished: nothing is left to do, and nothing is undone
+        retry_command(case, out)  # finished: nothing is left to do, and nothing is undone
         if kills >= max(1, wanted):
             break
     record_property("tries", kills)
@@ -175,10 +175,10 @@ def test_killed_at_a_byte_of_a_save(
         small_runs.run(stage, world, out)
 
     assert told(act, world)[0] == -signal.SIGXFSZ
-    kept = saved_checkpoints(world / out)
+    kept = list_checkpoints(world / out)
     assert [path.name for path in kept] == {"first": [], "second": ["checkpoint-2"]}[which]
-    assert [fault(path) for path in kept] == [None] * len(kept)
-    again(stage, out)
+    assert [find_damage(path) for path in kept] == [None] * len(kept)
+    retry_command(stage, out)
 
 
 @pytest.mark.fault("the disk takes no more of a checkpoint")
@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_run_in_one_line(stage: str, world: Path, again: Ca
     line = said.strip().splitlines()[-1]
     assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 is whole" in line
     assert not (world / out / ".saving").exists()  # what was half written makes room
-    again(stage, out)
+    retry_command(stage, out)
 
 
 @pytest.mark.fault("told to end (SIGTERM)")
@@ -221,8 +221,8 @@ def test_told_to_end_it_saves_and_goes_on_later(stage: str, world: Path, again: 
     code, said = told(act, world)
     assert code == 128 + signal.SIGTERM and "Traceback" not in said
     assert said.strip().splitlines()[-1] == "ended by SIGTERM; saved at step 3: go on with --resume auto"
-    assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-3"]
-    again(stage, out)
+    assert [path.name for path in list_checkpoints(world / out)] == ["checkpoint-3"]
+    retry_command(stage, out)
 
 
 def test_told_to_end_once_more_later_it_ends_at_once(world: Path) -> None:
@@ -237,7 +237,7 @@ def test_told_to_end_once_more_later_it_ends_at_once(world: Path) -> None:
         small_runs.run("sft", world, "told twice", save_strategy="no")
 
     assert told(act, world)[0] == -signal.SIGTERM
-    assert not saved_checkpoints(world / "told twice")
+    assert not list_checkpoints(world / "told twice")
 
 
 def after_training(act: Callable[[Any], None]) -> None:
@@ -267,7 +267,7 @@ def test_a_disk_that_is_full_at_the_end_ends_the_run_in_one_line(
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {world}")
     assert "is whole, go on from it with --resume auto" in line and not (world / out / ".saving").exists()
-    again(stage, out)
+    retry_command(stage, out)
 
 
 @pytest.mark.fault("the disk takes no more answers", stage="ppo")
@@ -282,7 +282,7 @@ def test_a_disk_that_is_full_between_checkpoints_ends_the_run_in_one_line(
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {world}")
     assert line.endswith("make room there: no checkpoint is there yet")
-    again("ppo", "full of answers")
+    retry_command("ppo", "full of answers")
 
 
 def as_anybody() -> None:
@@ -307,8 +307,8 @@ def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said
     assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 is whole" in line
-    assert fault(world / out / "checkpoint-2") is None
-    again(stage, out)
+    assert find_damage(world / out / "checkpoint-2") is None
+    retry_command(stage, out)
 
 
 @pytest.mark.fault("the folder is read-only from the start")
@@ -352,7 +352,7 @@ def test_out_of_memory_ends_the_run_in_one_line(stage: str, world: Path, again: 
     assert code == 2 and "Traceback" not in said
     assert line.startswith("error: step 3: out of memory (") and "checkpoint-2 is the last checkpoint" in line
     assert "--per_device_train_batch_size" in line
-    again(stage, out)
+    retry_command(stage, out)
 
 
 def unfinished(world: Path, whole: Callable[[str], dict[str, Any]], stage: str, out: str) -> Path:
@@ -360,7 +360,7 @@ def unfinished(world: Path, whole: Callable[[str], dict[str, Any]], stage: str, 
     whole(stage)
     shutil.copytree(world / f"whole {stage}", world / out)
     (world / out / "recipe.yaml").unlink()
-    return saved_checkpoints(world / out)[0]
+    return list_checkpoints(world / out)[0]
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
@@ -381,8 +381,8 @@ def test_weights_in_a_pickle_are_refused_but_not_the_state_that_accelerate_saves
     """Under FSDP each checkpoint of Trainer's has one; it is read with `weights_only`."""
     (tmp_path / "trainer_state.json").write_text("{}")
     torch.save({"weight": torch.ones(2)}, tmp_path / name)
-    seal(tmp_path)
-    assert (fault(tmp_path) is not None) == pickled
+    write_checksums(tmp_path)
+    assert (find_damage(tmp_path) is not None) == pickled
 
 
 @pytest.mark.fault("of the last checkpoint {how}")
@@ -397,7 +397,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     DAMAGES[how](last / ("optimizer.pt" if how == "a bit flips" else "model.safetensors"))
     code, said = told(lambda: small_runs.run(stage, world, out, resume="auto"), world)
     assert code == 0 and f"{last.name} is damaged and is passed over" in said
-    again(stage, out)
+    retry_command(stage, out)
 
 
 @pytest.mark.fault("no checkpoint is whole", stage="sft")
@@ -405,8 +405,8 @@ def test_no_whole_checkpoint_is_said_and_a_damaged_one_is_not_taken_by_name(
     world: Path, whole: Callable[[str], dict[str, Any]]
 ) -> None:
     last = unfinished(world, whole, "sft", "none whole")
-    for point in saved_checkpoints(world / "none whole"):
-        (point / SUMS).write_text("0  model.safetensors\n")
+    for point in list_checkpoints(world / "none whole"):
+        (point / CHECKSUMS_FILE).write_text("0  model.safetensors\n")
     with pytest.raises(UserError, match=r"none of the 2 checkpoints in .* is whole"):
         small_runs.run("sft", world, "none whole", resume="auto")
     with pytest.raises(UserError, match=r"is damaged: model.safetensors is not what was saved"):
@@ -445,14 +445,14 @@ def test_going_on_from_elsewhere_replaces_nothing_that_it_may_not(
     whole("sft")
     whole("pretrain")
     shutil.copytree(world / "whole pretrain", world / "theirs")
-    point = saved_checkpoints(world / "whole sft")[-1]
+    point = list_checkpoints(world / "whole sft")[-1]
     before = {path: path.read_bytes() for path in (world / "theirs").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="is not empty"):
         small_runs.run("sft", world, "theirs", resume_from_checkpoint=point)
     assert {path: path.read_bytes() for path in (world / "theirs").rglob("*") if path.is_file()} == before
     small_runs.run("sft", world, "theirs", resume_from_checkpoint=point, overwrite=True)
     assert point.is_dir()
-    again("sft", "theirs")
+    retry_command("sft", "theirs")
 
 
 def test_a_checkpoint_that_lies_on_another_disk_is_the_run_s_own(
@@ -461,9 +461,9 @@ def test_a_checkpoint_that_lies_on_another_disk_is_the_run_s_own(
     last = unfinished(world, whole, "sft", "linked")
     last.rename(world / "elsewhere")
     last.symlink_to(world / "elsewhere")
-    shutil.rmtree(saved_checkpoints(world / "linked")[-1])
+    shutil.rmtree(list_checkpoints(world / "linked")[-1])
     (world / "linked" / "model.safetensors").write_text("spoilt")
-    again("sft", "linked")
+    retry_command("sft", "linked")
     with pytest.raises(UserError, match="holds the input"):
         small_runs.run("sft", world, ".", resume_from_checkpoint=last, overwrite=True)
 
@@ -482,15 +482,15 @@ def test_a_run_from_elsewhere_that_is_cut_off_goes_on_from_its_own(
     world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
 ) -> None:
     small_runs.run("sft", world, "source", save_total_limit=9)
-    point = saved_checkpoints(world / "source")[-1]
+    point = list_checkpoints(world / "source")[-1]
 
     def act() -> None:
         in_save(2, lambda: os._exit(9))
         small_runs.run("sft", world, "from elsewhere", resume="auto", resume_from_checkpoint=point)
 
     assert told(act, world)[0] == 9
-    assert saved_checkpoints(world / "from elsewhere")[0].name == "checkpoint-4"
-    again("sft", "from elsewhere")
+    assert list_checkpoints(world / "from elsewhere")[0].name == "checkpoint-4"
+    retry_command("sft", "from elsewhere")
 
 
 @pytest.mark.parametrize("asked", [{}, {"resume": "auto"}, {"overwrite": True}, {"resume": "auto", "overwrite": True}])
@@ -540,7 +540,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
     line = said.strip().splitlines()[-1]
     assert code == 2 and line.startswith("error: step 5: the loss is not finite, and nothing of it is saved; ")
     assert line.endswith("look for the rows that it comes from") and "checkpoint-4 is the last checkpoint" in line
-    again(stage, out)
+    retry_command(stage, out)
 
 
 @pytest.mark.fault("a weight is not finite")
@@ -562,8 +562,8 @@ def test_weights_that_are_not_finite_are_not_saved(stage: str, world: Path, agai
 
     code, said = told(act, world)
     assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
-    assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
-    again(stage, out)
+    assert [path.name for path in list_checkpoints(world / out)] == ["checkpoint-2"]
+    retry_command(stage, out)
 
 
 @pytest.mark.fault("a weight is not finite at the end, and no checkpoint was asked for")
@@ -583,7 +583,7 @@ def test_weights_that_are_not_finite_are_not_left_at_the_end(
     code, said = told(act, world)
     assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
     assert not list((world / out).rglob("*.safetensors"))
-    again(stage, out)
+    retry_command(stage, out)
 
 
 @pytest.mark.fault("a weight is not finite from some step on", stage="ppo")
@@ -605,7 +605,7 @@ def test_ppo_does_not_go_on_with_weights_that_are_not_finite(world: Path, again:
     line = said.strip().splitlines()[-1]
     assert code == 2 and line.startswith("error: step 5: a weight is not finite, and nothing of it is saved; ")
     assert "checkpoint-4 is the last checkpoint" in line
-    again("ppo", "inf on the way")
+    retry_command("ppo", "inf on the way")
 
 
 @pytest.mark.parametrize(("rank", "part", "finite"), [
@@ -623,15 +623,15 @@ def test_of_a_weight_that_zero_3_cuts_apart_what_is_past_its_end_does_not_count(
 
 def test_looking_for_a_lock_is_in_nobody_s_way(tmp_path: Path) -> None:
     """A dead owner's file is left; all processes of a run look at it at the same time, and then the first takes it."""
-    (tmp_path / LOCK).write_text("process 1 on elsewhere\n")
-    looking = (tmp_path / LOCK).open()
+    (tmp_path / LOCK_FILE).write_text("process 1 on elsewhere\n")
+    looking = (tmp_path / LOCK_FILE).open()
     fcntl.flock(looking, fcntl.LOCK_SH)
     require_unlocked(tmp_path)
     with pytest.raises(UserError, match="is in use by process 1 on elsewhere"), folder_lock(tmp_path):
         pass
     threading.Timer(0.2, looking.close).start()
     with folder_lock(tmp_path):
-        assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
+        assert f"process {os.getpid()}" in (tmp_path / LOCK_FILE).read_text()
 
 
 @pytest.mark.fault("a second run in the folder", stage="sft")
@@ -663,7 +663,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
                 small_runs.run("sft", world, "shared folder", **asked)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    again("sft", "shared folder")
+    retry_command("sft", "shared folder")
 
 
 @pytest.mark.fault("the judge crashes", stage="ppo")
@@ -685,8 +685,8 @@ def test_a_judge_that_crashes_loses_nothing(world: Path, again: Callable[[str, s
 
     code, said = told(act, world)
     assert code == 1 and "the judge is gone" in said
-    assert saved_checkpoints(world / "crashed judge")
-    again("ppo", "crashed judge")
+    assert list_checkpoints(world / "crashed judge")
+    retry_command("ppo", "crashed judge")
 
 
 @pytest.mark.fault("a data file is cut in a line")

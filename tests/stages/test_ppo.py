@@ -26,10 +26,12 @@ REWARD += "    return [float(text.count(letter)) for text, letter in zip(complet
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any, make_judge: Any, tokenizer: Any) -> Path:
+def place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any, make_reward_model: Any, tokenizer: Any
+) -> Path:
     """A working directory with a policy, a judge, prompts with a further column, and a module with a reward function."""
     monkeypatch.chdir(tmp_path)
-    for name, model in (("policy", make_model()), ("judge", make_judge())):
+    for name, model in (("policy", make_model()), ("judge", make_reward_model())):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "prompts").mkdir()

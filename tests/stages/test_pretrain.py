@@ -310,10 +310,14 @@ def test_text_files_and_further_datasets(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def others(place: Path, make_model: Callable[..., Any], make_judge: Callable[..., Any]) -> Path:
+def others(place: Path, make_model: Callable[..., Any], make_reward_model: Callable[..., Any]) -> Path:
     """Models whose weights are gone, so that a check that reads them fails otherwise; and datasets with faults."""
     folder = place / "others"
-    for name, model in (("model", make_model()), ("judge", make_judge()), ("small", make_model(vocab_size=100))):
+    for name, model in (
+        ("model", make_model()),
+        ("judge", make_reward_model()),
+        ("small", make_model(vocab_size=100)),
+    ):
         model.save_pretrained(folder / name)
         (folder / name / "model.safetensors").unlink()
         shutil.copytree(place / "tokenizer", folder / name, dirs_exist_ok=True)

@@ -18,7 +18,7 @@ import yaml
 from small_runs import LORA, STAGES, farthest
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.folders.checkpoints import saved_checkpoints
+from rlhf_recipes.folders.checkpoints import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("small_runs.py")
@@ -68,7 +68,7 @@ def several(launch: Launch, world: Path) -> Callable[[str, int], Path]:
 
 
 @pytest.fixture(scope="module")
-def alone(world: Path) -> Callable[[str], Path]:
+def identity(world: Path) -> Callable[[str], Path]:
     """(kind) -> the folder of the run by this process alone."""
 
     def made(kind: str) -> Path:
@@ -84,7 +84,7 @@ def test_so_many_processes_end_as_one_does(
     kind: str, processes: int, several: Callable[[str, int], Path], alone: Callable[[str], Path], world: Path
 ) -> None:
     """Weights and what was logged; and the run did learn something."""
-    one, many = alone(kind), several(kind, processes)
+    one, many = identity(kind), several(kind, processes)
     start = small_runs.weights_in(world / "model")
     learnt = small_runs.weights_in(one)
     moved = {name: learnt[name] for name in learnt if name in start or "lora_B" in name}
@@ -145,9 +145,9 @@ def taken_up(launch: Launch, several: Callable[[str, int], Path], world: Path) -
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("way", ["fewer", "more"])
 def test_a_run_goes_on_with_another_number_of_processes(
-    stage: str, way: str, taken_up: None, alone: Callable[[str], Path], world: Path
+    stage: str, way: str, taken_up: None, identity: Callable[[str], Path], world: Path
 ) -> None:
-    whole = small_runs.weights_in(alone(stage))
+    whole = small_runs.weights_in(identity(stage))
     for point in points(stage):
         assert farthest(whole, small_runs.weights_in(world / f"{stage} {way} {point}")) < TOLERANCE
 
@@ -162,9 +162,9 @@ def test_a_process_that_dies_ends_the_run_which_then_goes_on(
     out = f"dead of {how}"
     done = launch(2, [{"stage": "sft", "out": out, "dies": [3, how]}], code=1)
     assert words in done.stderr + done.stdout
-    assert [path.name for path in saved_checkpoints(world / out)] == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(world / out)] == ["checkpoint-2"]
     launch(2, [{"stage": "sft", "out": out, "resume": "auto"}])
-    assert farthest(small_runs.weights_in(alone("sft")), small_runs.weights_in(world / out)) < TOLERANCE
+    assert farthest(small_runs.weights_in(identity("sft")), small_runs.weights_in(world / out)) < TOLERANCE
 
 
 @pytest.mark.fault("one of two processes is told to end (SIGTERM)", stage="ppo")
@@ -173,9 +173,9 @@ def test_one_process_that_is_told_to_end_ends_all_at_the_same_step(
 ) -> None:
     done = launch(2, [{"stage": "ppo", "out": "told", "dies": [5, str(int(signal.SIGTERM))]}], code=1)
     assert "ended by SIGTERM; saved at step 6" in done.stderr
-    assert saved_checkpoints(world / "told")[0].name == "checkpoint-6"
+    assert list_checkpoints(world / "told")[0].name == "checkpoint-6"
     small_runs.run("ppo", world, "told", resume="auto")
-    assert farthest(small_runs.weights_in(alone("ppo")), small_runs.weights_in(world / "told")) < TOLERANCE
+    assert farthest(small_runs.weights_in(identity("ppo")), small_runs.weights_in(world / "told")) < TOLERANCE
 
 
 def test_two_machines_end_as_one_process_does(alone: Callable[[str], Path], world: Path) -> None:
@@ -207,7 +207,7 @@ def test_two_machines_end_as_one_process_does(alone: Callable[[str], Path], worl
     assert codes == [0, 0], "\n".join(path.read_text()[-2000:] for path in said)
     for stage in ("sft", "ppo"):
         found = small_runs.weights_in(world / f"{stage} on two machines")
-        assert farthest(small_runs.weights_in(alone(stage)), found) < TOLERANCE
+        assert farthest(small_runs.weights_in(identity(stage)), found) < TOLERANCE
 
 
 def test_a_batch_that_does_not_divide_is_one_line(launch: Launch, world: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.hub.push import again, files_of
+from rlhf_recipes.hub.push import files_to_push, retry_command
 from rlhf_recipes.hub.repos import Repo
 from rlhf_recipes.stages import push
 from rlhf_recipes.stages.push import PushArguments, kind_of, run_push
@@ -68,7 +68,7 @@ def test_rows_get_a_card_that_says_where_each_split_is(tmp_path: Path) -> None:
 
 def test_the_command_to_try_again_is_the_one_that_was_given(tmp_path: Path) -> None:
     repo = Repo("me/model", private=False, revision="side")
-    told = again(tmp_path / "a b", repo, ["--base_model", "me/sft"])
+    told = retry_command(tmp_path / "a b", repo, ["--base_model", "me/sft"])
     words = shlex.split(told)[4:]
     (asked,) = parse_arguments(push.PushArguments, argv=words)
     assert (asked.folder, asked.hub_model_id, asked.base_model) == (str(tmp_path / "a b"), "me/model", "me/sft")
@@ -91,4 +91,4 @@ def test_hidden_files_and_links_to_nowhere_are_left_out(tmp_path: Path) -> None:
         tmp_path, "config.json", ".env", ".git/config", "value_model/.cache/x", "value_model/config.json", ".saving/a"
     )
     (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
-    assert [name for name, _ in files_of(tmp_path)] == ["config.json", "value_model/config.json"]
+    assert [name for name, _ in files_to_push(tmp_path)] == ["config.json", "value_model/config.json"]

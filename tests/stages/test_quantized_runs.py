@@ -16,10 +16,10 @@ from trl import ModelConfig
 
 from rlhf_recipes import UserError, load_reward
 from rlhf_recipes.evaluation.models import evaluate_model
-from rlhf_recipes.folders.checkpoints import saved_checkpoints
+from rlhf_recipes.folders.checkpoints import list_checkpoints
 from rlhf_recipes.generation.sampling import Sampling, stop_ids
-from rlhf_recipes.models.loading import load_causal_lm, load_config, load_judge, load_tokenizer
-from rlhf_recipes.models.quantization import in_bits
+from rlhf_recipes.models.loading import load_causal_lm, load_config, load_reward_model, load_tokenizer
+from rlhf_recipes.models.quantization import quantization_kwargs
 from rlhf_recipes.stages.eval import EvalArguments, run_eval
 from rlhf_recipes.stages.ppo import load_value_model
 
@@ -42,9 +42,12 @@ BIG = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in 32 
 @pytest.fixture(scope="module")
 def bits_world(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any],
-    make_judge: Callable[..., Any], tokenizer: Any,
+    make_reward_model: Callable[..., Any], tokenizer: Any,
 ) -> Path:  # fmt: skip
-    model, judge = make_model(0, initializer_range=0.1, n_embd=64), make_judge(3, initializer_range=0.2, n_embd=64)
+    model, judge = (
+        make_model(0, initializer_range=0.1, n_embd=64),
+        make_reward_model(3, initializer_range=0.2, n_embd=64),
+    )
     return small_runs.prepare(tmp_path_factory.mktemp("bits"), model, judge, tokenizer)
 
 
@@ -69,7 +72,7 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(case: str, bits_world: Path, who
     given = options | ({"value_model": str(bits_world / "judge")} if "value_model" in options else {})
     expected, out = small_runs.end_of(whole(case)), f"{case}, cut"
     shutil.copytree(whole(case), bits_world / out)
-    last, before, *_ = saved_checkpoints(bits_world / out)
+    last, before, *_ = list_checkpoints(bits_world / out)
     shutil.rmtree(last)
     for path in [bits_world / out / "recipe.yaml", *(bits_world / out).glob("*.safetensors")]:
         path.unlink()
@@ -99,7 +102,7 @@ def test_what_is_left_is_an_adapter_that_learnt(case: str, whole: Callable[[str]
 def test_the_moments_of_large_tensors_are_kept_in_8_bits(
     case: str, bits_world: Path, whole: Callable[[str], Path]
 ) -> None:
-    saved = torch.load(saved_checkpoints(whole(case))[0] / "optimizer.pt", weights_only=True)
+    saved = torch.load(list_checkpoints(whole(case))[0] / "optimizer.pt", weights_only=True)
     moments = [
         each.get("__bnb_optimizer_quant_state__", each)[name]
         for each in saved["state"].values()
@@ -151,7 +154,7 @@ def test_eval_reads_models_reference_and_judge_each_in_the_bits_it_is_told(
         [json.loads(line)[column] for line in (bits_world / folder / "test.jsonl").read_text().splitlines()]
         for folder, column in (("prompts", "prompt"), ("text", "text"))
     )
-    model, whole_model = load_causal_lm(name, **in_bits(bits)), load_causal_lm(name)
+    model, whole_model = load_causal_lm(name, **quantization_kwargs(bits)), load_causal_lm(name)
 
     def by_hand(reference: Any, frozen: dict[str, Any]) -> dict[str, float]:
         return evaluate_model(
@@ -165,12 +168,12 @@ def test_eval_reads_models_reference_and_judge_each_in_the_bits_it_is_told(
     for found, expected in (
         (alone, by_hand(model, {})),
         (against, by_hand(whole_model, {})),
-        (frozen, by_hand(model, in_bits(bits))),
+        (frozen, by_hand(model, quantization_kwargs(bits))),
     ):
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-6, abs=1e-9)
     assert alone["kl"] == 0.0 == frozen["kl"] and against["kl"] != 0.0
     assert alone["perplexity"] == against["perplexity"] != ask()["perplexity"]
-    assert alone["judge_score"] == against["judge_score"] != frozen["judge_score"]
+    assert alone["reward_score"] == against["reward_score"] != frozen["reward_score"]
 
 
 @pytest.mark.parametrize("case", ["sft, 4 bits", "ppo, 4 bits"])
@@ -190,7 +193,7 @@ def test_the_perplexity_that_sft_tells_is_that_of_the_adapter_on_its_quantized_b
     from rlhf_recipes.evaluation.language_model import completion_perplexity
 
     folder = whole("sft, 4 bits")
-    model, tokenizer = load_causal_lm(str(folder), **in_bits(4, nested=True)), load_tokenizer(str(folder))
+    model, tokenizer = load_causal_lm(str(folder), **quantization_kwargs(4, nested=True)), load_tokenizer(str(folder))
     lines = (bits_world / "demonstrations" / "test.jsonl").read_text().splitlines()
     pairs = [
         (tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id])
@@ -209,8 +212,8 @@ def test_dpo_and_rloo_learn_by_an_adapter_in_bits(
 ) -> None:
     judges: list[Any] = []
     monkeypatch.setattr(
-        "rlhf_recipes.scoring.reward.load_judge",
-        lambda *args, **how: judges.append(load_judge(*args, **how)) or judges[-1],
+        "rlhf_recipes.scoring.reward.load_reward_model",
+        lambda *args, **how: judges.append(load_reward_model(*args, **how)) or judges[-1],
     )
     own = {"dataset_name": "preferences"} if stage == "dpo" else {"dataset_name": "prompts", "reward": "judge"}
     monkeypatch.setitem(small_runs.OWN, stage, own)
@@ -272,13 +275,13 @@ def test_what_is_wrong_is_said_before_weights_are_read(
 ) -> None:
     whole("sft, 4 bits")
     if not (bits_world / "in bits").exists():
-        load_causal_lm(str(bits_world / "model"), **in_bits(4)).save_pretrained(bits_world / "in bits")
+        load_causal_lm(str(bits_world / "model"), **quantization_kwargs(4)).save_pretrained(bits_world / "in bits")
         load_tokenizer(str(bits_world / "model")).save_pretrained(bits_world / "in bits")
         assert load_config(str(bits_world / "in bits")).quantization_config
     stage, given, message = WRONG[case]
     monkeypatch.setitem(small_runs.OWN, "rloo", {"dataset_name": "prompts", "reward": "judge"})
     monkeypatch.setattr(f"rlhf_recipes.stages.{stage}.load_causal_lm", None, raising=False)
-    monkeypatch.setattr(f"rlhf_recipes.stages.{stage}.load_judge", None, raising=False)
+    monkeypatch.setattr(f"rlhf_recipes.stages.{stage}.load_reward_model", None, raising=False)
     with pytest.raises(UserError, match=message):
         small_runs.run(stage, bits_world, f"wrong {case}", **given)
     assert not (bits_world / f"wrong {case}").exists()
@@ -299,7 +302,7 @@ def test_eval_is_not_asked_for_what_there_is_not(given: dict[str, Any], message:
 
 def test_a_model_saved_in_bits_learns_by_an_adapter(bits_world: Path) -> None:
     folder = bits_world / "saved in bits"
-    load_causal_lm(str(bits_world / "model"), **in_bits(4)).save_pretrained(folder)
+    load_causal_lm(str(bits_world / "model"), **quantization_kwargs(4)).save_pretrained(folder)
     load_tokenizer(str(bits_world / "model")).save_pretrained(folder)
     asked = {"use_peft": True, "max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
     out = small_runs.run("sft", bits_world, "on saved bits", model_name_or_path=folder.name, **asked)

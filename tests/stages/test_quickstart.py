@@ -10,7 +10,7 @@ import yaml
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.generation.sampling import generate
 from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
-from rlhf_recipes.quickstart.world.gold import judge_details
+from rlhf_recipes.quickstart.world.gold import gold_verdicts
 from rlhf_recipes.stages import quickstart
 from rlhf_recipes.stages.quickstart import QuickstartArguments, run_quickstart
 
@@ -45,7 +45,12 @@ def test_the_metrics_have_their_shape(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["seed"] == 3 and list(metrics["stages"]) == ["pretrain", "sft", "reward", "ppo"]
     asked = {"gold_score", "perplexity", "eos_share", "distinct_2", "seconds"}
-    wanted = {"pretrain": asked, "sft": asked | {"kl"}, "reward": {"judge_accuracy", "seconds"}, "ppo": asked | {"kl"}}
+    wanted = {
+        "pretrain": asked,
+        "sft": asked | {"kl"},
+        "reward": {"reward_accuracy", "seconds"},
+        "ppo": asked | {"kl"},
+    }
     for stage, keys in wanted.items():
         values = metrics["stages"][stage]
         assert all(isinstance(values[key], (int, float)) for key in keys), stage
@@ -62,7 +67,7 @@ def test_gold_is_gold(stage: str, run: Path) -> None:
         "temperature": quickstart.TEMPERATURE,
         "seed": 3,
     }
-    verdicts = judge_details(
+    verdicts = gold_verdicts(
         prompts, generate(model, tokenizer, prompts, **asked), answer=[row["answer"] for row in rows]
     )
     told = json.loads((run / "metrics.json").read_text())["stages"][stage]

@@ -16,11 +16,11 @@ import torch
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import split_ids
-from rlhf_recipes.models.loading import load_judge, load_tokenizer
+from rlhf_recipes.data.chat import prompt_and_completion_ids
+from rlhf_recipes.models.loading import load_reward_model, load_tokenizer
 from rlhf_recipes.scoring.reward import load_reward
 from rlhf_recipes.stages.reward import ModelConfig, RewardArguments, RewardConfig, build_reward_trainer, run_reward
-from rlhf_recipes.training.classifier import collate_labelled, encode_labelled
+from rlhf_recipes.training.classifier import collate_labelled_texts, encode_labelled_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 EOS = "<|endoftext|>"
@@ -113,14 +113,14 @@ def test_loss_and_metrics_of_pairs_are_those_computed_by_hand(ask: Any, form: st
     """Learning rate 0 leaves the judge as it began, so that every number can be recomputed from its folder."""
     rows, texts = FORMS[form]
     folder = run_reward(*ask(rows, rows, learning_rate=0.0, max_steps=1))
-    judge, tokenizer = load_judge(str(folder)).eval(), load_tokenizer(str(folder))
+    judge, tokenizer = load_reward_model(str(folder)).eval(), load_tokenizer(str(folder))
     scores = [[logits_by_hand(judge, tokenizer, text)[0] for text in pair] for pair in texts]
     margins = [chosen - rejected for chosen, rejected in scores]
     loss = sum(math.log1p(math.exp(-margin)) for margin in margins) / 2
     measured = metrics_of(folder)
     assert measured["train_loss"] == measured["eval_loss"] == pytest.approx(loss, rel=1e-4)
     assert measured["margin"] == pytest.approx(sum(margins) / 2, rel=1e-4)
-    assert measured["judge_accuracy"] == sum(margin > 0 for margin in margins) / 2
+    assert measured["reward_accuracy"] == sum(margin > 0 for margin in margins) / 2
     assert measured["longer_accuracy"] == 0.5  # the longer answer is chosen in one row of two
     assert measured["pairs"] == 2 and 0 <= measured["calibration_error"] <= 1
     assert judge.config.num_labels == 1 and judge.config.pad_token_id == tokenizer.pad_token_id
@@ -163,10 +163,10 @@ def test_a_short_run_learns_a_planted_preference(ask: Any) -> None:
     arguments = ask(train, test, per_device_eval_batch_size=60, **changes)
     folder = run_reward(*arguments)
     measured = metrics_of(folder)
-    assert measured["judge_accuracy"] >= 0.9 and measured["margin"] > 0.5
+    assert measured["reward_accuracy"] >= 0.9 and measured["margin"] > 0.5
     chosen, rejected = (as_ppo_scores(folder, test, side) for side in ("chosen", "rejected"))
     wins = sum(c > r for c, r in zip(chosen, rejected, strict=True)) / len(test)
-    assert measured["judge_accuracy"] == pytest.approx(wins)
+    assert measured["reward_accuracy"] == pytest.approx(wins)
     assert measured["margin"] == pytest.approx((sum(chosen) - sum(rejected)) / len(test), rel=1e-4)
     lengths = [[len(row[side][0]["content"]) for row in test] for side in ("chosen", "rejected")]
     longer = [1.0 if c > r else 0.5 if c == r else 0.0 for c, r in zip(*lengths, strict=True)]
@@ -190,7 +190,7 @@ def test_pad_that_is_eos_gives_the_same_scores_in_training_and_to_ppo(
     tokenizer.save_pretrained(start)
     test = planted_pairs(30, 1)
     folder = run_reward(*ask(test, test, model_name_or_path=start, learning_rate=0.0, max_steps=1))
-    assert load_judge(str(folder)).config.pad_token_id == tokenizer.eos_token_id
+    assert load_reward_model(str(folder)).config.pad_token_id == tokenizer.eos_token_id
     margins = [
         c - r for c, r in zip(*(as_ppo_scores(folder, test, side) for side in ("chosen", "rejected")), strict=True)
     ]
@@ -200,7 +200,7 @@ def test_pad_that_is_eos_gives_the_same_scores_in_training_and_to_ppo(
 
 def test_the_loss_of_labels_is_the_cross_entropy_by_hand(ask: Any) -> None:
     folder = run_reward(*ask(LABELLED, LABELLED, learning_rate=0.0, max_steps=1, per_device_train_batch_size=4))
-    judge, tokenizer = load_judge(str(folder)).eval(), load_tokenizer(str(folder))
+    judge, tokenizer = load_reward_model(str(folder)).eval(), load_tokenizer(str(folder))
     logits = [logits_by_hand(judge, tokenizer, row["text"] + EOS) for row in LABELLED]
     odds = [good - bad for bad, good in logits]
     signed = [odd if row["label"] else -odd for odd, row in zip(odds, LABELLED, strict=True)]
@@ -209,7 +209,7 @@ def test_the_loss_of_labels_is_the_cross_entropy_by_hand(ask: Any) -> None:
     assert measured["train_loss"] == measured["eval_loss"] == pytest.approx(loss, rel=1e-4)
     hits = sum(odd > 0 and row["label"] == 1 for odd, row in zip(odds, LABELLED, strict=True))
     claimed, right = sum(odd > 0 for odd in odds), sum(value > 0 for value in signed)
-    assert measured["accuracy"] == measured["judge_accuracy"] == right / 4
+    assert measured["accuracy"] == measured["reward_accuracy"] == right / 4
     assert measured["precision"] == (hits / claimed if claimed else 0) and measured["recall"] == hits / 2
     assert measured["f1"] == pytest.approx(2 * hits / (claimed + 2))
     assert judge.config.id2label == {0: "bad", 1: "good"}
@@ -263,11 +263,11 @@ def test_accumulated_batches_weigh_like_one(ask: Any) -> None:
 
 
 def test_only_texts_that_were_not_cut_end_with_eos(tokenizer: Any) -> None:
-    rows = encode_labelled({"text": ["ab", "abc", "abcd", "abcde"], "label": [0, 1, True, 0]}, tokenizer, 4)
+    rows = encode_labelled_texts({"text": ["ab", "abc", "abcd", "abcde"], "label": [0, 1, True, 0]}, tokenizer, 4)
     eos = tokenizer.eos_token_id
     assert rows["input_ids"] == [[97, 98, eos], [97, 98, 99, eos], [97, 98, 99, 100], [97, 98, 99, 100]]
     assert rows["labels"] == [0, 1, 1, 0]
-    batch = collate_labelled([{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": [8], "labels": 0}], pad_id=9)
+    batch = collate_labelled_texts([{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": [8], "labels": 0}], pad_id=9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and batch["labels"].tolist() == [1, 0]
 
@@ -306,7 +306,7 @@ def test_lora_trains_adapters_and_head_and_loads_as_a_judge(
 
     folder = run_reward(*arguments)
     assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
-    judge = load_judge(str(folder))
+    judge = load_reward_model(str(folder))
     assert judge.config.num_labels == (1 if rows[0].get("chosen") else 2)
     assert type(judge).__name__ == "GPT2ForSequenceClassification"
     torch.testing.assert_close(judge.score.weight, head, rtol=1e-5, atol=1e-6)  # the same run twice
@@ -393,8 +393,10 @@ def test_the_kind_of_judge_is_one_of_three() -> None:
         RewardArguments(judge="jury")
 
 
-def test_a_judge_with_other_labels_is_no_start(ask: Any, make_judge: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    make_judge(0, num_labels=2).save_pretrained(tmp_path / "classifier")
+def test_a_judge_with_other_labels_is_no_start(
+    ask: Any, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    make_reward_model(0, num_labels=2).save_pretrained(tmp_path / "classifier")
     make_tokenizer().save_pretrained(tmp_path / "classifier")
     with pytest.raises(UserError, match="another number of labels than 1"):
         run_reward(*ask(CHAT, model_name_or_path=tmp_path / "classifier"))
@@ -418,7 +420,7 @@ def test_what_the_judge_is_worth_is_measured_on_the_rows_that_it_learns_from(ask
     further = write(tmp_path / "further", train=PLAIN * 2)
     folder = run_reward(*ask(PROMPTED * 2, PROMPTED, extra_dataset_names=further, max_steps=1))
     without = build_reward_trainer(*ask(PLAIN * 2, PLAIN, output_dir=str(tmp_path / "other")))
-    judge = load_reward(load_judge(str(folder)), load_tokenizer(str(folder)))
+    judge = load_reward(load_reward_model(str(folder)), load_tokenizer(str(folder)))
     texts = [[*row[side].encode(), 256] for side in ("chosen", "rejected") for row in PLAIN]
     scores = judge([""] * 4, [""] * 4, prompt_ids=[[]] * 4, completion_ids=texts)
     assert without.judged.column_names == ["chosen", "rejected"]
@@ -434,5 +436,5 @@ def test_plain_text_is_scored_as_trl_trains_on_it(
     tokenizer = load_tokenizer(str(tmp_path / "begins"))
     for row, trained in zip(PROMPTED, trainer.eval_dataset, strict=True):
         for side in ("chosen", "rejected"):
-            prompt, answer = split_ids(row["prompt"], row[side], tokenizer)
+            prompt, answer = prompt_and_completion_ids(row["prompt"], row[side], tokenizer)
             assert trained[f"{side}_ids"] == [*prompt, *answer] and prompt[0] == 260

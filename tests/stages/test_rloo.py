@@ -56,10 +56,10 @@ def write_prompts(place: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Any, make_judge: Any, tokenizer: Any) -> Path:
+def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Any, make_reward_model: Any, tokenizer: Any) -> Path:
     """A policy, a judge, prompts with a further column, and a module of reward functions."""
     place = tmp_path_factory.mktemp("rloo")
-    judge = make_judge(initializer_range=0.2, score_mean=0.5, score_std=2.0)
+    judge = make_reward_model(initializer_range=0.2, score_mean=0.5, score_std=2.0)
     for name, model in (("policy", ending_often(make_model(resid_pdrop=0.1))), ("judge", judge)):
         model.save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
@@ -162,13 +162,13 @@ OTHER_VOCABULARY = "another_judge"
 @pytest.mark.parametrize("form", ["plain", "chat"])
 @pytest.mark.parametrize("judge", ["judge", OTHER_VOCABULARY])
 def test_a_judge_scores_as_it_does_in_ppo(
-    place: Path, form: str, judge: str, make_judge: Any, make_tokenizer: Any
+    place: Path, form: str, judge: str, make_reward_model: Any, make_tokenizer: Any
 ) -> None:
     """The very answers that RLOO sampled and scored, handed to PPOTrainer's scoring: prompt, EOS and all."""
     write_prompts(place, CHAT if form == "chat" else PLAIN)
     own = make_tokenizer()
     own.add_tokens(["zz"])
-    make_judge(1, initializer_range=0.2, vocab_size=len(own)).save_pretrained(place / OTHER_VOCABULARY)
+    make_reward_model(1, initializer_range=0.2, vocab_size=len(own)).save_pretrained(place / OTHER_VOCABULARY)
     own.save_pretrained(place / OTHER_VOCABULARY)
     trainer = build_rloo_trainer(*options(reward=f"{judge} rloo_rewards:remember", learning_rate=0.0, max_steps=4))
     trainer.train()

@@ -16,10 +16,10 @@ import torch
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import split_ids
+from rlhf_recipes.data.chat import prompt_and_completion_ids
 from rlhf_recipes.generation.sampling import generate
 from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
-from rlhf_recipes.stages.sft import ModelConfig, SFTArguments, SFTConfig, build_sft_trainer, run_sft, trained_runs
+from rlhf_recipes.stages.sft import ModelConfig, SFTArguments, SFTConfig, build_sft_trainer, loss_spans, run_sft
 
 ROOT = Path(__file__).resolve().parents[2]
 EOS = "<|endoftext|>"
@@ -174,10 +174,10 @@ def test_the_loss_is_the_cross_entropy_of_the_answers(ask: Any, tmp_path: Path) 
 
 def test_runs_of_trained_tokens_are_parted() -> None:
     row = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, 6, 7, -100, 9, 10]}
-    assert trained_runs([row]) == [([5], [6, 7]), ([5, 6, 7, 8], [9, 10])]
-    assert trained_runs([{"input_ids": [5, 6], "labels": [5, 6]}]) == [([], [5, 6])]
-    assert trained_runs([{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
-    assert trained_runs([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
+    assert loss_spans([row]) == [([5], [6, 7]), ([5, 6, 7, 8], [9, 10])]
+    assert loss_spans([{"input_ids": [5, 6], "labels": [5, 6]}]) == [([], [5, 6])]
+    assert loss_spans([{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
+    assert loss_spans([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
 
 
 def test_packing_keeps_the_masks_and_the_documents_apart(ask: Any) -> None:
@@ -433,7 +433,7 @@ def test_text_with_a_bos_is_measured_as_it_is_trained_on(
     begins = {"model_name_or_path": str(tmp_path / "begins")}
     trainer = build_sft_trainer(*ask(PLAIN, PLAIN, **begins))
     for row, trained in zip(PLAIN, trainer.train_dataset, strict=True):
-        prompt, answer = split_ids(row["prompt"], row["completion"], trainer.processing_class)
+        prompt, answer = prompt_and_completion_ids(row["prompt"], row["completion"], trainer.processing_class)
         assert trained["input_ids"] == [*prompt, *answer] and prompt[0] == 260
     folder = run_sft(*ask(TEXT, TEXT, **begins, max_steps=1, per_device_eval_batch_size=1))
     told = json.loads((folder / "metrics.json").read_text())

@@ -15,7 +15,7 @@ from small_runs import LORA, farthest
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlhf_recipes.system.sharding import end_passes
+from rlhf_recipes.system.sharding import reset_pending_forward_
 
 PROGRAM = Path(__file__).with_name("sharded_runs.py")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -53,7 +53,7 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(world: Path) -> 
         one = small_runs.run(kind.partition(",")[0], world, f"{kind} alone", **KINDS[kind])
         assert farthest(small_runs.weights_in(one), small_runs.weights_in(world / f"{kind} cut")) < 2e-5
         told = [json.loads((folder / "metrics.json").read_text()) for folder in (one, world / f"{kind} cut")]
-        for key in {"perplexity", "judge_accuracy", "margin", "score"} & set(told[0]):
+        for key in {"perplexity", "reward_accuracy", "margin", "score"} & set(told[0]):
             assert told[1][key] == pytest.approx(told[0][key], rel=1e-4)
         shutil.copytree(world / f"{kind} cut" / "checkpoint-4", world / f"{kind} on" / "checkpoint-4")
     done = launched(world, "fsdp2.yaml", [job(kind, f"{kind} on", resume="auto") for kind in KINDS])
@@ -94,7 +94,7 @@ def test_a_pass_that_left_a_module_out_does_not_keep_the_next_one_from_gathering
         waiting = model[0]._get_fsdp_state()._modules_to_run_forward
         waiting.add(model[1])
         assert not isinstance(model[0].weight, DTensor)
-        end_passes(model)
+        reset_pending_forward_(model)
         assert not waiting and isinstance(model[0].weight, DTensor)
         assert torch.equal(model(ids), whole)
     finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.secrets import SECRETS
+from rlhf_recipes.core.secrets import SECRET_ARGUMENTS
 
 DataclassT = TypeVar("DataclassT")
 
@@ -61,7 +61,7 @@ class DatasetArguments(OutputArguments):
 def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Read flags, and the YAML file that ``--config`` names, into one instance of each dataclass, in order.
 
-    Each instance remembers what was asked for (see `asked_for`), so that a run can be written down and repeated.
+    Each instance remembers what was asked for (see `requested_values`), so that a run can be written down and repeated.
 
     Raises:
         UserError: unknown key (with the nearest match), wrong type, missing required value, unreadable file.
@@ -82,7 +82,7 @@ def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -
     return tuple(_instance(dataclass_type, asked) for dataclass_type in dataclass_types)
 
 
-def asked_for(*instances: Any) -> dict[str, Any]:
+def requested_values(*instances: Any) -> dict[str, Any]:
     """What the caller asked for, as one flat mapping that ``--config`` reads back; a token of the Hub is not in it.
 
     Instances from `parse_arguments` remember it; for others it is every field that differs from a fresh default.
@@ -92,7 +92,7 @@ def asked_for(*instances: Any) -> dict[str, Any]:
         remembered = instance.__dict__.get("_asked")
         asked |= remembered if remembered is not None else _differences(instance)
     plain = {key: value.value if isinstance(value, Enum) else value for key, value in asked.items()}
-    return {key: value for key, value in plain.items() if _is_plain(value) and key not in SECRETS}
+    return {key: value for key, value in plain.items() if _is_plain(value) and key not in SECRET_ARGUMENTS}
 
 
 def _differences(instance: Any) -> dict[str, Any]:

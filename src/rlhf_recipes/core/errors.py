@@ -5,14 +5,14 @@ import os
 import sys
 from collections.abc import Iterator
 
-from rlhf_recipes.core.secrets import without_secrets
+from rlhf_recipes.core.secrets import redact
 
 
 class UserError(ValueError):
     """Something the caller can mend: one line that says what is wrong and what to do. A door exits with code 2."""
 
 
-class RowError(UserError):
+class RankError(UserError):
     """One that is about rows which only this process has, so that only it can tell."""
 
 
@@ -22,8 +22,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RowError):
-            print(f"error: {without_secrets(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+            print(f"error: {redact(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except SystemExit as ended:
         if line := getattr(ended, "line", None):  # told to end, and it has saved what it had

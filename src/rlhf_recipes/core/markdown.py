@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_recipes.core.secrets import without_secrets
+from rlhf_recipes.core.secrets import redact
 
 MARKS = set("\\`*[]<>|~&$!")
 LINE_MARKS = set("#+-=>")  # markup at the beginning of a line only
@@ -23,7 +23,7 @@ def escape_markdown(text: object) -> str:
 
 def code_span(text: object) -> str:
     """Return the text as inline code on one line, whatever backticks it holds; tokens of the Hub are blotted out."""
-    line = without_secrets(" ".join(str(text).split()))
+    line = redact(" ".join(str(text).split()))
     fence = "`" * (longest_backticks(line) + 1)
     space = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{space}{line}{space}{fence}"

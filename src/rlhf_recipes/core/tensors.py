@@ -13,7 +13,7 @@ from torch import Tensor
 Reduce = Callable[[Tensor], Tensor]
 
 
-def alone(tensor: Tensor) -> Tensor:
+def identity(tensor: Tensor) -> Tensor:
     """The `reduce` of a single process."""
     return tensor
 
@@ -28,13 +28,13 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum()
 
 
-def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> Tensor:
     """Mean over the True positions of all processes; 0 where there is none."""
     total, count = reduce(torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)]))
     return total / count.clamp(min=1)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = alone) -> Tensor:
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = identity) -> Tensor:
     """Scale to unit variance over the True positions of all processes, and to mean 0 unless `shift_mean` is False.
 
     The variance is the unbiased one. Fewer than two positions are left unscaled: they have no variance.
@@ -99,7 +99,7 @@ def _row_slices(logits: Tensor) -> list[slice]:
     return [slice(start, start + at_once) for start in range(0, len(logits), at_once)]
 
 
-def length_batches(lengths: Sequence[int], most_rows: int, most_tokens: int | None = None) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], most_rows: int, most_tokens: int | None = None) -> list[list[int]]:
     """Rows of like length together: row numbers, shortest rows first, in batches of at most `most_rows`.
 
     A batch, padded to its longest row, has at most `most_tokens` tokens (None: any number), or one row.
@@ -129,12 +129,12 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", multiple
     return ids, mask
 
 
-def positions(mask: Tensor) -> Tensor:
+def position_ids(mask: Tensor) -> Tensor:
     """Position ids that count real tokens only, so that padding on the left moves nothing. (batch, width)."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-class Tally:
+class MaskedMeans:
     """Collects masked values by name; `means` gives each name's mean over all that was added, in all processes."""
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class Tally:
             entry = torch.stack([masked_sum(value, mask), mask.sum().double()])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
-    def means(self, reduce: Reduce = alone) -> dict[str, float]:
+    def means(self, reduce: Reduce = identity) -> dict[str, float]:
         """Mean of each name; every process must have added the same names. The tally is empty afterwards."""
         if not self._sums:
             return {}

@@ -58,7 +58,7 @@ def is_conversation(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
 
 
-def text_of(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """The plain words of a completion, whether it is text or a list of messages."""
     return "".join(message["content"] for message in value) if is_conversation(value) else str(value)
 
@@ -71,7 +71,7 @@ def prompt_text(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> str:
     return str(prompt)
 
 
-def beginning_of_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def bos_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer puts before plain text: BOS for Llama's and Gemma's, as TRL trains on it; nothing for GPT-2's."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
@@ -79,7 +79,7 @@ def beginning_of_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def text_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids of plain text, with what the tokenizer puts before it and without what it may put behind."""
-    return beginning_of_text(tokenizer) + list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return bos_prefix(tokenizer) + list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def prompt_ids(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -94,10 +94,12 @@ def prompt_ids(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])  # a template writes BOS itself
     if not ids:
         raise UserError(f"an empty prompt ({prompt!r}) cannot be continued; drop it from the dataset")
-    return ids if is_conversation(prompt) else beginning_of_text(tokenizer) + ids
+    return ids if is_conversation(prompt) else bos_prefix(tokenizer) + ids
 
 
-def split_ids(prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+def prompt_and_completion_ids(
+    prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[int], list[int]]:
     """(prompt ids, completion ids with their EOS), tokenized as one text and parted where the prompt's own ids end.
 
     An empty prompt is allowed: the whole of `completion` (text, or messages of any roles) is then the second part.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import beginning_of_text, ensure_chat_template, is_conversation, prompt_ids, prompt_text
+from rlhf_recipes.data.chat import bos_prefix, ensure_chat_template, is_conversation, prompt_ids, prompt_text
 from rlhf_recipes.data.sources import first_row, require_columns
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def require_texts(
         for column in columns:
             value = row[column]
             before = row["prompt"] if chat[column] and column != "prompt" and "prompt" in columns else []
-            fault = _fault_of_messages(value, before, tokenizer, rendered) if chat[column] else _fault_of_text(value)
+            fault = _messages_problem(value, before, tokenizer, rendered) if chat[column] else _text_problem(value)
             if fault:
                 raise UserError(f"{name}, row {index}: the column {column} {fault}")
         if not chat[columns[0]] and "prompt" in columns and not row["prompt"]:
@@ -69,11 +69,11 @@ def require_text(dataset: Any, column: str, name: str = "dataset") -> None:
         raise UserError(f"{name}: the column {column} holds {_short(value)}, which is no text; give strings")
 
 
-def _fault_of_text(value: Any) -> str | None:
+def _text_problem(value: Any) -> str | None:
     return None if isinstance(value, str) else f"holds {_short(value)}, which is no text; give strings"
 
 
-def _fault_of_messages(
+def _messages_problem(
     value: Any, before: Any, tokenizer: "PreTrainedTokenizerBase", rendered: set[tuple[str, ...]]
 ) -> str | None:
     """What is wrong with the messages, or None. before: those of the prompt, which they answer: a template may ask that
@@ -102,7 +102,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def fit_prompts(
+def keep_fitting_prompts(
     dataset: Any, tokenizer: "PreTrainedTokenizerBase", limit: int | None, *, drop: bool = False, name: str = "dataset"
 ) -> Any:
     """The rows whose `prompt` leaves room for at least one more token within `limit` tokens.
@@ -126,7 +126,7 @@ def fit_prompts(
     )
 
 
-def fit_rows(
+def check_and_fit_rows(
     dataset: Any,
     columns: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
@@ -138,17 +138,17 @@ def fit_rows(
     """The rows in `columns` alone, each checked to be text or messages, and to leave room for an answer.
 
     Raises:
-        UserError: as `require_columns`, `require_texts` and `fit_prompts`.
+        UserError: as `require_columns`, `require_texts` and `keep_fitting_prompts`.
     """
     require_columns(dataset, columns, role=name)
     dataset = dataset.select_columns(list(columns))
     require_texts(dataset, columns, tokenizer, name)
-    return fit_prompts(dataset, tokenizer, limit, drop=drop, name=name) if "prompt" in columns else dataset
+    return keep_fitting_prompts(dataset, tokenizer, limit, drop=drop, name=name) if "prompt" in columns else dataset
 
 
 def _tokens_from(prompt: Any, tokenizer: "PreTrainedTokenizerBase", limit: int) -> int:
     """The number of tokens if it is at least `limit`, else 0. A token is a byte or more, so few need tokenizing."""
-    if len(prompt_text(prompt, tokenizer).encode("utf-8")) < limit - len(beginning_of_text(tokenizer)):
+    if len(prompt_text(prompt, tokenizer).encode("utf-8")) < limit - len(bos_prefix(tokenizer)):
         return 0
     size = len(prompt_ids(prompt, tokenizer))
     return size if size >= limit else 0

@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DOCUMENTS_AT_ONCE = 512
+DOCUMENTS_PER_BATCH = 512
 
 
 def pack_documents(dataset: Any, tokenizer: "PreTrainedTokenizerBase", block: int, column: str = "text") -> Any:
@@ -36,7 +36,7 @@ def pack_documents(dataset: Any, tokenizer: "PreTrainedTokenizerBase", block: in
 def _blocks(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", block: int) -> Iterator[np.ndarray]:
     texts = iter(texts)
     carried: list[int] = []
-    while documents := list(islice(texts, DOCUMENTS_AT_ONCE)):
+    while documents := list(islice(texts, DOCUMENTS_PER_BATCH)):
         kept = [text for text in documents if text]
         encoded = tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"] if kept else []
         for ids in encoded:

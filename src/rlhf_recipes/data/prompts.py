@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import is_conversation, prompt_ids, text_of
+from rlhf_recipes.data.chat import is_conversation, plain_text, prompt_ids
 from rlhf_recipes.data.sources import first_row, require_columns
 
 if TYPE_CHECKING:
@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
 
 # No column for the rewards: the prompt itself, and what they are called with besides.
-TAKEN = {"prompt", "input_ids", "attention_mask", "prompts", "prompt_ids", "completions", "completion_ids", "self"}
+RESERVED_COLUMNS = {
+    "prompt",
+    "input_ids",
+    "attention_mask",
+    "prompts",
+    "prompt_ids",
+    "completions",
+    "completion_ids",
+    "self",
+}
 
 
 class Prompts:
@@ -41,15 +50,15 @@ class Prompts:
         self.ids: list[list[int]] = []
         names: dict[str, None] = {}
         for index, row in enumerate(self.dataset):
-            self.ids.append(prompt_ids(readable(row, self.column, f"{role} row {index}"), tokenizer))
+            self.ids.append(prompt_ids(read_prompt(row, self.column, f"{role} row {index}"), tokenizer))
             names |= dict.fromkeys(row)
-        self.columns = [name for name in names if name not in TAKEN]
+        self.columns = [name for name in names if name not in RESERVED_COLUMNS]
         longest = max(range(len(self.ids)), key=lambda index: len(self.ids[index]))
         if context is not None and len(self.ids[longest]) + response_length > context:
             raise UserError(
                 f"{role} row {longest} has a prompt of {len(self.ids[longest])} tokens; with an answer of "
                 f"{response_length} it does not fit the model's context of {context}; shorten one of them "
-                f"({text_of(self.dataset[longest][self.column])[:60]!r}...)"
+                f"({plain_text(self.dataset[longest][self.column])[:60]!r}...)"
             )
 
     def __len__(self) -> int:
@@ -60,13 +69,13 @@ class Prompts:
         indices = list(indices)
         chosen = [self.dataset[index] for index in indices]
         return {
-            "prompts": [readable(row, self.column) for row in chosen],
+            "prompts": [read_prompt(row, self.column) for row in chosen],
             "prompt_ids": [self.ids[index] for index in indices],
             "columns": {name: [row.get(name) for row in chosen] for name in self.columns},
         }
 
 
-def readable(row: Mapping[str, Any], column: str, place: str = "a row") -> Any:
+def read_prompt(row: Mapping[str, Any], column: str, place: str = "a row") -> Any:
     """The prompt of a row as text, as messages, or as a list of ids without padding.
 
     Raises:

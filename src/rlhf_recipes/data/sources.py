@@ -56,11 +56,11 @@ def load_train_and_test(
     `arguments.row_filter` holds for both, `arguments.extra_dataset_names` lengthens the training split, and the limits
     on samples count what is left after that.
     """
-    train = _first(_joined(load_parts(arguments, name, streaming)), arguments.max_train_samples)
-    return train, load_held_out(arguments, name, streaming)
+    train = _first(_joined(load_training_sources(arguments, name, streaming)), arguments.max_train_samples)
+    return train, load_test_split(arguments, name, streaming)
 
 
-def load_held_out(arguments: DatasetArguments, name: str | None = None, streaming: bool = False) -> "Any | None":
+def load_test_split(arguments: DatasetArguments, name: str | None = None, streaming: bool = False) -> "Any | None":
     """The held-out split of `arguments.dataset_name` (or `name`), filtered and limited; None where it has none.
 
     streaming: a dataset of the Hub is read as a stream, since asking for one split fetches all of them otherwise. What
@@ -75,7 +75,7 @@ def load_held_out(arguments: DatasetArguments, name: str | None = None, streamin
     return _in_memory(_first(test, arguments.max_test_samples))
 
 
-def load_parts(arguments: DatasetArguments, name: str | None = None, streaming: bool = False) -> list[Any]:
+def load_training_sources(arguments: DatasetArguments, name: str | None = None, streaming: bool = False) -> list[Any]:
     """The training split of each source, filtered: `dataset_name` (or `name`) first, then the extra ones."""
     source = name or arguments.dataset_name
     if not source:

@@ -109,12 +109,12 @@ def _negative_log_likelihood(model: PreTrainedModel, windows: list[_Window], bat
     import torch
     from tqdm.auto import tqdm
 
-    from rlhf_recipes.system import without_traps
+    from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
     ordered = sorted(windows, key=lambda window: len(window.ids), reverse=True)
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     was_training = model.training
-    without_traps(model).eval()
+    apply_bitsandbytes_workarounds_(model).eval()
     try:
         with torch.no_grad():
             return math.fsum(_batch_nats(model, batch) for batch in tqdm(batches, "perplexity", disable=not progress))

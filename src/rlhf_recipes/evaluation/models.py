@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.tensors import length_batches, log_probs_and_entropies, pad, positions
-from rlhf_recipes.data import prompt_ids, text_of
+from rlhf_recipes.core.tensors import batches_by_length, log_probs_and_entropies, pad, position_ids
+from rlhf_recipes.data import plain_text, prompt_ids
 from rlhf_recipes.evaluation.comparison import mean_with_interval, win_rate
 from rlhf_recipes.evaluation.divergence import sequence_kl
 from rlhf_recipes.evaluation.language_model import perplexity
 from rlhf_recipes.evaluation.text import distinct_n, eos_share, length_statistics
 from rlhf_recipes.generation import Completions, Sampling, row_seed, sample
 from rlhf_recipes.scoring import ModelReward, Reward, score
-from rlhf_recipes.system import without_traps
+from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 # `<name>_high`, where they stand beside a number, are its 95 % interval over prompts.
 METRICS = {
     "gold_score": "mean gold score",
-    "judge_score": "mean score of the judge",
-    "judge_positive": "mean probability of label 1, for a judge of two labels",
+    "reward_score": "mean score of the judge",
+    "reward_positive": "mean probability of label 1, for a judge of two labels",
     "kl": "KL(model || reference) in nats per answer, estimated on the answers, at the sampling temperature; not at 0",
     "kl_per_token": "the same per token, by the k3 estimator",
     "perplexity": "perplexity of the texts",
@@ -42,7 +42,7 @@ METRICS = {
     "eos_share": "share of answers that ended by a stop token",
     "distinct_1": "different words among all words of the answers",
     "distinct_2": "different pairs of neighbouring words among all pairs",
-    "win_rate_judge": "share of prompts on which the judge scores the answer above the first model's; ties count half",
+    "win_rate_reward": "share of prompts on which the judge scores the answer above the first model's; ties count half",
     "win_rate_gold": "share of prompts on which gold does",
 }
 PERPLEXITY_BATCH = 8  # whole contexts, all their logits: the one place where memory, not speed, sets the batch
@@ -112,7 +112,7 @@ def evaluate_model(
 
 
 def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, float]:
-    """`win_rate_judge` and `win_rate_gold` over `baseline`, each with `_low` and `_high`, where both were scored.
+    """`win_rate_reward` and `win_rate_gold` over `baseline`, each with `_low` and `_high`, where both were scored.
 
     A prompt is won by the higher mean score over its completions, so that the interval counts prompts: completions of
     one prompt are no independent evidence.
@@ -138,7 +138,7 @@ def completion_log_probs(
     One batch: prompts and completions are rows of ids; both results are (batch, longest completion), on the CPU.
     The model should be in eval mode.
     """
-    device = next(without_traps(model).parameters()).device
+    device = next(apply_bitsandbytes_workarounds_(model).parameters()).device
     before, before_mask = pad(prompts, value=0, side="left")
     after, after_mask = pad(completions, value=0)
     width = after.shape[1]
@@ -147,7 +147,7 @@ def completion_log_probs(
     logits = model(
         input_ids=torch.cat([before, after], dim=1).to(device),
         attention_mask=mask.long().to(device),
-        position_ids=positions(mask).to(device),
+        position_ids=position_ids(mask).to(device),
         use_cache=False,
         logits_to_keep=width + 1,
     ).logits[:, -width - 1 : -1]
@@ -171,7 +171,7 @@ def _batches(rows: Sequence[Sequence[int]], batch_size: int, label: str, progres
     from tqdm.auto import tqdm
 
     with tqdm(total=len(rows), desc=label, disable=not progress) as bar:
-        for batch in length_batches([len(row) for row in rows], batch_size):
+        for batch in batches_by_length([len(row) for row in rows], batch_size):
             yield batch
             bar.update(len(batch))
 
@@ -199,7 +199,7 @@ def _add_scores(
     scores = score(
         reward,
         [row["prompt"] for row in rows],
-        [text_of(row["completion"]) for row in rows],
+        [plain_text(row["completion"]) for row in rows],
         prompt_ids=ids,
         completion_ids=completion_ids,
         columns=columns,
@@ -212,10 +212,10 @@ def _add_scores(
 
 def _judge_metrics(rows: list[dict[str, Any]], judge: Reward) -> dict[str, float]:
     scores = torch.tensor([row["judge"] for row in rows], dtype=torch.float64)
-    metrics = {"judge_score": scores.mean().item()}
+    metrics = {"reward_score": scores.mean().item()}
     if isinstance(judge, ModelReward) and judge.model.config.num_labels == 2:
         # The score of two labels is the log-odds of label 1, so its probability is the sigmoid.
-        metrics["judge_positive"] = torch.sigmoid(scores).mean().item()
+        metrics["reward_positive"] = torch.sigmoid(scores).mean().item()
     return metrics
 
 

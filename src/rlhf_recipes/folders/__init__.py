@@ -2,36 +2,36 @@
 
 from rlhf_recipes.folders.card import HUB_ID
 from rlhf_recipes.folders.checkpoints import (
-    STAGING,
-    STATE,
-    SUMS,
-    full_disk_said,
-    last_of,
-    move_in,
+    CHECKSUMS_FILE,
+    STAGING_FOLDER,
+    STATE_FILE,
+    disk_full_as_user_error,
+    find_checkpoint,
+    last_checkpoint_note,
+    move_files_into,
     publish,
-    resume_point,
-    say_if_full,
-    say_if_out_of_memory,
+    raise_if_disk_full,
+    raise_if_out_of_memory,
 )
 from rlhf_recipes.folders.lock import folder_lock, require_unlocked
-from rlhf_recipes.folders.output import MARK, check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.folders.output import RECIPE_FILE, check_output_folder, clear_output_folder, complete_output_folder
 
 __all__ = [
+    "CHECKSUMS_FILE",
     "HUB_ID",
-    "MARK",
-    "STAGING",
-    "STATE",
-    "SUMS",
+    "RECIPE_FILE",
+    "STAGING_FOLDER",
+    "STATE_FILE",
     "check_output_folder",
+    "clear_output_folder",
+    "complete_output_folder",
+    "disk_full_as_user_error",
+    "find_checkpoint",
     "folder_lock",
-    "full_disk_said",
-    "last_of",
-    "leave_folder",
-    "move_in",
-    "prepare_output_folder",
+    "last_checkpoint_note",
+    "move_files_into",
     "publish",
+    "raise_if_disk_full",
+    "raise_if_out_of_memory",
     "require_unlocked",
-    "resume_point",
-    "say_if_full",
-    "say_if_out_of_memory",
 ]

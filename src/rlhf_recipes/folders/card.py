@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.markdown import code_span, escape_markdown, front_matter, longest_backticks
-from rlhf_recipes.core.secrets import shown
+from rlhf_recipes.core.secrets import redact_command
 
 HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]{0,95}", re.ASCII)
-DATA = ("text", "demonstrations", "preferences", "judgements", "prompts")  # the roles of parents that are datasets
+DATASET_ROLES = (
+    "text",
+    "demonstrations",
+    "preferences",
+    "judgements",
+    "prompts",
+)  # the roles of parents that are datasets
 
 _ONE_RUN = "The numbers are those of this one run, on the data named above and on nothing else."
 _ANSWERS = (
     "It has learnt to imitate or to please what it was given and has not been tested for safety: it states falsehoods "
     "with confidence, and can repeat what is rude, private or wrong in its data."
 )
-LIMITS = {
+LIMITATIONS = {
     "tokenizer": "It is as good as the text it was learnt from is like yours: other languages, or code, take more tokens.",
     "pretrain": f"{_ONE_RUN} It continues text, whatever text that is, and has not been tested for safety.",
     "reward": f"{_ONE_RUN} A judge overrates something, and a policy that is trained on it for long finds out what.",
@@ -33,7 +39,7 @@ LIMITS = {
 }
 
 
-def card(
+def model_card(
     stage: str,
     title: str,
     parents: Mapping[str, str | None],
@@ -47,14 +53,14 @@ def card(
     rows = [
         f"| {escape_markdown(key)} | {_number(value)} |" for key, value in metrics.items() if isinstance(value, _SHOWN)
     ]
-    command = shlex.join(shown([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    command = shlex.join(redact_command([Path(sys.argv[0]).name, *sys.argv[1:]]))
     lines = [front_matter(library_name=library, tags=["rlhf-recipes", stage], **_ancestry(parents)), f"# {title}", ""]
     lines += [f"Left by the `{stage}` stage of rlhf-recipes.", ""]
     lines += [f"- {escape_markdown(role)}: {code_span(source)}" for role, source in parents.items() if source]
     lines += ["", f"Command: {code_span(command)}", ""] + ([notes, ""] if notes else [])
     lines += ["| metric | value |", "|---|---|", *rows, ""] if rows else []
     lines += [f"![{image}]({image})" for image in images]
-    lines += ["", "## Limits", "", LIMITS[stage], ""] if stage in LIMITS else []
+    lines += ["", "## Limits", "", LIMITATIONS[stage], ""] if stage in LIMITATIONS else []
     fence = "`" * max(3, longest_backticks(recipe) + 1)
     lines += ["", "What was asked (`recipe.yaml`):", "", f"{fence}yaml", recipe.rstrip(), fence, ""]
     return "\n".join(lines)
@@ -66,7 +72,7 @@ _SHOWN = (int, float, str)
 def _ancestry(parents: Mapping[str, str | None]) -> dict[str, Any]:
     """What the Hub links to: the base model and the datasets, where they are repos rather than somebody's folders."""
     models = [_repo(name) for name in _names(parents.get("model"))]
-    datasets = [_repo(name) for role in DATA for name in _names(parents.get(role))]
+    datasets = [_repo(name) for role in DATASET_ROLES for name in _names(parents.get(role))]
     found: dict[str, Any] = {}
     if len(models) == 1 and models[0]:
         found["base_model"] = models[0]

@@ -14,23 +14,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_recipes.core.errors import RowError, UserError
+from rlhf_recipes.core.errors import RankError, UserError
 
-STATE = "trainer_state.json"  # which Trainer writes last
-SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
-STAGING = ".saving"  # where a checkpoint is until it is whole
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-CLOSED = {errno.EACCES, errno.EPERM, errno.EIO}
+STATE_FILE = "trainer_state.json"  # which Trainer writes last
+CHECKSUMS_FILE = "SHA256SUMS"  # as `sha256sum -c` reads it
+STAGING_FOLDER = ".saving"  # where a checkpoint is until it is whole
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+NO_ACCESS_ERRNOS = {errno.EACCES, errno.EPERM, errno.EIO}
 # What could be read as weights. What Accelerate saves of FSDP, pytorch_model_fsdp.bin, is a state that it reads without code.
-PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin", "*.pkl", "*.pickle")
+PICKLE_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin", "*.pkl", "*.pickle")
 
 logger = logging.getLogger(__name__)
 
 
-def seal(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Flush every file of the folder to the disk, and leave the sum of each in SHA256SUMS."""
     lines = [f"{_sum_of(path, flush=True)}  {path.relative_to(folder).as_posix()}" for path in _files_in(folder)]
-    sums = folder / SUMS
+    sums = folder / CHECKSUMS_FILE
     sums.write_text("\n".join([*lines, ""]), encoding="utf-8")
     for path in (sums, folder, *(each for each in folder.rglob("*") if each.is_dir())):
         _flush(path)
@@ -38,7 +38,7 @@ def seal(folder: Path) -> None:
 
 def publish(staged: Path, place: Path) -> None:
     """Seal a folder and rename it to its place; one that is there already makes way."""
-    seal(staged)
+    write_checksums(staged)
     if place.exists():
         old = staged.with_name(f"{staged.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -48,7 +48,7 @@ def publish(staged: Path, place: Path) -> None:
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
-def move_in(staged: Path, folder: Path) -> None:
+def move_files_into(staged: Path, folder: Path) -> None:
     """Bring the files of a staged folder into `folder`, each of them whole; the weights come last."""
     files = sorted(_files_in(staged), key=lambda path: (path.suffix == ".safetensors", path))
     for path in files:
@@ -60,24 +60,24 @@ def move_in(staged: Path, folder: Path) -> None:
     _flush(folder)
 
 
-def fault(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words, or None. One of a plain `Trainer` has no sums to compare."""
-    if pickled := next((path for pattern in PICKLES for path in folder.glob(pattern)), None):
+    if pickled := next((path for pattern in PICKLE_PATTERNS for path in folder.glob(pattern)), None):
         return f"{pickled.name} is a pickle, which could run code while it is read"
     try:
-        if not isinstance(json.loads((folder / STATE).read_text(encoding="utf-8")), dict):
-            return f"{STATE} is not what Trainer writes"
+        if not isinstance(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")), dict):
+            return f"{STATE_FILE} is not what Trainer writes"
         for name, expected in _sums_in(folder):
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if _sum_of(folder / name) != expected:
                 return f"{name} is not what was saved (its SHA-256 differs)"
     except (OSError, ValueError) as error:
-        return f"{STATE} or {SUMS} cannot be read ({str(error).splitlines()[0]})"
+        return f"{STATE_FILE} or {CHECKSUMS_FILE} cannot be read ({str(error).splitlines()[0]})"
     return None
 
 
-def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) -> str | None:
+def find_checkpoint(resume_from_checkpoint: str | bool | None, folder: str | Path) -> str | None:
     """The checkpoint folder to go on from, or None.
 
     Args:
@@ -93,14 +93,14 @@ def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) 
         return None
     if asked not in ("true", "auto"):
         point = Path(str(resume_from_checkpoint))
-        if not (point / STATE).is_file():
+        if not (point / STATE_FILE).is_file():
             raise UserError(f"--resume_from_checkpoint {point} is no checkpoint folder; give one that a run has saved")
-        if why := fault(point):
+        if why := find_damage(point):
             raise UserError(f"checkpoint {point} is damaged: {why}; give another, or --resume auto to have one chosen")
         return str(point)
     damaged = 0
-    for point in saved_checkpoints(folder):
-        why = fault(point)
+    for point in list_checkpoints(folder):
+        why = find_damage(point)
         if why is None:
             return str(point)
         damaged += 1
@@ -115,7 +115,7 @@ def resume_point(resume_from_checkpoint: str | bool | None, folder: str | Path) 
     return None
 
 
-def saved_checkpoints(folder: str | Path) -> list[Path]:
+def list_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoint folders of a run, the last one first."""
     points = [
         (int(number), path)
@@ -125,73 +125,73 @@ def saved_checkpoints(folder: str | Path) -> list[Path]:
     return [path for _, path in sorted(points, reverse=True)]
 
 
-def say_if_full(error: Exception, run: Path, step: int) -> None:
+def raise_if_disk_full(error: Exception, run: Path, step: int) -> None:
     """One line in place of a trace, where the disk did not take a checkpoint; makes room of what was half written.
 
     Raises:
-        RowError: that it is the disk, from the process that met it.
+        RankError: that it is the disk, from the process that met it.
     """
-    if (isinstance(error, OSError) and error.errno in CLOSED) or _tells_of_full_disk(error):
+    if (isinstance(error, OSError) and error.errno in NO_ACCESS_ERRNOS) or _is_disk_full(error):
         raise _could_not_write(f"checkpoint-{step}", run, error) from error
 
 
 @contextmanager
-def full_disk_said(run: Path) -> Iterator[None]:
+def disk_full_as_user_error(run: Path) -> Iterator[None]:
     """For the time, a disk that takes no more, whatever was written to it, ends the run in one line.
 
     Raises:
-        RowError: that it is the disk.
+        RankError: that it is the disk.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or not _tells_of_full_disk(error):
+        if isinstance(error, UserError) or not _is_disk_full(error):
             raise
         raise _could_not_write("a file", run, error) from error
 
 
-def _tells_of_full_disk(error: Exception) -> bool:
+def _is_disk_full(error: Exception) -> bool:
     words = ("No space left", "File too large", "PytorchStreamWriter", "Disk quota", "Read-only file system")
     told = str(error)
-    return (isinstance(error, OSError) and error.errno in FULL) or any(word in told for word in words)
+    return (isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS) or any(word in told for word in words)
 
 
-def _could_not_write(what: str, run: Path, error: Exception) -> RowError:
-    shutil.rmtree(run / STAGING, ignore_errors=True)
-    points = saved_checkpoints(run)
+def _could_not_write(what: str, run: Path, error: Exception) -> RankError:
+    shutil.rmtree(run / STAGING_FOLDER, ignore_errors=True)
+    points = list_checkpoints(run)
     kept = f"{points[0]} is whole, go on from it with --resume auto" if points else "no checkpoint is there yet"
-    return RowError(f"{what} could not be written to {run} ({str(error).splitlines()[0]}); make room there: {kept}")
+    return RankError(f"{what} could not be written to {run} ({str(error).splitlines()[0]}); make room there: {kept}")
 
 
-def say_if_out_of_memory(error: Exception, run: str | Path, step: int) -> None:
+def raise_if_out_of_memory(error: Exception, run: str | Path, step: int) -> None:
     """One line in place of a trace, from the process whose memory it was.
 
     Raises:
-        RowError: that it is memory.
+        RankError: that it is memory.
     """
     import torch
 
     lines = str(error).splitlines() or ["no memory is left"]
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in lines[0]:
         return
-    raise RowError(
-        f"step {step}: out of memory ({lines[0]}){last_of(run)}; lower --per_device_train_batch_size (with global_batch_size "
+    raise RankError(
+        f"step {step}: out of memory ({lines[0]}){last_checkpoint_note(run)}; lower --per_device_train_batch_size (with global_batch_size "
         "the run stays the same) or add --gradient_checkpointing true, and go on with --resume auto"
     ) from error
 
 
-def last_of(run: str | Path) -> str:
+def last_checkpoint_note(run: str | Path) -> str:
     """The last checkpoint of a run, in words that go on a line about it."""
-    points = saved_checkpoints(run)
+    points = list_checkpoints(run)
     return f"; {points[0]} is the last checkpoint" if points else ""
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    yield from sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
 
 
 def _sums_in(folder: Path) -> Iterator[tuple[str, str]]:
-    path = folder / SUMS
+    path = folder / CHECKSUMS_FILE
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         expected, _, name = line.partition("  ")
         yield name, expected

@@ -11,7 +11,7 @@ from typing import IO
 
 from rlhf_recipes.core.errors import UserError
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 _held: dict[Path, tuple[IO[str], int]] = {}  # of this process: the open file, and how many ask for it
 
 
@@ -26,7 +26,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     stream, count = _held.get(path, (None, 0))
     if stream is None:
         path.mkdir(parents=True, exist_ok=True)
-        stream = _locked(path / LOCK)
+        stream = _locked(path / LOCK_FILE)
     _held[path] = (stream, count + 1)
     try:
         yield
@@ -36,16 +36,16 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
             _held[path] = (stream, count - 1)
         else:
             with suppress(OSError):  # a file that must stay where nothing can be written locks nobody out
-                (path / LOCK).unlink()  # while it is held, so that nobody's new one is taken away
+                (path / LOCK_FILE).unlink()  # while it is held, so that nobody's new one is taken away
             stream.close()
 
 
 def require_unlocked(folder: str | Path) -> None:
     """Refuse a folder that another process runs in. Writes nothing."""
     path = Path(folder).absolute()
-    if path in _held or not (path / LOCK).is_file():
+    if path in _held or not (path / LOCK_FILE).is_file():
         return
-    with (path / LOCK).open("r", encoding="utf-8") as stream:
+    with (path / LOCK_FILE).open("r", encoding="utf-8") as stream:
         # Shared, so that processes of one run that look at the same time see no other run in one another, and since a file
         # that is open for reading alone cannot be locked in another way on every disk (flock(2), on NFS).
         _lock(stream, path, fcntl.LOCK_SH)

@@ -10,17 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.core.arguments import asked_for
+from rlhf_recipes.core.arguments import requested_values
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.files import write_json, write_text
-from rlhf_recipes.core.secrets import without_secrets
-from rlhf_recipes.folders.card import card
-from rlhf_recipes.folders.checkpoints import STAGING, STATE, SUMS, saved_checkpoints
-from rlhf_recipes.folders.lock import LOCK
+from rlhf_recipes.core.secrets import redact
+from rlhf_recipes.folders.card import model_card
+from rlhf_recipes.folders.checkpoints import CHECKSUMS_FILE, STAGING_FOLDER, STATE_FILE, list_checkpoints
+from rlhf_recipes.folders.lock import LOCK_FILE
 
-MARK = "recipe.yaml"  # a folder that holds it was left by a stage
-EARLY = {"completions.jsonl", "samples.md"}  # what a run that is cut off may leave before its first checkpoint
-REMAINS = {LOCK, STAGING}  # and what it may leave at any time
+RECIPE_FILE = "recipe.yaml"  # a folder that holds it was left by a stage
+EARLY_FILES = {"completions.jsonl", "samples.md"}  # what a run that is cut off may leave before its first checkpoint
+LEFTOVERS = {LOCK_FILE, STAGING_FOLDER}  # and what it may leave at any time
 
 
 def check_output_folder(
@@ -47,7 +47,7 @@ def check_output_folder(
         if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
             raise UserError(f"output folder {path} holds the input {source}; choose another --output_dir")
     names = [] if resuming or not path.is_dir() else [item.name for item in path.iterdir()]
-    held = [name for name in names if not _remains(name) and not (restarting and name in EARLY)]
+    held = [name for name in names if not _remains(name) and not (restarting and name in EARLY_FILES)]
     if held and not overwrite:
         raise UserError(f"output folder {path} is not empty; choose another --output_dir or pass --overwrite true")
     if held and not _left_by_a_stage(path):
@@ -79,19 +79,19 @@ def _base_of(config: Path) -> str | None:
 
 def _left_by_a_stage(path: Path) -> bool:
     names = {item.name for item in path.iterdir()}
-    if MARK in names or any(
-        (point / STATE).is_file() or (point / SUMS).is_file() for point in saved_checkpoints(path)
+    if RECIPE_FILE in names or any(
+        (point / STATE_FILE).is_file() or (point / CHECKSUMS_FILE).is_file() for point in list_checkpoints(path)
     ):
         return True
-    return all(name in EARLY or _remains(name) for name in names)
+    return all(name in EARLY_FILES or _remains(name) for name in names)
 
 
 def _remains(name: str) -> bool:
     """What a run leaves that was killed: its lock, a checkpoint that was being saved, a file that was being written."""
-    return name in REMAINS or any(name.startswith(f".{early}.") for early in EARLY)
+    return name in LEFTOVERS or any(name.startswith(f".{early}.") for early in EARLY_FILES)
 
 
-def prepare_output_folder(folder: str | Path) -> Path:
+def clear_output_folder(folder: str | Path) -> Path:
     """Empty the folder of what an earlier stage left, and create it. Call it once nothing can fail any more."""
     path = Path(folder)
     try:
@@ -99,14 +99,14 @@ def prepare_output_folder(folder: str | Path) -> Path:
         for item in path.iterdir():
             if item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item)
-            elif item.name != LOCK:
+            elif item.name != LOCK_FILE:
                 item.unlink()
     except OSError as error:
         raise UserError(f"output folder {path} cannot be written ({error}); choose another --output_dir") from None
     return path
 
 
-def leave_folder(
+def complete_output_folder(
     folder: str | Path,
     *,
     stage: str,
@@ -122,7 +122,7 @@ def leave_folder(
 
     path = Path(folder)
     write_json(path / "metrics.json", metrics)
-    recipe = without_secrets(yaml.safe_dump(asked_for(*arguments), sort_keys=False, allow_unicode=True))
+    recipe = redact(yaml.safe_dump(requested_values(*arguments), sort_keys=False, allow_unicode=True))
     library = "peft" if (path / "adapter_config.json").is_file() else "transformers"
-    write_text(path / "README.md", card(stage, title, parents, metrics, recipe, images, notes, library))
-    return write_text(path / MARK, f"# python -m rlhf_recipes {stage} --config {MARK}\n{recipe}").parent
+    write_text(path / "README.md", model_card(stage, title, parents, metrics, recipe, images, notes, library))
+    return write_text(path / RECIPE_FILE, f"# python -m rlhf_recipes {stage} --config {RECIPE_FILE}\n{recipe}").parent

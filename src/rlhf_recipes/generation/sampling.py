@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_recipes.core.tensors import length_batches, pad, positions
+from rlhf_recipes.core.tensors import batches_by_length, pad, position_ids
 from rlhf_recipes.data import prompt_ids
-from rlhf_recipes.optimizations import roomy_cache, steady_attention, weights_prepacked
-from rlhf_recipes.system import without_traps
+from rlhf_recipes.optimizations import preallocated_cache, prepacked_weights, without_cudnn_attention
+from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,11 +97,11 @@ def sample(
     The model is put into eval mode for the time, and given back in the mode it had.
     """
     training = model.training
-    without_traps(model).eval()
+    apply_bitsandbytes_workarounds_(model).eval()
     ids: list[list[int]] = [[] for _ in prompts]
     try:
-        with weights_prepacked(model), steady_attention():
-            for rows in length_batches([len(prompt) for prompt in prompts], batch_size):
+        with prepacked_weights(model), without_cudnn_attention():
+            for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
                 answers = _sample_batch(model, [prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
                 for row, answer in zip(rows, answers, strict=True):
                     ids[row] = answer
@@ -119,7 +119,7 @@ def _sample_batch(
     stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
-    tokens, place, cache = ids, positions(mask), roomy_cache(model.config)
+    tokens, place, cache = ids, position_ids(mask), preallocated_cache(model.config)
     for step in range(sampling.max_new_tokens):
         output = model(
             input_ids=tokens, attention_mask=mask.long(), position_ids=place, past_key_values=cache, use_cache=True,

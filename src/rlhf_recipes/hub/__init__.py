@@ -4,20 +4,28 @@ A folder becomes one commit, which is read back and compared, file by file, befo
 fails leaves the repo as it was and the folder as it is, in one line that says how to try again.
 """
 
-from rlhf_recipes.hub.push import ADAPTER, files_of, open_asked, push_asked, push_checkpoint, push_folder, tell
+from rlhf_recipes.hub.push import (
+    ADAPTER_CONFIG,
+    files_to_push,
+    open_requested_repo,
+    print_pushed,
+    push_checkpoint,
+    push_folder,
+    push_if_requested,
+)
 from rlhf_recipes.hub.repos import HubArguments, Repo, check_push, check_repo, open_repo
 
 __all__ = [
-    "ADAPTER",
+    "ADAPTER_CONFIG",
     "HubArguments",
     "Repo",
     "check_push",
     "check_repo",
-    "files_of",
-    "open_asked",
+    "files_to_push",
     "open_repo",
-    "push_asked",
+    "open_requested_repo",
+    "print_pushed",
     "push_checkpoint",
     "push_folder",
-    "tell",
+    "push_if_requested",
 ]

@@ -10,35 +10,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.folders import HUB_ID, SUMS
-from rlhf_recipes.hub.repos import Repo, make_ready, open_repo
-from rlhf_recipes.hub.requests import Unlike, api, in_one_line, patiently
+from rlhf_recipes.folders import CHECKSUMS_FILE, HUB_ID
+from rlhf_recipes.hub.repos import Repo, ensure_repo, open_repo
+from rlhf_recipes.hub.requests import ContentMismatch, api, one_line_hub_errors, with_retries
 
 Content = Path | bytes
-ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 # What a run needs to go on, and nobody to use what it made.
-STATE = (
-    *(SUMS, "training_args.bin", "optimizer.*", "scheduler.*", "scaler.*"),
+RUN_STATE_PATTERNS = (
+    *(CHECKSUMS_FILE, "training_args.bin", "optimizer.*", "scheduler.*", "scaler.*"),
     *("rng_state*", "progress_*.json", "rollout_*.safetensors"),
 )
 # A repo keeps none of these that the folder lacks: left by an earlier push, it would be loaded with the rest or instead.
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", ADAPTER)
-ROWS = ("*.jsonl", "*.jsonl.gz", "*.csv", "*.csv.gz", "*.tsv", "*.parquet")
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", ADAPTER_CONFIG)
+ROW_PATTERNS = ("*.jsonl", "*.jsonl.gz", "*.csv", "*.csv.gz", "*.tsv", "*.parquet")
 
 logger = logging.getLogger(__name__)
 
 
-def open_asked(arguments: Any) -> None:
+def open_requested_repo(arguments: Any) -> None:
     """`open_repo`, if a push is asked for."""
     if arguments.push_to_hub:
         open_repo(Repo.asked(arguments))
 
 
-def push_asked(folder: Path, arguments: Any) -> None:
+def push_if_requested(folder: Path, arguments: Any) -> None:
     """Push the folder that a stage left and say where it is, if that is asked for."""
     if arguments.push_to_hub:
-        tell(folder, push_folder(folder, Repo.asked(arguments)))
+        print_pushed(folder, push_folder(folder, Repo.asked(arguments)))
 
 
 def push_checkpoint(place: Path, step: int, arguments: Any) -> None:
@@ -78,23 +78,23 @@ def push_folder(
         UserError: it was not pushed; says why, and how to try again.
     """
     folder = Path(folder)
-    end = f"; nothing of it is lost, push it with: {again(folder, repo, flags)}"
-    with in_one_line(f"{folder} was not pushed to {repo.name}", end, repo.token):
-        make_ready(repo)
-        contents = dict(files_of(folder, whole)) | dict(instead or {})
+    end = f"; nothing of it is lost, push it with: {retry_command(folder, repo, flags)}"
+    with one_line_hub_errors(f"{folder} was not pushed to {repo.name}", end, repo.token):
+        ensure_repo(repo)
+        contents = dict(files_to_push(folder, whole)) | dict(instead or {})
         files = {_join(into, name): content for name, content in contents.items()}
-        expected = {path: sums_of(content) for path, content in files.items()}
-        commit = patiently(lambda: _commit(repo, files, into, message))
-        _compare(expected, patiently(lambda: _tree(repo, commit.oid)), commit.oid[:10])
+        expected = {path: checksums_of(content) for path, content in files.items()}
+        commit = with_retries(lambda: _commit(repo, files, into, message))
+        _compare(expected, with_retries(lambda: _tree(repo, commit.oid)), commit.oid[:10])
         _warn_of_bases(contents)
     return str(commit.commit_url)
 
 
-def tell(folder: Path, address: str) -> None:
+def print_pushed(folder: Path, address: str) -> None:
     print(f"pushed {folder} to {address}", flush=True)
 
 
-def again(folder: Path, repo: Repo, more: Sequence[str] = ()) -> str:
+def retry_command(folder: Path, repo: Repo, more: Sequence[str] = ()) -> str:
     """The command that pushes the folder once more."""
     flags = ["--hub_private_repo", "false"] if repo.private is False else []
     flags += ["--hub_revision", repo.revision] if repo.revision else []
@@ -102,12 +102,12 @@ def again(folder: Path, repo: Repo, more: Sequence[str] = ()) -> str:
     return shlex.join([*words, *flags, *more])
 
 
-def files_of(folder: Path, whole: bool = False) -> Iterator[tuple[str, Path]]:
+def files_to_push(folder: Path, whole: bool = False) -> Iterator[tuple[str, Path]]:
     """(path in the folder, file) of what is pushed: nothing hidden, and unless `whole` no checkpoints or state of a run."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-        state = any(part.startswith("checkpoint-") for part in parts[:-1]) or _like(parts[-1], STATE)
+        state = any(part.startswith("checkpoint-") for part in parts[:-1]) or _like(parts[-1], RUN_STATE_PATTERNS)
         if path.is_file() and not hidden and (whole or not state):
             yield "/".join(parts), path
 
@@ -120,7 +120,7 @@ class Sums(NamedTuple):
     git: str
 
 
-def sums_of(content: Content) -> Sums:
+def checksums_of(content: Content) -> Sums:
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     large, small = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     for part in [content] if isinstance(content, bytes) else _parts(content):
@@ -153,8 +153,8 @@ def _belongs(path: str, into: str, kind: str) -> bool:
         return path.startswith(f"{into}/")
     place, _, name = path.rpartition("/")
     if kind == "dataset":
-        return place in ("", "data") and _like(name, ROWS)
-    return place in ("", "value_model") and _like(name, WEIGHTS)
+        return place in ("", "data") and _like(name, ROW_PATTERNS)
+    return place in ("", "value_model") and _like(name, WEIGHT_PATTERNS)
 
 
 def _tree(repo: Repo, revision: str | None) -> dict[str, Any]:
@@ -166,16 +166,16 @@ def _compare(expected: Mapping[str, Sums], found: Mapping[str, Any], commit: str
     for path, sums in expected.items():
         there = found.get(path)
         if there is None:
-            raise Unlike(f"commit {commit} lacks {path}; look for it in the .gitignore of the repo")
+            raise ContentMismatch(f"commit {commit} lacks {path}; look for it in the .gitignore of the repo")
         same = there.lfs.sha256 == sums.sha256 if there.lfs else there.blob_id == sums.git
         if there.size != sums.size or not same:
-            raise Unlike(f"{path} in commit {commit} is not the file that was sent")
+            raise ContentMismatch(f"{path} in commit {commit} is not the file that was sent")
 
 
 def _warn_of_bases(contents: Mapping[str, Content]) -> None:
     """An adapter says where its base model is. On this machine only, it can be loaded on this machine only."""
     for name, content in contents.items():
-        if name.rpartition("/")[2] == ADAPTER:
+        if name.rpartition("/")[2] == ADAPTER_CONFIG:
             text = content if isinstance(content, bytes) else content.read_bytes()
             base = str(json.loads(text).get("base_model_name_or_path"))
             if Path(base).exists() or not HUB_ID.fullmatch(base):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.hub.requests import api, in_one_line, patiently, status_of, token_of
+from rlhf_recipes.hub.requests import api, one_line_hub_errors, require_token, status_of, with_retries
 
 
 @dataclass
@@ -73,7 +73,7 @@ def check_repo(repo: Repo) -> None:
         raise UserError(f"hub_model_id {repo.name} does not say whose it is; give it as owner/name")
     if constants.HF_HUB_OFFLINE:
         raise UserError("nothing can be pushed while HF_HUB_OFFLINE=1; unset it, or leave out --push_to_hub")
-    token_of(repo.token)
+    require_token(repo.token)
 
 
 def open_repo(repo: Repo) -> None:
@@ -82,21 +82,21 @@ def open_repo(repo: Repo) -> None:
     Raises:
         UserError: it may not, or it is public where a private one is asked for.
     """
-    with in_one_line(f"{repo.name} cannot be pushed to", "", repo.token):
-        make_ready(repo)
+    with one_line_hub_errors(f"{repo.name} cannot be pushed to", "", repo.token):
+        ensure_repo(repo)
 
 
-def make_ready(repo: Repo) -> None:
+def ensure_repo(repo: Repo) -> None:
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.errors import RepositoryNotFoundError
 
     hub = api(repo.token)
     try:
-        public = not patiently(lambda: hub.repo_info(**repo.address)).private
+        public = not with_retries(lambda: hub.repo_info(**repo.address)).private
     except RepositoryNotFoundError as error:
         if status_of(error) == 401:
             raise
-        patiently(lambda: hub.create_repo(**repo.address, private=repo.private, exist_ok=True))
+        with_retries(lambda: hub.create_repo(**repo.address, private=repo.private, exist_ok=True))
         public = False
     if public and repo.private:
         raise UserError(
@@ -104,7 +104,7 @@ def make_ready(repo: Repo) -> None:
             "there, or give another --hub_model_id"
         )
     if repo.revision not in (None, "main"):
-        patiently(lambda: hub.create_branch(**repo.address, branch=str(repo.revision), exist_ok=True))
+        with_retries(lambda: hub.create_branch(**repo.address, branch=str(repo.revision), exist_ok=True))
     # Whoever asks how a card would have to be sent must be allowed to write. Nothing is sent.
     probe = CommitOperationAdd("README.md", b"---\n---\n")
-    patiently(lambda: hub.preupload_lfs_files(additions=[probe], revision=repo.revision, **repo.address))
+    with_retries(lambda: hub.preupload_lfs_files(additions=[probe], revision=repo.revision, **repo.address))

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.secrets import without_secrets
+from rlhf_recipes.core.secrets import redact
 
 T = TypeVar("T")
 
 WAITS = (2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try, where the Hub names none
-LONGEST_WAIT = 300.0  # what it may name
-STALLED = 300.0  # seconds without a byte, after which a connection counts as dead
-PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # answers that may be another one the next time
+MAX_WAIT = 300.0  # what it may name
+READ_TIMEOUT = 300.0  # seconds without a byte, after which a connection counts as dead
+TRANSIENT_STATUSES = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # answers that may be another one the next time
 
 REASONS = {
     401: "the Hub does not know the token; log in anew with `hf auth login`, or set HF_TOKEN",
@@ -32,11 +32,11 @@ QUERY = re.compile(
 logger = logging.getLogger(__name__)
 
 
-class Unlike(Exception):
+class ContentMismatch(Exception):
     """What the Hub holds is not what it was given."""
 
 
-class _Patient:
+class _WithTimeout:
     """Makes the library's clients as before, but none that waits without end: it makes one at first, and one anew after each
     connection that was refused."""
 
@@ -45,7 +45,7 @@ class _Patient:
 
     def __call__(self) -> Any:
         client = self.make()
-        client.timeout = STALLED
+        client.timeout = READ_TIMEOUT
         return client
 
 
@@ -54,12 +54,12 @@ def api(token: str | None) -> Any:
     from huggingface_hub.utils import _http
 
     make = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
-    if not isinstance(make, _Patient):
-        set_client_factory(_Patient(make))
-    return HfApi(token=token_of(token), library_name="rlhf-recipes")
+    if not isinstance(make, _WithTimeout):
+        set_client_factory(_WithTimeout(make))
+    return HfApi(token=require_token(token), library_name="rlhf-recipes")
 
 
-def token_of(token: str | None) -> str:
+def require_token(token: str | None) -> str:
     """The token that was given, or that of the environment or of `hf auth login`.
 
     Raises:
@@ -75,7 +75,7 @@ def token_of(token: str | None) -> str:
     return found
 
 
-def patiently(act: Callable[[], T]) -> T:
+def with_retries(act: Callable[[], T]) -> T:
     """What `act` returns, on one of a few tries; the library itself repeats only some of its requests."""
     for wait in WAITS:
         try:
@@ -83,7 +83,7 @@ def patiently(act: Callable[[], T]) -> T:
         except Exception as error:
             if not _may_pass(error):
                 raise
-            pause = min(_retry_after(error) or wait, LONGEST_WAIT)
+            pause = min(_retry_after(error) or wait, MAX_WAIT)
             what = status_of(error) or type(_deepest(error)).__name__
             logger.warning("a request to the Hub failed (%s); it is made again in %g seconds", what, pause)
             time.sleep(pause)
@@ -91,35 +91,35 @@ def patiently(act: Callable[[], T]) -> T:
 
 
 @contextmanager
-def in_one_line(start: str, end: str, token: str | None) -> Iterator[None]:
+def one_line_hub_errors(start: str, end: str, token: str | None) -> Iterator[None]:
     """Whatever goes wrong becomes a `UserError` between `start` and `end`; neither it nor the log holds a secret."""
     log = logging.getLogger("huggingface_hub")
     handlers = [*log.handlers, *logging.getLogger().handlers]
-    blot = _Blot(token)
+    blot = _RedactingFilter(token)
     for handler in handlers:
         handler.addFilter(blot)
     try:
         yield
     except Exception as error:
-        raise UserError(without_secrets(f"{start}: {reason(error)}{end}", token)) from None
+        raise UserError(redact(f"{start}: {reason(error)}{end}", token)) from None
     finally:
         for handler in handlers:
             handler.removeFilter(blot)
 
 
-class _Blot(logging.Filter):
+class _RedactingFilter(logging.Filter):
     def __init__(self, token: str | None) -> None:
         super().__init__()
         self.token = token
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = without_secrets(QUERY.sub(r"\1", record.getMessage()), self.token), ()
+        record.msg, record.args = redact(QUERY.sub(r"\1", record.getMessage()), self.token), ()
         return True
 
 
 def reason(error: Exception) -> str:
     """Why a request failed and what to do, on one line."""
-    if isinstance(error, (UserError, Unlike)):
+    if isinstance(error, (UserError, ContentMismatch)):
         return str(error)
     status = status_of(error)
     if status is None:
@@ -150,7 +150,7 @@ def _line(said: object) -> str:
 
 def _may_pass(error: Exception) -> bool:
     status = status_of(error)
-    return status in PASSING if status is not None else _is_connection(error)
+    return status in TRANSIENT_STATUSES if status is not None else _is_connection(error)
 
 
 def _retry_after(error: Exception) -> float | None:

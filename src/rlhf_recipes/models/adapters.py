@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.models.sources import file_of
+from rlhf_recipes.models.sources import find_file
 
 VALUE_ADAPTER, REFERENCE_ADAPTER = "ppo_value", "ppo_reference"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -100,7 +100,7 @@ def add_adapter_from(model: Any, folder: str, name: str) -> dict[str, Tensor]:
         model.delete_adapter(name)
     model.add_adapter(name, config)
     _restore(flags)
-    state = load_file(file_of(folder, ADAPTER_WEIGHTS) or Path(folder) / ADAPTER_WEIGHTS)
+    state = load_file(find_file(folder, ADAPTER_WEIGHTS) or Path(folder) / ADAPTER_WEIGHTS)
     inner = {key: value for key, value in state.items() if ".lora_" in key}
     load_adapter_state(model, name, inner)
     for parameter in adapter_parameters(model, name):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.models.gpt2 import CAUSAL_LOSS
-from rlhf_recipes.models.quantization import quantization_of
-from rlhf_recipes.models.sources import base_of, check_source, config_source, file_of, is_adapter, place_of
-from rlhf_recipes.system import give_back_freed_memory, load_unsharded, without_traps
+from rlhf_recipes.models.quantization import quantization_config_of
+from rlhf_recipes.models.sources import base_model_name, check_source, config_source, find_file, is_adapter, locate
+from rlhf_recipes.system import apply_bitsandbytes_workarounds_, load_unsharded, release_freed_memory_
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ def load_config(name: str, role: str = "model", **kwargs: Any) -> "PretrainedCon
     check_source(name, role)
     kwargs.setdefault("trust_remote_code", False)
     try:
-        place, inside = place_of(config_source(name))
+        place, inside = locate(config_source(name))
         return AutoConfig.from_pretrained(place, **inside, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(_not_loadable(name, role, "config.json", error)) from None
@@ -45,7 +45,7 @@ def load_tokenizer(name: str, role: str = "tokenizer", **kwargs: Any) -> "PreTra
     check_source(name, role)
     kwargs.setdefault("trust_remote_code", False)
     try:
-        place, inside = place_of(name)
+        place, inside = locate(name)
         tokenizer = AutoTokenizer.from_pretrained(place, **inside, **kwargs)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(_not_loadable(name, role, "tokenizer files", error)) from None
@@ -82,7 +82,7 @@ def load_causal_lm(name: str, model_config: "ModelConfig | None" = None, **kwarg
     return model
 
 
-def load_judge(
+def load_reward_model(
     name: str, model_config: "ModelConfig | None" = None, *, labels: int | None = None, **kwargs: Any
 ) -> "PreTrainedModel":
     """A sequence-classification model: one label ranks, two labels classify (label 1 is the good one).
@@ -94,13 +94,13 @@ def load_judge(
 
     code: dict[str, Any] = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     if labels is None:
-        labels = positive_label_count(name, **code)
-    elif is_judge(name, **code) and load_config(name, "judge", **code).num_labels != labels:
+        labels = reward_label_count(name, **code)
+    elif is_reward_model(name, **code) and load_config(name, "judge", **code).num_labels != labels:
         raise UserError(
             f"judge {name} has another number of labels than {labels}, so its head cannot be trained on; "
             "start from a language model"
         )
-    if base_of(name) != name and is_judge(name, **code):
+    if base_model_name(name) != name and is_reward_model(name, **code):
         # A LoRA folder's own: its base may have any number of labels.
         kwargs["config"] = load_config(name, "judge", **code)
     else:
@@ -108,14 +108,14 @@ def load_judge(
     return _load(AutoModelForSequenceClassification, name, "judge", model_config, **kwargs)
 
 
-def positive_label_count(name: str, **kwargs: Any) -> int:
+def reward_label_count(name: str, **kwargs: Any) -> int:
     """1 for a ranking judge, 2 for a classifier. kwargs: of `load_config`.
 
     Raises:
         UserError: `name` is no judge, or has another number of labels.
     """
     config = load_config(name, "judge", **kwargs)
-    if not is_judge(name, **kwargs):
+    if not is_reward_model(name, **kwargs):
         raise UserError(
             f"judge {name} is a {'/'.join(config.architectures or []) or 'model without a head'}, not a sequence "
             "classifier; train one with the reward stage"
@@ -128,7 +128,7 @@ def positive_label_count(name: str, **kwargs: Any) -> int:
     return int(config.num_labels)
 
 
-def is_judge(name: str, **kwargs: Any) -> bool:
+def is_reward_model(name: str, **kwargs: Any) -> bool:
     """Whether a folder or Hub id holds a sequence classifier rather than a language model. kwargs: of `load_config`."""
     architectures = load_config(name, "judge", **kwargs).architectures or []
     return any("SequenceClassification" in architecture for architecture in architectures)
@@ -143,7 +143,7 @@ def context_length(config: "PretrainedConfig") -> int | None:
     return None
 
 
-def attach_lora(model_config: "ModelConfig", task: str = "CAUSAL_LM") -> Any | None:
+def build_lora_config(model_config: "ModelConfig", task: str = "CAUSAL_LM") -> Any | None:
     """The peft configuration that ``--use_peft`` asks for, or None. GPT-2's Conv1D layers are adapted as such."""
     if not model_config.use_peft:
         return None
@@ -176,14 +176,14 @@ def is_quantized(model: "PreTrainedModel") -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
-def trainable_to_float32(model: Any) -> None:
+def trainable_to_float32_(model: Any) -> None:
     """What TRL rounds to bfloat16 on a quantized model, where small steps of Adam would be rounded away."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def save_judge_config(model: Any, folder: str | Path) -> None:
+def save_reward_model_config(model: Any, folder: str | Path) -> None:
     """Leave a judge's config.json beside its weights, which LoRA leaves out: labels and pad id are not the base's."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(base_model(model)).__name__]
@@ -204,7 +204,7 @@ def _load(
     options = _options(model_config) | kwargs
     options.setdefault("use_safetensors", True)  # a pickle can run code while it is read
     options.setdefault("trust_remote_code", False)  # unset, transformers would ask at the terminal
-    base = base_of(name)
+    base = base_model_name(name)
     if is_adapter(base) and "quantization_config" in options:
         raise UserError(
             f"{role} {name} is an adapter on {base}, itself one, which would have to be merged in 4 or 8 bits; read it in "
@@ -214,12 +214,12 @@ def _load(
         if is_adapter(base):  # an adapter on a model that was itself made by merging one
             model = _load(auto_class, base, role, model_config, **kwargs)
         else:
-            place, inside = place_of(base)
+            place, inside = locate(base)
             # What is quantized transformers cannot cut apart as it reads it.
             with load_unsharded() if options.get("quantization_config") is not None else nullcontext():
-                model = without_traps(auto_class.from_pretrained(place, **inside, **options))
+                model = apply_bitsandbytes_workarounds_(auto_class.from_pretrained(place, **inside, **options))
         if is_quantized(model):
-            give_back_freed_memory()  # of the weights as they were read
+            release_freed_memory_()  # of the weights as they were read
         return _add_adapter(model, name) if is_adapter(name) else model
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(_not_loadable(name, role, "safetensors weights", error)) from None
@@ -230,11 +230,11 @@ def _add_adapter(model: "PreTrainedModel", name: str) -> Any:
     from peft import PeftConfig, PeftModel
     from transformers import GenerationConfig
 
-    place, inside = place_of(name)
+    place, inside = locate(name)
     config = PeftConfig.from_pretrained(place, **inside)
     if config.task_type == "CAUSAL_LM" and "SequenceClassification" in type(model).__name__:
         config.task_type = None  # the trunk of a language model, which peft would ask how it generates
-    if file_of(name, GENERATION_FILE) is not None:
+    if find_file(name, GENERATION_FILE) is not None:
         model.generation_config = GenerationConfig.from_pretrained(place, **inside)
     if is_quantized(model):
         return PeftModel.from_pretrained(prepare_for_lora(model), place, config=config, **inside, is_trainable=True)
@@ -255,7 +255,7 @@ def _options(model_config: "ModelConfig | None") -> dict[str, Any]:
     }
     if model_config.attn_implementation:
         options["attn_implementation"] = model_config.attn_implementation
-    quantization = quantization_of(model_config)
+    quantization = quantization_config_of(model_config)
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": _device()}
     return options

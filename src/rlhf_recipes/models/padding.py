@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from rlhf_recipes.core.tensors import positions
+from rlhf_recipes.core.tensors import position_ids
 from rlhf_recipes.core.unwrapping import base_model
 
 
-def read_left_padding(model: nn.Module | None) -> None:
+def count_positions_from_mask_(model: nn.Module | None) -> None:
     """From now on `model(input_ids=..., attention_mask=...)` counts positions from each row's first real token.
 
     GPT-2 counts from the first column unless it is told. TRL's online trainers pad prompts on the left and do not tell
@@ -23,5 +23,5 @@ def read_left_padding(model: nn.Module | None) -> None:
 def _fill_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     if ids is not None and mask is not None and mask.shape == ids.shape and kwargs.get("position_ids") is None:
-        kwargs = kwargs | {"position_ids": positions(mask)}
+        kwargs = kwargs | {"position_ids": position_ids(mask)}
     return args, kwargs

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class FrozenArguments:
+class FrozenQuantizationArguments:
     """In how many bits those are read that nothing is learnt by."""
 
     frozen_bits: int | None = field(
@@ -29,12 +29,12 @@ class FrozenArguments:
             raise UserError(f"frozen_bits is {self.frozen_bits}; give 8 or 4, or leave it out")
 
     def frozen(self, how: Any) -> dict[str, Any]:
-        """What `load_judge` and `load_causal_lm` are given for them. how: who says which kind of 4 bits."""
-        return in_bits(self.frozen_bits, how.bnb_4bit_quant_type, how.use_bnb_nested_quant)
+        """What `load_reward_model` and `load_causal_lm` are given for them. how: who says which kind of 4 bits."""
+        return quantization_kwargs(self.frozen_bits, how.bnb_4bit_quant_type, how.use_bnb_nested_quant)
 
 
 @dataclass
-class ReadingArguments(FrozenArguments):
+class LoadingArguments(FrozenQuantizationArguments):
     """The same for models that are measured, under the names of `trl.ModelConfig`."""
 
     load_in_8bit: bool = field(default=False, metadata={"help": "Read the models in 8 bits."})
@@ -64,11 +64,11 @@ class ReadingArguments(FrozenArguments):
 
     def measured(self) -> dict[str, Any]:
         """What `load_causal_lm` is given for the models."""
-        return self.code | in_bits(self.bits, self.bnb_4bit_quant_type, self.use_bnb_nested_quant)
+        return self.code | quantization_kwargs(self.bits, self.bnb_4bit_quant_type, self.use_bnb_nested_quant)
 
 
-def in_bits(bits: int | None, kind: str = "nf4", nested: bool = False) -> dict[str, Any]:
-    """Keyword arguments that let `load_causal_lm`, `load_judge` and `load_reward` read in 8 or 4 bits; none for None."""
+def quantization_kwargs(bits: int | None, kind: str = "nf4", nested: bool = False) -> dict[str, Any]:
+    """Keyword arguments that let `load_causal_lm`, `load_reward_model` and `load_reward` read in 8 or 4 bits; none for None."""
     if bits is None:
         return {}
     from transformers import BitsAndBytesConfig
@@ -77,7 +77,7 @@ def in_bits(bits: int | None, kind: str = "nf4", nested: bool = False) -> dict[s
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **four)}
 
 
-def quantization_of(model_config: "ModelConfig") -> "BitsAndBytesConfig | None":
+def quantization_config_of(model_config: "ModelConfig") -> "BitsAndBytesConfig | None":
     """What a `ModelConfig` asks for. 4 bits are computed with in its dtype, where it names one."""
     from trl import get_quantization_config
 
@@ -85,7 +85,7 @@ def quantization_of(model_config: "ModelConfig") -> "BitsAndBytesConfig | None":
     return get_quantization_config(named)
 
 
-def asks_for_bits(model_config: "ModelConfig", config: "PretrainedConfig") -> bool:
+def will_be_quantized(model_config: "ModelConfig", config: "PretrainedConfig") -> bool:
     """Whether a model will be quantized: as it is read, or because it was saved so."""
     asked = model_config.load_in_4bit or model_config.load_in_8bit
     return asked or getattr(config, "quantization_config", None) is not None

@@ -8,7 +8,7 @@ from rlhf_recipes.core.errors import UserError
 VALUE = "value_model"
 
 
-def place_of(name: str) -> tuple[str, dict[str, str]]:
+def locate(name: str) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` takes: a folder or a repo, and for ``owner/name/value_model`` the folder in the repo."""
     repo, _, inside = name.rpartition("/")
     if inside == VALUE and repo.count("/") == 1 and not _is_path(repo) and not Path(name).is_dir():
@@ -16,9 +16,9 @@ def place_of(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def file_of(name: str, file: str) -> Path | None:
+def find_file(name: str, file: str) -> Path | None:
     """A file of a folder, or of a repo of the Hub, from where it is fetched; None where there is none."""
-    place, inside = place_of(name)
+    place, inside = locate(name)
     if Path(place).exists() or _is_path(place) or place.count("/") > 1:
         path = Path(name) / file
         return path if path.is_file() else None
@@ -33,21 +33,21 @@ def file_of(name: str, file: str) -> Path | None:
 def config_source(name: str) -> str:
     """Where the configuration is: an adapter need not have one beside it, and its base, or that one's, has."""
     seen = {name}
-    while file_of(name, "config.json") is None and is_adapter(name):
-        name = base_of(name)
+    while find_file(name, "config.json") is None and is_adapter(name):
+        name = base_model_name(name)
         if name in seen:
             raise UserError(f"adapter {name} is, by way of others, on itself; name a model in its adapter_config.json")
         seen.add(name)
     return name
 
 
-def base_of(name: str) -> str:
+def base_model_name(name: str) -> str:
     """An adapter names its base model in adapter_config.json; any other source is its own base.
 
     Raises:
         UserError: the adapter names none.
     """
-    adapter = file_of(name, "adapter_config.json")
+    adapter = find_file(name, "adapter_config.json")
     if adapter is None:
         return name
     try:
@@ -62,7 +62,7 @@ def base_of(name: str) -> str:
 
 def is_adapter(name: str) -> bool:
     """Whether a folder or repo holds LoRA weights on another model's."""
-    return base_of(name) != name
+    return base_model_name(name) != name
 
 
 def check_source(name: str, role: str) -> None:
@@ -76,7 +76,7 @@ def check_source(name: str, role: str) -> None:
         raise UserError(f"{role} {name} is a file; give the folder that holds config.json, or a Hub id")
     if path.is_dir():
         return
-    place, inside = place_of(name)
+    place, inside = locate(name)
     if _is_path(place) or place.count("/") > 1:
         raise UserError(f"{role} {name}: no such folder; run the stage that makes it first, or give a Hub id")
     from huggingface_hub import constants, try_to_load_from_cache

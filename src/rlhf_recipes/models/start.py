@@ -3,17 +3,17 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.models.loading import context_length, is_judge, load_config, load_tokenizer
-from rlhf_recipes.models.quantization import asks_for_bits
+from rlhf_recipes.models.loading import context_length, is_reward_model, load_config, load_tokenizer
+from rlhf_recipes.models.quantization import will_be_quantized
 from rlhf_recipes.models.sources import is_adapter
-from rlhf_recipes.system import refuse_eight_bits_cut
+from rlhf_recipes.system import refuse_sharded_8bit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
     from trl import ModelConfig
 
 
-class Start(NamedTuple):
+class StartingModel(NamedTuple):
     """`max_length` is the longest row in tokens: what was asked for, else the model's context, else None."""
 
     name: str
@@ -22,14 +22,14 @@ class Start(NamedTuple):
     max_length: int | None
 
 
-def check_start(
+def check_starting_model(
     model_config: "ModelConfig",
     max_length: int | None,
     *,
     eos_token: str | None = None,
     pad_token: str | None = None,
     trust_remote_code: bool = False,
-) -> Start:
+) -> StartingModel:
     """Read the configuration and tokenizer of ``--model_name_or_path``. No weights are read.
 
     Raises:
@@ -53,26 +53,26 @@ def check_start(
         raise UserError(f"max_length is {max_length}; give at least 2 tokens")
     if max_length is not None and limit is not None and max_length > limit:
         raise UserError(f"max_length {max_length} is beyond the {limit} tokens that {name} reads; lower it")
-    check_bits(model_config, config)
+    check_quantization(model_config, config)
     if model_config.use_peft and is_adapter(name):
         raise UserError(
             f"model {name} is itself a LoRA adapter; start from its base model, or go on without --use_peft and without "
             "load_in_4bit/8bit (the adapter is then merged)"
         )
-    return Start(name, config, tokenizer, max_length or limit)
+    return StartingModel(name, config, tokenizer, max_length or limit)
 
 
-def check_bits(model_config: "ModelConfig", config: "PretrainedConfig", adapter_goes_on: bool = False) -> None:
+def check_quantization(model_config: "ModelConfig", config: "PretrainedConfig", adapter_goes_on: bool = False) -> None:
     """Refuse to train quantized weights themselves. adapter_goes_on: one that the folder holds is what will be trained.
 
     Raises:
         UserError: they would be; or a new adapter would be put on one that goes on; or FSDP is to cut 8 bits apart.
     """
-    if not asks_for_bits(model_config, config):
+    if not will_be_quantized(model_config, config):
         return
     saved = getattr(config, "quantization_config", None) or {}
     if model_config.load_in_8bit or dict(saved).get("load_in_8bit"):
-        refuse_eight_bits_cut()
+        refuse_sharded_8bit()
     holds_one = adapter_goes_on and is_adapter(str(model_config.model_name_or_path))
     if holds_one and model_config.use_peft:
         raise UserError(
@@ -83,13 +83,13 @@ def check_bits(model_config: "ModelConfig", config: "PretrainedConfig", adapter_
         raise UserError("quantized weights cannot be trained; add --use_peft true, or leave out load_in_4bit/8bit")
 
 
-def check_policy(model_config: "ModelConfig", max_length: int | None, **reads: Any) -> Start:
-    """`check_start` for a model that has to answer. reads: `eos_token`, `pad_token`, `trust_remote_code`, where given.
+def check_policy(model_config: "ModelConfig", max_length: int | None, **reads: Any) -> StartingModel:
+    """`check_starting_model` for a model that has to answer. reads: `eos_token`, `pad_token`, `trust_remote_code`, where given.
 
     Raises:
-        UserError: as `check_start`; or the model is a judge.
+        UserError: as `check_starting_model`; or the model is a judge.
     """
-    start = check_start(model_config, max_length, **reads)
-    if is_judge(start.name, trust_remote_code=reads.get("trust_remote_code", False)):
+    start = check_starting_model(model_config, max_length, **reads)
+    if is_reward_model(start.name, trust_remote_code=reads.get("trust_remote_code", False)):
         raise UserError(f"model {start.name} is a judge, which cannot answer; start from a language model")
     return start

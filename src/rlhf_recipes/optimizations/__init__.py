@@ -3,27 +3,33 @@
 Without this room no result changes beyond rounding.
 """
 
-from rlhf_recipes.optimizations.attention import KeptCasts, ShortCausalAttention, casts_kept, quicken, steady_attention
-from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, check_upper_layers, freeze_below, lower_layers
-from rlhf_recipes.optimizations.kv_cache import roomy_cache
-from rlhf_recipes.optimizations.packing import ATTENTION, TILE, in_whole_tiles, states_at, states_of
-from rlhf_recipes.optimizations.prepacking import weights_prepacked
+from rlhf_recipes.optimizations.attention import (
+    CastCache,
+    ShortCausalAttention,
+    cached_casts,
+    fuse_kernels_,
+    without_cudnn_attention,
+)
+from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, check_layer_count, freeze_lower_layers_, lower_layers
+from rlhf_recipes.optimizations.kv_cache import preallocated_cache
+from rlhf_recipes.optimizations.packing import ATTENTION, TILE, hidden_states_at, hidden_states_of, pad_to_tile
+from rlhf_recipes.optimizations.prepacking import prepacked_weights
 
 __all__ = [
     "ATTENTION",
     "TILE",
-    "KeptCasts",
+    "CastCache",
     "ShortCausalAttention",
     "UpperLayers",
-    "casts_kept",
-    "check_upper_layers",
-    "freeze_below",
-    "in_whole_tiles",
+    "cached_casts",
+    "check_layer_count",
+    "freeze_lower_layers_",
+    "fuse_kernels_",
+    "hidden_states_at",
+    "hidden_states_of",
     "lower_layers",
-    "quicken",
-    "roomy_cache",
-    "states_at",
-    "states_of",
-    "steady_attention",
-    "weights_prepacked",
+    "pad_to_tile",
+    "preallocated_cache",
+    "prepacked_weights",
+    "without_cudnn_attention",
 ]

@@ -15,19 +15,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.optimizations.packing import ATTENTION, spare_last_layer, takes_packed_rows
-from rlhf_recipes.system import without_traps
+from rlhf_recipes.optimizations.packing import ATTENTION, narrow_last_layer_, supports_packing
+from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
 SHORT = 256  # tokens; from there on PyTorch's own backward pass is the quicker one (benchmarks/attention.py)
 
 
-def quicken(model: Any, device: torch.device) -> Any:
+def fuse_kernels_(model: Any, device: torch.device) -> Any:
     """Exchange GPT-2's tanh GELU, eight passes over the widest activations, for the fused one; on a CPU its attention too.
 
     Attention is exchanged only where it is PyTorch's (sdpa). Returns the model, changed in place. device: where it will
     run.
     """
-    for module in without_traps(model).modules():
+    for module in apply_bitsandbytes_workarounds_(model).modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
@@ -35,8 +35,8 @@ def quicken(model: Any, device: torch.device) -> Any:
     if device.type == "cpu" and getattr(base.config, "_attn_implementation", None) == "sdpa":
         base.set_attn_implementation(ATTENTION)
         trunk = getattr(base, base.base_model_prefix, None)
-        if takes_packed_rows(trunk):
-            spare_last_layer(trunk)
+        if supports_packing(trunk):
+            narrow_last_layer_(trunk)
     return model
 
 
@@ -46,7 +46,7 @@ def short_attention(
     """transformers' attention function: PyTorch's, but for whole short rows in bfloat16, whose backward pass is ours.
 
     query: (batch, heads, tokens, size); key, value: (batch, key heads, tokens, size) -> (batch, tokens, heads, size).
-    packed: the `Layout` of several rows that came as one. Keys in float32, which the cache makes of bfloat16, are asked in
+    packed: the `PackedLayout` of several rows that came as one. Keys in float32, which the cache makes of bfloat16, are asked in
     float32: for the one query of a token to come PyTorch's form for bfloat16 takes five times as long.
     """
     layout = options.pop("packed", None)
@@ -94,7 +94,7 @@ class ShortCausalAttention(torch.autograd.Function):
 
 
 @contextmanager
-def steady_attention() -> Iterator[None]:
+def without_cudnn_attention() -> Iterator[None]:
     """For passes over rows of ever other lengths: not cuDNN's attention, which PyTorch asks first on an H100 or H200.
 
     It builds a plan for each shape that is new, 0.08 s for each token of an answer whenever the longest prompt is of another
@@ -109,7 +109,7 @@ def steady_attention() -> Iterator[None]:
 
 
 @contextmanager
-def casts_kept(model: nn.Module) -> Iterator[None]:
+def cached_casts(model: nn.Module) -> Iterator[None]:
     """For passes without gradient: autocast casts each weight once, not once a pass.
 
     It keeps the casts of weights that require a gradient, so for the time all of them say that they do.
@@ -117,7 +117,7 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
     frozen = [each for each in model.parameters() if not each.requires_grad and each.is_floating_point()]
     for parameter in frozen:
         parameter.requires_grad_(True)
-    kept = KeptCasts()
+    kept = CastCache()
     kept.begin()
     try:
         with torch.no_grad():
@@ -128,7 +128,7 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-class KeptCasts:
+class CastCache:
     """Lets autocast's copies of the weights outlive its own blocks, until the weights are about to change."""
 
     def __init__(self) -> None:

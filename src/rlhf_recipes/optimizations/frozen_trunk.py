@@ -50,14 +50,14 @@ def lower_layers(model: Any, count: int) -> Any:
     return _view(trunk, {layers: nn.ModuleList(list(getattr(trunk, layers))[:-count]), norm: nn.Identity()})
 
 
-def check_upper_layers(count: int, total: int) -> None:
+def check_layer_count(count: int, total: int) -> None:
     """Raises UserError, if nothing is above or nothing below."""
     if not 0 < count < total:
         raise UserError(f"num_layers_unfrozen is {count}; the policy has {total} layers: take 1 to {total - 1}")
 
 
 @torch.no_grad()
-def freeze_below(model: Any, count: int) -> None:
+def freeze_lower_layers_(model: Any, count: int) -> None:
     """Let only the last `count` layers, the final norm, and a head that is not tied to the embedding learn.
 
     Raises:
@@ -66,7 +66,7 @@ def freeze_below(model: Any, count: int) -> None:
     trunk = trunk_of(model)
     layers, norm = _names(trunk)
     total = len(getattr(trunk, layers))
-    check_upper_layers(count, total)
+    check_layer_count(count, total)
     upper = {
         id(each) for part in (*getattr(trunk, layers)[-count:], getattr(trunk, norm)) for each in part.parameters()
     }

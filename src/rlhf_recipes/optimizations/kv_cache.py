@@ -8,12 +8,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from rlhf_recipes.optimizations.packing import ATTENTION
-from rlhf_recipes.system import MATRIX_UNIT, bf16_unit
+from rlhf_recipes.system import BF16_MATRIX_UNIT, bf16_support
 
 ROOM = 64  # tokens
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """transformers' growing cache layer, which copies all it holds for each token; this one copies once in `ROOM`.
 
     widened: bfloat16 is kept as float32, for `short_attention`, which then attends in float32.
@@ -57,12 +57,14 @@ def _with_room(before: Tensor | None, states: Tensor, end: int) -> Tensor:
     return held
 
 
-def roomy_cache(config: Any) -> DynamicCache:
+def preallocated_cache(config: Any) -> DynamicCache:
     """An empty cache for a model of this config. Layers of other kinds (sliding windows, say) stay as they are.
 
     A processor with a matrix unit attends in bfloat16 as quickly for one query as for many.
     """
     cache = DynamicCache(config=config)
-    widened = config._attn_implementation == ATTENTION and bf16_unit() != MATRIX_UNIT
-    cache.layers = [RoomyLayer(widened=widened) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    widened = config._attn_implementation == ATTENTION and bf16_support() != BF16_MATRIX_UNIT
+    cache.layers = [
+        PreallocatedLayer(widened=widened) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache

@@ -19,7 +19,7 @@ ATTENTION = "sdpa_with_short_backward"  # of this house, which takes packed rows
 TILE = 16
 
 
-class Layout(NamedTuple):
+class PackedLayout(NamedTuple):
     """Where each of the tokens of several rows stands, first in one row of them all, then in rows with padding.
 
     `total` is the number of tokens, and what fills it up to whole tiles. `asked`: of which tokens somebody reads the last
@@ -34,14 +34,14 @@ class Layout(NamedTuple):
     asked: Tensor | None = None
 
     @classmethod
-    def of(cls, attention_mask: Tensor, chosen: Tensor | None = None) -> "Layout":
+    def of(cls, attention_mask: Tensor, chosen: Tensor | None = None) -> "PackedLayout":
         """attention_mask: (rows, width), each row padded on the right, in whole tiles; chosen: where last states are read."""
         real = attention_mask.flatten().bool()
         slots = real.nonzero().squeeze(1)
         sources = (real.cumsum(0) - 1).clamp(min=0)
         asked = None if chosen is None else chosen.flatten()[slots].nonzero().squeeze(1)
         rows, width = attention_mask.shape
-        return cls(slots, sources, rows, width, whole_tiles(len(slots)), asked)
+        return cls(slots, sources, rows, width, round_up_to_tile(len(slots)), asked)
 
     def packed(self, values: Tensor) -> Tensor:
         """(rows, width, ...) -> (1, total, ...)."""
@@ -89,7 +89,7 @@ class _Put(torch.autograd.Function):
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, layout: Layout) -> Tensor:
+    def forward(ctx: Any, values: Tensor, layout: PackedLayout) -> Tensor:
         ctx.layout = layout
         return values.index_select(0, layout.sources)
 
@@ -98,33 +98,33 @@ class _Spread(torch.autograd.Function):
         return _take(gradient, ctx.layout.slots, ctx.layout.total), None
 
 
-def states_at(trunk: Any, chosen: Tensor, attention_mask: Tensor, **rows: Tensor) -> Tensor:
+def hidden_states_at(trunk: Any, chosen: Tensor, attention_mask: Tensor, **rows: Tensor) -> Tensor:
     """The trunk's last hidden states at the chosen columns of its rows. Returns (chosen columns, hidden_size).
 
     chosen, attention_mask: (rows, width); rows are padded on the right, where a causal model does not look.
     rows: `input_ids` (rows, width) or `inputs_embeds` (rows, width, hidden_size).
     """
-    if not takes_packed_rows(trunk):
+    if not supports_packing(trunk):
         return _states(trunk, attention_mask=torch.ones_like(attention_mask), **rows)[chosen]
-    layout = Layout.of(_wide(attention_mask), _wide(chosen))
+    layout = PackedLayout.of(_wide(attention_mask), _wide(chosen))
     return _packed_states(trunk, layout, **rows)[layout.asked]
 
 
-def states_of(trunk: Any, attention_mask: Tensor, **rows: Tensor) -> Tensor:
+def hidden_states_of(trunk: Any, attention_mask: Tensor, **rows: Tensor) -> Tensor:
     """The trunk's last hidden states at every column: (rows, width, hidden_size). What padding has is of no use."""
-    if not takes_packed_rows(trunk):
+    if not supports_packing(trunk):
         return _states(trunk, attention_mask=torch.ones_like(attention_mask), **rows)
-    layout = Layout.of(_wide(attention_mask))
+    layout = PackedLayout.of(_wide(attention_mask))
     return layout.spread(_packed_states(trunk, layout, **rows)[None])[:, : attention_mask.shape[1]]
 
 
 def _wide(values: Tensor) -> Tensor:
     """Whole tiles of columns, with zeros in the new ones. (rows, width, ...)."""
-    more = whole_tiles(values.shape[1]) - values.shape[1]
+    more = round_up_to_tile(values.shape[1]) - values.shape[1]
     return nn.functional.pad(values, (0, 0) * (values.dim() - 2) + (0, more)) if more else values
 
 
-def _packed_states(trunk: Any, layout: Layout, **rows: Tensor) -> Tensor:
+def _packed_states(trunk: Any, layout: PackedLayout, **rows: Tensor) -> Tensor:
     """(total, hidden_size)."""
     columns = torch.arange(layout.width, device=layout.slots.device).repeat(layout.rows, 1)
     one_row = {name: layout.packed(_wide(values)) for name, values in rows.items()}
@@ -139,7 +139,7 @@ def _states(trunk: Any, **inputs: Any) -> Tensor:
     return torch.as_tensor(trunk(**inputs, use_cache=False).last_hidden_state)
 
 
-def takes_packed_rows(trunk: Any) -> bool:
+def supports_packing(trunk: Any) -> bool:
     """Whether this is GPT-2, and the attention of all its layers ours: a copied layer has a configuration of its own."""
     if not isinstance(trunk, GPT2Model):
         return False
@@ -150,13 +150,13 @@ def takes_packed_rows(trunk: Any) -> bool:
 class _LastLayout:
     """What the last layer's attention was told, for what follows it there. A copy of a layer has its own, and starts afresh."""
 
-    layout: Layout | None = None
+    layout: PackedLayout | None = None
 
     def __deepcopy__(self, memo: Any) -> "_LastLayout":
         return _LastLayout()
 
 
-def spare_last_layer(trunk: Any) -> None:
+def narrow_last_layer_(trunk: Any) -> None:
     """From now on the feed-forward part of the last layer is asked for what a packed row's `asked` names, and no more.
 
     By hooks and not by a part in its place, so that weights keep their names; of parts of the layer and not of the layer, so
@@ -181,7 +181,7 @@ def _narrow(told: _LastLayout, feed_forward: nn.Module, inputs: tuple[Tensor]) -
     layout = told.layout
     if layout is None or layout.asked is None:
         return inputs
-    return (_Take.apply(inputs[0][0], layout.asked, whole_tiles(len(layout.asked)))[None],)
+    return (_Take.apply(inputs[0][0], layout.asked, round_up_to_tile(len(layout.asked)))[None],)
 
 
 def _widen(told: _LastLayout, feed_forward: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -191,10 +191,10 @@ def _widen(told: _LastLayout, feed_forward: nn.Module, inputs: tuple[Tensor], ou
     return _Put.apply(output[0], layout.asked, layout.total)[None]
 
 
-def in_whole_tiles(values: Tensor) -> Tensor:
+def pad_to_tile(values: Tensor) -> Tensor:
     """(rows, ...) -> (whole tiles, ...), with zeros behind."""
-    return nn.functional.pad(values, (0, 0) * (values.dim() - 1) + (0, whole_tiles(len(values)) - len(values)))
+    return nn.functional.pad(values, (0, 0) * (values.dim() - 1) + (0, round_up_to_tile(len(values)) - len(values)))
 
 
-def whole_tiles(count: int) -> int:
+def round_up_to_tile(count: int) -> int:
     return -(-count // TILE) * TILE

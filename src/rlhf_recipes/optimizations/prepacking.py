@@ -16,7 +16,7 @@ LEAST = 256  # rows and columns of a weight; a smaller one is multiplied before 
 
 
 @contextmanager
-def weights_prepacked(model: nn.Module) -> Iterator[None]:
+def prepacked_weights(model: nn.Module) -> Iterator[None]:
     """For passes without gradient in which no weight changes; of plain linear layers, on x86 processors.
 
     A copy of each weight, in the precision that it is multiplied in, is made at its first product and let go of at the end.

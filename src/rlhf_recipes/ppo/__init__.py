@@ -7,9 +7,9 @@ from rlhf_recipes.core.lazy import lazy_names
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.parallelism import check_parallelism
-    from rlhf_recipes.ppo.roles.build import checked_prompts, without_dropout
+    from rlhf_recipes.ppo.roles.build import check_prompts, disable_dropout_
     from rlhf_recipes.ppo.roles.value import PolicyAndValue
-    from rlhf_recipes.ppo.rollout.rollout import narrowed, pack_episodes
+    from rlhf_recipes.ppo.rollout.rollout import pack_episodes, trim_padding
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
 __getattr__ = lazy_names(
@@ -19,8 +19,8 @@ __getattr__ = lazy_names(
         "trainer": ["PPOTrainer"],
         "roles.value": ["PolicyAndValue"],
         "parallelism": ["check_parallelism"],
-        "roles.build": ["checked_prompts", "without_dropout"],
-        "rollout.rollout": ["narrowed", "pack_episodes"],
+        "roles.build": ["check_prompts", "disable_dropout_"],
+        "rollout.rollout": ["pack_episodes", "trim_padding"],
     },
 )
 
@@ -29,8 +29,8 @@ __all__ = [
     "PPOTrainer",
     "PolicyAndValue",
     "check_parallelism",
-    "checked_prompts",
-    "narrowed",
+    "check_prompts",
+    "disable_dropout_",
     "pack_episodes",
-    "without_dropout",
+    "trim_padding",
 ]

@@ -3,13 +3,13 @@
 from typing import Any
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.tensors import alone
+from rlhf_recipes.core.tensors import identity
 from rlhf_recipes.data import Prompts
 from rlhf_recipes.generation import row_seed
 from rlhf_recipes.ppo.rollout.rollout import as_samples
 
 
-def measured(trainer: Any, prompts: Prompts | None, prefix: str) -> dict[str, float]:
+def evaluate_prompts(trainer: Any, prompts: Prompts | None, prefix: str) -> dict[str, float]:
     """Means of score, KL, length and EOS share over all processes; logged, and told to the callbacks.
 
     Raises:
@@ -20,7 +20,7 @@ def measured(trainer: Any, prompts: Prompts | None, prefix: str) -> dict[str, fl
         raise UserError("there are too few held-out prompts to evaluate on; pass eval_dataset")
     asked, completions, scores = _answered(trainer, prompts, len(prompts))
     rollout = trainer.experience.rollout(
-        asked["prompt_ids"], completions, scores, args.reward_weights, alone, learn=False
+        asked["prompt_ids"], completions, scores, args.reward_weights, identity, learn=False
     )
     means = trainer.experience.metrics(rollout, scores, trainer.reduce)
     trainer.experience.prior.forget()  # these answers are none that are learnt from
@@ -30,7 +30,7 @@ def measured(trainer: Any, prompts: Prompts | None, prefix: str) -> dict[str, fl
     return metrics
 
 
-def shown(trainer: Any, count: int | None, lines: int = 8) -> list[dict[str, Any]]:
+def show_completions(trainer: Any, count: int | None, lines: int = 8) -> list[dict[str, Any]]:
     """This process's answers to so many prompts (None: all) of the held-out sets; the first are printed."""
     sets = trainer.eval_prompts if isinstance(trainer.eval_prompts, dict) else {"": trainer.eval_prompts}
     rows: list[dict[str, Any]] = []

@@ -4,7 +4,13 @@ from typing import Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.system import cast_like_engine_, check_zero, fill_bucket_sizes_, names_optimizer, zero_stage
+from rlhf_recipes.system import (
+    cast_like_engine_,
+    configures_optimizer,
+    fill_bucket_sizes_,
+    require_saved_zero_weights,
+    zero_stage,
+)
 
 
 def check_parallelism(args: PPOConfig, kind: Any) -> None:
@@ -32,7 +38,7 @@ def check_parallelism(args: PPOConfig, kind: Any) -> None:
                 "launch accelerate_configs/deepspeed_zero2.yaml"
             )
         return
-    check_zero(args)
+    require_saved_zero_weights(args)
     if stage not in (2, 3):
         raise UserError(
             f"PPOTrainer does not run under ZeRO-{stage}; launch accelerate_configs/deepspeed_zero2.yaml, or ddp.yaml"
@@ -42,7 +48,7 @@ def check_parallelism(args: PPOConfig, kind: Any) -> None:
             "under DeepSpeed, whose moments are one for policy and value, neither can stand still; set value_warmup_updates to "
             "0, or launch accelerate_configs/fsdp2.yaml"
         )
-    if args.value_learning_rate is not None and names_optimizer(args):
+    if args.value_learning_rate is not None and configures_optimizer(args):
         raise UserError(
             "the optimizer that DeepSpeed's configuration names has one learning rate; leave it out there, or leave "
             "value_learning_rate out"

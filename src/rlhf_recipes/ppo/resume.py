@@ -20,19 +20,19 @@ from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.models import has_adapter
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.logging.callbacks import Answers
-from rlhf_recipes.ppo.logging.metrics import UpdateLog
-from rlhf_recipes.ppo.rollout.collect import Experience
+from rlhf_recipes.ppo.logging.metrics import UpdateMetrics
+from rlhf_recipes.ppo.rollout.collect import RolloutCollector
 from rlhf_recipes.ppo.rollout.rollout import Rollout, joined
 from rlhf_recipes.ppo.update.guard import StepGuard
 from rlhf_recipes.system import (
-    by_name,
     deepspeed_engine,
     exclude_frozen_weights_,
+    full_optimizer_state,
+    full_state_dict,
     is_sharded,
-    load_whole_optimizer_state,
-    tied_again,
-    whole_optimizer_state,
-    whole_state,
+    load_full_optimizer_state,
+    optimizer_state_by_name,
+    restore_ties_,
 )
 from rlhf_recipes.training import SafeTrainer
 
@@ -45,9 +45,9 @@ class ResumableTrainer(SafeTrainer):
     """Saves and restores PPO: the policy's folder is an ordinary model folder, the value lies beside it."""
 
     args: PPOConfig
-    experience: Experience
+    experience: RolloutCollector
     guard: StepGuard
-    updates: UpdateLog
+    updates: UpdateMetrics
     underway: Rollout | None
     answers: Answers | None
     last_samples: list[dict[str, Any]]
@@ -98,9 +98,9 @@ class ResumableTrainer(SafeTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:
-            state_dict = tied_again(self.model, state_dict)
+            state_dict = restore_ties_(self.model, state_dict)
         elif is_sharded(self.model):
-            state_dict = whole_state(self.model)
+            state_dict = full_state_dict(self.model)
         if not self.args.should_save:  # Trainer asks every process
             return
         folder = Path(output_dir or str(self.args.output_dir))
@@ -123,7 +123,7 @@ class ResumableTrainer(SafeTrainer):
         if not is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole_optimizer_state(self.model, self.optimizer.optimizer)
+        state = full_optimizer_state(self.model, self.optimizer.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / BY_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -136,7 +136,9 @@ class ResumableTrainer(SafeTrainer):
         optimizer = self.optimizer.optimizer
         kept = Path(checkpoint) / (BY_NAME if named else OPTIMIZER_NAME)
         state = torch.load(kept, map_location="cpu", weights_only=True)
-        load_whole_optimizer_state(self.model, optimizer, state if named else by_name(state, self.model, optimizer))
+        load_full_optimizer_state(
+            self.model, optimizer, state if named else optimizer_state_by_name(state, self.model, optimizer)
+        )
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:

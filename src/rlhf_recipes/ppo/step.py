@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes.core.tensors import length_batches
-from rlhf_recipes.optimizations import KeptCasts, steady_attention
+from rlhf_recipes.core.tensors import batches_by_length
+from rlhf_recipes.optimizations import CastCache, without_cudnn_attention
 from rlhf_recipes.ppo.resume import ResumableTrainer
-from rlhf_recipes.ppo.rollout.rollout import narrowed
+from rlhf_recipes.ppo.rollout.rollout import trim_padding
 from rlhf_recipes.ppo.update.guard import split_groups
 from rlhf_recipes.system import DeferredStepEngine, is_sharded
 
@@ -18,7 +18,7 @@ from rlhf_recipes.system import DeferredStepEngine, is_sharded
 class MinimizingTrainer(ResumableTrainer):
     """Trainer's own optimizer step, on the minibatches of a rollout."""
 
-    _casts: KeptCasts | None = None
+    _casts: CastCache | None = None
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's, with a learning rate of its own for the value where one is asked for."""
@@ -45,7 +45,10 @@ class MinimizingTrainer(ResumableTrainer):
             if meets:
                 pieces = self._as_many_everywhere(pieces)
             for number, piece in enumerate(pieces):  # the last one's backward pass makes the processes' gradients one
-                with steady_attention(), self._more_to_come(model) if number + 1 < len(pieces) else nullcontext():
+                with (
+                    without_cudnn_attention(),
+                    self._more_to_come(model) if number + 1 < len(pieces) else nullcontext(),
+                ):
                     one = super().training_step(model, piece, num_items_in_batch)
                 self.guard.saw(one)
                 loss = loss + one
@@ -56,7 +59,7 @@ class MinimizingTrainer(ResumableTrainer):
             self._keep_casts(False)
             used, before = False, self.guard.skipped
             if inputs:  # else: a minibatch of an update that is over
-                used = self.guard.judge(self.state.global_step, self.reduce, loss.device)
+                used = self.guard.decide(self.state.global_step, self.reduce, loss.device)
             if engine is not None:
                 engine.step() if used else engine.leave_out()
             if self.guard.skipped > before:
@@ -86,20 +89,20 @@ class MinimizingTrainer(ResumableTrainer):
         if missing and self.underway is not None:
             one = self.underway.select(torch.zeros(1, dtype=torch.long, device=self.args.device))
             one["response_mask"] = torch.zeros_like(one["response_mask"])
-            pieces = [narrowed(one, self.experience.multiple)] * missing + pieces
+            pieces = [trim_padding(one, self.experience.multiple)] * missing + pieces
         return pieces
 
     def _pieces(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         if not inputs:
             return []
         lengths = inputs["attention_mask"].sum(1).tolist()
-        batches = length_batches(lengths, len(lengths), self.experience.at_once)
+        batches = batches_by_length(lengths, len(lengths), self.experience.at_once)
         multiple = self.experience.multiple
-        return [narrowed({name: tensor[rows] for name, tensor in inputs.items()}, multiple) for rows in batches]
+        return [trim_padding({name: tensor[rows] for name, tensor in inputs.items()}, multiple) for rows in batches]
 
     def _keep_casts(self, on: bool) -> None:
         """Weights stay as they are until the optimizer moves them. Activations that are computed again need theirs anew."""
-        self._casts = self._casts or KeptCasts()
+        self._casts = self._casts or CastCache()
         if on and not self.args.activation_checkpointing:
             self._casts.begin()
         else:

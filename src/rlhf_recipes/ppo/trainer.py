@@ -15,35 +15,35 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.generation import Completions, row_seed, sample
 from rlhf_recipes.models import has_adapter
-from rlhf_recipes.optimizations import casts_kept, quicken
+from rlhf_recipes.optimizations import cached_casts, fuse_kernels_
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.evaluate import measured, shown
-from rlhf_recipes.ppo.logging.callbacks import Answers, SampleTable, UpdateEnd, UpdateLine
+from rlhf_recipes.ppo.evaluate import evaluate_prompts, show_completions
+from rlhf_recipes.ppo.logging.callbacks import Answers, SampleTable, UpdateBoundaries, UpdateProgress
 from rlhf_recipes.ppo.logging.hints import Hints
-from rlhf_recipes.ppo.logging.metrics import Clock, UpdateLog
+from rlhf_recipes.ppo.logging.metrics import Clock, UpdateMetrics
 from rlhf_recipes.ppo.manual import checked_episodes, take_update
 from rlhf_recipes.ppo.parallelism import check_parallelism, settle
-from rlhf_recipes.ppo.roles.adapter import with_adapter
+from rlhf_recipes.ppo.roles.adapter import build_trainable_policy
 from rlhf_recipes.ppo.roles.build import (
-    checked_prompts,
-    chosen_sampling,
-    held_out_prompts,
+    build_policy_and_value,
+    build_reference,
+    build_sampling,
+    check_prompts,
+    disable_dropout_,
+    evaluation_prompts,
+    load_policy,
     load_rewards,
-    loaded_policy,
-    the_reference,
-    watched_names,
-    with_value,
-    without_dropout,
+    unweighted_reward_names,
 )
 from rlhf_recipes.ppo.roles.value import TokenOutputs
-from rlhf_recipes.ppo.rollout.collect import Experience
+from rlhf_recipes.ppo.rollout.collect import RolloutCollector
 from rlhf_recipes.ppo.rollout.rollout import Rollout, as_samples
 from rlhf_recipes.ppo.step import MinimizingTrainer
 from rlhf_recipes.ppo.update.guard import StepGuard
 from rlhf_recipes.ppo.update.minibatches import RolloutLoader
 from rlhf_recipes.ppo.update.objective import objective
-from rlhf_recipes.scoring import RewardSource, Scores, score_by_each
-from rlhf_recipes.system import fit_to_hardware, is_sharded, whole_weights
+from rlhf_recipes.scoring import RewardSource, Scores, score_with_each
+from rlhf_recipes.system import fit_to_hardware, is_sharded, unsharded_weights
 
 
 class PPOTrainer(MinimizingTrainer):
@@ -63,7 +63,7 @@ class PPOTrainer(MinimizingTrainer):
             adapter of its own where the policy has one (`args.value_adapter`).
         reward_processing_classes: the judges' tokenizers, where they are not the policy's.
         peft_config: train an adapter on the policy instead of all its weights.
-        quantization_config, judge_quantization_config: read the policy, or the judges, in 8 or 4 bits where a name is given.
+        quantization_config, reward_quantization_config: read the policy, or the judges, in 8 or 4 bits where a name is given.
 
     Raises:
         UserError: anything about data, tokenizer, judge or arithmetic that can be known before training.
@@ -92,22 +92,22 @@ class PPOTrainer(MinimizingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         quantization_config: Any = None,
-        judge_quantization_config: Any = None,
+        reward_quantization_config: Any = None,
     ) -> None:
         args = args or PPOConfig(output_dir="ppo")
         check_parallelism(args, getattr(args.distributed_state, "distributed_type", None))
-        model, processing_class = loaded_policy(model, processing_class, quantization_config, args.trust_remote_code)
-        config = base_model(quicken(model, args.device)).config
+        model, processing_class = load_policy(model, processing_class, quantization_config, args.trust_remote_code)
+        config = base_model(fuse_kernels_(model, args.device)).config
         args = fit_to_hardware(args, config.get_text_config().hidden_size)
         sources = reward_funcs if reward_funcs is not None else reward_model
         plays = train_dataset is not None or sources is not None  # neither: the caller plays, and calls step()
         data = (train_dataset, eval_dataset)
-        self.prompts, self.eval_prompts = checked_prompts(config, processing_class, *data, args, plays)
+        self.prompts, self.eval_prompts = check_prompts(config, processing_class, *data, args, plays)
         arrived = peft_config is None and has_adapter(model)
-        both = with_value(with_adapter(model, peft_config, args), value_model, args)
-        reference = the_reference(both, arrived, ref_model, args)
+        both = build_policy_and_value(build_trainable_policy(model, peft_config, args), value_model, args)
+        reference = build_reference(both, arrived, ref_model, args)
         judges = (sources, processing_class, reward_processing_classes)
-        self.rewards = load_rewards(both.policy, *judges, args, plays, judge_quantization_config)
+        self.rewards = load_rewards(both.policy, *judges, args, plays, reward_quantization_config)
         super().__init__(
             model=both,
             args=args,
@@ -119,18 +119,18 @@ class PPOTrainer(MinimizingTrainer):
             optimizers=optimizers,
         )
         settle(self, config.get_text_config().hidden_size)
-        self.add_callback(UpdateEnd(self.begin, self._end_update))
+        self.add_callback(UpdateBoundaries(self.begin, self._end_update))
         self.add_callback(SampleTable(lambda: self.last_samples, lambda: self.callback_handler.callbacks))
         if args.hints:
-            self.add_callback(Hints(lambda: watched_names(self.rewards, args.reward_weights)))
+            self.add_callback(Hints(lambda: unweighted_reward_names(self.rewards, args.reward_weights)))
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(UpdateLine)
+            self.add_callback(UpdateProgress)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
-        without_dropout(self.model)
-        self.sampling = chosen_sampling(model, processing_class, args)
-        self.experience = Experience(self.model, reference, self.accelerator, args, self.rewards)
+        disable_dropout_(self.model)
+        self.sampling = build_sampling(model, processing_class, args)
+        self.experience = RolloutCollector(self.model, reference, self.accelerator, args, self.rewards)
         self.guard, self.clock = StepGuard(self.model, args), Clock()
-        self.updates = UpdateLog(args.episodes_per_update)
+        self.updates = UpdateMetrics(args.episodes_per_update)
         self.answers = Answers(Path(str(args.output_dir)) / "completions.jsonl") if args.log_completions else None
         self.last_samples: list[dict[str, Any]] = []
         self.underway: Rollout | None = None  # the rollout of the update that is being learnt from
@@ -139,14 +139,14 @@ class PPOTrainer(MinimizingTrainer):
 
     def generate(self, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Completions:
         """Answer rows of prompt ids with the current policy; seeds: one a row."""
-        with casts_kept(self.model.policy), self.accelerator.autocast():
+        with cached_casts(self.model.policy), self.accelerator.autocast():
             return sample(self.model.policy, queries, self.sampling, seeds, self.args.local_rollout_forward_batch_size)
 
     def score(self, rows: Mapping[str, Any], completions: Completions) -> dict[str, Scores]:
         """Score answers by each reward: a number an answer, or a list of one a token. rows: what `Prompts.rows` gives."""
         texts = completions.texts(self.processing_class)
         asked = {"prompt_ids": rows["prompt_ids"], "completion_ids": completions.ids, "columns": rows["columns"]}
-        return score_by_each(self.rewards, rows["prompts"], texts, **asked)
+        return score_with_each(self.rewards, rows["prompts"], texts, **asked)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -230,7 +230,7 @@ class PPOTrainer(MinimizingTrainer):
         """Generate and score. asked: what `Prompts.rows` gives; seeds: one a row."""
         self.meet()
         self.experience.prior.forget()
-        with whole_weights(self.model, self.accelerator):
+        with unsharded_weights(self.model, self.accelerator):
             with self.clock.time("generate"):
                 completions = self.generate(asked["prompt_ids"], seeds)
             with self.clock.time("score"):
@@ -281,16 +281,16 @@ class PPOTrainer(MinimizingTrainer):
         """
         prompts, config = self.eval_prompts, base_model(self.model.policy).config
         if eval_dataset is not None:
-            prompts = held_out_prompts(config, self.processing_class, eval_dataset, self.args)
+            prompts = evaluation_prompts(config, self.processing_class, eval_dataset, self.args)
         sets = prompts if isinstance(prompts, dict) else {"": prompts}
         metrics: dict[str, float] = {}
         for name, each in sets.items():
-            metrics |= measured(self, each, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
+            metrics |= evaluate_prompts(self, each, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
         return metrics
 
     def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
         """Answer the held-out prompts, show some and return all; `sampling`: a few prompts are enough. TRL's name."""
-        return shown(self, 8 if sampling else None)
+        return show_completions(self, 8 if sampling else None)
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all processes."""

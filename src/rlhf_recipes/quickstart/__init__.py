@@ -3,7 +3,7 @@
 from rlhf_recipes.quickstart.report import write_report
 from rlhf_recipes.quickstart.summary import Exchange, Reply, Summary
 from rlhf_recipes.quickstart.world.facts import Fact, World, make_world
-from rlhf_recipes.quickstart.world.gold import Verdict, gold_score, judge_details
+from rlhf_recipes.quickstart.world.gold import Verdict, gold_score, gold_verdicts
 from rlhf_recipes.quickstart.world.writing import write_world
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "Verdict",
     "World",
     "gold_score",
-    "judge_details",
+    "gold_verdicts",
     "make_world",
     "write_report",
     "write_world",

@@ -111,7 +111,7 @@ METRICS: dict[str, tuple[str, Format, str]] = {
     "polite": ("Polite", percent, "politeness of all answers, right or wrong"),
     "concise": ("Concise", percent, "brevity of all answers"),
     "perplexity": ("Perplexity", decimal, "on held-out text"),
-    "judge_accuracy": ("Judge accuracy", percent, "held-out pairs ordered rightly"),
+    "reward_accuracy": ("Judge accuracy", percent, "held-out pairs ordered rightly"),
     "kl": ("KL", decimal, "nats an answer has moved from the fine-tuned model"),
     "eos_share": ("Stops by itself", percent, "answers ended by the stop token"),
     "distinct_2": ("Distinct-2", decimal, "different pairs of words among all"),
@@ -158,9 +158,9 @@ def story(summary: Summary) -> str:
         told.append(
             f"Taught by demonstrations, many of them wrong or rude, it reached {decimal(sft['gold_score'])} gold."
         )
-    if reward.get("judge_accuracy"):
+    if reward.get("reward_accuracy"):
         told.append(
-            f"A judge learnt to tell the better answer in {percent(reward['judge_accuracy'])} of held-out pairs."
+            f"A judge learnt to tell the better answer in {percent(reward['reward_accuracy'])} of held-out pairs."
         )
     if sft.get("gold_score") is not None and ppo.get("gold_score") is not None:
         before, after = sft["gold_score"], ppo["gold_score"]
@@ -170,12 +170,12 @@ def story(summary: Summary) -> str:
     return " ".join(told)
 
 
-def judge_in_words(summary: Summary) -> str:
+def reward_model_in_words(summary: Summary) -> str:
     """How good the judge is, beside what picking the longer answer would reach; empty where it was not measured."""
     judge = summary["stages"].get("reward", {})
     told = []
-    if judge.get("judge_accuracy") is not None:
-        told.append(f"It orders {percent(judge['judge_accuracy'])} of held-out pairs as the truth does.")
+    if judge.get("reward_accuracy") is not None:
+        told.append(f"It orders {percent(judge['reward_accuracy'])} of held-out pairs as the truth does.")
     if judge.get("longer_accuracy") is not None:
         told.append(f"Always picking the longer answer would reach {percent(judge['longer_accuracy'])}.")
     if judge.get("calibration_error") is not None:
@@ -202,7 +202,7 @@ def steps(summary: Summary) -> list[Step]:
 
 
 def _step(stage: str, metrics: Mapping[str, Any]) -> Step:
-    key = {"pretrain": "perplexity", "reward": "judge_accuracy"}.get(stage, "gold_score")
+    key = {"pretrain": "perplexity", "reward": "reward_accuracy"}.get(stage, "gold_score")
     name, caption = STAGES[stage]
     gold = metrics.get("gold_score")
     return {

@@ -29,7 +29,7 @@ def markdown(summary: Summary, pictures: dict[str, str]) -> str:
             if section == "overoptimization" and section in summary
             else ""
         )
-        told = words.judge_in_words(summary) if section == "reward" else told
+        told = words.reward_model_in_words(summary) if section == "reward" else told
         shown = f"![Curves]({pictures[section]})" if section in pictures else ""
         if told or shown:
             parts += [f"## {title}", *filter(None, [told, shown])]

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlhf_recipes.core.errors import RowError, UserError
-from rlhf_recipes.data import text_of
+from rlhf_recipes.core.errors import RankError, UserError
+from rlhf_recipes.data import plain_text
 
 Scores = list[Any]  # of each completion one float, or a list of one float a token
 
@@ -35,20 +35,20 @@ class FunctionReward:
         completion_ids: Sequence[Sequence[int]],
         **columns: Sequence[Any],
     ) -> Scores:
-        """Raises RowError naming the sample, if the function raises or returns what is not a score of each."""
+        """Raises RankError naming the sample, if the function raises or returns what is not a score of each."""
         rows = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         given = {name: list(values) for name, values in rows.items()}
         try:
             scores = self._call(given)
         except Exception as error:
-            raise RowError(self._blame(error, given)) from error
+            raise RankError(self._blame(error, given)) from error
         if not isinstance(scores, list):
-            raise RowError(
+            raise RankError(
                 f"reward function {self.name} returned {scores!r} for {len(completions)} completions; return a list with "
                 "one score each"
             )
         if len(scores) != len(completions):
-            raise RowError(
+            raise RankError(
                 f"reward function {self.name} returned {len(scores)} scores for {len(completions)} completions; "
                 "return one each"
             )
@@ -60,11 +60,11 @@ class FunctionReward:
         return list(answer) if isinstance(answer, Iterable) else answer  # a generator works, and may fail, here
 
     def _checked(self, score: Any, prompt: Any, completion: Any, ids: Sequence[int]) -> float | list[float]:
-        sample = f"for the completion {text_of(completion)!r} of the prompt {text_of(prompt)[:200]!r}"
+        sample = f"for the completion {plain_text(completion)!r} of the prompt {plain_text(prompt)[:200]!r}"
         score = _plain(score)
         if isinstance(score, (list, tuple)):
             if len(score) != len(ids):
-                raise RowError(
+                raise RankError(
                     f"reward function {self.name} returned {len(score)} token rewards {sample}, which has {len(ids)} "
                     "tokens (completion_ids); return one each"
                 )
@@ -73,7 +73,7 @@ class FunctionReward:
 
     def _number(self, score: Any, sample: str) -> float:
         if not isinstance(score, numbers.Real) or not math.isfinite(score):
-            raise RowError(f"reward function {self.name} returned {score!r} {sample}; return a finite number")
+            raise RankError(f"reward function {self.name} returned {score!r} {sample}; return a finite number")
         return float(score)
 
     def _blame(self, error: Exception, given: Mapping[str, list[Any]]) -> str:
@@ -86,7 +86,9 @@ class FunctionReward:
             try:
                 self._call({name: values[index : index + 1] for name, values in given.items()})
             except Exception:
-                return f"{told} for the completion {text_of(completion)!r} of the prompt {text_of(prompt)[:200]!r}"
+                return (
+                    f"{told} for the completion {plain_text(completion)!r} of the prompt {plain_text(prompt)[:200]!r}"
+                )
         return f"{told} for {len(given['prompts'])} samples at once, though for none of them alone"
 
 

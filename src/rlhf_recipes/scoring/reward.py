@@ -16,7 +16,7 @@ from torch import nn
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import is_conversation
-from rlhf_recipes.models import load_judge, load_tokenizer, positive_label_count
+from rlhf_recipes.models import load_reward_model, load_tokenizer, reward_label_count
 from rlhf_recipes.scoring.functions import FunctionReward, Scores, import_function, is_function_name
 from rlhf_recipes.scoring.reward_models import ModelReward, classify
 
@@ -35,7 +35,7 @@ __all__ = [
     "import_function",
     "load_reward",
     "score",
-    "score_by_each",
+    "score_with_each",
 ]
 
 RewardSource = Any  # nn.Module | str | Callable
@@ -74,11 +74,11 @@ def load_reward(
     if isinstance(source, str) and is_function_name(source):
         source = import_function(source)
     if isinstance(source, str):
-        positive_label_count(source)
+        reward_label_count(source)
         quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
         tokenizer = tokenizer or load_tokenizer(source, "judge")
         name = os.path.basename(os.path.normpath(source))
-        source = load_judge(source, **quantized)
+        source = load_reward_model(source, **quantized)
         return ModelReward(source.to(device), tokenizer, policy_tokenizer, name, batch_size)
     if isinstance(source, nn.Module):
         name = os.path.basename(os.path.normpath(getattr(source.config, "_name_or_path", "") or "judge"))
@@ -97,7 +97,7 @@ def check_reward(source: str, columns: Sequence[str] = (), role: str = "judge") 
             column that the dataset lacks.
     """
     if not is_function_name(source):
-        positive_label_count(source)
+        reward_label_count(source)
         load_tokenizer(source, role)
         return
     function = import_function(source)
@@ -130,7 +130,7 @@ def score(
     return reward(prompts, shaped, prompt_ids=prompt_ids, completion_ids=completion_ids, **(columns or {}))
 
 
-def score_by_each(
+def score_with_each(
     rewards: Sequence[Reward], prompts: Sequence[Any], completions: Sequence[str], **asked: Any
 ) -> dict[str, Scores]:
     """`score` by every reward, by its name. Async functions wait at the same time, while the others work."""

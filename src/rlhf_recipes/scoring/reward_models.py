@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_recipes.core.errors import RowError, UserError
-from rlhf_recipes.core.tensors import length_batches, pad
+from rlhf_recipes.core.errors import RankError, UserError
+from rlhf_recipes.core.tensors import batches_by_length, pad
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.data import ensure_chat_template, is_conversation, prompt_text, text_ids, text_of
+from rlhf_recipes.data import ensure_chat_template, is_conversation, plain_text, prompt_text, text_ids
 from rlhf_recipes.models import context_length
-from rlhf_recipes.system import tokens_at_once, without_traps
+from rlhf_recipes.system import apply_bitsandbytes_workarounds_, tokens_per_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class ModelReward:
                 f"judge {name} is a {type(base_model(model)).__name__}, which reads a row at its first token; give one on a "
                 "causal model, which reads it at its last (as the reward stage leaves it), or wrap it in a function"
             )
-        self.model, self.name, self.batch_size = without_traps(model).eval(), name, batch_size
+        self.model, self.name, self.batch_size = apply_bitsandbytes_workarounds_(model).eval(), name, batch_size
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         # The same vocabulary reads the policy's ids as they are; another one reads the text.
         self.shares_ids = tokenizer is policy_tokenizer or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
@@ -88,21 +88,21 @@ class ModelReward:
             scores = self.score_ids([self._ids(text, is_conversation(prompt)) for text, prompt in rows])
         for score, prompt, completion in zip(scores, prompts, completions, strict=True):
             if not math.isfinite(score):
-                raise RowError(
-                    f"judge {self.name} gives {score} for the completion {text_of(completion)!r} of the prompt "
-                    f"{text_of(prompt)[:200]!r}; look at its weights"
+                raise RankError(
+                    f"judge {self.name} gives {score} for the completion {plain_text(completion)!r} of the prompt "
+                    f"{plain_text(prompt)[:200]!r}; look at its weights"
                 )
         return scores
 
     def _text(self, prompt: Any, completion: Any, ended: bool) -> str:
         """Prompt and completion as the judge learnt to read them, its own EOS last if the policy's stood there."""
         if is_conversation(prompt):
-            messages = [*prompt, {"role": "assistant", "content": text_of(completion)}]
+            messages = [*prompt, {"role": "assistant", "content": plain_text(completion)}]
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         else:
             if isinstance(prompt, (list, tuple)):  # token ids
                 prompt = self.policy_tokenizer.decode(prompt, skip_special_tokens=True)
-            text = prompt_text(prompt, self.tokenizer) + text_of(completion) + self.tokenizer.eos_token
+            text = prompt_text(prompt, self.tokenizer) + plain_text(completion) + self.tokenizer.eos_token
         unended, _, after = text.rpartition(self.tokenizer.eos_token)
         return unended if not ended and not after.strip() else text  # some templates break the line after their EOS
 
@@ -119,12 +119,12 @@ class ModelReward:
         rows = [row[-limit:] if limit else row for row in rows]
         scores = [0.0] * len(rows)
         weight = next(self.model.parameters())
-        at_once = tokens_at_once(weight.device, weight.dtype == torch.bfloat16)
+        at_once = tokens_per_forward(weight.device, weight.dtype == torch.bfloat16)
         self.readings = [torch.empty(0)] * len(rows) if self.reads_along else []
-        for batch in length_batches([len(row) for row in rows], self.batch_size, at_once):
+        for batch in batches_by_length([len(row) for row in rows], self.batch_size, at_once):
             asked = [rows[index] for index in batch]
             if self.reads_along:
-                logits, everywhere = read_along(self.model, asked)
+                logits, everywhere = classify_prefixes(self.model, asked)
                 for index, row, each in zip(batch, asked, everywhere, strict=True):
                     self.readings[index] = self._values(each[: len(row)])
             else:
@@ -151,7 +151,7 @@ def classify(model: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> torch.T
     return torch.as_tensor(output.logits).float()
 
 
-def read_along(model: Any, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def classify_prefixes(model: Any, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What `classify` gives, and of each row the logits (width, labels) as if it ended at each of its tokens.
 
     One pass gives both, where the model's head is asked at every token, as transformers does; else there is nothing of

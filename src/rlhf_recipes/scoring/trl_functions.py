@@ -17,7 +17,7 @@ RewardFunction = Callable[..., list[float]]
 TRAINERS_OWN = ("trainer_state", "log_extra", "log_metric")  # what TRL hands over beside the columns
 
 
-def load_functions(
+def load_trl_reward_functions(
     sources: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
     device: Any,
@@ -36,11 +36,11 @@ def load_functions(
             reward.normalize()
         if reward.name in [function.__name__ for function in functions]:
             reward.name = f"{reward.name}_{index}"
-        functions.append(as_function(reward, tokenizer))
+        functions.append(as_trl_function(reward, tokenizer))
     return functions
 
 
-def as_function(reward: Reward, tokenizer: "PreTrainedTokenizerBase") -> RewardFunction:
+def as_trl_function(reward: Reward, tokenizer: "PreTrainedTokenizerBase") -> RewardFunction:
     """The reward with TRL's signature: the prompts' ids, which it does not pass, are made as they are for ppo.
 
     Rewards that a function gives token by token are added up, since TRL weighs whole answers.

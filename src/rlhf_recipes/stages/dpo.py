@@ -13,20 +13,28 @@ import trl
 from trl import DPOTrainer, ModelConfig
 
 from rlhf_recipes.core.arguments import DatasetArguments
-from rlhf_recipes.data import fit_rows, load_train_and_test, require_batch, require_held_out
-from rlhf_recipes.folders import leave_folder
+from rlhf_recipes.data import check_and_fit_rows, load_train_and_test, require_batch, require_held_out
+from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.models import (
-    Start,
-    attach_lora,
+    StartingModel,
+    build_lora_config,
     check_policy,
     is_quantized,
     load_causal_lm,
     prepare_for_lora,
-    trainable_to_float32,
+    trainable_to_float32_,
 )
 from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.system import fit_to_hardware
-from rlhf_recipes.training import SafeTrainer, TrainingDefaults, logged_panels, open_run, save_model, train, under_way
+from rlhf_recipes.training import (
+    SafeTrainer,
+    TrainingDefaults,
+    open_run,
+    save_model,
+    select_logged_panels,
+    train,
+    under_way,
+)
 
 COLUMNS = ("prompt", "chosen", "rejected")
 CURVES = [
@@ -94,10 +102,10 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
         train_dataset=pairs,
         eval_dataset=held_out,
         processing_class=start.tokenizer,
-        peft_config=attach_lora(model_config),
+        peft_config=build_lora_config(model_config),
     )
     if is_quantized(model):
-        trainable_to_float32(trainer.model)
+        trainable_to_float32_(trainer.model)
     _warn_of_cut_answers(trainer.train_dataset, training.max_length)
     return trainer
 
@@ -121,9 +129,12 @@ def run_dpo(arguments: DPOArguments, model_config: ModelConfig, training: DPOCon
             trainer.save_state()
             log = trainer.state.log_history
             plot_curves(
-                log, run.folder / "curves.png", logged_panels(CURVES, log), title="Direct preference optimisation"
+                log,
+                run.folder / "curves.png",
+                select_logged_panels(CURVES, log),
+                title="Direct preference optimisation",
             )
-            leave_folder(
+            complete_output_folder(
                 run.folder,
                 stage="dpo",
                 title="A model that answers as people prefer",
@@ -135,12 +146,12 @@ def run_dpo(arguments: DPOArguments, model_config: ModelConfig, training: DPOCon
     return run.folder
 
 
-def load_pairs(arguments: DPOArguments, start: Start) -> "tuple[Any, Any | None]":
+def load_pairs(arguments: DPOArguments, start: StartingModel) -> "tuple[Any, Any | None]":
     """The training and held-out pairs, each checked."""
 
     def checked(rows: Any, name: str) -> Any:
         drop = arguments.drop_long_prompts
-        return rows and fit_rows(rows, COLUMNS, start.tokenizer, start.max_length, drop=drop, name=name)
+        return rows and check_and_fit_rows(rows, COLUMNS, start.tokenizer, start.max_length, drop=drop, name=name)
 
     train_rows, test_rows = load_train_and_test(arguments)
     return checked(train_rows, "the training split"), checked(test_rows, "the held-out split")

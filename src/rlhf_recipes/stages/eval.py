@@ -15,11 +15,26 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.core.arguments import OutputArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.markdown import escape_markdown, table
-from rlhf_recipes.data import TAKEN, load_split, prompt_ids, readable, require_columns, text_of, write_rows
+from rlhf_recipes.data import (
+    RESERVED_COLUMNS,
+    load_split,
+    plain_text,
+    prompt_ids,
+    read_prompt,
+    require_columns,
+    write_rows,
+)
 from rlhf_recipes.evaluation import METRICS, Evaluation, compare, evaluate_model
-from rlhf_recipes.folders import check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.folders import check_output_folder, clear_output_folder, complete_output_folder
 from rlhf_recipes.generation import Sampling, stop_ids
-from rlhf_recipes.models import ReadingArguments, context_length, is_judge, load_causal_lm, load_config, load_tokenizer
+from rlhf_recipes.models import (
+    LoadingArguments,
+    context_length,
+    is_reward_model,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+)
 from rlhf_recipes.reports import plot_ladder
 from rlhf_recipes.scoring import check_reward, load_reward
 
@@ -28,13 +43,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IN_PICTURE = ("gold_score", "judge_positive", "judge_score", "perplexity", "kl", "length", "distinct_2")
+IN_PICTURE = ("gold_score", "reward_positive", "reward_score", "perplexity", "kl", "length", "distinct_2")
 SAMPLES_ON_CARD = 3
 COUNTS = ("max_new_tokens", "completions_per_prompt", "batch_size", "num_prompts", "num_texts", "prompt_tokens")
 
 
 @dataclass
-class EvalArguments(OutputArguments, ReadingArguments):
+class EvalArguments(OutputArguments, LoadingArguments):
     """Which models, asked what, judged by whom."""
 
     models: list[str] = field(
@@ -120,13 +135,13 @@ def run_eval(arguments: EvalArguments) -> Path:
     measured = {name: dict(evaluation.metrics) for name, evaluation in evaluations.items()}
     for name in names[1:]:
         measured[name] |= compare(evaluations[name], evaluations[names[0]])
-    prepare_output_folder(folder)
+    clear_output_folder(folder)
     rows = [{"model": name} | row for name in names for row in evaluations[name].rows]
     write_rows(folder / "completions.jsonl", rows)
     keys = [key for key in IN_PICTURE if any(key in metrics for metrics in measured.values())]
     plot_ladder(measured, keys, folder / "models.png", title="Models side by side")
     facts = {"prompts": len(questions.prompts), "seconds": round(time.perf_counter() - start, 1)}
-    return leave_folder(
+    return complete_output_folder(
         folder,
         stage="eval",
         title="Models side by side: " + ", ".join(names),
@@ -154,7 +169,7 @@ def load_tokenizers(arguments: EvalArguments) -> "list[PreTrainedTokenizerBase]"
     sources = [*arguments.models, *([arguments.reference] if arguments.reference else [])]
     for name in sources:
         load_config(name, **arguments.code)
-        if is_judge(name, **arguments.code):
+        if is_reward_model(name, **arguments.code):
             raise UserError(f"model {name} is a judge; give a language model, and pass this one as --judge")
     tokenizers = [load_tokenizer(name, "model", **arguments.code) for name in sources]
     if arguments.reference:
@@ -179,10 +194,14 @@ def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTok
     options: dict[str, Any] = {"config": arguments.dataset_config}
     rows = _spaced(load_split(arguments.dataset_name, arguments.dataset_split, **options), arguments.num_prompts)
     require_columns(rows, (arguments.prompt_column,), role=f"dataset {arguments.dataset_name}")
-    prompts = [readable(row, arguments.prompt_column, f"prompt row {index}") for index, row in enumerate(rows)]
+    prompts = [read_prompt(row, arguments.prompt_column, f"prompt row {index}") for index, row in enumerate(rows)]
     if arguments.prompt_tokens:
         prompts = [_beginning(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
-    columns = {name: list(rows[name]) for name in rows.column_names if name not in {arguments.prompt_column, *TAKEN}}
+    columns = {
+        name: list(rows[name])
+        for name in rows.column_names
+        if name not in {arguments.prompt_column, *RESERVED_COLUMNS}
+    }
     for role, source in (("judge", arguments.judge), ("gold", arguments.gold)):
         if source:
             check_reward(source, list(columns), role)
@@ -284,7 +303,7 @@ def _card(measured: dict[str, dict[str, float]], evaluations: dict[str, Evaluati
     first = {row["index"]: place for place, row in reversed(list(enumerate(asked)))}  # each prompt's first answer
     answers = [
         [
-            escape_markdown(text_of(asked[place]["prompt"])),
+            escape_markdown(plain_text(asked[place]["prompt"])),
             *(escape_markdown(one.rows[place]["completion"]) for one in evaluations.values()),
         ]
         for place in sorted(first.values())[:SAMPLES_ON_CARD]

@@ -9,26 +9,26 @@ from trl import ModelConfig
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import first_row, load_train_and_test, require_columns, require_held_out, write_rows
-from rlhf_recipes.folders import leave_folder
+from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.models import (
-    FrozenArguments,
-    attach_lora,
-    check_bits,
+    FrozenQuantizationArguments,
+    build_lora_config,
+    check_quantization,
     has_adapter,
-    in_bits,
     is_quantized,
     load_causal_lm,
     load_config,
-    load_judge,
+    load_reward_model,
     load_tokenizer,
-    positive_label_count,
     prepare_for_lora,
+    quantization_kwargs,
+    reward_label_count,
 )
-from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, checked_prompts
+from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, check_prompts
 from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.scoring import check_reward
 from rlhf_recipes.system import fit_to_hardware, load_unsharded
-from rlhf_recipes.training import logged_panels, open_run, save_model, train, under_way
+from rlhf_recipes.training import open_run, save_model, select_logged_panels, train, under_way
 
 CURVES = [
     ("Score", ["objective/scores", "objective/rlhf_reward", "eval_objective/scores"]),
@@ -43,7 +43,7 @@ CURVES = [
 
 
 @dataclass
-class PPOArguments(DatasetArguments, FrozenArguments):
+class PPOArguments(DatasetArguments, FrozenQuantizationArguments):
     """Prompts (column `prompt`: text, messages or ids) and what scores their answers."""
 
     reward: list[str] | None = field(
@@ -84,15 +84,15 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     pad = {"pad_token": arguments.pad_token} if arguments.pad_token else {}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     config, tokenizer = load_config(name, **code), load_tokenizer(name, **pad, **code)
-    check_bits(model_config, config, adapter_goes_on=True)
-    if arguments.value_model and positive_label_count(arguments.value_model) != 1:
+    check_quantization(model_config, config, adapter_goes_on=True)
+    if arguments.value_model and reward_label_count(arguments.value_model) != 1:
         raise UserError(f"value model {arguments.value_model} has two labels; give a ranking judge, which has one")
     splits = load_train_and_test(arguments)
     train, test = (with_prompts(split, tokenizer, arguments.prompt_tokens) for split in splits)
     require_held_out(test, training, arguments.dataset_test_split)
     for reward in rewards:
         check_reward(reward, [name for name in first_row(train) or {} if name != "prompt"])
-    checked_prompts(config, tokenizer, train, test, training)
+    check_prompts(config, tokenizer, train, test, training)
     training = fit_to_hardware(training, config.get_text_config().hidden_size)
     frozen, name_of_reference = arguments.frozen(model_config), arguments.reference_model
     set_seed(training.seed)  # a new adapter is drawn at random
@@ -109,18 +109,20 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         tokenizer,
         ref_model=reference,
         value_model=value,
-        peft_config=attach_lora(model_config),
-        judge_quantization_config=frozen.get("quantization_config"),
+        peft_config=build_lora_config(model_config),
+        reward_quantization_config=frozen.get("quantization_config"),
     )
 
 
 def load_value_model(name: str, model_config: ModelConfig) -> Any:
     """A value model of its own. Where the policy gets an adapter in 4 or 8 bits so does this, unless it is one already."""
-    adapter = attach_lora(model_config, "SEQ_CLS")
+    adapter = build_lora_config(model_config, "SEQ_CLS")
     if adapter is None:
-        return load_judge(name)
+        return load_reward_model(name)
     bits = 8 if model_config.load_in_8bit else 4 if model_config.load_in_4bit else None
-    model = load_judge(name, **in_bits(bits, model_config.bnb_4bit_quant_type, model_config.use_bnb_nested_quant))
+    model = load_reward_model(
+        name, **quantization_kwargs(bits, model_config.bnb_4bit_quant_type, model_config.use_bnb_nested_quant)
+    )
     if not is_quantized(model) or has_adapter(model):
         return model
     from peft import get_peft_model
@@ -145,8 +147,8 @@ def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOCon
             write_rows(run.folder / "samples.jsonl", trainer.last_samples)
             trainer.save_state()
             log = trainer.state.log_history
-            plot_curves(log, run.folder / "curves.png", logged_panels(CURVES, log), title="PPO")
-            leave_folder(
+            plot_curves(log, run.folder / "curves.png", select_logged_panels(CURVES, log), title="PPO")
+            complete_output_folder(
                 run.folder,
                 stage="ppo",
                 title="A model that answers better",

@@ -13,16 +13,16 @@ from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import load_train_and_test, pack_documents, require_batch, require_text
 from rlhf_recipes.evaluation import perplexity
-from rlhf_recipes.folders import leave_folder
+from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.models import (
     SIZES,
-    asks_for_bits,
     build_gpt2,
     context_length,
-    is_judge,
+    is_reward_model,
     load_causal_lm,
     load_config,
     load_tokenizer,
+    will_be_quantized,
 )
 from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.system import fit_to_hardware
@@ -152,7 +152,7 @@ def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, traini
         if trainer.is_world_process_zero():
             metrics["parameters"] = get_model_param_count(trainer.model)
             plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Pretraining")
-            leave_folder(
+            complete_output_folder(
                 run.folder,
                 stage="pretrain",
                 title="GPT-2 language model",
@@ -185,9 +185,9 @@ def _check_model(
     if checkpoint is None:
         return load_tokenizer(name, **code), arguments.max_length or SIZES[str(arguments.model_size)]["n_positions"]
     config = load_config(checkpoint, revision=model_config.model_revision, **code)
-    if asks_for_bits(model_config, config):
+    if will_be_quantized(model_config, config):
         raise UserError(f"model {checkpoint} was saved in 4 or 8 bits; pretrain trains all weights, so give it whole")
-    if is_judge(checkpoint, **code):
+    if is_reward_model(checkpoint, **code):
         raise UserError(f"model {checkpoint} is a judge, which predicts no text; go on from a language model")
     tokenizer = load_tokenizer(name, **code)
     if len(tokenizer) > config.vocab_size or _another_vocabulary(

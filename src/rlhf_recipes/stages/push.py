@@ -9,10 +9,10 @@ from typing import Any
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.markdown import escape_markdown, front_matter
 from rlhf_recipes.data import data_splits, load_split
-from rlhf_recipes.folders import MARK, require_unlocked
-from rlhf_recipes.hub import ADAPTER, Repo, check_repo, files_of, push_folder, tell
+from rlhf_recipes.folders import RECIPE_FILE, require_unlocked
+from rlhf_recipes.hub import ADAPTER_CONFIG, Repo, check_repo, files_to_push, print_pushed, push_folder
 
-MODEL_FILES = ("config.json", ADAPTER, "tokenizer_config.json", "value_head.safetensors")
+MODEL_FILES = ("config.json", ADAPTER_CONFIG, "tokenizer_config.json", "value_head.safetensors")
 SPLITS = {"train", "test", "validation"}
 
 
@@ -48,7 +48,7 @@ def run_push(arguments: PushArguments) -> Path:
     instead = _cards_of_rows(folder) if kind == "dataset" else _adapters(folder, arguments.base_model)
     if os.environ.get("RANK", "0") == "0":
         flags = ["--base_model", arguments.base_model] if arguments.base_model is not None else []
-        tell(folder, push_folder(folder, repo, instead=instead, flags=flags))
+        print_pushed(folder, push_folder(folder, repo, instead=instead, flags=flags))
     return folder
 
 
@@ -63,9 +63,9 @@ def kind_of(folder: Path) -> str:
     if any((folder / name).is_file() for name in MODEL_FILES):
         return "model"
     splits = data_splits(folder)
-    if splits and (SPLITS & set(splits) or not (folder / MARK).is_file()):
+    if splits and (SPLITS & set(splits) or not (folder / RECIPE_FILE).is_file()):
         return "dataset"
-    if (folder / MARK).is_file():
+    if (folder / RECIPE_FILE).is_file():
         return "model"
     raise UserError(f"folder {folder} holds neither what a stage left nor rows (train.jsonl, ...); give one that does")
 
@@ -73,8 +73,8 @@ def kind_of(folder: Path) -> str:
 def _adapters(folder: Path, base: str | None) -> dict[str, Path | bytes]:
     """Each adapter_config.json of the folder, naming `base` as the base model; none where that is not asked."""
     changed: dict[str, Path | bytes] = {}
-    for name, path in files_of(folder) if base is not None else ():
-        if path.name == ADAPTER:
+    for name, path in files_to_push(folder) if base is not None else ():
+        if path.name == ADAPTER_CONFIG:
             config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
             changed[name] = (json.dumps(config, indent=2) + "\n").encode()
     if base is not None and not changed:

@@ -18,15 +18,15 @@ from tqdm.auto import tqdm
 from rlhf_recipes.core.arguments import OutputArguments, parse_arguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.files import write_text
-from rlhf_recipes.data import load_split, text_of
+from rlhf_recipes.data import load_split, plain_text
 from rlhf_recipes.evaluation import Evaluation, compare, evaluate_model
-from rlhf_recipes.folders import MARK, check_output_folder, leave_folder, prepare_output_folder
+from rlhf_recipes.folders import RECIPE_FILE, check_output_folder, clear_output_folder, complete_output_folder
 from rlhf_recipes.generation import Sampling, generate, stop_ids
 from rlhf_recipes.models import load_causal_lm, load_tokenizer
-from rlhf_recipes.quickstart import Exchange, Reply, Summary, Verdict, judge_details, write_report, write_world
+from rlhf_recipes.quickstart import Exchange, Reply, Summary, Verdict, gold_verdicts, write_report, write_world
 from rlhf_recipes.reports import Curve, beside, curve_of
 from rlhf_recipes.scoring import load_reward
-from rlhf_recipes.system import hardware
+from rlhf_recipes.system import describe_hardware
 
 CONFIGS = Path(__file__).parent.parent / "quickstart" / "configs" / "quickstart"
 OVEROPTIMIZED = CONFIGS.parent / "overoptimized" / "measured.json"  # a recorded run of the setting beside it
@@ -49,8 +49,8 @@ def run_quickstart(arguments: QuickstartArguments) -> Path:
     """Run tokenizer, pretrain, sft, reward and ppo in order, measure the models; leave metrics.json and a report."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the quickstart is one process; start it with python -m rlhf_recipes quickstart")
-    folder = prepare_output_folder(check_output_folder(arguments.output_dir, arguments.overwrite))
-    write_text(folder / MARK, "# This run was cut short. Start it again with --overwrite true.\n")
+    folder = clear_output_folder(check_output_folder(arguments.output_dir, arguments.overwrite))
+    write_text(folder / RECIPE_FILE, "# This run was cut short. Start it again with --overwrite true.\n")
     started = time.perf_counter()
     write_world(folder / "world", arguments.seed)
     seconds = {}
@@ -60,8 +60,8 @@ def run_quickstart(arguments: QuickstartArguments) -> Path:
             _show_answers(folder, stage)
     asked = _measure(folder, arguments)
     metrics = {"seed": arguments.seed, "stages": _metrics(folder, asked, seconds)}
-    metrics |= {"seconds": time.perf_counter() - started, "hardware": hardware()}
-    leave_folder(
+    metrics |= {"seconds": time.perf_counter() - started, "hardware": describe_hardware()}
+    complete_output_folder(
         folder,
         stage="quickstart",
         title="Quickstart",
@@ -112,7 +112,7 @@ def _show_answers(folder: Path, stage: str) -> None:
     model, tokenizer = load_causal_lm(str(folder / stage)), load_tokenizer(str(folder / stage))
     prompts = list(load_split(f"{folder}/world/prompts", "test", max_samples=2)["prompt"])
     for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS), strict=True):
-        print(f"    {text_of(prompt)}  ->  {answer.strip()}", flush=True)
+        print(f"    {plain_text(prompt)}  ->  {answer.strip()}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _columns(rows: Any) -> dict[str, list[Any]]:
 
 def _verdicts(evaluation: Evaluation, prompts: Any) -> list[Verdict]:
     completions = [row["completion"] for row in evaluation.rows]
-    return judge_details(list(prompts["prompt"]), completions, **_columns(prompts))
+    return gold_verdicts(list(prompts["prompt"]), completions, **_columns(prompts))
 
 
 def _metrics(folder: Path, asked: dict[str, Asked], seconds: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -223,7 +223,7 @@ def _exchanges(folder: Path, asked: dict[str, Asked]) -> list[Exchange]:
     rows = [index * count // SHOWN_PROMPTS for index in range(min(SHOWN_PROMPTS, count))]
     return [
         {
-            "prompt": text_of(prompts[row]["prompt"]),
+            "prompt": plain_text(prompts[row]["prompt"]),
             "answer": prompts[row]["answer"],
             "replies": {stage: _reply(one, row) for stage, one in asked.items()},
         }
@@ -261,5 +261,5 @@ def _ladder(metrics: dict[str, Any]) -> str:
         f"perplexity {stages[stage]['perplexity']:.1f}"
         for stage in ANSWERING
     ]
-    lines.insert(2, f"{'reward':<9} agrees with gold on {stages['reward']['judge_accuracy']:.0%} of held-out pairs")
+    lines.insert(2, f"{'reward':<9} agrees with gold on {stages['reward']['reward_accuracy']:.0%} of held-out pairs")
     return "\n".join(lines)

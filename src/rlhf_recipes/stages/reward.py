@@ -18,25 +18,25 @@ from trl import ModelConfig, RewardTrainer
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
-    fit_prompts,
+    keep_fitting_prompts,
     load_train_and_test,
+    prompt_and_completion_ids,
     require_batch,
     require_columns,
     require_held_out,
     require_texts,
-    split_ids,
 )
 from rlhf_recipes.evaluation import calibration_table, compute_classification_metrics, preference_metrics
-from rlhf_recipes.folders import leave_folder
+from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.models import (
-    Start,
-    attach_lora,
-    check_start,
+    StartingModel,
+    build_lora_config,
+    check_starting_model,
     is_quantized,
-    load_judge,
+    load_reward_model,
     prepare_for_lora,
-    save_judge_config,
-    trainable_to_float32,
+    save_reward_model_config,
+    trainable_to_float32_,
 )
 from rlhf_recipes.reports import plot_curves, plot_reliability
 from rlhf_recipes.scoring import Reward, load_reward
@@ -44,8 +44,8 @@ from rlhf_recipes.system import fit_to_hardware
 from rlhf_recipes.training import (
     SafeTrainer,
     TrainingDefaults,
-    collate_labelled,
-    encode_labelled,
+    collate_labelled_texts,
+    encode_labelled_texts,
     mean_cross_entropy,
     measures,
     open_run,
@@ -113,21 +113,25 @@ def build_reward_trainer(
     from transformers import set_seed
 
     tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
-    start = check_start(model_config, training.max_length, **tokens, trust_remote_code=training.trust_remote_code)
-    kind, train, test = load_judgements(arguments, start)
+    start = check_starting_model(
+        model_config, training.max_length, **tokens, trust_remote_code=training.trust_remote_code
+    )
+    kind, train, test = load_reward_data(arguments, start)
     require_batch(len(train), training)
     require_held_out(test, training, arguments.dataset_test_split)
     training = fit_to_hardware(training, start.config.hidden_size)
     training.max_length = start.max_length
     set_seed(training.seed)  # a new head is drawn at random
-    model = load_judge(start.name, model_config, labels=LABELS[kind], trust_remote_code=training.trust_remote_code)
+    model = load_reward_model(
+        start.name, model_config, labels=LABELS[kind], trust_remote_code=training.trust_remote_code
+    )
     model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora(model, training.gradient_checkpointing)
     build = _ranking_trainer if kind == "ranking" else _classifier_trainer
     trainer: Any = build(model, start, model_config, training, train, test)
     trainer.judged = test  # as text, which its own rows are no more
     if is_quantized(model):
-        trainable_to_float32(trainer.model)
+        trainable_to_float32_(trainer.model)
     return trainer
 
 
@@ -146,20 +150,20 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         measured: dict[str, float] = {}
         table: list[dict[str, float]] = []
         if trainer.eval_dataset is not None and measures(trainer):
-            measured, table = measure_judge(trainer, trainer.judged)
+            measured, table = measure_reward_model(trainer, trainer.judged)
         if trainer.is_world_process_zero():
             judge = trainer.accelerator.unwrap_model(trainer.model)
-            save_judge_config(judge, run.folder)
+            save_reward_model_config(judge, run.folder)
             images = ["curves.png"]
             trainer.save_state()
             plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Reward model")
             if measured:
                 metrics |= measured | {"calibration_table": table}
                 judge.config.score_mean, judge.config.score_std = measured["score_mean"], measured["score_std"]
-                save_judge_config(judge, run.folder)
+                save_reward_model_config(judge, run.folder)
                 plot_reliability(table, run.folder / "reliability.png")
                 images.append("reliability.png")
-            leave_folder(
+            complete_output_folder(
                 run.folder,
                 stage="reward",
                 title="A judge of answers",
@@ -171,7 +175,7 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
     return run.folder
 
 
-def load_judgements(arguments: RewardArguments, start: Start) -> "tuple[str, Any, Any | None]":
+def load_reward_data(arguments: RewardArguments, start: StartingModel) -> "tuple[str, Any, Any | None]":
     """The kind of judge that the columns make, and the training and held-out rows, each checked."""
     train, test = load_train_and_test(arguments)
     choices = {"ranking": [PAIR], "classifier": [LABELLED]}.get(arguments.judge, [PAIR, LABELLED])
@@ -186,17 +190,19 @@ def load_judgements(arguments: RewardArguments, start: Start) -> "tuple[str, Any
     return kind, splits[0], splits[1]
 
 
-def _check_pairs(dataset: Any, present: list[str], arguments: RewardArguments, start: Start, name: str) -> Any:
+def _check_pairs(dataset: Any, present: list[str], arguments: RewardArguments, start: StartingModel, name: str) -> Any:
     columns = [*(["prompt"] if "prompt" in present else []), *PAIR]
     require_columns(dataset, columns, role=name)
     dataset = dataset.select_columns(columns)
     require_texts(dataset, columns, start.tokenizer, name)
     if "prompt" not in columns:
         return dataset
-    return fit_prompts(dataset, start.tokenizer, start.max_length, drop=arguments.drop_long_prompts, name=name)
+    return keep_fitting_prompts(
+        dataset, start.tokenizer, start.max_length, drop=arguments.drop_long_prompts, name=name
+    )
 
 
-def _check_labels(dataset: Any, start: Start, name: str) -> Any:
+def _check_labels(dataset: Any, start: StartingModel, name: str) -> Any:
     require_columns(dataset, LABELLED, role=name)
     dataset = dataset.select_columns(list(LABELLED))
     require_texts(dataset, ["text"], start.tokenizer, name)
@@ -212,7 +218,7 @@ def _check_labels(dataset: Any, start: Start, name: str) -> Any:
 
 
 def _ranking_trainer(
-    model: "PreTrainedModel", start: Start, model_config: ModelConfig, training: RewardConfig, train: Any, test: Any
+    model: "PreTrainedModel", start: StartingModel, model_config: ModelConfig, training: RewardConfig, train: Any, test: Any
 ) -> RewardTrainer:
     trainer = SafeRewardTrainer(
         model=model,
@@ -220,7 +226,7 @@ def _ranking_trainer(
         train_dataset=train,
         eval_dataset=test,
         processing_class=start.tokenizer,
-        peft_config=attach_lora(model_config, "SEQ_CLS"),
+        peft_config=build_lora_config(model_config, "SEQ_CLS"),
     )
     for rows, kept, name in ((train, trainer.train_dataset, "training"), (test, trainer.eval_dataset, "held-out")):
         if rows is not None and len(kept) < len(rows):
@@ -235,39 +241,41 @@ def _ranking_trainer(
 
 
 def _classifier_trainer(
-    model: "PreTrainedModel", start: Start, model_config: ModelConfig, training: RewardConfig, train: Any, test: Any
+    model: "PreTrainedModel", start: StartingModel, model_config: ModelConfig, training: RewardConfig, train: Any, test: Any
 ) -> Trainer:
     from trl.trainer.utils import disable_dropout_in_model
 
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
-    adapters = attach_lora(model_config, "SEQ_CLS")
+    adapters = build_lora_config(model_config, "SEQ_CLS")
     if adapters is not None:
         from peft import get_peft_model
 
         model = get_peft_model(model, adapters)
     if training.disable_dropout:
         disable_dropout_in_model(model)
-    encode = partial(encode_labelled, tokenizer=start.tokenizer, max_length=start.max_length)
+    encode = partial(encode_labelled_texts, tokenizer=start.tokenizer, max_length=start.max_length)
     return SafeTrainer(
         model=model,
         args=training,
         train_dataset=train.map(encode, batched=True, remove_columns=train.column_names, desc="Tokenizing"),
         eval_dataset=test and test.map(encode, batched=True, remove_columns=test.column_names, desc="Tokenizing"),
-        data_collator=partial(collate_labelled, pad_id=start.tokenizer.pad_token_id),
+        data_collator=partial(collate_labelled_texts, pad_id=start.tokenizer.pad_token_id),
         processing_class=start.tokenizer,
         compute_metrics=compute_classification_metrics,
         compute_loss_func=mean_cross_entropy,
     )
 
 
-def measure_judge(trainer: RewardTrainer | Trainer, test: Any) -> tuple[dict[str, float], list[dict[str, float]]]:
+def measure_reward_model(
+    trainer: RewardTrainer | Trainer, test: Any
+) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Metrics on held-out rows and the rows of their reliability plot, from scores as ppo asks for them."""
     tokenizer, limit = trainer.processing_class, trainer.args.max_length
     model = trainer.accelerator.unwrap_model(trainer.model)
     judge = load_reward(model, tokenizer, batch_size=trainer.args.per_device_eval_batch_size)
     if isinstance(trainer, RewardTrainer):
         return _measure_pairs(judge, test, tokenizer, limit)
-    encoded = encode_labelled(test[:], tokenizer, limit)
+    encoded = encode_labelled_texts(test[:], tokenizer, limit)
     labels = np.array(encoded["labels"])
     rows = encoded["input_ids"]
     scores = judge([""] * len(rows), test["text"], prompt_ids=[[]] * len(rows), completion_ids=rows)
@@ -276,7 +284,7 @@ def measure_judge(trainer: RewardTrainer | Trainer, test: Any) -> tuple[dict[str
     margins, zeros = np.where(labels == 1, scores, np.negative(scores)).tolist(), [0] * len(rows)
     paired = preference_metrics(margins, zeros, zeros, zeros)
     kept = {key: paired[key] for key in ("margin", "calibration_error", "brier")}
-    metrics |= {"judge_accuracy": metrics["accuracy"]} | kept | _spread(scores)
+    metrics |= {"reward_accuracy": metrics["accuracy"]} | kept | _spread(scores)
     return metrics, calibration_table(margins, zeros)
 
 
@@ -290,7 +298,10 @@ def _measure_pairs(
     def fits(pair: list[tuple[list[int], list[int]]]) -> bool:
         return limit is None or all(len(prompt) + len(answer) <= limit for prompt, answer in pair)
 
-    rows = [(row, [split_ids(row.get("prompt", ""), row[side], tokenizer) for side in PAIR]) for row in test]
+    rows = [
+        (row, [prompt_and_completion_ids(row.get("prompt", ""), row[side], tokenizer) for side in PAIR])
+        for row in test
+    ]
     rows = [(row, pair) for row, pair in rows if fits(pair)]
     scores: list[list[float]] = []
     lengths: list[list[int]] = []
@@ -300,7 +311,7 @@ def _measure_pairs(
         scores.append(judge(prompts, answers, prompt_ids=[i[0] for i in ids], completion_ids=[i[1] for i in ids]))
         lengths.append([len(answer) for _, answer in ids])
     measured = preference_metrics(scores[0], scores[1], lengths[0], lengths[1])
-    metrics = {"judge_accuracy": measured.pop("accuracy"), **measured, "pairs": len(rows)} | _spread(
+    metrics = {"reward_accuracy": measured.pop("accuracy"), **measured, "pairs": len(rows)} | _spread(
         [*scores[0], *scores[1]]
     )
     return metrics, calibration_table(scores[0], scores[1])

@@ -16,24 +16,32 @@ from trl import ModelConfig, RLOOTrainer
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import Prompts, load_train_and_test, require_columns, require_held_out, require_texts
-from rlhf_recipes.folders import leave_folder
+from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.generation import stop_ids
 from rlhf_recipes.models import (
-    FrozenArguments,
-    Start,
-    attach_lora,
+    FrozenQuantizationArguments,
+    StartingModel,
+    build_lora_config,
     check_policy,
     context_length,
+    count_positions_from_mask_,
     is_quantized,
     load_causal_lm,
     prepare_for_lora,
-    read_left_padding,
-    trainable_to_float32,
+    trainable_to_float32_,
 )
 from rlhf_recipes.reports import plot_curves
-from rlhf_recipes.scoring import check_reward, load_functions, missing_eos
+from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
 from rlhf_recipes.system import fit_to_hardware
-from rlhf_recipes.training import SafeTrainer, TrainingDefaults, logged_panels, open_run, save_model, train, under_way
+from rlhf_recipes.training import (
+    SafeTrainer,
+    TrainingDefaults,
+    open_run,
+    save_model,
+    select_logged_panels,
+    train,
+    under_way,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +59,7 @@ CURVES = [
 
 
 @dataclass
-class RLOOArguments(DatasetArguments, FrozenArguments):
+class RLOOArguments(DatasetArguments, FrozenQuantizationArguments):
     """Prompts (column `prompt`: text or messages) and what scores their answers."""
 
     reward: list[str] | None = field(
@@ -94,7 +102,7 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
     )
 
     def __post_init__(self) -> None:
-        self.fit_batch(_processes())
+        self.split_global_batch_(_processes())
         evaluated = self.per_device_eval_batch_size * _processes()
         compared = self.num_generations_eval or self.num_generations
         if self.num_generations < 2:
@@ -148,15 +156,15 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     )
     prompts, held_out = load_prompts(arguments, start, training)
     require_held_out(held_out, training, arguments.dataset_test_split)
-    sources = checked_rewards(arguments, training, prompts.column_names)
+    sources = check_rewards(arguments, training, prompts.column_names)
     training = fit_to_hardware(training, start.config.hidden_size)
-    functions = load_functions(
+    functions = load_trl_reward_functions(
         sources, start.tokenizer, training.device, training.normalize_rewards, **arguments.frozen(model_config)
     )
     set_seed(training.seed)
     model = load_causal_lm(start.name, model_config, trust_remote_code=training.trust_remote_code)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
-    sample_plainly(model, stops)
+    reset_generation_config_(model, stops)
     if training.missing_eos_penalty is not None:
         functions.append(missing_eos(training.missing_eos_penalty, stops))
         training.reward_weights = training.reward_weights and [*training.reward_weights, 1.0]
@@ -167,15 +175,15 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         train_dataset=prompts,
         eval_dataset=held_out,
         processing_class=start.tokenizer,
-        peft_config=attach_lora(model_config),
+        peft_config=build_lora_config(model_config),
     )
     if is_quantized(model):
-        trainable_to_float32(trainer.model)
+        trainable_to_float32_(trainer.model)
     if trainer.ref_model is not None and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         # TRL has read the reference by the model's name, which for a LoRA folder is that of its base.
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
     for reader in (trainer.model, trainer.ref_model):
-        read_left_padding(reader)
+        count_positions_from_mask_(reader)
     return trainer
 
 
@@ -197,8 +205,8 @@ def run_rloo(arguments: RLOOArguments, model_config: ModelConfig, training: RLOO
             metrics["episodes"] = trainer.args.episodes(trainer.state.global_step)
             metrics |= rloo_metrics(log) | answer_metrics(held_out, "eval_")
             metrics |= {name: value for name, value in held_out.items() if name.startswith("eval_rewards/")}
-            plot_curves(log, run.folder / "curves.png", logged_panels(CURVES, log), title="RLOO")
-            leave_folder(
+            plot_curves(log, run.folder / "curves.png", select_logged_panels(CURVES, log), title="RLOO")
+            complete_output_folder(
                 run.folder,
                 stage="rloo",
                 title="A model that answers better",
@@ -214,7 +222,7 @@ def run_rloo(arguments: RLOOArguments, model_config: ModelConfig, training: RLOO
     return run.folder
 
 
-def load_prompts(arguments: RLOOArguments, start: Start, training: RLOOConfig) -> "tuple[Any, Any | None]":
+def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOConfig) -> "tuple[Any, Any | None]":
     """The training and held-out prompts; every one of them is text or messages and leaves room for an answer."""
 
     def checked(rows: Any, name: str) -> Any:
@@ -238,7 +246,7 @@ def load_prompts(arguments: RLOOArguments, start: Start, training: RLOOConfig) -
     return prompts, held_out
 
 
-def checked_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[str]) -> list[str]:
+def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[str]) -> list[str]:
     """What scores the answers, once it is known that it can. columns: those of the prompts."""
     sources = list(arguments.reward or [])
     if not sources:
@@ -251,7 +259,7 @@ def checked_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: lis
     return sources
 
 
-def sample_plainly(model: "PreTrainedModel", stops: set[int]) -> None:
+def reset_generation_config_(model: "PreTrainedModel", stops: set[int]) -> None:
     """Let the generation config say how answers end and nothing else: what cuts or bends the distribution that is
     sampled from (no_repeat_ngram_size, suppress_tokens, ...) is not in the probabilities that are learnt from."""
     from transformers import GenerationConfig

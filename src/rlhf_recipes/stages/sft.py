@@ -11,10 +11,10 @@ from trl import ModelConfig, SFTTrainer
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
-    beginning_of_text,
+    bos_prefix,
     first_row,
-    fit_prompts,
     is_conversation,
+    keep_fitting_prompts,
     load_train_and_test,
     require_batch,
     require_columns,
@@ -22,15 +22,15 @@ from rlhf_recipes.data import (
     require_texts,
 )
 from rlhf_recipes.evaluation import completion_perplexity
-from rlhf_recipes.folders import leave_folder
+from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.models import (
-    Start,
-    attach_lora,
+    StartingModel,
+    build_lora_config,
     check_policy,
     is_quantized,
     load_causal_lm,
     prepare_for_lora,
-    trainable_to_float32,
+    trainable_to_float32_,
 )
 from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.system import fit_to_hardware
@@ -99,10 +99,10 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
         train_dataset=train,
         eval_dataset=test,
         processing_class=start.tokenizer,
-        peft_config=attach_lora(model_config),
+        peft_config=build_lora_config(model_config),
     )
     if is_quantized(model):
-        trainable_to_float32(trainer.model)
+        trainable_to_float32_(trainer.model)
     require_batch(len(trainer.train_dataset), training, "after cutting and packing, the training split")
     return trainer
 
@@ -123,7 +123,7 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
         if trainer.is_world_process_zero():
             trainer.save_state()
             plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Supervised fine-tuning")
-            leave_folder(
+            complete_output_folder(
                 run.folder,
                 stage="sft",
                 title="A model that answers",
@@ -135,7 +135,7 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
     return run.folder
 
 
-def load_demonstrations(arguments: SFTArguments, start: Start, text_column: str = "text") -> "tuple[Any, Any | None]":
+def load_demonstrations(arguments: SFTArguments, start: StartingModel, text_column: str = "text") -> "tuple[Any, Any | None]":
     """The training and held-out rows, in the columns that are learnt from, each row checked."""
     train, test = load_train_and_test(arguments)
     columns = list(require_columns(train, PROMPT_COMPLETION, MESSAGES, (text_column,), role="the training split"))
@@ -148,7 +148,7 @@ def load_demonstrations(arguments: SFTArguments, start: Start, text_column: str 
         dataset = dataset.select_columns(columns)
         require_texts(dataset, columns, start.tokenizer, name)
         if "prompt" in columns:
-            dataset = fit_prompts(
+            dataset = keep_fitting_prompts(
                 dataset, start.tokenizer, start.max_length, drop=arguments.drop_long_prompts, name=name
             )
         if "messages" in columns:
@@ -157,7 +157,7 @@ def load_demonstrations(arguments: SFTArguments, start: Start, text_column: str 
     return splits[0], splits[1]
 
 
-def trained_runs(dataset: Any, beginning: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
+def loss_spans(dataset: Any, beginning: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
     """(ids before, ids with loss) of every unbroken run of tokens with loss, in rows of `input_ids` and `labels`.
 
     beginning: what the tokenizer puts before a text, and no model is asked for.
@@ -181,7 +181,7 @@ def _held_out(trainer: SFTTrainer) -> dict[str, float]:
     measured = completion_perplexity(
         trainer.accelerator.unwrap_model(trainer.model),
         trainer.processing_class,
-        trained_runs(trainer.eval_dataset, beginning_of_text(trainer.processing_class)),
+        loss_spans(trainer.eval_dataset, bos_prefix(trainer.processing_class)),
         batch_size=trainer.args.per_device_eval_batch_size,
         progress=True,
     )
@@ -190,7 +190,7 @@ def _held_out(trainer: SFTTrainer) -> dict[str, float]:
     }
 
 
-def _require_markers(start: Start) -> None:
+def _require_markers(start: StartingModel) -> None:
     """The chat template says which tokens are the assistant's, or is one for which TRL knows it."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 

@@ -14,13 +14,13 @@ from rlhf_recipes.data import (
     ROLE_TOKENS,
     chat_template,
     is_conversation,
-    load_held_out,
-    load_parts,
+    load_test_split,
+    load_training_sources,
     require_columns,
     require_text,
 )
-from rlhf_recipes.folders import check_output_folder, leave_folder, prepare_output_folder
-from rlhf_recipes.hub import HubArguments, check_push, open_asked, push_asked
+from rlhf_recipes.folders import check_output_folder, clear_output_folder, complete_output_folder
+from rlhf_recipes.hub import HubArguments, check_push, open_requested_repo, push_if_requested
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,10 +107,10 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
     measured = measure_tokenizer(
         tokenizer, _texts(held_out, arguments) if held_out else _texts(learnt_from, arguments, limit)
     )
-    open_asked(arguments)
-    prepare_output_folder(folder)
+    open_requested_repo(arguments)
+    clear_output_folder(folder)
     tokenizer.save_pretrained(folder)
-    leave_folder(
+    complete_output_folder(
         folder,
         stage="tokenizer",
         title="Byte-level BPE tokenizer",
@@ -119,14 +119,14 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
         arguments=[arguments],
         notes=f"`bytes_per_token` is measured on {'held-out text' if held_out else 'the text it was learnt from'}.",
     )
-    push_asked(folder, arguments)
+    push_if_requested(folder, arguments)
     return folder
 
 
 def _load_texts(arguments: TokenizerArguments) -> tuple[list[Any], list[Any]]:
     """The training splits, and the held-out split if there is one; each is checked to hold text."""
-    parts = load_parts(arguments, streaming=arguments.dataset_streaming)
-    test = load_held_out(arguments, streaming=arguments.dataset_streaming)
+    parts = load_training_sources(arguments, streaming=arguments.dataset_streaming)
+    test = load_test_split(arguments, streaming=arguments.dataset_streaming)
     datasets = [*parts, *([] if test is None else [test])]
     for dataset in datasets:
         columns = require_columns(dataset, *_columns(arguments), role="the text to learn from")

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import nn
 
-from rlhf_recipes.core.errors import RowError, UserError
+from rlhf_recipes.core.errors import RankError, UserError
 from rlhf_recipes.system.launch import zero_stage
 
 # Which torch.load goes by, whatever its caller says; it does not take both.
@@ -178,7 +178,7 @@ def safe_deepspeed_loading() -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise RowError(
+        raise RankError(
             f"the checkpoint holds a pickle that would run code ({found[1] if found else 'not said which'}); go on from one "
             "that a run of yours has saved"
         ) from None

@@ -19,12 +19,12 @@ TrainingT = TypeVar("TrainingT", bound="TrainingArguments")
 # Below this width the casts of autocast cost a CPU more than its bfloat16 unit gains, or little less. Measured, one thread: Xeon
 # with AMX, 128 wide 0.87x, 256 wide 1.6x, 320 wide 2.7x; EPYC with AVX512-BF16, 128 wide 1.3x, 256 wide 1.5x, 384 wide 1.6x.
 BF16_WIDTH_ON_CPU = 256
-MATRIX_UNIT = "bfloat16 matrix unit"
+BF16_MATRIX_UNIT = "bfloat16 matrix unit"
 KERNELS = 64  # more than one piece of a minibatch has, forward and backward
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def tokens_at_once(device: "torch.device", low: bool = False) -> int:
+def tokens_per_forward(device: "torch.device", low: bool = False) -> int:
     """Tokens that keep the device busy in one pass; more of them only need more memory.
 
     low: computed in bfloat16, where every pass also brings the gradients of all weights back to float32. Measured with 14M
@@ -49,16 +49,16 @@ def fit_to_hardware(training: TrainingT, width: int) -> TrainingT:
         return fitted
     # Not under DeepSpeed, which has been told its precision already.
     chosen_here = training.__dict__.get("_bf16_by_hardware") and zero_stage(training) is None
-    if chosen_here and width >= BF16_WIDTH_ON_CPU and bf16_unit():
+    if chosen_here and width >= BF16_WIDTH_ON_CPU and bf16_support():
         fitted.bf16, fitted.mixed_precision = True, "bf16"
     if "OMP_NUM_THREADS" not in os.environ:
-        set_threads(width)
-    keep_freed_memory()
-    keep_few_kernels()
+        choose_thread_count_(width)
+    keep_freed_memory_()
+    limit_onednn_cache_()
     return fitted
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory_() -> None:
     """Let this process keep the memory it frees, for its next tensor; the peak stays what it is.
 
     glibc gives large blocks back to the system at once, and a training step, which asks for the same ones again and
@@ -71,7 +71,7 @@ def keep_freed_memory() -> None:
             library.mallopt(name, 2**30)
 
 
-def keep_few_kernels() -> None:
+def limit_onednn_cache_() -> None:
     """Let oneDNN keep the code of few products, if this process has asked it for none yet.
 
     It writes code for each shape that it multiplies in bfloat16, some 0.6 MiB, and keeps that of 1024; without padding almost
@@ -81,13 +81,13 @@ def keep_few_kernels() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
-def give_back_freed_memory() -> None:
+def release_freed_memory_() -> None:
     """Return to the system what this process has freed and kept (glibc; other C libraries are left alone)."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def set_threads(width: int) -> int:
+def choose_thread_count_(width: int) -> int:
     """Choose the number of CPU threads by a short measurement of one layer's work; returns it.
 
     On a busy machine more threads wait for one another at every barrier, so the count is measured, not assumed.
@@ -116,23 +116,23 @@ def _layer_seconds(width: int, threads: int) -> float:
     return sorted(seconds)[len(seconds) * 3 // 4]  # a slow quartile: barriers hurt in the tail
 
 
-def bf16_unit() -> str:
+def bf16_support() -> str:
     """What the processor multiplies bfloat16 with, faster than float32; empty where it has nothing of the kind."""
     import torch
 
     if torch.cpu._is_amx_tile_supported():
-        return MATRIX_UNIT
+        return BF16_MATRIX_UNIT
     return "bfloat16 vector unit" if torch.cpu._is_avx512_bf16_supported() else ""
 
 
-def hardware() -> str:
+def describe_hardware() -> str:
     """What this process runs on, for a line beside its numbers: accelerator or processor, threads, precision unit."""
     import torch
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cores = os.cpu_count() or 1
-    unit = [unit] if (unit := bf16_unit()) else []
+    unit = [unit] if (unit := bf16_support()) else []
     return ", ".join([_processor(), f"{cores} cores", f"{torch.get_num_threads()} torch threads", *unit])
 
 

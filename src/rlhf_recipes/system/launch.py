@@ -15,7 +15,7 @@ def check_launch(training: Any) -> None:
         UserError: several processes were asked for and one was started, or FSDP where Accelerate has none, or ZeRO-3 that
             saves no weights; says which line to change.
     """
-    check_zero(training)
+    require_saved_zero_weights(training)
     asked = os.environ
     # `accelerate launch` names an address for several processes, and who starts them says how many there are.
     if "ACCELERATE_MIXED_PRECISION" in asked and "MASTER_ADDR" in asked and "WORLD_SIZE" not in asked:
@@ -42,7 +42,7 @@ def zero_stage(training: Any) -> int | None:
     return None if _deepspeed(training) is None else int(_zero(training).get("stage", 0))
 
 
-def check_zero(training: Any) -> None:
+def require_saved_zero_weights(training: Any) -> None:
     """Refuse a ZeRO-3 that would end a run without weights: Trainer then warns, and leaves the engine's own states.
 
     Raises:
@@ -55,7 +55,7 @@ def check_zero(training: Any) -> None:
         )
 
 
-def names_optimizer(training: Any) -> bool:
+def configures_optimizer(training: Any) -> bool:
     """Whether DeepSpeed's configuration brings an optimizer of its own."""
     return "optimizer" in (_deepspeed(training) or {})
 
@@ -84,7 +84,7 @@ def check_sharding(accelerator: Any) -> None:
             )
 
 
-def refuse_eight_bits_cut() -> None:
+def refuse_sharded_8bit() -> None:
     """Of a model that is to train on weights in 8 bits.
 
     Raises:
@@ -102,7 +102,7 @@ def is_on(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("1", "true", "yes")
 
 
-def require_as_many(checkpoint: Path, processes: int) -> None:
+def require_same_world_size(checkpoint: Path, processes: int) -> None:
     """ZeRO's states are cut for as many processes as saved them.
 
     Raises:

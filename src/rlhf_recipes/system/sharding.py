@@ -31,7 +31,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole_weights(model: nn.Module, accelerator: Any = None) -> Iterator[None]:
+def unsharded_weights(model: nn.Module, accelerator: Any = None) -> Iterator[None]:
     """For the time, every process holds all weights, and may run the model as often as it likes without the others.
 
     All processes enter and leave together. A model that is not sharded is left as it is. accelerator: what the model trains
@@ -50,7 +50,7 @@ def whole_weights(model: nn.Module, accelerator: Any = None) -> Iterator[None]:
             part.reshard()
 
 
-def end_passes(model: nn.Module) -> None:
+def reset_pending_forward_(model: nn.Module) -> None:
     """Let the next forward pass gather its weights anew, whatever the last one left out.
 
     Accelerate puts embedding, last norm and a tied head into one group, which TRL's losses leave with the head uncalled;
@@ -64,15 +64,15 @@ def end_passes(model: nn.Module) -> None:
                 module.reshard()
 
 
-def whole_state(model: nn.Module) -> dict[str, Any]:
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict with whole tensors, on the first process; empty on the others. All of them call it.
 
     What is one weight under two names, such as a tied head, is one tensor here too.
     """
-    return tied_again(model, get_model_state_dict(model, options=WHOLE))
+    return restore_ties_(model, get_model_state_dict(model, options=WHOLE))
 
 
-def tied_again(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+def restore_ties_(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """A state dict whose tensors were gathered one by one, with one tensor for what is one weight under two names: so
     that it is saved once."""
     firsts: dict[int, str] = {}
@@ -83,17 +83,19 @@ def tied_again(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def load_whole_state(model: nn.Module, state: dict[str, Any]) -> None:
+def load_full_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     """Cut a whole state dict apart again. All processes call it; the first one's counts."""
     set_model_state_dict(model, state, options=_from_first())
 
 
-def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state with whole tensors by the names of the weights, on the first process."""
     return get_optimizer_state_dict(model, optimizer, options=WHOLE)
 
 
-def by_name(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state_by_name(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """An optimizer's ordinary state dict, whose weights are numbered, by the names of the weights."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
@@ -101,8 +103,8 @@ def by_name(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Opti
     return {"state": {order[number]: value for number, value in state["state"].items()}, "param_groups": groups}
 
 
-def load_whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """What `whole_optimizer_state` gave, of the first process; all of them call it, or one that is alone."""
+def load_full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """What `full_optimizer_state` gave, of the first process; all of them call it, or one that is alone."""
     set_optimizer_state_dict(model, optimizer, state, options=_from_first())
 
 

@@ -10,13 +10,13 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-def without_traps(model: Any) -> Any:
+def apply_bitsandbytes_workarounds_(model: Any) -> Any:
     """Keep what is in 4 or 8 bits right on a CPU, where bitsandbytes does not; returns the model, changed in place.
 
     - At the first forward pass in eval mode it packs 4-bit layers for AVX512_BF16. From there on they do not train, merge or
       save rightly, and layers whose widths are no multiples of 32 and 64 cannot be packed at all. They stay as they are
       here. What was packed before is unpacked; its scales stay rounded to bfloat16, as that form has them.
-    - With AVX512 it decodes rows that are no multiple of 64 long with other rows' scales (see `_mend_decoding`).
+    - With AVX512 it decodes rows that are no multiple of 64 long with other rows' scales (see `_patch_4bit_decoding_`).
     - It says of every product in 8 bits that it rounds its input. Here once.
     """
     library = sys.modules.get("bitsandbytes")
@@ -33,9 +33,9 @@ def without_traps(model: Any) -> Any:
             unpacked,
         )
     if any(layer.in_features % getattr(layer.weight, "blocksize", layer.in_features) for layer in layers):
-        _mend_decoding()
+        _patch_4bit_decoding_()
     if any(isinstance(each, library.nn.Linear8bitLt) for each in model.modules()):
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_said_once)
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_log_once)
     return model
 
 
@@ -54,7 +54,7 @@ def _unpack(layer: Any) -> bool:
 
 
 @cache
-def _mend_decoding() -> Any:
+def _patch_4bit_decoding_() -> Any:
     """Let 4 bits be decoded on a CPU in rows of one block each, where the rows of the weight are no whole blocks.
 
     Scales belong to 64 weights on end, wherever a row ends; the kernel for AVX512 counts whole blocks of each row instead.
@@ -82,7 +82,7 @@ def _mend_decoding() -> Any:
     return ours
 
 
-def _said_once(record: logging.LogRecord) -> bool:
+def _log_once(record: logging.LogRecord) -> bool:
     """A filter that lets each text pass once."""
     said = record.getMessage()
     new = said not in _SAID

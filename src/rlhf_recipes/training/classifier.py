@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def encode_labelled(
+def encode_labelled_texts(
     batch: Mapping[str, Sequence[Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
 ) -> dict[str, list[Any]]:
     """Rows of ids, cut to `max_length`; one that was not cut ends with EOS, as an answer that is complete does."""
@@ -20,7 +20,7 @@ def encode_labelled(
     return {"input_ids": ended, "labels": [int(label) for label in batch["label"]]}
 
 
-def collate_labelled(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+def collate_labelled_texts(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """Pad to the longest row of the batch, on the right, where the model looks for the last token."""
     ids, mask = pad([row["input_ids"] for row in rows], value=pad_id)
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([row["labels"] for row in rows])}

@@ -38,7 +38,7 @@ class TrainingDefaults:
         },
     )
     per_device_train_batch_size: int = field(
-        default=None,  # type: ignore[assignment]  # until `fit_batch`
+        default=None,  # type: ignore[assignment]  # until `split_global_batch_`
         metadata={
             "help": "Rows at once in each process. Unset: 8; with global_batch_size, as many as it leaves to a process."
         },
@@ -68,7 +68,7 @@ class TrainingDefaults:
 
         if self.resume not in (None, "auto"):
             raise UserError(f"resume is {self.resume!r}; give auto, or name a checkpoint in resume_from_checkpoint")
-        self.fit_batch(int(os.environ.get("WORLD_SIZE", "1")))
+        self.split_global_batch_(int(os.environ.get("WORLD_SIZE", "1")))
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
@@ -83,7 +83,7 @@ class TrainingDefaults:
         if pad_token is not None:
             self.pad_token = pad_token
 
-    def fit_batch(self, processes: int) -> None:
+    def split_global_batch_(self, processes: int) -> None:
         """Rows at once, and how often, so that all processes together come to `global_batch_size` an optimizer step."""
         rows = self.global_batch_size
         if rows is None:

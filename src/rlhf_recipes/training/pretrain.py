@@ -13,7 +13,7 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.files import write_text
 from rlhf_recipes.core.markdown import escape_markdown
 from rlhf_recipes.generation import Sampling, row_seed, sample, stop_ids
-from rlhf_recipes.optimizations import quicken
+from rlhf_recipes.optimizations import fuse_kernels_
 from rlhf_recipes.training.trainer import SafeTrainer
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PretrainTrainer(SafeTrainer):
 
     def __init__(self, *args: Any, l1_penalty: float = 0.0, held_out_texts: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        quicken(self.model, self.args.device)
+        fuse_kernels_(self.model, self.args.device)
         self.l1_penalty, self.held_out_texts = l1_penalty, list(held_out_texts)
         decayed = set(self.get_decay_parameter_names(self.model))
         self._penalised = [weight for name, weight in self.model.named_parameters() if name in decayed]

@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rlhf_recipes.core.arguments import asked_for
+from rlhf_recipes.core.arguments import requested_values
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.secrets import without_secrets
+from rlhf_recipes.core.secrets import redact
 from rlhf_recipes.folders import (
-    MARK,
-    STAGING,
+    RECIPE_FILE,
+    STAGING_FOLDER,
     check_output_folder,
+    clear_output_folder,
+    disk_full_as_user_error,
+    find_checkpoint,
     folder_lock,
-    full_disk_said,
-    move_in,
-    prepare_output_folder,
+    move_files_into,
     require_unlocked,
-    resume_point,
 )
-from rlhf_recipes.hub import HubArguments, check_push, open_asked, push_asked
+from rlhf_recipes.hub import HubArguments, check_push, open_requested_repo, push_if_requested
 from rlhf_recipes.system import check_launch
 
 # Says nothing of what is learnt.
@@ -72,9 +72,9 @@ def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
     require_unlocked(folder)
     auto, asked = training.resume == "auto", _asked(training, *others)
     overwrite = any(getattr(each, "overwrite", False) for each in others)
-    finished = auto and (folder / MARK).is_file()
+    finished = auto and (folder / RECIPE_FILE).is_file()
     if finished and not overwrite:
-        changed = _changed(yaml.safe_load((folder / MARK).read_text(encoding="utf-8")) or {}, asked)
+        changed = _changed(yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {}, asked)
         if changed:
             raise UserError(
                 f"output folder {folder} holds a finished run that was asked otherwise ({changed}); choose another "
@@ -82,11 +82,11 @@ def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
             )
         logger.warning("%s is finished; there is nothing to resume", folder)
         if training.process_index == 0:
-            push_asked(folder, training)
+            push_if_requested(folder, training)
         return Run(folder, None, asked, finished=True)
     # A finished run that may be replaced is begun anew, or its last weights would come out under another recipe.
-    own = resume_point("auto", folder) if auto and not finished else None
-    checkpoint = own or resume_point(training.resume_from_checkpoint, folder)
+    own = find_checkpoint("auto", folder) if auto and not finished else None
+    checkpoint = own or find_checkpoint(training.resume_from_checkpoint, folder)
     continues = checkpoint is not None and Path(checkpoint).parent.resolve() == folder.resolve()
     read = [*inputs, None if continues else checkpoint]
     check_output_folder(folder, overwrite, read, resuming=continues, restarting=auto)
@@ -97,8 +97,8 @@ def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
 
 
 def _asked(*arguments: Any) -> dict[str, Any]:
-    asked = {name: value for name, value in asked_for(*arguments).items() if name not in HOW}
-    return json.loads(without_secrets(json.dumps(asked)))  # as it is written down, and as a difference is told
+    asked = {name: value for name, value in requested_values(*arguments).items() if name not in HOW}
+    return json.loads(redact(json.dumps(asked)))  # as it is written down, and as a difference is told
 
 
 def _asked_then(checkpoint: str) -> dict[str, Any]:
@@ -118,15 +118,15 @@ def under_way(trainer: Any, run: Run) -> Iterator[None]:
     begins; at the end it is pushed, if that is asked for."""
     trainer.asked = run.asked
     if trainer.is_world_process_zero():
-        open_asked(trainer.args)
+        open_requested_repo(trainer.args)
     held = folder_lock(run.folder) if trainer.args.should_save else nullcontext()
-    with held, full_disk_said(run.folder):
+    with held, disk_full_as_user_error(run.folder):
         if trainer.args.should_save and not run.continues:
-            prepare_output_folder(run.folder)
+            clear_output_folder(run.folder)
         trainer.accelerator.wait_for_everyone()
         yield
         if trainer.is_world_process_zero():
-            push_asked(run.folder, trainer.args)
+            push_if_requested(run.folder, trainer.args)
 
 
 def train(trainer: Any, run: Run) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def save_model(trainer: Any, folder: Path) -> None:
         UserError: a weight is not finite.
     """
     trainer.require_finite_weights()
-    staged = folder / STAGING / "model"
+    staged = folder / STAGING_FOLDER / "model"
     trainer.save_model(str(staged), _internal_call=True)
     if not trainer.args.should_save:
         return
@@ -159,8 +159,8 @@ def save_model(trainer: Any, folder: Path) -> None:
         generation_config.save_pretrained(staged)
     trainer.state.save_to_json(str(staged / "trainer_state.json"))
     (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same in the open
-    move_in(staged, folder)
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    move_files_into(staged, folder)
+    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
 
 
 def measures(trainer: Any) -> bool:
@@ -169,7 +169,7 @@ def measures(trainer: Any) -> bool:
     return bool(trainer.is_world_process_zero() or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
-def logged_panels(
+def select_logged_panels(
     panels: Sequence[tuple[str, Sequence[str]]], log_history: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, list[str]]]:
     """Panels of curves, less the keys that this run did not log and the panels that are then empty."""

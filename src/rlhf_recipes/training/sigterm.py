@@ -14,7 +14,7 @@ ONE_REQUEST = 5.0  # seconds after a SIGTERM, within which another says nothing 
 logger = logging.getLogger(__name__)
 
 
-class Terminated(SystemExit):
+class StoppedBySignal(SystemExit):
     """The process was told to end (SIGTERM), and has saved what it had. Its exit code is the signal's, 143."""
 
     def __init__(self, line: str) -> None:
@@ -23,7 +23,7 @@ class Terminated(SystemExit):
 
 
 @contextmanager
-def listening(hear: Callable[[], None]) -> Iterator[None]:
+def on_sigterm(hear: Callable[[], None]) -> Iterator[None]:
     """For the time, the first SIGTERM calls `hear`, and a later one ends the process as ever.
 
     One that follows within seconds is the same request: a scheduler often tells every process of a job, and a launcher

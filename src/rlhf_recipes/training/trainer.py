@@ -17,30 +17,30 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.files import write_text
-from rlhf_recipes.core.secrets import without_secrets
+from rlhf_recipes.core.secrets import redact
 from rlhf_recipes.folders import (
-    STAGING,
-    STATE,
+    STAGING_FOLDER,
+    STATE_FILE,
+    disk_full_as_user_error,
+    find_checkpoint,
     folder_lock,
-    full_disk_said,
-    last_of,
+    last_checkpoint_note,
     publish,
-    resume_point,
-    say_if_full,
-    say_if_out_of_memory,
+    raise_if_disk_full,
+    raise_if_out_of_memory,
 )
 from rlhf_recipes.hub import Repo, check_repo, push_checkpoint, push_folder
 from rlhf_recipes.system import (
+    apply_bitsandbytes_workarounds_,
     check_quantized_storage,
     check_sharding,
-    end_passes,
-    require_as_many,
+    require_same_world_size,
+    reset_pending_forward_,
+    restore_ties_,
     safe_deepspeed_loading,
-    tied_again,
-    without_traps,
 )
 from rlhf_recipes.training.batches import WholeBatchesTrainer
-from rlhf_recipes.training.sigterm import Terminated, listening
+from rlhf_recipes.training.sigterm import StoppedBySignal, on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -65,28 +65,28 @@ class SafeTrainer(WholeBatchesTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        without_traps(self.model)
+        apply_bitsandbytes_workarounds_(self.model)
         check_quantized_storage(self.model, self.args)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's. `True` goes on from the last whole checkpoint in the folder; `"auto"` too, if there is one."""
         folder = str(self.args.output_dir)
-        self._resuming_from = resume_point(resume_from_checkpoint, folder)
+        self._resuming_from = find_checkpoint(resume_from_checkpoint, folder)
         self._told_to_end = self._agreed_to_end = False
         self._loss_is_finite = True
         check_sharding(self.accelerator)
         if self._resuming_from is not None and self.is_deepspeed_enabled:
-            require_as_many(Path(self._resuming_from), self.args.world_size)
+            require_same_world_size(Path(self._resuming_from), self.args.world_size)
         self.remove_callback(_Watch)
         self.add_callback(_Watch(self))  # last, so that it sees what the others wish
         unpickles = self.is_deepspeed_enabled and (self._resuming_from is not None or self.args.load_best_model_at_end)
         read = safe_deepspeed_loading() if unpickles else nullcontext()
         held = folder_lock(folder) if self.args.should_save else nullcontext()
-        with held, read, full_disk_said(Path(folder)), listening(self._hear):
+        with held, read, disk_full_as_user_error(Path(folder)), on_sigterm(self._hear):
             try:
                 return super().train(self._resuming_from, *args, **kwargs)
             except (MemoryError, RuntimeError) as error:
-                say_if_out_of_memory(error, Path(folder), self.state.global_step + 1)
+                raise_if_out_of_memory(error, Path(folder), self.state.global_step + 1)
                 raise
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +98,7 @@ class SafeTrainer(WholeBatchesTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         found = super().evaluation_loop(*args, **kwargs)
-        end_passes(self.model)
+        reset_pending_forward_(self.model)
         return found
 
     def _hear(self) -> None:
@@ -120,7 +120,7 @@ class SafeTrainer(WholeBatchesTrainer):
 
     def save_progress(self, folder: Path) -> None:
         """Called by every process, before the weights are saved."""
-        write_text(folder / f"progress_{self.args.process_index}.json", without_secrets(json.dumps(self.progress())))
+        write_text(folder / f"progress_{self.args.process_index}.json", redact(json.dumps(self.progress())))
 
     def load_progress(self, folder: Path) -> None:
         """Called by every process as training begins, with the checkpoint that it goes on from."""
@@ -143,14 +143,14 @@ class SafeTrainer(WholeBatchesTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)
-        return str(Path(run) / STAGING) if self._staging else str(run)
+        return str(Path(run) / STAGING_FOLDER) if self._staging else str(run)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, run = self.state.global_step, Path(self._get_output_dir(trial))
-        staged, place = run / STAGING / f"checkpoint-{step}", run / f"checkpoint-{step}"
+        staged, place = run / STAGING_FOLDER / f"checkpoint-{step}", run / f"checkpoint-{step}"
         self.require_finite_weights()
         if self.args.should_save:
-            shutil.rmtree(run / STAGING, ignore_errors=True)
+            shutil.rmtree(run / STAGING_FOLDER, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._staging = True
         try:
@@ -159,11 +159,11 @@ class SafeTrainer(WholeBatchesTrainer):
             self.accelerator.wait_for_everyone()
             self._name_best(run)
             if self.args.should_save:
-                self.state.save_to_json(str(staged / STATE))
+                self.state.save_to_json(str(staged / STATE_FILE))
                 (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
                 publish(staged, place)
         except (OSError, RuntimeError, SafetensorError) as error:
-            say_if_full(error, run, step)
+            raise_if_disk_full(error, run, step)
             raise
         finally:
             self._staging = False
@@ -175,7 +175,7 @@ class SafeTrainer(WholeBatchesTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer's, which is given a tied weight twice where weights are cut apart."""
-        super()._save(output_dir, state_dict and tied_again(self.model, state_dict))
+        super()._save(output_dir, state_dict and restore_ties_(self.model, state_dict))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, but not beside a checkpoint, where TRL writes one: in a folder with nothing else of a run in it yet,
@@ -266,7 +266,7 @@ class SafeTrainer(WholeBatchesTrainer):
 
     def _refuse(self, step: int, what: str) -> None:
         raise UserError(
-            f"step {step}: {what}, and nothing of it is saved{last_of(self.args.output_dir)}; lower "
+            f"step {step}: {what}, and nothing of it is saved{last_checkpoint_note(self.args.output_dir)}; lower "
             "learning_rate or max_grad_norm, or look for the rows that it comes from"
         )
 
@@ -299,4 +299,4 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._agreed_to_end:
-            raise Terminated(f"ended by SIGTERM; saved at step {state.global_step}: go on with --resume auto")
+            raise StoppedBySignal(f"ended by SIGTERM; saved at step {state.global_step}: go on with --resume auto")

@@ -11,7 +11,7 @@ from rlhf_recipes.core.files import write_text
 from rlhf_recipes.ppo.config import PPOConfig
 
 
-class UpdateEnd(TrainerCallback):
+class UpdateBoundaries(TrainerCallback):
     """Calls `began` when training begins and `ended` after the last optimizer step of each update.
 
     The first and the last update are always logged.
@@ -35,7 +35,7 @@ class UpdateEnd(TrainerCallback):
         control.should_log |= control.should_training_stop  # as another callback wished after the step was logged
 
 
-class UpdateLine(ProgressCallback):
+class UpdateProgress(ProgressCallback):
     """Trainer's progress bar, with one short line an update in place of all that is logged."""
 
     SHOWN = {

@@ -107,7 +107,7 @@ HINTS = [
 ]
 
 
-def over_optimised(history: History, watched: Collection[str] | None = None) -> str | None:
+def overoptimized_reward(history: History, watched: Collection[str] | None = None) -> str | None:
     """A reward that is only watched (weight 0; None: any) and falls while the score rises; its name in the log."""
     names = [name for name in history[-1] if name.startswith("rewards/")]
     if watched is not None:
@@ -149,7 +149,7 @@ class Hints(TrainerCallback):
         """Name and text of what has gone out of range since the last time it was asked."""
         off = {hint.name: hint.text.format_map(self.history[-1]) for hint in HINTS if hint.off(self.history)}
         watched = None if self.watched is None else self.watched()
-        falling = over_optimised(self.history, watched)
+        falling = overoptimized_reward(self.history, watched)
         if falling is not None:
             off["over-optimisation"] = (
                 f"the score rises while {falling} falls: the policy learns what the judge likes, not what is better; stop "

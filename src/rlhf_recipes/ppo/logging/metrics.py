@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from rlhf_recipes.core.tensors import Reduce, Tally, alone
+from rlhf_recipes.core.tensors import MaskedMeans, Reduce, identity
 
 
-class UpdateLog:
+class UpdateMetrics:
     """The metrics of each update: what its rollout showed, joined with what its optimizer steps showed."""
 
     def __init__(self, episodes: int) -> None:
         self.episodes = episodes  # of all processes in one update
-        self.steps = Tally()  # what the optimizer steps since the rollout add to
+        self.steps = MaskedMeans()  # what the optimizer steps since the rollout add to
         self._rollout: dict[str, float] = {}
         self._ended: list[dict[str, float]] = []
         self._started = time.perf_counter()
@@ -24,7 +24,7 @@ class UpdateLog:
         """A rollout was collected; rollout: its metrics, ``time/rollout`` in seconds among them."""
         self._rollout, self._started = dict(rollout), time.perf_counter()
 
-    def end(self, reduce: Reduce = alone) -> dict[str, float]:
+    def end(self, reduce: Reduce = identity) -> dict[str, float]:
         """The optimizer steps on that rollout are done. Returns the metrics of the update."""
         means = self.steps.means(reduce)
         if means:
@@ -50,7 +50,7 @@ class UpdateLog:
         return {"steps": self.steps.state(), "rollout": self._rollout, "ended": self._ended}
 
     def restore(self, states: Sequence[Mapping[str, Any]], device: torch.device, counts: bool = True) -> None:
-        """states: of one process or of several, whose steps are added up (see `Tally.restore`)."""
+        """states: of one process or of several, whose steps are added up (see `MaskedMeans.restore`)."""
         self.steps.restore([state["steps"] for state in states], device, counts)
         self._rollout, self._ended = dict(states[0]["rollout"]), list(states[0]["ended"])
         self._started = time.perf_counter()

@@ -8,10 +8,10 @@ from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.models import has_adapter, is_quantized, prepare_for_lora
 from rlhf_recipes.ppo.config import PPOConfig
 
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin LoRA, see peft's LoraConfig
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin LoRA, see peft's LoraConfig
 
 
-def with_adapter(model: Any, peft_config: Any, args: PPOConfig) -> Any:
+def build_trainable_policy(model: Any, peft_config: Any, args: PPOConfig) -> Any:
     """The policy as it is trained: with a new adapter on it, with the one it arrived with, or as it is."""
     if peft_config is not None:
         from peft import get_peft_model
@@ -26,7 +26,7 @@ def with_adapter(model: Any, peft_config: Any, args: PPOConfig) -> Any:
     if is_quantized(base_model(model)) and not has_adapter(model):
         raise UserError("a policy in 4 or 8 bits cannot be trained itself; pass peft_config to train an adapter on it")
     if args.model_adapter_name is not None and has_adapter(model):
-        model.set_adapter(known_adapter(model, args.model_adapter_name))
+        model.set_adapter(require_adapter(model, args.model_adapter_name))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the policy has nothing that trains; read its adapter with is_trainable=True, or unfreeze it")
     return _beside_its_base(model) if has_adapter(model) else model
@@ -43,7 +43,7 @@ def within(peft_config: Any, model: Any, args: PPOConfig) -> Any:
 def _leaving_the_base(peft_config: Any) -> Any:
     """A config of a new adapter that begins without changing the base, which is the reference's and the value's as well."""
     begins = getattr(peft_config, "init_lora_weights", True)
-    if isinstance(begins, str) and begins.lower().startswith(BASE_CHANGING):
+    if isinstance(begins, str) and begins.lower().startswith(BASE_CHANGING_INITS):
         raise UserError(
             f"init_lora_weights={begins!r} changes the base, which is the reference and carries the value's adapter; take "
             "True, 'gaussian' or 'orthogonal'"
@@ -64,7 +64,7 @@ def _beside_its_base(model: Any) -> Any:
     return model
 
 
-def known_adapter(model: Any, name: str) -> str:
+def require_adapter(model: Any, name: str) -> str:
     if name not in model.peft_config:
         raise UserError(f"the policy has no adapter {name}; it has {', '.join(model.peft_config)}")
     return name

@@ -24,33 +24,33 @@ from rlhf_recipes.models import (
     load_tokenizer,
     use_adapter,
 )
-from rlhf_recipes.optimizations import UpperLayers, check_upper_layers, quicken
+from rlhf_recipes.optimizations import UpperLayers, check_layer_count, fuse_kernels_
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.roles.adapter import known_adapter
-from rlhf_recipes.ppo.roles.shared_base import RidingJudge, rides_on
+from rlhf_recipes.ppo.roles.adapter import require_adapter
+from rlhf_recipes.ppo.roles.shared_base import SharedBaseRewardModel, shares_base
 from rlhf_recipes.ppo.roles.value import PolicyAndValue, ValueHead, check_head
 from rlhf_recipes.scoring import ModelReward, Reward, load_reward
-from rlhf_recipes.system import cast_like_engine_, load_unsharded, refuse_eight_bits_cut
+from rlhf_recipes.system import cast_like_engine_, load_unsharded, refuse_sharded_8bit
 
 
 @load_unsharded()
-def loaded_policy(
+def load_policy(
     model: nn.Module | str, tokenizer: Any, quantization: Any, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
     """The policy and its tokenizer, read from the folder or Hub id where a name is given."""
-    refuse_part("policy", model)
+    refuse_sharded("policy", model)
     if not isinstance(model, str):
         if quantization is not None:
             raise UserError("quantization_config is for a policy given by its name; load yours with it instead")
         return model, tokenizer
     if getattr(quantization, "load_in_8bit", False):
-        refuse_eight_bits_cut()
+        refuse_sharded_8bit()
     code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     reads = code if quantization is None else code | {"quantization_config": quantization}
     return load_causal_lm(model, **reads), tokenizer or load_tokenizer(model, **code)
 
 
-def checked_prompts(
+def check_prompts(
     config: Any, tokenizer: Any, train_dataset: Any, eval_dataset: Any, args: PPOConfig, needed: bool = True
 ) -> tuple[Prompts | None, Any]:
     """The training and the held-out prompts, if the policy (its config and tokenizer) can answer every one of them.
@@ -65,7 +65,7 @@ def checked_prompts(
                 f"the policy bends its logits ({name}), which PPOTrainer would leave out; take another model"
             )
     if args.num_layers_unfrozen is not None:
-        check_upper_layers(args.num_layers_unfrozen, config.get_text_config().num_hidden_layers)
+        check_layer_count(args.num_layers_unfrozen, config.get_text_config().num_hidden_layers)
     if tokenizer.eos_token_id is None:
         raise UserError("the policy's tokenizer has no EOS token, so no answer could end; set tokenizer.eos_token")
     train = None
@@ -76,17 +76,17 @@ def checked_prompts(
                 f"train_dataset has {len(train)} prompts, fewer than the {args.episodes_per_update} episodes of one "
                 "update (per_device_train_batch_size x gradient_accumulation_steps x processes); lower the batch"
             )
-    return train, None if eval_dataset is None else held_out_prompts(config, tokenizer, eval_dataset, args)
+    return train, None if eval_dataset is None else evaluation_prompts(config, tokenizer, eval_dataset, args)
 
 
-def held_out_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig) -> Any:
+def evaluation_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig) -> Any:
     """`Prompts`, or a dict of them for a dict of datasets."""
     if isinstance(dataset, dict):
-        return {name: held_out_prompts(config, tokenizer, each, args) for name, each in dataset.items()}
+        return {name: evaluation_prompts(config, tokenizer, each, args) for name, each in dataset.items()}
     return Prompts(dataset, tokenizer, context_length(config), args.response_length, "eval_dataset")
 
 
-def refuse_part(role: str, model: Any) -> None:
+def refuse_sharded(role: str, model: Any) -> None:
     """Raises UserError, if a model was cut apart as it was loaded."""
     if isinstance(model, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
@@ -95,9 +95,9 @@ def refuse_part(role: str, model: Any) -> None:
         )
 
 
-def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
+def build_policy_and_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
     """Policy and value in one module; where the policy has an adapter, the value may have one on the same base."""
-    refuse_part("value_model", value_model)
+    refuse_sharded("value_model", value_model)
     _check_vocabulary("value_model", value_model, policy)
     if value_model is not None and is_quantized(base_model(value_model)) and not has_adapter(value_model):
         raise UserError("a value model in 4 or 8 bits cannot be trained itself; put an adapter on it (get_peft_model)")
@@ -111,7 +111,7 @@ def with_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> P
     adapter = copy_adapter(policy, VALUE_ADAPTER, trainable=True) if own else None
     both = PolicyAndValue(policy, value_model, adapter, args.num_layers_unfrozen)
     if not isinstance(both.value_model, ValueHead):
-        quicken(both.value_model, args.device)
+        fuse_kernels_(both.value_model, args.device)
     return both
 
 
@@ -135,7 +135,7 @@ class Reference:
                 yield self.module
 
 
-def the_reference(model: PolicyAndValue, arrived: bool, ref_model: Any, args: PPOConfig) -> Reference:
+def build_reference(model: PolicyAndValue, arrived: bool, ref_model: Any, args: PPOConfig) -> Reference:
     """The reference of a policy, before anything trains. arrived: the policy came with the adapter that trains.
 
     Without `ref_model` it is the policy as it is now: a copy (of the layers that learn), its base where the adapter is
@@ -146,16 +146,16 @@ def the_reference(model: PolicyAndValue, arrived: bool, ref_model: Any, args: PP
         raise UserError(
             "ref_model is the policy itself, and would move with it; pass a copy, or None to have one made"
         )
-    refuse_part("ref_model", ref_model)
+    refuse_sharded("ref_model", ref_model)
     _check_vocabulary("ref_model", ref_model, policy)
     if ref_model is not None:
-        return Reference(_still(quicken(ref_model, args.device), args))
+        return Reference(_frozen(fuse_kernels_(ref_model, args.device), args))
     if not has_adapter(policy):
         if isinstance(model.upper, UpperLayers):
-            return Reference(_still(model.upper.frozen_copy(), args))
-        return Reference(_still(copy.deepcopy(policy), args))
+            return Reference(_frozen(model.upper.frozen_copy(), args))
+        return Reference(_frozen(copy.deepcopy(policy), args))
     if args.ref_adapter_name is not None:
-        name = known_adapter(policy, args.ref_adapter_name)
+        name = require_adapter(policy, args.ref_adapter_name)
         if name == policy.active_adapter:
             raise UserError(
                 f"ref_adapter_name is {name}, the adapter that is trained, and would move with it; leave it out, and the "
@@ -168,8 +168,8 @@ def the_reference(model: PolicyAndValue, arrived: bool, ref_model: Any, args: PP
     return Reference(model.upper, policy, twin)
 
 
-def _still(module: nn.Module, args: PPOConfig) -> nn.Module:
-    without_dropout(module)
+def _frozen(module: nn.Module, args: PPOConfig) -> nn.Module:
+    disable_dropout_(module)
     cast_like_engine_(module, args)  # as the policy, or they would differ before it has learnt anything
     return module.requires_grad_(False).eval().to(args.device)
 
@@ -196,12 +196,12 @@ def load_rewards(
         )
     batch = args.local_rollout_forward_batch_size
     for index, source in enumerate(sources):
-        refuse_part("judge", source)
+        refuse_sharded("judge", source)
         if own[index] is None:
             _check_vocabulary("judge", source, policy)
-        if isinstance(source, str) and rides_on(source, policy):
+        if isinstance(source, str) and shares_base(source, policy):
             sources[index], own[index] = (
-                RidingJudge(policy, source, f"ppo_judge_{index}"),
+                SharedBaseRewardModel(policy, source, f"ppo_judge_{index}"),
                 own[index] or load_tokenizer(source),
             )
     rewards = [
@@ -210,7 +210,7 @@ def load_rewards(
     ]
     for reward in rewards:
         if isinstance(reward, ModelReward):
-            quicken(reward.model, args.device)
+            fuse_kernels_(reward.model, args.device)
             if args.normalize_rewards:
                 reward.normalize()
     for index, reward in enumerate(rewards):
@@ -233,14 +233,14 @@ def _check_vocabulary(role: str, model: Any, policy: Any) -> None:
         )
 
 
-def watched_names(rewards: Sequence[Reward], weights: Sequence[float] | None) -> list[str]:
+def unweighted_reward_names(rewards: Sequence[Reward], weights: Sequence[float] | None) -> list[str]:
     """Names of the rewards that are logged and not learnt from."""
     return [
         reward.name for reward, weight in zip(rewards, weights or [1.0] * len(rewards), strict=True) if weight == 0
     ]
 
 
-def chosen_sampling(model: nn.Module, tokenizer: Any, args: PPOConfig) -> Sampling:
+def build_sampling(model: nn.Module, tokenizer: Any, args: PPOConfig) -> Sampling:
     """How answers are drawn, and at which tokens they stop."""
     stops = (int(tokenizer.eos_token_id),) if args.stop_token == "eos" else stop_ids(base_model(model), tokenizer)
     if args.stop_token_id is not None:
@@ -249,7 +249,7 @@ def chosen_sampling(model: nn.Module, tokenizer: Any, args: PPOConfig) -> Sampli
     return Sampling(args.response_length, args.temperature, stop_ids=stops, **given)
 
 
-def without_dropout(module: nn.Module | None) -> None:
+def disable_dropout_(module: nn.Module | None) -> None:
     """With dropout the update's probabilities would not be the rollout's, and the ratio would start off 1."""
     for part in module.modules() if module is not None else ():
         if isinstance(part, nn.modules.dropout._DropoutNd):

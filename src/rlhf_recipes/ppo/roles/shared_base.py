@@ -14,7 +14,7 @@ from rlhf_recipes.core.unwrapping import base_model, trunk_of
 from rlhf_recipes.models import add_adapter_from, has_adapter, is_adapter, load_config, use_adapter
 
 
-def rides_on(judge: str, policy: Any) -> bool:
+def shares_base(judge: str, policy: Any) -> bool:
     """Whether a judge's folder is an adapter on the base that the policy has an adapter on."""
     if not is_adapter(judge) or not has_adapter(policy):
         return False
@@ -45,7 +45,7 @@ def _as_saved(policy: Any, path: Path) -> bool:
     return True
 
 
-class RidingJudge(nn.Module):
+class SharedBaseRewardModel(nn.Module):
     """A sequence classifier made of the policy's base, an adapter of its own on it, and a head.
 
     Only the head belongs to this module; the policy keeps base and adapter.

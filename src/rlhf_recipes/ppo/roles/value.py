@@ -21,13 +21,13 @@ from rlhf_recipes.models import (
 from rlhf_recipes.optimizations import (
     ATTENTION,
     UpperLayers,
-    freeze_below,
-    in_whole_tiles,
+    freeze_lower_layers_,
+    hidden_states_at,
+    hidden_states_of,
     lower_layers,
-    states_at,
-    states_of,
+    pad_to_tile,
 )
-from rlhf_recipes.system import is_sharded, load_whole_state, whole_state
+from rlhf_recipes.system import full_state_dict, is_sharded, load_full_state_dict
 
 
 class TokenOutputs(NamedTuple):
@@ -51,7 +51,7 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (..., hidden_size) -> (...)."""
-        return in_own_precision(self.score, hidden)
+        return head_in_own_precision(self.score, hidden)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class PolicyAndValue(nn.Module):
         )
         lower, upper = None, policy
         if upper_layers is not None:
-            freeze_below(policy, upper_layers)
+            freeze_lower_layers_(policy, upper_layers)
             lower, upper = lower_layers(policy, upper_layers), UpperLayers(policy, upper_layers)
         self._no_split_modules = base_model(policy)._no_split_modules  # what FSDP asks for
         # Views of the policy's own modules, which it alone saves and moves: so they are not registered here.
@@ -124,12 +124,12 @@ class PolicyAndValue(nn.Module):
             values = self.value_model(hidden)
         else:
             states = response_states(self.value_model, *episodes)
-            values = in_own_precision(self.value_model.score, states)
+            values = head_in_own_precision(self.value_model.score, states)
         return TokenOutputs(log_probs, entropies, scatter(values, response_mask))
 
     def read_lower(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor]:
         """What the layers that stand still leave: (batch, width, hidden_size), in a tuple."""
-        return (states_of(self.lower, attention_mask, input_ids=input_ids),)
+        return (hidden_states_of(self.lower, attention_mask, input_ids=input_ids),)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass; what Trainer calls for ``gradient_checkpointing``."""
@@ -171,7 +171,7 @@ class PolicyAndValue(nn.Module):
             if self.value_adapter is not None:
                 state |= _saved("policy.", self.policy, beside, self.value_adapter)
             state |= _saved("value_model.", self.value_model, beside, None)
-            load_whole_state(self, whole_state(self) | state)
+            load_full_state_dict(self, full_state_dict(self) | state)
             return
         _read_back(self.policy, Path(folder), self.policy_adapter)
         if self.value_adapter is not None:
@@ -183,7 +183,7 @@ class PolicyAndValue(nn.Module):
             _read_back(self.value_model, beside, own)
 
 
-def in_own_precision(score: Any, hidden: Tensor) -> Tensor:
+def head_in_own_precision(score: Any, hidden: Tensor) -> Tensor:
     """(..., hidden_size) -> (...) in float32. Autocast would round values, whose differences are what counts."""
     with torch.autocast(hidden.device.type, enabled=False):
         return score(hidden.to(score.weight.dtype)).squeeze(-1).float()
@@ -237,8 +237,8 @@ def response_states(
     """
     columns = answer_columns(attention_mask, response_mask, first=-1)
     if isinstance(model, UpperLayers) and lower_states is not None:
-        return states_at(model.trunk, columns, attention_mask, inputs_embeds=lower_states)
-    return states_at(trunk_of(model), columns, attention_mask, input_ids=input_ids)
+        return hidden_states_at(model.trunk, columns, attention_mask, inputs_embeds=lower_states)
+    return hidden_states_at(trunk_of(model), columns, attention_mask, input_ids=input_ids)
 
 
 def answer_columns(attention_mask: Tensor, response_mask: Tensor, first: int = 0) -> Tensor:
@@ -261,8 +261,8 @@ def policy_outputs(
     hidden = response_states(policy, input_ids, attention_mask, response_mask, lower_states)
     head = policy.head if isinstance(policy, UpperLayers) else base_model(policy).get_output_embeddings()
     chosen = input_ids[answer_columns(attention_mask, response_mask)]
-    logits = head(in_whole_tiles(hidden))
-    both = log_probs_and_entropies(logits, in_whole_tiles(chosen), temperature)
+    logits = head(pad_to_tile(hidden))
+    both = log_probs_and_entropies(logits, pad_to_tile(chosen), temperature)
     log_probs, entropies = (each[: len(chosen)] for each in both)
     entropies = entropies if entropy_gradient else entropies.detach()
     return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)

@@ -7,22 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_recipes.core.tensors import Reduce, Tally, length_batches
+from rlhf_recipes.core.tensors import MaskedMeans, Reduce, batches_by_length
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.generation import Completions
 from rlhf_recipes.models import context_length
-from rlhf_recipes.optimizations import TILE, casts_kept, steady_attention
+from rlhf_recipes.optimizations import TILE, cached_casts, without_cudnn_attention
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.roles.build import Reference
 from rlhf_recipes.ppo.roles.value import PolicyAndValue, ValueHead, policy_outputs
 from rlhf_recipes.ppo.rollout.rewards import KLCoefficient, ScoreScale
 from rlhf_recipes.ppo.rollout.rollout import RewardShape, Rollout, finish_rollout, in_batches, pack_episodes
-from rlhf_recipes.ppo.rollout.value_prior import JudgePrior
+from rlhf_recipes.ppo.rollout.value_prior import ValuePrior
 from rlhf_recipes.scoring import Scores
-from rlhf_recipes.system import tokens_at_once, whole_weights
+from rlhf_recipes.system import tokens_per_forward, unsharded_weights
 
 
-class Experience:
+class RolloutCollector:
     """Makes rollouts, and owns what of them may move: the KL coefficient, the scores' scale and the value's prior."""
 
     def __init__(
@@ -37,14 +37,14 @@ class Experience:
         # In bfloat16 rows of another width may round otherwise, but for whole tiles; these must fit the context.
         low = args.bf16 or next(model.policy.parameters()).dtype == torch.bfloat16
         fits = (context_length(base_model(model.policy).config) or TILE) % TILE == 0
-        self.multiple, self.at_once = TILE if low and fits else 1, tokens_at_once(args.device, low)
+        self.multiple, self.at_once = TILE if low and fits else 1, tokens_per_forward(args.device, low)
         self.kl_coef = KLCoefficient(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
         held = args.reward_clip_range
         self.scale = ScoreScale(
             args.use_score_scaling, args.use_score_norm, None if held is None else (held[0], held[1])
         )
         starts = args.value_prior and isinstance(model.value_model, ValueHead)
-        self.prior = JudgePrior(rewards, args.reward_weights, on=starts)
+        self.prior = ValuePrior(rewards, args.reward_weights, on=starts)
 
     def rollout(
         self,
@@ -62,9 +62,9 @@ class Experience:
         device = self.args.device
         episodes = {name: tensor.to(device) for name, tensor in pack_episodes(queries, completions.ids).items()}
         mask = episodes["response_mask"]
-        with whole_weights(self.model, self.accelerator):
+        with unsharded_weights(self.model, self.accelerator):
             log_probs, reference_log_probs, values = self._read_by_each(episodes)
-        totals, token_totals = added_up(scores, weights, mask)
+        totals, token_totals = sum_rewards(scores, weights, mask)
         totals = self.scale(totals, reduce, learn)
         readings = self.prior.readings(mask) if learn else None
         self.prior.forget()  # the next episodes may be the caller's own
@@ -102,11 +102,11 @@ class Experience:
         """
         args, lengths = self.args, attention_mask.sum(1).tolist()
         if args.num_mini_batches > 1 or args.device.type != "cpu":
-            return length_batches(lengths, args.local_rollout_forward_batch_size, self.at_once)
+            return batches_by_length(lengths, args.local_rollout_forward_batch_size, self.at_once)
         pieces = []
         order = torch.tensor(lengths).argsort(stable=True)
         for rows in order.split(args.per_device_train_batch_size):
-            inner = length_batches([lengths[row] for row in rows], len(rows), self.at_once)
+            inner = batches_by_length([lengths[row] for row in rows], len(rows), self.at_once)
             pieces += [rows[batch].tolist() for batch in inner]
         return pieces
 
@@ -115,13 +115,15 @@ class Experience:
     ) -> list[Tensor]:
         """In eval mode and in the precision that trains. module: whose weights `ask` uses, if not the model's."""
         self.model.eval()
-        with casts_kept(module or self.model), self.accelerator.autocast(), steady_attention():
+        with cached_casts(module or self.model), self.accelerator.autocast(), without_cudnn_attention():
             return in_batches(ask, episodes, batches, self.multiple)
 
     def metrics(self, rollout: Rollout, scores: Mapping[str, Scores], reduce: Reduce) -> dict[str, float]:
         """Means over the episodes of all processes."""
-        tally, device = Tally(), rollout.scores.device
-        rewards = {f"rewards/{name}": torch.tensor(of_answers(each), device=device) for name, each in scores.items()}
+        tally, device = MaskedMeans(), rollout.scores.device
+        rewards = {
+            f"rewards/{name}": torch.tensor(answer_scores(each), device=device) for name, each in scores.items()
+        }
         tally.add(rollout.episode_metrics(self.kl_coef.value) | rewards, torch.ones_like(rollout.stopped))
         return tally.means(reduce) | {"objective/kl_coef": self.kl_coef.value}
 
@@ -134,7 +136,7 @@ class Experience:
         self.prior.sums = torch.tensor(state["prior"], dtype=torch.float64)
 
 
-def added_up(
+def sum_rewards(
     scores: Mapping[str, Scores], weights: Sequence[float] | None, mask: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The weighted sum of all rewards: of whole answers (batch,), and of single tokens (batch, tokens) if there are any."""
@@ -152,6 +154,6 @@ def added_up(
     return totals, token_totals if single else None
 
 
-def of_answers(values: Scores) -> list[float]:
+def answer_scores(values: Scores) -> list[float]:
     """One number an answer: its score, or the sum of its tokens'."""
     return [sum(value) if isinstance(value, list) else value for value in values]

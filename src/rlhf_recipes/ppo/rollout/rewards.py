@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rlhf_recipes.core.tensors import Reduce, alone
+from rlhf_recipes.core.tensors import Reduce, identity
 
 
 def kl_estimates(log_probs: Tensor, reference_log_probs: Tensor, estimator: str = "k1") -> Tensor:
@@ -67,7 +67,7 @@ class ScoreScale:
         self.scale, self.shift, self.held = scale, shift, held
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0  # squares: sum of squared distances from the mean
 
-    def __call__(self, scores: Tensor, reduce: Reduce = alone, learn: bool = True) -> Tensor:
+    def __call__(self, scores: Tensor, reduce: Reduce = identity, learn: bool = True) -> Tensor:
         """scores: (batch,) of this process. learn: take the scores of all processes into account, before scaling."""
         if self.scale and learn:
             self._learn(scores.double(), reduce)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_recipes.core.tensors import Reduce, alone, length_mask, masked_mean, masked_whiten, pad
+from rlhf_recipes.core.tensors import Reduce, identity, length_mask, masked_mean, masked_whiten, pad
 from rlhf_recipes.generation import Completions
 from rlhf_recipes.optimizations import TILE
 from rlhf_recipes.ppo.rollout.advantages import generalized_advantages
@@ -70,7 +70,7 @@ class Rollout:
             "completions/eos_share": self.stopped.float(),
         }
 
-    def explained_variance(self, reduce: Reduce = alone) -> float:
+    def explained_variance(self, reduce: Reduce = identity) -> float:
         """Share of the returns' variance that the values foresaw, over the tokens of all processes; 1 is perfect."""
         mask = self.response_mask
         spread = masked_mean((self.returns - masked_mean(self.returns, mask, reduce)) ** 2, mask, reduce)
@@ -142,7 +142,7 @@ def pack_episodes(
     return {"input_ids": input_ids, "attention_mask": attention_mask.long(), "response_mask": response_mask}
 
 
-def narrowed(episodes: dict[str, Tensor], multiple: int = 1) -> dict[str, Tensor]:
+def trim_padding(episodes: dict[str, Tensor], multiple: int = 1) -> dict[str, Tensor]:
     """Episodes without the columns that are padding in all of them, but for what fills the width up to a multiple."""
     width = -(-int(episodes["attention_mask"].sum(1).max()) // multiple) * multiple
     tokens = int(episodes["response_mask"].sum(1).max())
@@ -156,12 +156,12 @@ def in_batches(
 ) -> list[Tensor]:
     """`ask` over the episodes, batch by batch, without gradient; its outputs, put together.
 
-    batches: row numbers, each row in one of them; multiple: see `narrowed`. Outputs are (rows, tokens) of the answers,
+    batches: row numbers, each row in one of them; multiple: see `trim_padding`. Outputs are (rows, tokens) of the answers,
     or (rows, width, ...).
     """
     whole: list[Tensor] = []
     for rows in batches:
-        outputs = ask(**narrowed({name: tensor[rows] for name, tensor in episodes.items()}, multiple))
+        outputs = ask(**trim_padding({name: tensor[rows] for name, tensor in episodes.items()}, multiple))
         if not whole:
             shapes = [episodes["response_mask" if output.dim() == 2 else "input_ids"].shape for output in outputs]
             whole = [each.new_zeros(*shape, *each.shape[2:]) for each, shape in zip(outputs, shapes, strict=True)]
@@ -178,7 +178,7 @@ def finish_rollout(
     reference_log_probs: Tensor,
     values: Tensor,
     shape: RewardShape,
-    reduce: Reduce = alone,
+    reduce: Reduce = identity,
     token_scores: Tensor | None = None,
 ) -> Rollout:
     """Shape rewards, estimate advantages, whiten them over the episodes of all processes, and put it all together.

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_recipes.core.tensors import Reduce, masked_sum
 
 
-class JudgePrior:
+class ValuePrior:
     """rewards: those whose readings count, with `weights` (1 each if None)."""
 
     def __init__(self, rewards: Sequence[Any], weights: Sequence[float] | None, on: bool) -> None:

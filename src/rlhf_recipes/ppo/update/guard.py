@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes.core.tensors import Reduce, Tally
+from rlhf_recipes.core.tensors import MaskedMeans, Reduce
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.roles.value import PolicyAndValue
 
@@ -28,7 +28,7 @@ class StepGuard:
     def __init__(self, model: PolicyAndValue, args: PPOConfig) -> None:
         self.model, self.args = model, args
         self.skipped, self.over = 0, False
-        self._finite, self._kl = True, Tally()
+        self._finite, self._kl = True, MaskedMeans()
 
     def saw(self, loss: Tensor) -> None:
         """The loss of a micro-batch."""
@@ -39,7 +39,7 @@ class StepGuard:
         if self.args.target_kl is not None:
             self._kl.add({"kl": approximate_kl}, mask)
 
-    def judge(self, step: int, reduce: Reduce, device: torch.device) -> bool:
+    def decide(self, step: int, reduce: Reduce, device: torch.device) -> bool:
         """Drop the gradients that must not be used; returns whether any may be. step: optimizer steps taken before."""
         broken = reduce(torch.tensor(float(not self._finite), device=device)) > 0
         divergence, self._finite = self._kl.means(reduce).get("kl", 0.0), True

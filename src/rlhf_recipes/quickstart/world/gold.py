@@ -53,10 +53,10 @@ def gold_score(
     Prompts and completions are strings or lists of `{"role", "content"}` messages; `answer` is the true value of each
     row. Further columns are accepted and ignored.
     """
-    return [verdict.score for verdict in judge_details(prompts, completions, answer=answer, **columns)]
+    return [verdict.score for verdict in gold_verdicts(prompts, completions, answer=answer, **columns)]
 
 
-def judge_details(
+def gold_verdicts(
     prompts: Sequence[Text], completions: Sequence[Text], *, answer: Sequence[str], **columns: Any
 ) -> list[Verdict]:
     """Why each completion scores as it does: its right, polite and concise parts, judged each on its own."""
