@@ -8,7 +8,7 @@ In GB (10^9 bytes) a GPU. Not measured: docs/memory.md is, for GPT-2 on one CPU.
   these over the GPUs, data parallelism does not;
 - the forward and backward pass run in bfloat16, of whose weights a copy is held: 2 bytes a parameter, whole while answers
   are generated;
-- the reference and the judge stand still in bfloat16, 2 bytes a parameter; with LoRA the reference is the base itself;
+- the reference and the reward model stand still in bfloat16, 2 bytes a parameter; with LoRA the reference is the base itself;
 - a LoRA of rank 16 on every projection trains 1% of the parameters; a 4-bit base takes 0.56 bytes a parameter (NF4, blocks
   of 64, double quantization), embeddings in bfloat16;
 - activations of a micro-batch of 8 rows of 512 tokens: 34 bytes a token, hidden unit and layer (Korthikanti et al. 2022,
@@ -42,12 +42,12 @@ def gigabytes(shape: Shape, mode: str, gpus: int) -> float:
     """Of one GPU."""
     count, tokens = shape.parameters, 8 * 512
     cut = gpus if "FSDP2" in mode else 1
-    judge = 2 * count
+    reward_model = 2 * count
     if mode.startswith("full"):
-        weights = 16 * count / cut + 2 * count + 2 * count + judge  # trained, their copy, the reference
+        weights = 16 * count / cut + 2 * count + 2 * count + reward_model  # trained, their copy, the reference
     else:
         base = 0.56 * (count - shape.embeddings) + 2 * shape.embeddings if "4 bits" in mode else 2 * count
-        weights = base + 16 * 0.01 * count + (base if "4 bits" in mode else judge)
+        weights = base + 16 * 0.01 * count + (base if "4 bits" in mode else reward_model)
     activations = (2 if shape.parameters > 1e9 else 34) * tokens * shape.hidden * shape.layers
     cache = 4 * 64 * 512 * shape.hidden * shape.layers
     return (weights + max(activations, cache)) / GB  # a rollout and an update are not at the same time

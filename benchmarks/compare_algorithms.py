@@ -1,8 +1,8 @@
-"""PPO, DPO and RLOO from one fine-tuned model, towards one judge of one world, and what gold says of each.
+"""PPO, DPO and RLOO from one fine-tuned model, towards one reward model of one world, and what gold says of each.
 
     python benchmarks/compare_algorithms.py runs/quickstart --output_dir runs/comparison --seeds 0 1 2
 
-In      a finished quickstart's folder: its world, its fine-tuned model, its judge
+In      a finished quickstart's folder: its world, its fine-tuned model, its reward model
 Out     comparison.md (a table: the mean over seeds and the value of each), comparison.json (the same and more),
         and beside them each model's folder, its log, and its evaluation
 
@@ -37,7 +37,7 @@ START = "sft"
 # what is shown: name -> (heading, format)
 COLUMNS = {
     "gold_score": ("gold", ".3f"),
-    "reward_score": ("judge", ".2f"),
+    "reward_score": ("reward_model", ".2f"),
     "kl": ("KL (nats an answer)", ".2f"),
     "length": ("length (tokens)", ".1f"),
     "eos_share": ("ended by EOS", ".1%"),
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def training_flags(run: Path, algorithm: str, folder: Path, seed: int) -> list[str]:
-    """What an algorithm is launched with: its YAML, and where this run's model, data and judge lie."""
+    """What an algorithm is launched with: its YAML, and where this run's model, data and reward model lie."""
     rows = "preferences" if algorithm == "dpo" else "prompts"
     flags = ["--config", str(CONFIGS / f"{algorithm}.yaml"), "--model_name_or_path", f"{run}/{START}"]
     flags += ["--dataset_name", f"{run}/world/{rows}"]
@@ -80,7 +80,7 @@ def evaluation_flags(run: Path, model: Path, folder: Path, num_prompts: int) -> 
     """The same prompts and random numbers for every model, sampled as ppo and rloo sample."""
     flags = ["--config", str(CONFIGS / "eval.yaml"), "--models", str(model), "--reference", f"{run}/{START}"]
     flags += ["--dataset_name", f"{run}/world/prompts", "--text_dataset_name", f"{run}/world/corpus"]
-    return [*flags, "--judge", f"{run}/reward", "--num_prompts", str(num_prompts), "--output_dir", str(folder)]
+    return [*flags, "--reward_model", f"{run}/reward", "--num_prompts", str(num_prompts), "--output_dir", str(folder)]
 
 
 def _trained_and_evaluated(asked: argparse.Namespace, algorithm: str, seed: int) -> dict[str, Any]:
@@ -125,13 +125,13 @@ def _timed(words: list[str], log: Path) -> dict[str, Any]:
 
 
 def _write(asked: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
-    judge = _read(asked.run / "reward" / "metrics.json")
+    reward_model = _read(asked.run / "reward" / "metrics.json")
     facts = {
         "run": str(asked.run),
         "seeds": asked.seeds,
         "prompts": asked.num_prompts,
-        "judge_seconds": judge.get("seconds"),
-        "reward_accuracy": judge.get("reward_accuracy"),
+        "reward_model_seconds": reward_model.get("seconds"),
+        "reward_accuracy": reward_model.get("reward_accuracy"),
         "hardware": describe_hardware(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -164,9 +164,9 @@ def _note(facts: dict[str, Any]) -> str:
         f"{facts['date']}, {facts['hardware']}. Training seeds: {seeds}; the mean, and in brackets each seed's value. "
         f"{facts['prompts']} held-out prompts, the same random numbers for every model. KL is to the fine-tuned model.",
     ]
-    if facts["judge_seconds"]:
+    if facts["reward_model_seconds"]:
         lines.append(
-            f"PPO and RLOO also need the judge, which took {facts['judge_seconds']:.0f} s of training once; DPO does not."
+            f"PPO and RLOO also need the reward model, which took {facts['reward_model_seconds']:.0f} s of training once; DPO does not."
         )
     return "\n".join(lines)
 

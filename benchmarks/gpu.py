@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--rounds 5] [--episodes 32] [--prompt 64] [--response 128]
 
 Random weights. Utilisation is the model's floating-point operations, counted from its shape and the real tokens, over the
-fastest bfloat16 product that this GPU was seen to do, in float32 modes the fastest of float32; judges read in float32 always.
+fastest bfloat16 product that this GPU was seen to do, in float32 modes the fastest of float32; reward models read in float32 always.
 What memory PPO takes: `python benchmarks/memory.py`. What the rest of the pipeline does there: `benchmarks/processes.py --gpu`.
 """
 

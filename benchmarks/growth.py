@@ -86,7 +86,7 @@ def work_of_trl(prompt: int = 48, response: int = 48) -> float:
     tokens = BATCH * (prompt + response)
     whole, head = trunk_and_head(tokens, tokens)
     generated = whole + trunk_and_head(tokens, BATCH * response)[1]
-    rollout = generated + (whole + head) + 2 * whole  # the reference; value and judge
+    rollout = generated + (whole + head) + 2 * whole  # the reference; value and reward model
     return rollout + EPOCHS * 3 * (2 * whole + head)
 
 
@@ -120,7 +120,7 @@ def utilisation(rounds: int) -> tuple[list[str], dict[str, Any]]:
         rates = {low: max(rate, matrix_rate(low)) for low, rate in before.items()}
         operations = work(case, said)
         took = {phase: said[f"time/{phase}"] for phase in operations} | {"whole": said["seconds"]}
-        # A judge reads in its own precision, float32.
+        # A reward model reads in its own precision, float32.
         ideal = {phase: done / rates[said["bf16"] and phase != "score"] for phase, done in operations.items()}
         ideal["whole"] = sum(ideal.values())
         cells = [f"{ideal[phase] / seconds:.0%} ({seconds:.2f} s)" for phase, seconds in took.items()]

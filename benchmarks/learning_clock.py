@@ -4,7 +4,7 @@
     python benchmarks/learning_clock.py quickstart runs/quickstart --output_dir runs/clock --seconds 120
     python benchmarks/learning_clock.py imdb runs/imdb --dataset_name REVIEWS --output_dir runs/clock_imdb --seconds 600
 
-Everyone starts from the same policy, asks the same prompts, and is scored by the same judge, whose scores have unit spread;
+Everyone starts from the same policy, asks the same prompts, and is scored by the same reward model, whose scores have unit spread;
 the learning rate falls linearly to nothing over the time. RLOO and GRPO read padded prompts at their real positions, which
 TRL's own do not for GPT-2. What is measured are answers to 300 held-out prompts, for which the clock stands still.
 A run that is there already is not run again. Two runs share the machine's cores at a time, each with one thread.
@@ -59,7 +59,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 
 
 def prepare(asked: Any, folder: Path) -> None:
-    """Policy, judge and prompts, in a form that every trainer takes."""
+    """Policy, reward model and prompts, in a form that every trainer takes."""
     from rlhf_recipes.core.arguments import DatasetArguments
     from rlhf_recipes.data import load_train_and_test, prompt_ids
     from rlhf_recipes.models import load_causal_lm, load_reward_model, load_tokenizer
@@ -70,13 +70,17 @@ def prepare(asked: Any, folder: Path) -> None:
     tokenizer = load_tokenizer(policy)
     load_causal_lm(policy).save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
-    judge: Any = load_reward_model(reward)
-    weight, spread, shift = judge.score.weight.detach(), judge.config.score_std, judge.config.score_mean
+    reward_model: Any = load_reward_model(reward)
+    weight, spread, shift = (
+        reward_model.score.weight.detach(),
+        reward_model.config.score_std,
+        reward_model.config.score_mean,
+    )
     single = weight if len(weight) == 1 else weight[1:] - weight[:1]  # the log-odds of the second label
-    judge.score = torch.nn.Linear(weight.shape[1], 1, bias=False)
-    judge.score.weight = torch.nn.Parameter(single / spread)
-    judge.config.num_labels = 1
-    judge.save_pretrained(folder / "judge")
+    reward_model.score = torch.nn.Linear(weight.shape[1], 1, bias=False)
+    reward_model.score.weight = torch.nn.Parameter(single / spread)
+    reward_model.config.num_labels = 1
+    reward_model.save_pretrained(folder / "reward_model")
     name = asked.dataset_name or str(asked.run / "world" / "prompts")
     splits = load_train_and_test(DatasetArguments(dataset_name=name, max_train_samples=4000, max_test_samples=300))
     for split, rows in zip(("train", "test"), splits, strict=True):
@@ -109,7 +113,7 @@ def at(points: list[dict[str, float]], seconds: float, what: str) -> float:
 
 
 def told(folder: Path, asked: Any) -> str:
-    """The table of scores, and in the quickstart's world that of the judge's, which is what is raised; all points and the
+    """The table of scores, and in the quickstart's world that of the reward model's, which is what is raised; all points and the
     plot beside it."""
     curves: Curves = {}
     for kind in KINDS:
@@ -119,7 +123,7 @@ def told(folder: Path, asked: Any) -> str:
     draw(curves, folder / "clock.png", asked)
     text = table(curves, asked.seconds, "score")
     if asked.world == "quickstart":
-        text += f"\n\nThe judge's score:\n\n{table(curves, asked.seconds, 'judge')}"
+        text += f"\n\nThe reward model's score:\n\n{table(curves, asked.seconds, 'reward_model')}"
     return text
 
 

@@ -3,7 +3,7 @@
     python benchmarks/learning_matrix.py [--seeds 3] [--out docs/learning.md]
 
 An untrained two-layer GPT-2 writes bytes; the reward is the share of an answer's tokens whose id is below 128 (a
-function), or what a judge says that was trained to tell just that. One CPU thread; two for the case of two processes.
+function), or what a reward model says that was trained to tell just that. One CPU thread; two for the case of two processes.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full, separate value model": {"value_model": True},
     "LoRA, value adapter": {"lora": True},
     "LoRA, shared value head": {"lora": True, "value_adapter": False},
-    "judge reward": {"judge": True},
+    "reward model reward": {"reward_model": True},
     "pad is EOS": {"pad": "<|endoftext|>"},
     "left-over generation_config": {"left_over": True},
     "two processes": {"in": 2},
@@ -57,24 +57,24 @@ def byte_tokenizer(pad: str = "<|pad|>") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[0], bos_token=SPECIAL[0], pad_token=pad)
 
 
-def trained_judge(seed: int) -> GPT2ForSequenceClassification:
-    """A judge that has learnt the share of low tokens in answers of one to five, after a prompt of low ones."""
+def trained_reward_model(seed: int) -> GPT2ForSequenceClassification:
+    """A reward model that has learnt the share of low tokens in answers of one to five, after a prompt of low ones."""
     torch.manual_seed(1000 + seed)
-    judge = GPT2ForSequenceClassification(GPT2Config(**SHAPE, num_labels=1))
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3)
+    reward_model = GPT2ForSequenceClassification(GPT2Config(**SHAPE, num_labels=1))
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr=3e-3)
     for _ in range(400):
         low = torch.rand(32, int(torch.randint(1, 6, ()))) < torch.rand(32, 1)
         answers = torch.where(low, torch.randint(0, 128, low.shape), torch.randint(128, 257, low.shape))
         rows = torch.cat([torch.randint(0, 128, (32, int(torch.randint(1, 12, ())))), answers], dim=1)
-        loss = ((judge(input_ids=rows).logits[:, 0] - low.float().mean(1)) ** 2).mean()
+        loss = ((reward_model(input_ids=rows).logits[:, 0] - low.float().mean(1)) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return judge
+    return reward_model
 
 
 def run(case: str, seed: int, folder: Path) -> tuple[float, float]:
-    """The score by the rule (not by the judge) of the first update, and the mean of the last two."""
+    """The score by the rule (not by the reward model) of the first update, and the mean of the last two."""
     options = dict(CASES[case])
     processes = options.pop("in", 1)
     torch.manual_seed(seed)
@@ -84,8 +84,8 @@ def run(case: str, seed: int, folder: Path) -> tuple[float, float]:
         policy.generation_config.update(do_sample=True, top_k=5, top_p=0.3, temperature=0.1, repetition_penalty=3.0)
     rewards: list[Any] = [low_share]
     weights = None
-    if options.pop("judge", False):
-        rewards, weights = [trained_judge(seed), low_share], [1.0, 0.0]
+    if options.pop("reward_model", False):
+        rewards, weights = [trained_reward_model(seed), low_share], [1.0, 0.0]
     lora = options.pop("lora", False)
     tokenizer = byte_tokenizer(options.pop("pad", "<|pad|>"))
     torch.manual_seed(seed + 10)

@@ -23,7 +23,7 @@ TEMPERATURE, KL = 0.7, 0.1
 
 
 class Prepared:
-    """What `learning_clock.py prepare` left: the policy, a judge with one label and scores of unit spread, prompts."""
+    """What `learning_clock.py prepare` left: the policy, a reward model with one label and scores of unit spread, prompts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.told = folder, json.loads((folder / "told.json").read_text())
@@ -36,11 +36,11 @@ class Prepared:
         model.generation_config.eos_token_id = self.eos
         return model
 
-    def judge(self) -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(self.folder / "judge", dtype=torch.float32)
+    def reward_model(self) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(self.folder / "reward_model", dtype=torch.float32)
 
     def reward(self, model: Any) -> ModelReward:
-        return ModelReward(model, self.tokenizer, self.tokenizer, "judge")
+        return ModelReward(model, self.tokenizer, self.tokenizer, "reward_model")
 
     @property
     def response(self) -> int:
@@ -56,7 +56,7 @@ class Clock(TrainerCallback):
 
     def __init__(self, prepared: Prepared, policy: Any, asked: Any) -> None:
         self.prepared, self.policy, self.asked = prepared, policy, asked
-        self.judge = prepared.reward(prepared.judge())
+        self.reward_model = prepared.reward(prepared.reward_model())
         self.answering = prepared.policy()  # a trainer may have put the policy itself under autocast
         self.trained, self.due, self.points = 0.0, 0.0, []  # type: ignore[var-annotated]
 
@@ -84,14 +84,18 @@ class Clock(TrainerCallback):
         self.answering.load_state_dict(self.policy.state_dict())
         answers = sample(self.answering, ids, sampling, [row_seed(99, row) for row in range(len(rows))])
         texts = answers.texts(self.prepared.tokenizer)
-        scores = self.judge.score_ids([[*one, *two] for one, two in zip(ids, answers.ids, strict=True)])
-        point = {"seconds": self.trained, "judge": sum(scores) / len(scores), "length": mean(map(len, answers.ids))}
+        scores = self.reward_model.score_ids([[*one, *two] for one, two in zip(ids, answers.ids, strict=True)])
+        point = {
+            "seconds": self.trained,
+            "reward_model": sum(scores) / len(scores),
+            "length": mean(map(len, answers.ids)),
+        }
         if self.prepared.told["world"] == "quickstart":
             from rlhf_recipes.quickstart import gold_score
 
             asked = [row["prompt"] for row in rows]
             point["score"] = mean(gold_score(asked, texts, answer=[row["answer"] for row in rows]))
-        else:  # the judge's own probability of a positive text
+        else:  # the reward model's own probability of a positive text
             spread, shift = self.prepared.told["spread"], self.prepared.told["shift"]
             point["score"] = mean(torch.sigmoid(torch.tensor(scores) * spread + shift).tolist())
         self.points.append(point)
@@ -126,7 +130,7 @@ def ours(prepared: Prepared, asked: Any, folder: str) -> None:
         log_completions=False,
     )  # fmt: skip
     PPOTrainer(
-        policy, [prepared.judge()], fit_to_hardware(args, policy.config.hidden_size),
+        policy, [prepared.reward_model()], fit_to_hardware(args, policy.config.hidden_size),
         Dataset.from_list([{"input_ids": row["input_ids"]} for row in prepared.train]), None, prepared.tokenizer,
         callbacks=[Clock(prepared, policy, asked)],
     ).train()  # fmt: skip
@@ -145,7 +149,7 @@ def trl_ppo(prepared: Prepared, asked: Any, folder: str) -> None:
     rows = Dataset.from_list([{"input_ids": row["input_ids"]} for row in prepared.train])
     PPOTrainer(
         args=args, processing_class=prepared.tokenizer, model=policy, ref_model=prepared.policy(),
-        reward_model=prepared.judge(), value_model=prepared.judge(), train_dataset=rows,
+        reward_model=prepared.reward_model(), value_model=prepared.reward_model(), train_dataset=rows,
         eval_dataset=rows.select(range(8)), callbacks=[Clock(prepared, policy, asked)],
     ).train()  # fmt: skip
 
@@ -158,10 +162,10 @@ def grouped(prepared: Prepared, asked: Any, folder: str) -> None:
     from rlhf_recipes.models import count_positions_from_mask_
     from rlhf_recipes.system import fit_to_hardware
 
-    policy, judge, told = prepared.policy(), prepared.reward(prepared.judge()), prepared.told
+    policy, reward_model, told = prepared.policy(), prepared.reward(prepared.reward_model()), prepared.told
 
     def reward(completion_ids: Any, input_ids: Any, **columns: Any) -> list[float]:
-        scores = judge.score_ids([[*one, *two] for one, two in zip(input_ids, completion_ids, strict=True)])
+        scores = reward_model.score_ids([[*one, *two] for one, two in zip(input_ids, completion_ids, strict=True)])
         ended = [bool(ids) and ids[-1] == prepared.eos for ids in completion_ids]
         return [score - (0 if end else told["penalty"] or 0) for score, end in zip(scores, ended, strict=True)]
 

@@ -29,9 +29,9 @@ from rlhf_recipes.system import describe_hardware
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 CASES = {
-    "four models, all weights trained": "policy and value model trained, a frozen copy as reference, a judge",
-    "four models, LoRA on the policy": "adapter on the policy, value model, reference and judge of their own",
-    "one base, four roles": "adapters for policy, value and judge on one base; the reference is the base",
+    "four models, all weights trained": "policy and value model trained, a frozen copy as reference, a reward model",
+    "four models, LoRA on the policy": "adapter on the policy, value model, reference and reward model of their own",
+    "one base, four roles": "adapters for policy, value and reward model on one base; the reference is the base",
     "one base in 4 bits, four roles": "the same on an NF4 base",
 }
 
@@ -41,17 +41,17 @@ def lora(task: str, **options: Any) -> LoraConfig:
 
 
 def leave_models(folder: Path, size: str) -> None:
-    """A base, a judge of its own, and the same judge as an adapter on the base."""
+    """A base, a reward model of its own, and the same reward model as an adapter on the base."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     build_gpt2(size, tokenizer, positions=128).save_pretrained(folder / "base")
-    judge = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    judge.config.pad_token_id = tokenizer.pad_token_id
-    judge.save_pretrained(folder / "judge")
-    adapted = get_peft_model(judge, lora("SEQ_CLS", modules_to_save=["score"]))
-    adapted.save_pretrained(folder / "judge_adapter")
-    save_reward_model_config(adapted, folder / "judge_adapter")
-    for name in ("base", "judge", "judge_adapter"):
+    reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    reward_model.config.pad_token_id = tokenizer.pad_token_id
+    reward_model.save_pretrained(folder / "reward_model")
+    adapted = get_peft_model(reward_model, lora("SEQ_CLS", modules_to_save=["score"]))
+    adapted.save_pretrained(folder / "reward_model_adapter")
+    save_reward_model_config(adapted, folder / "reward_model_adapter")
+    for name in ("base", "reward_model", "reward_model_adapter"):
         tokenizer.save_pretrained(folder / name)
 
 
@@ -60,7 +60,7 @@ def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, floa
     gc.collect()
     before, gpu = peak(), torch.cuda.is_available()
     one_base, four_bits = case.startswith("one base"), "4 bits" in case
-    base, judge = str(folder / "base"), str(folder / ("judge_adapter" if one_base else "judge"))
+    base, reward_model = str(folder / "base"), str(folder / ("reward_model_adapter" if one_base else "reward_model"))
     options: dict[str, Any] = {}
     if not one_base:
         options["value_model"] = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
@@ -77,7 +77,9 @@ def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, floa
         max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no", hints=False, use_cpu=not gpu, bf16=gpu,
         log_completions=False,
     )  # fmt: skip
-    trainer = PPOTrainer(base, [judge], args, [{"prompt": f"prompt {row}"} for row in range(2 * episodes)], **options)
+    trainer = PPOTrainer(
+        base, [reward_model], args, [{"prompt": f"prompt {row}"} for row in range(2 * episodes)], **options
+    )
     trainer.train()
     modules = [trainer.model, trainer.experience.reference.module, *(reward.model for reward in trainer.rewards)]
     held = {

@@ -129,7 +129,7 @@ def ours(asked: Any, folder: str, turns: Turns) -> Any:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     options: dict[str, Any] = {}
-    policy, judge = model_of(GPT2LMHeadModel, asked, 0), model_of(GPT2ForSequenceClassification, asked, 1)
+    policy, reward_model = model_of(GPT2LMHeadModel, asked, 0), model_of(GPT2ForSequenceClassification, asked, 1)
     if asked.value == "model":
         options["value_model"] = model_of(GPT2ForSequenceClassification, asked, 2)
     if asked.lora:
@@ -140,7 +140,9 @@ def ours(asked: Any, folder: str, turns: Turns) -> Any:
         )  # on c_attn, as peft has it
         if args.bf16:
             policy = policy.to(torch.bfloat16)
-    trainer = PPOTrainer(policy, [judge], args, prompts_of(asked), None, tokenizer_of(shape_of(asked)[3]), **options)
+    trainer = PPOTrainer(
+        policy, [reward_model], args, prompts_of(asked), None, tokenizer_of(shape_of(asked)[3]), **options
+    )
     trainer.add_callback(turns)  # after the trainer's own, which end the update and its clock
     told: dict[str, float] = {}
     inner = trainer.experience.rollout

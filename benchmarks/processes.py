@@ -62,7 +62,7 @@ Job = tuple[str, str]  # a stage, and what is trained
 
 
 def prepare(folder: Path) -> None:
-    """A small policy and judge with random weights, and the rows that the small runs read."""
+    """A small policy and reward model with random weights, and the rows that the small runs read."""
     from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
     from rlhf_recipes.stages.tokenizer import TokenizerArguments, run_tokenizer
@@ -78,11 +78,11 @@ def prepare(folder: Path) -> None:
     shape |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "vocab_size": len(tokenizer)}
     shape |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    model, judge = (
+    model, reward_model = (
         GPT2LMHeadModel(GPT2Config(**shape)),
         GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=1)),
     )
-    small_runs.prepare(folder, model, judge, tokenizer)
+    small_runs.prepare(folder, model, reward_model, tokenizer)
 
 
 def launched(folder: Path, way: str, processes: int, jobs: list[dict[str, Any]]) -> str:
@@ -264,7 +264,7 @@ def fsdp2(folder: Path, processes: int) -> list[str]:
     """PPO whose weights are cut apart among processes: what is trained, and how far off that ended."""
     place = folder / f"FSDP2 {processes}"
     shutil.copytree(folder / "model", place / "policy")
-    shutil.copytree(folder / "judge", place / "judge")
+    shutil.copytree(folder / "reward_model", place / "reward_model")
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(SHARDED), str(place)]
     if fault := said_by(launch, place / "run.log"):
         return [f"- {processes} processes: {fault}"]

@@ -55,7 +55,7 @@ def memory_columns(row: Row) -> list[str]:
 
 
 def pair(found: dict[str, float]) -> str:
-    return f"{found['gold']:.3f} / {found['judge']:.2f}"
+    return f"{found['gold']:.3f} / {found['reward_model']:.2f}"
 
 
 def plain(digits: int) -> Callable[[Any], str]:
@@ -85,19 +85,19 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]], list[s
         ["base, MB", "adapter, MB"],
     ),
     "reward": (
-        "Reward by LoRA, going on from the judge: held-out pairs in the right order",
+        "Reward by LoRA, going on from the reward model: held-out pairs in the right order",
         BEFORE_AND_AFTER,
         ["base, MB", "adapter and head, MB"],
     ),
     "ppo": (
-        "PPO by LoRA, from the fine-tuned model: gold / the judge's score of held-out answers",
+        "PPO by LoRA, from the fine-tuned model: gold / the reward model's score of held-out answers",
         [(key, name, pair) for key, name, _ in BEFORE_AND_AFTER],
-        ["base: policy, value, reference, MB", "adapters and value head, MB", "judge, MB"],
+        ["base: policy, value, reference, MB", "adapters and value head, MB", "reward model, MB"],
     ),
     "gpt2": (
         "PPO on GPT-2's own shape (124M, random weights), one update: what is held",
         [],
-        ["base: policy, value, reference, MB", "adapters and value head, MB", "judge, MB"],
+        ["base: policy, value, reference, MB", "adapters and value head, MB", "reward model, MB"],
     ),
 }
 

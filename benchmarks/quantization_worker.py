@@ -83,13 +83,13 @@ def bytes_in(tensors: Any) -> int:
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def roles_of(policy: Any, judge: Any = None, value: Any = None) -> dict[str, int]:
-    """Bytes of the base, of what is trained on it, and of a judge. The reference of an adapter is the base itself."""
+def roles_of(policy: Any, reward_model: Any = None, value: Any = None) -> dict[str, int]:
+    """Bytes of the base, of what is trained on it, and of a reward model. The reference of an adapter is the base itself."""
     whole = bytes_in(tensors_in(policy))
     trained = [each for each in policy.parameters() if each.requires_grad]
     heads = [] if value is None else list(value.parameters())
     roles = {"base": whole - bytes_in(trained), "trained": bytes_in([*trained, *heads])}
-    return roles | ({} if judge is None else {"judge": bytes_in(tensors_in(judge))})
+    return roles | ({} if reward_model is None else {"reward_model": bytes_in(tensors_in(reward_model))})
 
 
 # Stages.
@@ -154,17 +154,17 @@ def of_sft(run: Path, precision: str, out: Path) -> dict[str, Any]:
 
 
 def of_reward(run: Path, precision: str, out: Path) -> dict[str, Any]:
-    """Going on from the judge: from a model that is none the moment when so small a judge learns is a matter of luck."""
+    """Going on from the reward model: from a model that is none the moment when so small a reward model learns is a matter of luck."""
     model = reward.build_reward_trainer(*ask("reward", run, out, precision)).model
     tokenizer, rows, roles = load_tokenizer(str(run / "reward")), rows_of(run, "preferences"), roles_of(model)
 
     def measured(model: Any) -> float:
-        judge: Any = load_reward(model, tokenizer)
+        reward_model: Any = load_reward(model, tokenizer)
         ids = [
             [prompt_and_completion_ids(row["prompt"], row[side], tokenizer) for row in rows]
             for side in ("chosen", "rejected")
         ]
-        one, other = (judge.score_ids([[*prompt, *answer] for prompt, answer in side]) for side in ids)
+        one, other = (reward_model.score_ids([[*prompt, *answer] for prompt, answer in side]) for side in ids)
         return sum(map(float.__gt__, one, other)) / len(rows)
 
     before, started = measured(model), clock()
@@ -176,19 +176,19 @@ def of_reward(run: Path, precision: str, out: Path) -> dict[str, Any]:
 
 def of_ppo(run: Path, precision: str, out: Path) -> dict[str, Any]:
     frozen = {"frozen_bits": bits} if (bits := PRECISIONS[precision]["bits"]) else {}
-    judges = [str(run / "reward"), GOLD]
-    trainer = ppo.build_ppo_trainer(*ask("ppo", run, out, precision, reward=judges, **frozen))
+    reward_models = [str(run / "reward"), GOLD]
+    trainer = ppo.build_ppo_trainer(*ask("ppo", run, out, precision, reward=reward_models, **frozen))
     rows, tokenizer = rows_of(run, "prompts")[:PROMPTS], trainer.processing_class
     asked: dict[str, Any] = {
         "columns": {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
         "gold": load_reward(GOLD, tokenizer),
-        "judge": trainer.rewards[0],
+        "reward_model": trainer.rewards[0],
     }
 
     def measured(model: Any) -> dict[str, float]:
         sampling = Sampling(40, 0.7, stop_ids=stop_ids(base_model(model), tokenizer))
         told = evaluate_model(model, tokenizer, [row["prompt"] for row in rows], sampling=sampling, **asked).metrics
-        return {"gold": told["gold_score"], "judge": told["reward_score"]}
+        return {"gold": told["gold_score"], "reward_model": told["reward_score"]}
 
     roles = roles_of(trainer.model.policy, trainer.rewards[0].model, trainer.model.value_model)
     before, started = measured(trainer.model.policy), clock()
@@ -201,7 +201,7 @@ def of_ppo(run: Path, precision: str, out: Path) -> dict[str, Any]:
 
 def of_gpt2(run: Path, precision: str, out: Path) -> dict[str, Any]:
     """GPT-2's own shape and vocabulary, weights at random: one update of PPO with adapters for policy and value."""
-    base, judge = run / "gpt2" / "base", run / "gpt2" / "judge"
+    base, reward_model = run / "gpt2" / "base", run / "gpt2" / "reward_model"
     if precision == "none yet":
         tokenizer = byte_tokenizer()
         torch.manual_seed(0)
@@ -210,8 +210,8 @@ def of_gpt2(run: Path, precision: str, out: Path) -> dict[str, Any]:
         model.save_pretrained(base)
         judged = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
         judged.config.pad_token_id = tokenizer.pad_token_id
-        judged.save_pretrained(judge)
-        for folder in (base, judge):
+        judged.save_pretrained(reward_model)
+        for folder in (base, reward_model):
             tokenizer.save_pretrained(folder)
         return {}
     bits = quantization_kwargs(**PRECISIONS[precision]).get("quantization_config")
@@ -221,7 +221,7 @@ def of_gpt2(run: Path, precision: str, out: Path) -> dict[str, Any]:
     )  # fmt: skip
     adapter = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=TARGETS, fan_in_fan_out=bits is None)
     trainer = PPOTrainer(
-        str(base), [str(judge)], args, [{"prompt": f"prompt {row}"} for row in range(4)], peft_config=adapter,
+        str(base), [str(reward_model)], args, [{"prompt": f"prompt {row}"} for row in range(4)], peft_config=adapter,
         quantization_config=bits, reward_quantization_config=bits,
     )  # fmt: skip
     started = clock()

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a model learns from preferences between answers, without a judge.
+"""Direct preference optimisation: a model learns from preferences between answers, without a reward model.
 
 In      a model folder; a dataset with prompt, chosen and rejected, as text or messages
 Out     a model folder (with --use_peft: a LoRA adapter), held-out loss, accuracy and margin in metrics.json, curves.png

@@ -1,6 +1,6 @@
-"""Measures one or several models side by side: perplexity, judge and gold scores, win rates, KL, length, repetition.
+"""Measures one or several models side by side: perplexity, reward model and gold scores, win rates, KL, length, repetition.
 
-In      models (folders or Hub ids), prompts, and optionally texts, a judge, a gold function, a reference model
+In      models (folders or Hub ids), prompts, and optionally texts, a reward model, a gold function, a reference model
 Out     a report folder: metrics.json, a card with the table, completions.jsonl, models.png
 Launch  python recipes/eval.py --config recipes/configs/quickstart/eval.yaml
 Next    read README.md in the report folder

@@ -1,6 +1,6 @@
 """Proximal policy optimisation: a model learns to answer in a way that scores better.
 
-In      a model folder; a judge's folder or a Python function; prompts (text, messages or ids)
+In      a model folder; a reward model's folder or a Python function; prompts (text, messages or ids)
 Out     a model folder with the value model beside it, curves.png, samples.jsonl
 Launch  accelerate launch --config_file accelerate_configs/one_cpu.yaml \
             recipes/ppo.py --config recipes/configs/quickstart/ppo.yaml

@@ -1,7 +1,7 @@
-"""A reward model (judge) from preference pairs, or from texts labelled good and bad.
+"""A reward model (reward model) from preference pairs, or from texts labelled good and bad.
 
 In      a model folder; a dataset with chosen and rejected (and prompt), as text or messages, or with text and label
-Out     a judge's folder, its accuracy and calibration on held-out rows in metrics.json, curves.png, reliability.png
+Out     a reward model's folder, its accuracy and calibration on held-out rows in metrics.json, curves.png, reliability.png
 Launch  accelerate launch --config_file accelerate_configs/one_cpu.yaml \
             recipes/reward.py --config recipes/configs/quickstart/reward.yaml
 Next    recipes/ppo.py takes the folder as it is

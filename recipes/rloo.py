@@ -1,6 +1,6 @@
 """REINFORCE leave-one-out: a model learns to answer in a way that scores better, without a value model.
 
-In      a model folder; a judge's folder or a Python function; prompts (text or messages)
+In      a model folder; a reward model's folder or a Python function; prompts (text or messages)
 Out     a model folder (with --use_peft: a LoRA adapter), score, KL and length in metrics.json, curves.png
 Launch  accelerate launch --config_file accelerate_configs/one_cpu.yaml \
             recipes/rloo.py --config recipes/configs/quickstart/rloo.yaml

@@ -4,7 +4,7 @@ In      a model folder; a dataset with prompt and completion (text or messages),
 Out     a model folder (with --use_peft: a LoRA adapter), held-out perplexity in metrics.json, curves.png
 Launch  accelerate launch --config_file accelerate_configs/one_cpu.yaml \
             recipes/sft.py --config recipes/configs/quickstart/sft.yaml
-Next    recipes/reward.py starts a judge from this model; recipes/ppo.py improves the model by that judge
+Next    recipes/reward.py starts a reward model from this model; recipes/ppo.py improves the model by that reward model
 """
 
 from rlhf_recipes import ModelConfig, SFTArguments, SFTConfig, one_line_errors, parse_arguments, run_sft

@@ -46,7 +46,12 @@ def test_every_evaluation_is_understood(tmp_path: Path) -> None:
 
     flags = benchmark.evaluation_flags(Path("quick"), Path("one"), tmp_path, 7)
     (asked,) = parse_arguments(EvalArguments, argv=flags)
-    assert (asked.models, asked.reference, asked.judge, asked.num_prompts) == (["one"], "quick/sft", "quick/reward", 7)
+    assert (asked.models, asked.reference, asked.reward_model, asked.num_prompts) == (
+        ["one"],
+        "quick/sft",
+        "quick/reward",
+        7,
+    )
     assert (asked.temperature, asked.max_new_tokens, asked.gold) == (0.7, 40, benchmark.GOLD)
 
 

@@ -295,7 +295,7 @@ def test_a_card_says_what_it_came_from_and_what_it_is_not(tmp_path: Path, monkey
         sys, "argv", [str(tmp_path / "sft.py"), "--model_name_or_path", "runs/sft", "--hub_token", GOOD]
     )
     told = model_card(
-        "ppo", "T", {"model": "runs/sft", "reward": "me/judge", "prompts": "me/rows"}, {"kl": 1.5}, "", [], ""
+        "ppo", "T", {"model": "runs/sft", "reward": "me/reward_model", "prompts": "me/rows"}, {"kl": 1.5}, "", [], ""
     )
     assert yaml.safe_load(told.split("---")[1])["datasets"] == ["me/rows"] and "base_model" not in told.split("---")[1]
     assert "- model: `runs/sft`" in told and str(tmp_path) not in told
@@ -387,7 +387,7 @@ def test_sft_pushes_with_the_token_of_its_flag(run: Callable[..., Any], hub: Any
 
 @pytest.fixture(scope="module")
 def repos(hub: Any, client: Any, world: Path) -> Path:
-    """What later stages read, pushed: a model, a judge, an adapter on the model, and rows. Returns the folder of folders."""
+    """What later stages read, pushed: a model, a reward model, an adapter on the model, and rows. Returns the folder of folders."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -398,7 +398,7 @@ def repos(hub: Any, client: Any, world: Path) -> Path:
     get_peft_model(model, lora).save_pretrained(world / "adapter")
     AutoTokenizer.from_pretrained(world / "model").save_pretrained(world / "adapter")
     (world / "adapter" / "README.md").unlink()
-    for name in ("model", "judge", "demonstrations", "prompts", "text"):
+    for name in ("model", "reward_model", "demonstrations", "prompts", "text"):
         assert client.stage(*faults.words(world / name, f"me/{name}"), token=GOOD).code == 0
     said = client.stage(*faults.words(world / "adapter", "me/adapter"), token=GOOD)
     assert said.code == 0 and "so nobody else can load it" in said.err
@@ -412,9 +412,9 @@ LOADS = {
         from transformers import AutoModelForCausalLM
         here, there = (AutoModelForCausalLM.from_pretrained(name) for name in (f"{world}/model", "me/model"))
         """,
-    "a judge": """
+    "a reward model": """
         from transformers import AutoModelForSequenceClassification
-        here, there = (AutoModelForSequenceClassification.from_pretrained(name) for name in (f"{world}/judge", "me/judge"))
+        here, there = (AutoModelForSequenceClassification.from_pretrained(name) for name in (f"{world}/reward model", "me/reward model"))
         """,
     "an adapter": """
         from peft import AutoPeftModelForCausalLM
@@ -489,7 +489,12 @@ def test_the_next_stage_takes_ids_and_pushes_what_it_makes(
     )
     assert json.loads(held["adapter_config.json"])["base_model_name_or_path"] == "me/model"
 
-    asked = {"dataset_name": "hub:me/prompts", "reward": "hub:me/judge", "max_steps": 1, "value_model": "me/judge"}
+    asked = {
+        "dataset_name": "hub:me/prompts",
+        "reward": "hub:me/reward_model",
+        "max_steps": 1,
+        "value_model": "me/reward_model",
+    }
     said = run("ppo", "next-ppo", model_name_or_path="hub:me/next-lora", **asked, **to("me/next-ppo"))
     assert said.code == 0, said.err
     held = require_pushed(hub, repos / "next-ppo", "me/next-ppo")
@@ -501,9 +506,9 @@ def test_the_next_stage_takes_ids_and_pushes_what_it_makes(
     said = client.program(
         """
 import torch
-from transformers import AutoModelForSequenceClassification as Judge
-here = Judge.from_pretrained(f"{world}/next-ppo/value_model")
-there = Judge.from_pretrained("me/next-ppo", subfolder="value_model")
+from transformers import AutoModelForSequenceClassification as Reward model
+here = Reward model.from_pretrained(f"{world}/next-ppo/value_model")
+there = Reward model.from_pretrained("me/next-ppo", subfolder="value_model")
 assert all(torch.equal(a, b) for a, b in zip(here.parameters(), there.parameters(), strict=True))
 """,
         token=GOOD,
@@ -512,7 +517,7 @@ assert all(torch.equal(a, b) for a, b in zip(here.parameters(), there.parameters
     assert said.code == 0, said.err
 
 
-def test_a_judge_that_is_an_adapter_rides_on_the_policy_by_its_id(
+def test_a_reward_model_that_is_an_adapter_rides_on_the_policy_by_its_id(
     run: Callable[..., Any], hub: Any, repos: Path
 ) -> None:
     lora = {"model_name_or_path": "hub:me/model", "use_peft": True, "lora_r": 4}
@@ -730,7 +735,7 @@ def test_no_stage_asks_for_anybody_unless_it_is_told_to(tmp_path: Path) -> None:
         "ppo": [*reward, *sft, *few, *short, *lora],
         "dpo": [*pairs, *sft, *few],
         "rloo": [*reward, *sft, *few, *short[:2], "--num_generations", "2", "--max_completion_length", "8"],
-        "eval": ["--models", "out/sft", "out/ppo", "--dataset_name", "world/prompts", "--judge", "out/reward"],
+        "eval": ["--models", "out/sft", "out/ppo", "--dataset_name", "world/prompts", "--reward_model", "out/reward"],
     }
     for stage, words in stages.items():
         code, told, met = watched(tmp_path, "-m", "rlhf_recipes", stage, *words, "--output_dir", f"out/{stage}")

@@ -108,7 +108,7 @@ def test_calibration_is_that_of_each_pair_shown_in_both_orders(bins: int) -> Non
     assert inside == 500, "every pair stands in the bin of its confidence"
 
 
-def test_a_judge_that_is_sure_of_everything() -> None:
+def test_a_reward_model_that_is_sure_of_everything() -> None:
     right = metrics.preference_metrics([1e4, 9e3], [0.0, -1e4], [1, 1], [1, 1])
     assert right == {"accuracy": 1, "margin": 14500, "longer_accuracy": 0.5, "calibration_error": 0, "brier": 0}
     wrong = metrics.preference_metrics([0.0], [1e4], [1], [2])
@@ -152,7 +152,7 @@ def test_several_labels_are_averaged_with_equal_weight() -> None:
 
 
 def test_logits_become_labels() -> None:
-    """Two logits and one logit of the same judge score alike; the number of logits decides between averages."""
+    """Two logits and one logit of the same reward model score alike; the number of logits decides between averages."""
     two = np.array([[0.2, 1.0], [3.0, -1.0], [-2.0, -3.0], [0.0, 0.5]])
     given, right = [1, 0, 0, 1], [1, 0, 1, 1]
     measure: Callable[..., Any] = metrics.compute_classification_metrics
@@ -251,13 +251,13 @@ def test_kl_of_a_sample_in_the_policys_own_proportions() -> None:
 def test_a_prompt_counts_once_however_many_answers_it_has() -> None:
     """Two prompts are won by the mean (though by few answers), one is a tie, one is lost; one side alone has gold."""
     one, other = (
-        Evaluation({}, [{"index": place, "judge": value} for place, row in enumerate(side) for value in row])
+        Evaluation({}, [{"index": place, "reward_model": value} for place, row in enumerate(side) for value in row])
         for side in ([[9, 0, 0], [1, 2, 3], [0, 0, 0], [3, 0, 0]], [[1, 1, 1], [3, 2, 1], [1, 0, 0], [0, 0, 1]])
     )
     one.rows[0]["gold"] = 1.0
     interval = metrics.win_rate([1, 0, -1, 1], [0, 0, 0, 0])
-    names = {"win_rate_reward": "win_rate", "win_rate_judge_low": "low", "win_rate_judge_high": "high"}
-    assert one.by_prompt("judge") == [3, 2, 0, 1]
+    names = {"win_rate_reward": "win_rate", "win_rate_reward_model_low": "low", "win_rate_reward_model_high": "high"}
+    assert one.by_prompt("reward_model") == [3, 2, 0, 1]
     assert compare(one, other) == {name: interval[key] for name, key in names.items()}
 
 
@@ -268,12 +268,16 @@ def test_an_evaluation_follows_its_rows(
     model, other = (make_model(seed, initializer_range=0.2, resid_pdrop=0.5) for seed in (0, 1))
     asked: dict[str, Any] = {"sampling": Sampling(3, stop_ids=tuple(range(99))), "completions_per_prompt": 10}
     asked |= {"columns": {"level": [0.0, 1.0]}, "gold": load_reward(lambda level, **rest: level, tokenizer)}
-    asked |= {"judge": load_reward(make_reward_model(num_labels=2), tokenizer), "texts": TEXTS, "reference": other}
+    asked |= {
+        "reward_model": load_reward(make_reward_model(num_labels=2), tokenizer),
+        "texts": TEXTS,
+        "reference": other,
+    }
     result = evaluate_model(model, tokenizer, ["A?", "Longer?"], **asked)
     found, columns = result.metrics, {name: [row[name] for row in result.rows] for name in result.rows[0]}
     assert [found[f"gold_score{end}"] for end in ("", "_low", "_high")] == [0.5, 0.0, 1.0]
     assert columns["gold"] == [0.0] * 10 + [1.0] * 10
-    for name, key in (("reward_score", "judge"), ("kl", "kl"), ("length", "tokens"), ("eos_share", "stopped")):
+    for name, key in (("reward_score", "reward_model"), ("kl", "kl"), ("length", "tokens"), ("eos_share", "stopped")):
         assert found[name] == pytest.approx(np.mean(columns[key]), rel=1e-5)
     other.train()
     again = evaluate_model(model.train(), tokenizer, ["A?", "Longer?"], batch_size=3, **asked)

@@ -156,7 +156,7 @@ def test_an_adapter_on_a_merged_adapter_is_read_with_both(make_model: Any, tmp_p
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_judges_say_how_many_labels_they_have(
+def test_reward_models_say_how_many_labels_they_have(
     make_reward_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, labels: int
 ) -> None:
     folder = saved(make_reward_model(num_labels=labels), tokenizer, tmp_path)
@@ -164,7 +164,7 @@ def test_judges_say_how_many_labels_they_have(
     assert is_reward_model(folder)
 
 
-def test_what_is_no_judge_is_refused_before_its_weights_are_read(
+def test_what_is_no_reward_model_is_refused_before_its_weights_are_read(
     make_model: Callable[..., Any], make_reward_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     model = saved(make_model(), tokenizer, tmp_path / "model")
@@ -177,13 +177,13 @@ def test_what_is_no_judge_is_refused_before_its_weights_are_read(
         load_reward_model(many)
 
 
-def test_a_language_model_becomes_a_judge_with_its_trunk(
+def test_a_language_model_becomes_a_reward_model_with_its_trunk(
     make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     model = make_model(seed=2)
-    judge = load_reward_model(saved(model, tokenizer, tmp_path), labels=1)
-    assert judge.score.weight.shape == (1, 32)
-    trunk = judge.transformer.state_dict()
+    reward_model = load_reward_model(saved(model, tokenizer, tmp_path), labels=1)
+    assert reward_model.score.weight.shape == (1, 32)
+    trunk = reward_model.transformer.state_dict()
     assert all(torch.equal(weight, trunk[name]) for name, weight in model.transformer.state_dict().items())
 
 

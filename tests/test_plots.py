@@ -121,7 +121,7 @@ def test_the_trend_does_not_lag_and_leaves_wide_holes() -> None:
     assert np.flatnonzero(np.isnan(smooth(ramp))).tolist() == list(range(95, 105)), "15 on each side are reached"
 
 
-def test_the_reliability_of_a_judge(tmp_path: Path) -> None:
+def test_the_reliability_of_a_reward_model(tmp_path: Path) -> None:
     """By hand: of two pairs at 2/3 one is right, the one at 7/8 is not, and the axis reaches down to its accuracy of 0."""
     chosen, rejected = [math.log(2), 0.0, 0.0], [0.0, math.log(2), math.log(7)]
     figure = plot_reliability(calibration_table(chosen, rejected, bins=5), tmp_path / "reliability.png")
@@ -179,34 +179,36 @@ def test_panels_stand_in_rows_without_overlap(count: int, rows: int, columns: in
     assert not [1 for place, box in enumerate(boxes) for other in boxes[:place] if box.overlaps(other)]
 
 
-GOOD = [{"update": 30, "judge": 3.0, "gold": 0.5}, {"update": 10, "judge": 1.0, "gold": 0.25}]
+GOOD = [{"update": 30, "reward_model": 3.0, "gold": 0.5}, {"update": 10, "reward_model": 1.0, "gold": 0.25}]
 BAD = [
-    {"update": 10, "judge": 2.0, "gold": 0.375},
-    {"update": 30, "judge": 9.0, "gold": 0.125},
-    {"update": 20, "judge": 5.0, "gold": 0.875},
+    {"update": 10, "reward_model": 2.0, "gold": 0.375},
+    {"update": 30, "reward_model": 9.0, "gold": 0.125},
+    {"update": 20, "reward_model": 5.0, "gold": 0.875},
 ]
 
 
 def test_two_runs_are_drawn_by_their_updates_and_their_best_is_marked(tmp_path: Path) -> None:
     figure = plot_overoptimization(GOOD, BAD, tmp_path / "gold.png", names=("good", "bad"))
     assert lines_of(figure) == {
-        "good/judge": [(10, 1), (30, 3)],
-        "bad/judge": [(10, 2), (20, 5), (30, 9)],
+        "good/reward_model": [(10, 1), (30, 3)],
+        "bad/reward_model": [(10, 2), (20, 5), (30, 9)],
         "good/gold": [(10, 0.25), (30, 0.5)],
         "bad/gold": [(10, 0.375), (20, 0.875), (30, 0.125)],
     }
-    judge, gold = figure.axes
+    reward_model, gold = figure.axes
     marks = [line.get_xydata().tolist() for line in gold.lines if not line.get_gid()]
-    assert marks == [[[30, 0.5]], [[20, 0.875]]] and not [line for line in judge.lines if not line.get_gid()]
+    assert marks == [[[30, 0.5]], [[20, 0.875]]] and not [line for line in reward_model.lines if not line.get_gid()]
     assert [text.get_text() for text in gold.texts] == ["best 0.50", "best 0.88"]
-    assert legend_of(judge) == ["good", "bad"] and judge.get_xlabel() == gold.get_xlabel() == "PPO update"
+    assert (
+        legend_of(reward_model) == ["good", "bad"] and reward_model.get_xlabel() == gold.get_xlabel() == "PPO update"
+    )
 
 
 def test_the_best_of_a_long_run_is_that_of_its_trend(tmp_path: Path) -> None:
     """One lucky update far from the summit of the trend is not the best; values by KL instead of updates."""
     gold = [math.sin(math.pi * place / 99) for place in range(100)]
     gold[5] = 1.5
-    rows = [{"kl": float(place), "judge": 0.0, "gold": value} for place, value in enumerate(gold)]
+    rows = [{"kl": float(place), "reward_model": 0.0, "gold": value} for place, value in enumerate(gold)]
     figure = plot_overoptimization(rows, rows[:1], tmp_path / "gold.png", x="kl")
     [[mark], [single]] = [line.get_xydata().tolist() for line in figure.axes[1].lines if not line.get_gid()]
     assert mark[0] in (49, 50) and mark[1] == pytest.approx(weighted_mean(np.array(gold), int(mark[0])))

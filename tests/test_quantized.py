@@ -61,7 +61,7 @@ repacks = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, make_model: Make, tokenizer: Any) -> Path:
-    """A folder that serves as policy, and as judge beside it."""
+    """A folder that serves as policy, and as reward model beside it."""
     return left(tmp_path_factory.mktemp("bits") / "base", make_model, tokenizer)
 
 
@@ -72,8 +72,8 @@ def left(folder: Path, make_model: Make, tokenizer: Any, **shape: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(base: Path, make_reward_model: Make, tokenizer: Any) -> Path:
-    folder = base.parent / "judge"
+def reward_model(base: Path, make_reward_model: Make, tokenizer: Any) -> Path:
+    folder = base.parent / "reward_model"
     make_reward_model(3, n_embd=64, initializer_range=0.2).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -419,13 +419,13 @@ def test_a_model_that_was_asked_is_saved_as_before_and_is_what_it_was(
     torch.testing.assert_close(logits(again), logits(model), **close)
 
 
-@pytest.mark.parametrize("role", ["judge", "value"])
-def test_a_judge_and_a_value_model_that_were_asked_are_what_they_were(
-    role: str, base: Path, judge: Path, tokenizer: Any, tmp_path: Path
+@pytest.mark.parametrize("role", ["reward_model", "value"])
+def test_a_reward_model_and_a_value_model_that_were_asked_are_what_they_were(
+    role: str, base: Path, reward_model: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    model = plain(judge, "4 bits", AutoModelForSequenceClassification)
+    model = plain(reward_model, "4 bits", AutoModelForSequenceClassification)
     expected = hand(model)
-    if role == "judge":
+    if role == "reward_model":
         assert isinstance(model.score, torch.nn.Linear) and not quantized_layers(model.score)
         load_reward(model, tokenizer)(["a"], ["b"], prompt_ids=[[1]], completion_ids=[[2, 3]])
         policy: Any = AutoModelForCausalLM.from_pretrained(base)
@@ -540,8 +540,8 @@ def test_an_adapter_in_bits_answers_and_is_measured_as_any_model(saved: Any, tok
     assert found.metrics["kl"] == 0.0 and math.isfinite(found.metrics["perplexity"])
 
 
-def test_a_judges_adapter_is_read_back_on_its_base_with_its_head(
-    base: Path, tokenizer: Any, tmp_path: Path, judge: Path
+def test_a_reward_models_adapter_is_read_back_on_its_base_with_its_head(
+    base: Path, tokenizer: Any, tmp_path: Path, reward_model: Path
 ) -> None:
     options = quantization_kwargs(4, nested=True)
     model = load_reward_model(str(base), labels=1, **options)
@@ -578,14 +578,14 @@ def test_an_adapter_on_an_adapter_is_refused_in_bits(saved: Any, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["8 bits", "4 bits, nested"])
 def test_ppo_goes_on_with_an_adapter_on_a_quantized_base(
-    kind: str, saved: Any, judge: Path, tokenizer: Any, tmp_path: Path
+    kind: str, saved: Any, reward_model: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     """The policy is the adapter of the folder, the reference that adapter as it came, the value one more."""
     model, folder = saved(kind)
     fuse_kernels_(model, torch.device("cpu"))  # as the policy will be
     (quantized,) = quantization_kwargs(**KINDS[kind]).values()
     bits = {"quantization_config": quantized, "reward_quantization_config": quantized}
-    trainer = trainer_of(tmp_path / "out", str(folder), tokenizer, str(judge), **bits)
+    trainer = trainer_of(tmp_path / "out", str(folder), tokenizer, str(reward_model), **bits)
     assert set(trainer.model.policy.peft_config) == {"default", "ppo_value", "ppo_reference"}
     assert len(quantized_layers(trainer.rewards[0].model)) == 8
     assert torch.equal(logits(trainer.model.policy), logits(model))
@@ -599,12 +599,14 @@ def test_ppo_goes_on_with_an_adapter_on_a_quantized_base(
 
 
 def test_a_value_model_in_bits_learns_by_its_adapter_or_is_refused(
-    base: Path, judge: Path, tokenizer: Any, tmp_path: Path
+    base: Path, reward_model: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     policy = AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(UserError, match="a value model in 4 or 8 bits cannot be trained itself"):
-        trainer_of(tmp_path, policy, tokenizer, value_model=load_reward_model(str(judge), **quantization_kwargs(4)))
-    value = adapted(load_reward_model(str(judge), **quantization_kwargs(4)), "SEQ_CLS")
+        trainer_of(
+            tmp_path, policy, tokenizer, value_model=load_reward_model(str(reward_model), **quantization_kwargs(4))
+        )
+    value = adapted(load_reward_model(str(reward_model), **quantization_kwargs(4)), "SEQ_CLS")
     before = {name: each.detach().clone() for name, each in value.named_parameters()}
     trainer = trainer_of(tmp_path, policy, tokenizer, value_model=value)
     trainer.train()

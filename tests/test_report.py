@@ -59,7 +59,7 @@ def example() -> Summary:
         "exchanges": [exchange, other],  # type: ignore[list-item]
         "corpus_only": {"facts": 12, "questions": 84, "right": {"sft": 0.21, "ppo": 0.34}},
         "overoptimization": {
-            "note": "A KL coefficient of 0.005 lets the judge be fooled.",
+            "note": "A KL coefficient of 0.005 lets the reward model be fooled.",
             "curves": [curve_of("Gold, good and bad", log, {"gold": "gold", "loss": "bad"})],
         },
         "reproduction": {

@@ -55,32 +55,34 @@ def test_a_function_gets_every_column_and_its_numbers_become_floats() -> None:
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), "good", [1.0]])
 def test_a_score_that_is_no_number_names_its_sample(bad: Any) -> None:
-    def judge(completions: list[str], **columns: Any) -> list[Any]:
+    def reward_model(completions: list[str], **columns: Any) -> list[Any]:
         return [1.0, bad]
 
     with pytest.raises(  # what only the process with that row can tell
-        RankError, match=r"reward function judge returned .* for the completion 'zwei' of the prompt 'two'"
+        RankError, match=r"reward function reward model returned .* for the completion 'zwei' of the prompt 'two'"
     ):
-        call(FunctionReward(judge), ["eins", "zwei"], prompts=["one", "two"])
+        call(FunctionReward(reward_model), ["eins", "zwei"], prompts=["one", "two"])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_as_many_scores_as_completions_are_asked_for(count: int) -> None:
-    def judge(**columns: Any) -> list[float]:
+    def reward_model(**columns: Any) -> list[float]:
         return [0.0] * count
 
-    with pytest.raises(RankError, match=f"judge returned {count} scores for 2 completions"):
-        call(FunctionReward(judge), ["a", "b"])
+    with pytest.raises(RankError, match=f"reward model returned {count} scores for 2 completions"):
+        call(FunctionReward(reward_model), ["a", "b"])
 
 
 def test_messages_reach_a_function_as_messages() -> None:
     seen: list[Any] = []
 
-    def judge(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    def reward_model(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         seen.extend([prompts, completions])
         return [0.0] * len(completions)
 
-    score(load_reward(judge, None), [CHAT, "text"], ["A", "B"], prompt_ids=[[1], [2]], completion_ids=[[3], [4]])
+    score(
+        load_reward(reward_model, None), [CHAT, "text"], ["A", "B"], prompt_ids=[[1], [2]], completion_ids=[[3], [4]]
+    )
     assert seen == [[CHAT, "text"], [[{"role": "assistant", "content": "A"}], "B"]]
 
 
@@ -151,7 +153,7 @@ def test_where_the_last_token_is_read(make_reward_model: Any, tokenizer: Any) ->
     assert classify(shared, [middle])[0].tolist() == pytest.approx(logits_by_hand(shared, middle), rel=1e-4)
 
 
-def test_a_judge_is_asked_without_dropout_and_without_gradients(make_reward_model: Any, tokenizer: Any) -> None:
+def test_a_reward_model_is_asked_without_dropout_and_without_gradients(make_reward_model: Any, tokenizer: Any) -> None:
     model = make_reward_model(0, initializer_range=0.2, resid_pdrop=0.5, embd_pdrop=0.5).train()
     reward = load_reward(model, tokenizer)
     assert ask(reward, ROWS) == ask(reward, ROWS)
@@ -186,7 +188,7 @@ def shifted(make_tokenizer: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_a_judge_with_another_vocabulary_reads_the_text(
+def test_a_reward_model_with_another_vocabulary_reads_the_text(
     ended: bool, make_reward_model: Any, tokenizer: Any, shifted: Any
 ) -> None:
     """In its own template and ids, closed by its own EOS only where the policy had closed the answer."""
@@ -210,13 +212,13 @@ def test_an_equal_vocabulary_reads_the_policys_ids(
     assert isinstance(reward, ModelReward) and reward.shares_ids
 
 
-def test_a_judge_with_too_few_embeddings_is_refused(make_reward_model: Any, tokenizer: Any) -> None:
+def test_a_reward_model_with_too_few_embeddings_is_refused(make_reward_model: Any, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="has 200 token embeddings, but its tokenizer has the id 261"):
         load_reward(make_reward_model(0, vocab_size=200), tokenizer)
 
 
 @pytest.mark.parametrize("labels", [0, 3, 5])
-def test_a_judge_has_one_label_or_two(
+def test_a_reward_model_has_one_label_or_two(
     labels: int, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
     model = make_reward_model(0, num_labels=labels or 3)
@@ -241,14 +243,14 @@ def test_a_folder_scores_as_the_model_that_was_saved(
     make_reward_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
     model, tokenizer = make_reward_model(0, num_labels=2, initializer_range=0.2), make_tokenizer()
-    model.save_pretrained(tmp_path / "judge")
-    tokenizer.save_pretrained(tmp_path / "judge")
-    reward = load_reward(str(tmp_path / "judge"), tokenizer)
-    assert reward.name == "judge" and ask(reward, ROWS) == ask(load_reward(model, tokenizer), ROWS)
+    model.save_pretrained(tmp_path / "reward_model")
+    tokenizer.save_pretrained(tmp_path / "reward_model")
+    reward = load_reward(str(tmp_path / "reward_model"), tokenizer)
+    assert reward.name == "reward_model" and ask(reward, ROWS) == ask(load_reward(model, tokenizer), ROWS)
 
 
 def test_normalized_scores_have_mean_0_and_variance_1(make_reward_model: Any, tokenizer: Any) -> None:
-    """Against NumPy on the raw scores of the same rows; a judge that does not know its spread says so."""
+    """Against NumPy on the raw scores of the same rows; a reward model that does not know its spread says so."""
     rows = [list(text.encode()) for text in ("one", "another", "a third, longer one", "four")]
     reward = ModelReward(make_reward_model(), tokenizer, tokenizer)
     raw = np.array(reward.score_ids(rows))
@@ -261,11 +263,15 @@ def test_normalized_scores_have_mean_0_and_variance_1(make_reward_model: Any, to
     assert normalized.mean() == pytest.approx(0, abs=1e-5) and normalized.std() == pytest.approx(1, abs=1e-5)
 
 
-def test_a_judge_whose_score_is_no_number_is_named_with_the_sample(make_reward_model: Any, tokenizer: Any) -> None:
-    judge = make_reward_model(0)
-    judge.score.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="judge judge gives nan for the completion 'b' of the prompt 'a'"):
-        load_reward(judge, tokenizer)(["a"], ["b"], prompt_ids=[[5]], completion_ids=[[6]])
+def test_a_reward_model_whose_score_is_no_number_is_named_with_the_sample(
+    make_reward_model: Any, tokenizer: Any
+) -> None:
+    reward_model = make_reward_model(0)
+    reward_model.score.weight.data.fill_(float("nan"))
+    with pytest.raises(
+        UserError, match="reward model reward model gives nan for the completion 'b' of the prompt 'a'"
+    ):
+        load_reward(reward_model, tokenizer)(["a"], ["b"], prompt_ids=[[5]], completion_ids=[[6]])
 
 
 def test_what_is_wrong_with_one_sample_is_told_by_the_process_that_has_it(
@@ -283,7 +289,7 @@ def test_what_is_wrong_with_one_sample_is_told_by_the_process_that_has_it(
     )
 
 
-def test_a_judge_that_reads_a_row_at_its_first_token_is_refused(make_tokenizer: Any) -> None:
+def test_a_reward_model_that_reads_a_row_at_its_first_token_is_refused(make_tokenizer: Any) -> None:
     """It would be asked without that token, and say something of the prompt's first word."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -295,14 +301,14 @@ def test_a_judge_that_reads_a_row_at_its_first_token_is_refused(make_tokenizer: 
         load_reward(model, tokenizer)
 
 
-def test_a_judge_with_a_vocabulary_of_its_own_reads_text_with_its_bos(
+def test_a_reward_model_with_a_vocabulary_of_its_own_reads_text_with_its_bos(
     make_reward_model: Any, make_tokenizer_with_bos: Any, tokenizer: Any
 ) -> None:
     """As TRL trained it; a chat template writes what it wants."""
-    judge, own = make_reward_model(0, initializer_range=0.2), make_tokenizer_with_bos()
-    reward = ModelReward(judge, own, tokenizer)
+    reward_model, own = make_reward_model(0, initializer_range=0.2), make_tokenizer_with_bos()
+    reward = ModelReward(reward_model, own, tokenizer)
     reward.shares_ids = False
     text = reward(["Hi"], [" you"], prompt_ids=[[*b"Hi"]], completion_ids=[[*b" you", EOS]])
-    assert text == ask(ModelReward(judge, own, own), [[260, *b"Hi you", EOS]])
+    assert text == ask(ModelReward(reward_model, own, own), [[260, *b"Hi you", EOS]])
     chat = reward([CHAT], ["Ho"], prompt_ids=[[1]], completion_ids=[[*b"Ho", EOS]])
-    assert chat == ask(ModelReward(judge, own, own), [[258, *b"Hi", 261, 259, *b"Ho", EOS]])
+    assert chat == ask(ModelReward(reward_model, own, own), [[258, *b"Hi", 261, 259, *b"Ho", EOS]])

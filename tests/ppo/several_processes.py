@@ -34,7 +34,7 @@ def train(folder: Path, name: str, episodes: int, kind: type[PPOTrainer] = PPOTr
     """One run; it saves in the middle and at the end, into FOLDER/NAME-by-PROCESSES."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     separate, lora = options.pop("separate", False), options.pop("lora", False)
-    judge = AutoModelForSequenceClassification.from_pretrained(folder / "judge")
+    reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
     # A bias of attention keys has no gradient but rounding, which Adam would blow up to whole steps.
     args = PPOConfig(
         adam_epsilon=1e-6,
@@ -44,10 +44,10 @@ def train(folder: Path, name: str, episodes: int, kind: type[PPOTrainer] = PPOTr
     )  # fmt: skip
     trainer = kind(
         str(folder / "policy"),
-        [low_share, str(folder / "judge")],
+        [low_share, str(folder / "reward_model")],
         args,
         [{"prompt": "word " * (row % 3) + str(row)} for row in range(20)],
-        value_model=judge if separate else None,
+        value_model=reward_model if separate else None,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], fan_in_fan_out=True)
         if lora
         else None,

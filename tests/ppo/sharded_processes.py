@@ -1,6 +1,6 @@
 """PPO on weights that FSDP2 has cut apart over CPU processes: run by torchrun.
 
-sharded_processes.py FOLDER     a policy in FOLDER/policy and a judge in FOLDER/judge
+sharded_processes.py FOLDER     a policy in FOLDER/policy and a reward model in FOLDER/reward model
 """
 
 import json
@@ -52,7 +52,7 @@ def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
     )  # fmt: skip
     trainer = Sharded(
         str(folder / "policy"),
-        str(folder / "judge"),
+        str(folder / "reward_model"),
         args,
         [{"prompt": "word " * (row % 3) + str(row)} for row in range(20)],
         [{"prompt": f"held out {row}"} for row in range(5)],

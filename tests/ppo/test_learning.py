@@ -47,7 +47,7 @@ def test_the_penalty_holds_the_policy_near_its_reference(make_trainer: Make) -> 
     assert free_scores[-1] > held_scores[-1]
 
 
-@pytest.mark.parametrize("case", ["LoRA, value adapter", "judge reward", "left-over generation_config"])
+@pytest.mark.parametrize("case", ["LoRA, value adapter", "reward model reward", "left-over generation_config"])
 def test_the_score_rises_in_the_matrix(case: str, tmp_path: Path) -> None:
     first, last = matrix.run(case, 0, tmp_path)
     assert last > first + 0.1

@@ -23,10 +23,10 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def folder(make_policy: Make, make_reward_model: Make, tokenizer: Any, tmp_path: Path) -> Path:
-    """A policy and a judge whose tokenizer has no pad token yet, and prompts to train and to look at."""
+    """A policy and a reward model whose tokenizer has no pad token yet, and prompts to train and to look at."""
     plain = json.loads((Path(tokenizer.save_pretrained(tmp_path / "policy")[0])).read_text())
     plain.pop("pad_token")
-    for name, model in (("policy", make_policy(0, initializer_range=0.1)), ("judge", make_reward_model(3))):
+    for name, model in (("policy", make_policy(0, initializer_range=0.1)), ("reward_model", make_reward_model(3))):
         model.config.pad_token_id = None
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -46,7 +46,7 @@ def script(words: list[str]) -> Any:
     assert get_quantization_config(model) is None
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, padding_side="left")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    judges = [
+    reward_models = [
         AutoModelForSequenceClassification.from_pretrained(training.reward_model_path, num_labels=1) for _ in "vr"
     ]
     policy = AutoModelForCausalLM.from_pretrained(training.sft_model_path)
@@ -61,8 +61,8 @@ def script(words: list[str]) -> Any:
 
     splits = [rows[name].map(tokenize, remove_columns=rows[name].column_names) for name in ("train", "test")]
     trainer = PPOTrainer(
-        args=training, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=judges[1],
-        value_model=judges[0], train_dataset=splits[0], eval_dataset=splits[1], peft_config=adapter,
+        args=training, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward_models[1],
+        value_model=reward_models[0], train_dataset=splits[0], eval_dataset=splits[1], peft_config=adapter,
     )  # fmt: skip
     trainer.train()
     trainer.save_model(training.output_dir)
@@ -75,7 +75,7 @@ def test_point_26_a_script_for_trl_runs_on_it(
     adapter: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = (
-        "--dataset_name data --model_name_or_path policy --sft_model_path policy --reward_model_path judge "
+        "--dataset_name data --model_name_or_path policy --sft_model_path policy --reward_model_path reward model "
         "--output_dir out --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --total_episodes 24 "
         "--num_ppo_epochs 2 --response_length 6 --missing_eos_penalty 1.0 --stop_token eos --eval_strategy steps "
         "--eval_steps 2 --report_to none --disable_tqdm true --learning_rate 1e-2 --local_rollout_forward_batch_size 2 "

@@ -294,12 +294,14 @@ def test_point_10_a_row_alone_reads_as_in_its_batch(
 def test_point_10_rollouts_do_not_hang_on_how_many_rows_go_at_once(
     make_trainer: Make, make_reward_model: Make, recorder: type, rows: int
 ) -> None:
-    """Generation, scoring by a judge, log-probabilities of policy and reference, and values."""
+    """Generation, scoring by a reward model, log-probabilities of policy and reference, and values."""
     found = []
     for at_once in (8, rows):
-        judge = make_reward_model(3, initializer_range=0.2)
+        reward_model = make_reward_model(3, initializer_range=0.2)
         trainer = with_opinions(
-            make_trainer(None, judge, kind=recorder, rows=8, local_rollout_forward_batch_size=at_once, max_steps=1)
+            make_trainer(
+                None, reward_model, kind=recorder, rows=8, local_rollout_forward_batch_size=at_once, max_steps=1
+            )
         )
         trainer.train()
         found.append((trainer.played[0][2], trainer.steps[0].inputs))

@@ -1,4 +1,4 @@
-"""The value's first guess: what the judges read of an unfinished answer, and how far that is trusted."""
+"""The value's first guess: what the reward models read of an unfinished answer, and how far that is trusted."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -19,27 +19,29 @@ MASK = length_mask(torch.tensor([len(answer) for answer in ANSWERS]), 4)
 
 
 @pytest.fixture(params=[1, 2], ids=["one label", "two labels"])
-def judge(request: pytest.FixtureRequest, make_reward_model: Make, tokenizer: Any) -> ModelReward:
-    reward = ModelReward(make_reward_model(5, request.param, initializer_range=0.3), tokenizer, tokenizer, "judge", 2)
+def reward_model(request: pytest.FixtureRequest, make_reward_model: Make, tokenizer: Any) -> ModelReward:
+    reward = ModelReward(
+        make_reward_model(5, request.param, initializer_range=0.3), tokenizer, tokenizer, "reward_model", 2
+    )
     reward.shift, reward.scale = 0.3, 1.7
     return reward
 
 
-def asked(judge: ModelReward) -> list[float]:
-    return judge([""] * 3, [""] * 3, prompt_ids=PROMPTS, completion_ids=ANSWERS)
+def asked(reward_model: ModelReward) -> list[float]:
+    return reward_model([""] * 3, [""] * 3, prompt_ids=PROMPTS, completion_ids=ANSWERS)
 
 
-def test_a_reading_is_the_score_that_the_judge_gives_to_the_answer_so_far(judge: ModelReward) -> None:
+def test_a_reading_is_the_score_that_the_reward_model_gives_to_the_answer_so_far(reward_model: ModelReward) -> None:
     """Each beginning of an answer, scored by itself; and reading along changes no score."""
-    plain = asked(judge)
-    prior = ValuePrior([judge], [0.5], on=True)
-    assert asked(judge) == pytest.approx(plain, abs=1e-6)
+    plain = asked(reward_model)
+    prior = ValuePrior([reward_model], [0.5], on=True)
+    assert asked(reward_model) == pytest.approx(plain, abs=1e-6)
     readings = prior.readings(MASK)
     assert readings is not None and readings.shape == MASK.shape
-    judge.reads_along = False
+    reward_model.reads_along = False
     for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         for place in range(len(answer)):
-            (so_far,) = judge.score_ids([[*prompt, *answer[:place]]])
+            (so_far,) = reward_model.score_ids([[*prompt, *answer[:place]]])
             assert readings[row, place].item() == pytest.approx(0.5 * so_far, abs=1e-5)
 
 
@@ -82,8 +84,10 @@ def test_sums_of_all_processes_make_one_line() -> None:
 def test_a_first_update_values_each_token_on_that_line(make_trainer: Make, make_reward_model: Make) -> None:
     """A new head says nothing, so the values are the prior; the loss is of their sum, so its gradient is the head's."""
     seen: list[Any] = []
-    judge = make_reward_model(5, initializer_range=0.3)
-    trainer = make_trainer(reward_funcs=judge, rows=8, num_ppo_epochs=1, response_length=6, value_learning_rate=1e-2)
+    reward_model = make_reward_model(5, initializer_range=0.3)
+    trainer = make_trainer(
+        reward_funcs=reward_model, rows=8, num_ppo_epochs=1, response_length=6, value_learning_rate=1e-2
+    )
     begin = trainer._begin_update
     trainer._begin_update = lambda *args: seen.append(begin(*args)) or seen[-1]
     trainer.train()
@@ -117,7 +121,7 @@ def test_no_prior_where_there_is_nothing_to_start_from(case: str, make_trainer: 
 
 
 def test_scores_that_a_subclass_makes_by_itself_have_no_prior(make_trainer: Make, make_reward_model: Make) -> None:
-    """What the judge read of other answers is not taken for readings of these."""
+    """What the reward model read of other answers is not taken for readings of these."""
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
     class Own(PPOTrainer):
@@ -133,25 +137,25 @@ def test_scores_that_a_subclass_makes_by_itself_have_no_prior(make_trainer: Make
 
 
 def test_a_row_that_was_cut_keeps_the_readings_that_are_left() -> None:
-    judge = SimpleNamespace(can_read_along=True, readings=[torch.tensor([1.0, 2.0, 3.0])])
-    prior = ValuePrior([judge], None, on=True)
+    reward_model = SimpleNamespace(can_read_along=True, readings=[torch.tensor([1.0, 2.0, 3.0])])
+    prior = ValuePrior([reward_model], None, on=True)
     readings: Tensor | None = prior.readings(torch.ones(1, 4, dtype=torch.bool))
     assert readings is not None and readings.tolist() == [[0.0, 0.0, 1.0, 2.0]]
 
 
-def test_a_judge_whose_head_sees_only_the_end_has_no_readings(make_reward_model: Make, tokenizer: Any) -> None:
+def test_a_reward_model_whose_head_sees_only_the_end_has_no_readings(make_reward_model: Make, tokenizer: Any) -> None:
     model = make_reward_model(5)
     model.score.register_forward_hook(lambda module, given, logits: logits[:, -1])
-    judge = ModelReward(model, tokenizer, tokenizer)
-    prior = ValuePrior([judge], None, on=True)
-    judge.model.forward = lambda input_ids, attention_mask: SimpleNamespace(
+    reward_model = ModelReward(model, tokenizer, tokenizer)
+    prior = ValuePrior([reward_model], None, on=True)
+    reward_model.model.forward = lambda input_ids, attention_mask: SimpleNamespace(
         logits=model.score(model.transformer(input_ids).last_hidden_state)
     )
-    asked(judge)
+    asked(reward_model)
     assert prior.readings(MASK) is None
 
 
-def test_what_a_judge_read_of_held_out_answers_is_no_reading_of_others(
+def test_what_a_reward_model_read_of_held_out_answers_is_no_reading_of_others(
     make_trainer: Make, make_reward_model: Make
 ) -> None:
     trainer, rollouts = make_trainer(reward_funcs=make_reward_model(5), rows=8, eval_dataset=[{"prompt": "a"}] * 8), []
@@ -162,7 +166,7 @@ def test_what_a_judge_read_of_held_out_answers_is_no_reading_of_others(
     assert [rollout.prior for rollout in rollouts] == [None]
 
 
-def test_what_a_judge_read_of_the_last_answers_is_no_reading_of_the_callers(
+def test_what_a_reward_model_read_of_the_last_answers_is_no_reading_of_the_callers(
     make_trainer: Make, make_reward_model: Make
 ) -> None:
     trainer, rollouts = make_trainer(reward_funcs=make_reward_model(5), rows=8, max_steps=4), []

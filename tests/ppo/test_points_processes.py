@@ -31,7 +31,7 @@ def folder(
     folder = tmp_path_factory.mktemp("processes")
     model = make_model(0, initializer_range=0.1)
     model.generation_config.eos_token_id = STOP_IDS
-    for name, module in (("policy", model), ("judge", make_reward_model(3, initializer_range=0.2))):
+    for name, module in (("policy", model), ("reward_model", make_reward_model(3, initializer_range=0.2))):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]

@@ -1,4 +1,4 @@
-"""What must hold of prompts in every form, and of judges that read another tongue than the policy."""
+"""What must hold of prompts in every form, and of reward models that read another tongue than the policy."""
 
 import json
 from collections.abc import Callable
@@ -57,12 +57,14 @@ def test_point_12_a_prompt_is_the_same_in_every_form(
     assert [form for form in FORMS if not same(found["text"], found[form])] == []
 
 
-def test_point_12_a_judge_reads_the_template_once(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
-    judge, seen = make_reward_model(3), []
-    judge.register_forward_pre_hook(
+def test_point_12_a_reward_model_reads_the_template_once(
+    make_trainer: Make, make_reward_model: Make, recorder: type
+) -> None:
+    reward_model, seen = make_reward_model(3), []
+    reward_model.register_forward_pre_hook(
         lambda module, args, given: seen.extend(given["input_ids"].tolist()), with_kwargs=True
     )
-    trainer = make_trainer(None, judge, rows=FORMS["messages"], kind=recorder, max_steps=1)
+    trainer = make_trainer(None, reward_model, rows=FORMS["messages"], kind=recorder, max_steps=1)
     trainer.train()
     _, queries, answers = trainer.played[0]
     whole = [[*query, *ids] for query, ids in zip(queries, answers.ids, strict=True)]
@@ -122,7 +124,7 @@ def test_point_12_what_is_no_prompt_is_one_clear_line(make_trainer: Make, row: d
     assert "\n" not in str(raised.value)
 
 
-# 15: judges of another tongue.
+# 15: reward models of another tongue.
 
 
 @pytest.fixture(scope="module")
@@ -140,34 +142,34 @@ def foreign(make_tokenizer: Make) -> Any:
     return tokenizer
 
 
-def read_by_hand(judge: Any, text: str) -> float:
-    """The score of a text in the foreign tokenizer's ids, from the states of the judge's trunk, in float64."""
+def read_by_hand(reward_model: Any, text: str) -> float:
+    """The score of a text in the foreign tokenizer's ids, from the states of the reward model's trunk, in float64."""
     parts = [[299 - byte for byte in part.encode()] for part in text.split("</s>")]
     ids = [number for part in parts for number in [*part, 0]][:-1]
     with torch.no_grad():
-        state = judge.transformer(torch.tensor([ids])).last_hidden_state[0, -1].double()
-    return (judge.score.weight[0].detach().double() @ state).item()
+        state = reward_model.transformer(torch.tensor([ids])).last_hidden_state[0, -1].double()
+    return (reward_model.score.weight[0].detach().double() @ state).item()
 
 
 @pytest.mark.parametrize("prompts", ["messages", "text"])
 @pytest.mark.parametrize("given", ["model", "folder"])
-def test_point_15_a_judge_reads_text_in_its_own_tongue(
+def test_point_15_a_reward_model_reads_text_in_its_own_tongue(
     make_trainer: Make, make_policy: Make, make_reward_model: Make, recorder: type, foreign: Any, tmp_path: Path, prompts: str,
     given: str,
 ) -> None:  # fmt: skip
     """Turns in its own template, closed by its own EOS only where the policy had ended its answer."""
-    model, judge = make_policy(), make_reward_model(3, vocab_size=300, initializer_range=0.2, pad_token_id=1)
+    model, reward_model = make_policy(), make_reward_model(3, vocab_size=300, initializer_range=0.2, pad_token_id=1)
     model.lm_head.weight.data[EOS] *= 40
     chosen: dict[str, Any] = {"reward_processing_classes": [None, foreign]}
     if given == "folder":
-        judge.save_pretrained(tmp_path / "judge")
-        foreign.save_pretrained(tmp_path / "judge")
+        reward_model.save_pretrained(tmp_path / "reward_model")
+        foreign.save_pretrained(tmp_path / "reward_model")
         chosen = {}
     rows = [
         {"prompt": [{"role": "user", "content": f"Hé {row}"}] if prompts == "messages" else f"Hé {row}: "}
         for row in range(16)
     ]
-    source = judge if given == "model" else str(tmp_path / "judge")
+    source = reward_model if given == "model" else str(tmp_path / "reward_model")
     trainer = make_trainer(
         model,
         [low_share, source],
@@ -179,33 +181,33 @@ def test_point_15_a_judge_reads_text_in_its_own_tongue(
     )
     trainer.train()
     (scored,), (_, queries, answers) = trainer.scored, trainer.played[0]
-    assert list(scored) == ["low_share", "judge"] and set(answers.stopped) == {True, False}
-    for query, ids, ended, score in zip(queries, answers.ids, answers.stopped, scored["judge"], strict=True):
+    assert list(scored) == ["low_share", "reward_model"] and set(answers.stopped) == {True, False}
+    for query, ids, ended, score in zip(queries, answers.ids, answers.stopped, scored["reward_model"], strict=True):
         asked, answer = (
             bytes(token for token in part if token < 256).decode(errors="replace") for part in (query, ids)
         )
         text = f"u={asked}\na={answer}" if prompts == "messages" else asked + answer
         closed = text + ("</s>\n" if prompts == "messages" else "</s>")
-        assert score == pytest.approx(read_by_hand(judge, closed if ended else text), abs=1e-4)
-    assert np.std(scored["judge"]) > 0.05
+        assert score == pytest.approx(read_by_hand(reward_model, closed if ended else text), abs=1e-4)
+    assert np.std(scored["reward_model"]) > 0.05
 
 
 def test_point_15_an_undeclared_other_vocabulary_is_refused(
     make_trainer: Make, make_reward_model: Make, recorder: type, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Before anything is written; who declares that the judge reads the policy's ids is believed."""
-    judge = make_reward_model(3, vocab_size=300)
+    """Before anything is written; who declares that the reward model reads the policy's ids is believed."""
+    reward_model = make_reward_model(3, vocab_size=300)
     with pytest.raises(
         UserError, match=r"300 token embeddings and the policy 262.*reward_processing_classes"
     ) as raised:
-        make_trainer(None, [low_share, judge])
+        make_trainer(None, [low_share, reward_model])
     assert "\n" not in str(raised.value) and not any(path.is_file() for path in tmp_path.rglob("*"))
-    trainer = make_trainer(None, judge, reward_processing_classes=tokenizer, kind=recorder, max_steps=1)
+    trainer = make_trainer(None, reward_model, reward_processing_classes=tokenizer, kind=recorder, max_steps=1)
     trainer.train()
     (scores,), (_, queries, answers) = trainer.scored[0].values(), trainer.played[0]
     for query, ids, score in zip(queries, answers.ids, scores, strict=True):
         with torch.no_grad():
-            assert score == pytest.approx(judge(torch.tensor([[*query, *ids]])).logits.item(), abs=1e-5)
+            assert score == pytest.approx(reward_model(torch.tensor([[*query, *ids]])).logits.item(), abs=1e-5)
 
 
 def test_point_15_a_pad_token_beyond_the_embedding_changes_nothing(
@@ -216,15 +218,17 @@ def test_point_15_a_pad_token_beyond_the_embedding_changes_nothing(
     recorder: type,
     weights_of: Make,
 ) -> None:
-    """`[PAD]` is added without a new row in any embedding; in the last run the judge believes in it, too."""
+    """`[PAD]` is added without a new row in any embedding; in the last run the reward model believes in it, too."""
     padded = make_tokenizer()
     padded.add_special_tokens({"pad_token": "[PAD]"})
     assert padded.pad_token_id == 262 == make_policy().config.vocab_size
     found = []
     for tokenizer, pad in ((make_tokenizer(), PAD), (padded, PAD), (padded, 262)):
-        judge = make_reward_model(3, initializer_range=0.2, pad_token_id=pad)
-        trainer = make_trainer(None, judge, kind=recorder, processing_class=tokenizer, num_ppo_epochs=1)
+        reward_model = make_reward_model(3, initializer_range=0.2, pad_token_id=pad)
+        trainer = make_trainer(None, reward_model, kind=recorder, processing_class=tokenizer, num_ppo_epochs=1)
         trainer.train()
-        found.append((weights_of(trainer.model), [score for scores in trainer.scored for score in scores["judge"]]))
+        found.append(
+            (weights_of(trainer.model), [score for scores in trainer.scored for score in scores["reward_model"]])
+        )
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     assert found[2][1] == pytest.approx(found[0][1], abs=1e-5)

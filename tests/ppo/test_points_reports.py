@@ -118,7 +118,7 @@ def test_point_24_times_speed_and_gradients_reach_every_reporter(
 # 24: hints.
 
 HEALTHY = {
-    "objective/kl": 3.0, "objective/scores": 0.5, "rewards/judge": 0.5, "rewards/gold": 1.0, "val/ratio": 1.01,
+    "objective/kl": 3.0, "objective/scores": 0.5, "rewards/reward_model": 0.5, "rewards/gold": 1.0, "val/ratio": 1.01,
     "policy/clipfrac_avg": 0.1, "policy/entropy_avg": 2.0, "loss/value_avg": 0.2, "val/explained_variance": 0.3,
     "completions/mean_length": 30.0, "completions/eos_share": 0.9, "val/skipped_steps": 0.0,
 }  # fmt: skip
@@ -142,8 +142,8 @@ CASES: dict[str, Case] = {
     "length drift below": ({"completions/mean_length": 14.0}, {"completions/mean_length": 16.0}, "come to 14 tokens"),
     "EOS share falling": ({"completions/eos_share": 0.0}, {"completions/eos_share": 0.75}, "only 0% of the answers"),
     "over-optimisation": (
-        {"objective/scores": 0.9, "rewards/judge": 0.9, "rewards/gold": -1.0},
-        {"objective/scores": 0.9, "rewards/judge": 0.9, "rewards/gold": 0.95},
+        {"objective/scores": 0.9, "rewards/reward_model": 0.9, "rewards/gold": -1.0},
+        {"objective/scores": 0.9, "rewards/reward_model": 0.9, "rewards/gold": 0.95},
         "the score rises while rewards/gold falls",
     ),
 }
@@ -192,7 +192,7 @@ def test_point_24_every_hint_has_its_case() -> None:
 def test_point_24_over_optimisation_is_a_matter_of_the_watched_rewards(caplog: pytest.LogCaptureFixture) -> None:
     """A falling score that is learnt from with a negative weight is meant to fall; and nothing is over a falling total."""
     rising: list[dict[str, float]] = [
-        {"objective/scores": step / 10, "rewards/judge": step / 10, "rewards/length": 3 - step / 10}
+        {"objective/scores": step / 10, "rewards/reward_model": step / 10, "rewards/length": 3 - step / 10}
         for step in range(9)
     ]
     assert said_of(Hints(lambda: ["gold"]), caplog, *rising) == []

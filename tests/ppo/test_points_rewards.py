@@ -107,7 +107,7 @@ def test_point_04_the_saved_generation_config_is_the_loaded_one(
 
 @pytest.mark.parametrize("given", ["model", "path"])
 @pytest.mark.parametrize("labels", [1, 2])
-def test_point_11_a_judge_reads_prompt_and_answer(
+def test_point_11_a_reward_model_reads_prompt_and_answer(
     make_trainer: Make,
     make_reward_model: Make,
     recorder: type,
@@ -116,18 +116,18 @@ def test_point_11_a_judge_reads_prompt_and_answer(
     given: str,
     labels: int,
 ) -> None:
-    """As a model and as a folder; a judge of two labels gives the log-odds of the second."""
-    judge = make_reward_model(3, num_labels=labels, initializer_range=0.2)
-    folder = tmp_path / "judge"
-    judge.save_pretrained(folder)
+    """As a model and as a folder; a reward model of two labels gives the log-odds of the second."""
+    reward_model = make_reward_model(3, num_labels=labels, initializer_range=0.2)
+    folder = tmp_path / "reward_model"
+    reward_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    trainer = make_trainer(None, judge if given == "model" else str(folder), kind=recorder, max_steps=1)
+    trainer = make_trainer(None, reward_model if given == "model" else str(folder), kind=recorder, max_steps=1)
     trainer.train()
     (found,), (_, queries, answers) = trainer.scored[0].values(), trainer.played[0]
-    assert list(trainer.scored[0]) == ["judge"]
+    assert list(trainer.scored[0]) == ["reward_model"]
     for query, answer, score in zip(queries, answers.ids, found, strict=True):
         with torch.no_grad():
-            logits = judge(torch.tensor([[*query, *answer]])).logits[0]
+            logits = reward_model(torch.tensor([[*query, *answer]])).logits[0]
         assert score == pytest.approx((logits[-1] - (logits[0] if labels == 2 else 0)).item(), abs=1e-5)
 
 
@@ -167,16 +167,16 @@ def test_point_11_conversations_are_answered_by_messages(make_trainer: Make, rec
 
 
 def test_point_11_a_weighted_list_adds_up(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
-    """A judge, a function with a column, and a third one that is logged and not learnt from."""
-    judge = make_reward_model(3, initializer_range=0.2)
+    """A reward model, a function with a column, and a third one that is logged and not learnt from."""
+    reward_model = make_reward_model(3, initializer_range=0.2)
     rows = [{"prompt": f"Q{row}", "answer": chr(97 + row)} for row in range(8)]
     trainer = make_trainer(
-        None, [judge, letters_of_answer, count_tokens], rows=rows, kind=recorder, reward_weights=[2.0, -0.5, 0.0],
+        None, [reward_model, letters_of_answer, count_tokens], rows=rows, kind=recorder, reward_weights=[2.0, -0.5, 0.0],
         learning_rate=0.0, max_steps=4, num_ppo_epochs=4,
     )  # fmt: skip
     trainer.train()
     scored, (_, queries, answers) = trainer.scored[0], trainer.played[0]
-    assert list(scored) == ["judge", "letters_of_answer", "count_tokens"]
+    assert list(scored) == ["reward_model", "letters_of_answer", "count_tokens"]
     totals = [2 * first - 0.5 * second for first, second, _ in zip(*scored.values(), strict=True)]
     wanted = {(*query, *answer): total for query, answer, total in zip(queries, answers.ids, totals, strict=True)}
     inputs = trainer.steps[0].inputs

@@ -50,8 +50,8 @@ def with_sft_adapter(policy: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def judge_on_base(base: Path, tokenizer: Any) -> Path:
-    """A judge's folder: an adapter and a head on the policy's base, as the reward stage leaves them."""
+def reward_model_on_base(base: Path, tokenizer: Any) -> Path:
+    """A reward model's folder: an adapter and a head on the policy's base, as the reward stage leaves them."""
     from peft import get_peft_model
 
     from rlhf_recipes.models.loading import save_reward_model_config
@@ -59,10 +59,10 @@ def judge_on_base(base: Path, tokenizer: Any) -> Path:
     torch.manual_seed(7)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
-    judge = get_peft_model(model, lora("SEQ_CLS", init_lora_weights=False, modules_to_save=["score"]))
-    folder = base.parent / "judge"
-    judge.save_pretrained(folder)
-    save_reward_model_config(judge, folder)
+    reward_model = get_peft_model(model, lora("SEQ_CLS", init_lora_weights=False, modules_to_save=["score"]))
+    folder = base.parent / "reward_model"
+    reward_model.save_pretrained(folder)
+    save_reward_model_config(reward_model, folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -79,10 +79,10 @@ def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_point_17_one_copy_of_the_base_serves_all_four(
-    policy: Any, judge_on_base: Path, make_trainer: Make, weights_of: Make
+    policy: Any, reward_model_on_base: Path, make_trainer: Make, weights_of: Make
 ) -> None:
     size = sum(weight.numel() for weight in policy.parameters())
-    trainer = make_trainer(policy, [str(judge_on_base)], peft_config=lora())
+    trainer = make_trainer(policy, [str(reward_model_on_base)], peft_config=lora())
     (reward,) = trainer.rewards
     modules = [trainer.model, trainer.experience.reference.module, reward.model]
     held = {weight.data_ptr(): weight for module in modules for weight in module.parameters()}
@@ -91,7 +91,7 @@ def test_point_17_one_copy_of_the_base_serves_all_four(
         weight.numel() for module in (trainer.model.value_model, reward.model) for weight in module.parameters()
     )
     assert sum(weight.numel() for weight in held.values()) == size + adapters + heads
-    assert adapters < 3 * 0.2 * size  # policy, value and judge
+    assert adapters < 3 * 0.2 * size  # policy, value and reward model
     before, frozen = weights_of(trainer.model), base_weights(trainer.model.policy)
     trainer.train()
     after = weights_of(trainer.model)
@@ -165,13 +165,13 @@ def test_point_17_policy_and_value_learn_each_by_its_own_adapter(
     assert moved == {"default" if still == "value" else "ppo_value"}
 
 
-def test_point_17_a_judge_on_the_base_rides_on_it_and_scores_as_on_its_own(
-    policy: Any, judge_on_base: Path, make_trainer: Make, tokenizer: Any
+def test_point_17_a_reward_model_on_the_base_rides_on_it_and_scores_as_on_its_own(
+    policy: Any, reward_model_on_base: Path, make_trainer: Make, tokenizer: Any
 ) -> None:
-    trainer = make_trainer(policy, [str(judge_on_base)], peft_config=lora())
+    trainer = make_trainer(policy, [str(reward_model_on_base)], peft_config=lora())
     (riding,) = trainer.rewards
     assert isinstance(riding.model, SharedBaseRewardModel)
-    alone_on_its_base = load_reward(load_reward_model(str(judge_on_base)), tokenizer)
+    alone_on_its_base = load_reward(load_reward_model(str(reward_model_on_base)), tokenizer)
     rows = [[5, 6, 7, 8], [9], [10, 11, 12], [13] * 20]
     expected = alone_on_its_base.score_ids(rows)
     assert riding.score_ids(rows) == pytest.approx(expected, abs=1e-5)
@@ -179,8 +179,8 @@ def test_point_17_a_judge_on_the_base_rides_on_it_and_scores_as_on_its_own(
     assert riding.score_ids(rows) == pytest.approx(expected, abs=1e-5)
 
 
-def test_point_17_a_judge_on_another_base_keeps_its_own(
-    policy: Any, judge_on_base: Path, base: Path, make_trainer: Make
+def test_point_17_a_reward_model_on_another_base_keeps_its_own(
+    policy: Any, reward_model_on_base: Path, base: Path, make_trainer: Make
 ) -> None:
     """A policy whose adapter was merged is another base, and so is a policy without an adapter."""
     from peft import get_peft_model
@@ -189,10 +189,10 @@ def test_point_17_a_judge_on_another_base_keeps_its_own(
         make_trainer(with_sft_adapter(AutoModelForCausalLM.from_pretrained(base)), peft_config=lora())
     merged = with_sft_adapter(policy).merge_and_unload()
     for model, options in ((merged, {"peft_config": lora()}), (AutoModelForCausalLM.from_pretrained(base), {})):
-        (reward,) = make_trainer(model, [str(judge_on_base)], **options).rewards
+        (reward,) = make_trainer(model, [str(reward_model_on_base)], **options).rewards
         assert not isinstance(reward.model, SharedBaseRewardModel)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
-    assert isinstance(make_trainer(model, [str(judge_on_base)]).rewards[0].model, SharedBaseRewardModel)
+    assert isinstance(make_trainer(model, [str(reward_model_on_base)]).rewards[0].model, SharedBaseRewardModel)
 
 
 def test_point_17_checkpointing_refuses_an_adapter_that_is_not_on_in_the_backward_pass(
@@ -204,13 +204,13 @@ def test_point_17_checkpointing_refuses_an_adapter_that_is_not_on_in_the_backwar
 
 
 def test_point_17_a_second_trainer_of_the_same_policy_starts_from_what_the_first_left(
-    policy: Any, judge_on_base: Path, make_trainer: Make
+    policy: Any, reward_model_on_base: Path, make_trainer: Make
 ) -> None:
     model = with_sft_adapter(policy)
-    first = make_trainer(model, [str(judge_on_base)])
+    first = make_trainer(model, [str(reward_model_on_base)])
     first.train()
     left = told_of(first).log_probs
-    second = make_trainer(model, [str(judge_on_base)])
+    second = make_trainer(model, [str(reward_model_on_base)])
     torch.testing.assert_close(told_of(second).reference_log_probs, left)
 
 
@@ -227,13 +227,13 @@ def test_point_18_the_card_names_what_the_model_was_made_of(make_trainer: Make, 
     assert (Path(trainer.args.output_dir) / "README.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("kind", ["plain", "adapter", "judge"])
+@pytest.mark.parametrize("kind", ["plain", "adapter", "reward_model"])
 def test_point_18_policy_and_value_are_read_back_as_they_were(
     kind: str, policy: Any, base: Path, make_reward_model: Make, make_trainer: Make, tmp_path: Path
 ) -> None:
     """The policy by AutoModelForCausalLM; the value by a trainer that has learnt nothing yet."""
     options: dict[str, Any] = {"peft_config": lora()} if kind == "adapter" else {}
-    if kind == "judge":
+    if kind == "reward_model":
         options = {"value_model": make_reward_model(5)}
     trainer = make_trainer(policy, **options)
     trainer.train()
@@ -244,7 +244,7 @@ def test_point_18_policy_and_value_are_read_back_as_they_were(
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, trainer.model.policy.eval()(ids).logits)
     assert loaded.generation_config.eos_token_id == policy.generation_config.eos_token_id
-    if kind == "judge":
+    if kind == "reward_model":
         value = AutoModelForSequenceClassification.from_pretrained(folder / "value_model", num_labels=1)
         assert torch.equal(value.score.weight, trainer.model.value_model.score.weight)
         options = {"value_model": make_reward_model(6)}

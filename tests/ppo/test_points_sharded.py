@@ -32,7 +32,7 @@ def folder(
     folder = tmp_path_factory.mktemp("sharded")
     for name, module in (
         ("policy", make_policy(0, initializer_range=0.1)),
-        ("judge", make_reward_model(3, initializer_range=0.2)),
+        ("reward_model", make_reward_model(3, initializer_range=0.2)),
     ):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -182,11 +182,11 @@ def judged(trainers_in: Make, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
     trainer = trainers_in(tmp_path_factory.mktemp("judged"))(None, of_the_day, rows=rows)
 
-    def judge(function: Any) -> Any:
+    def reward_model(function: Any) -> Any:
         chosen.append(function)
         return trainer.score(trainer.prompts.rows(range(8)), Completions([[72, 105]] * 8, [False] * 8))["of_the_day"]
 
-    return judge
+    return reward_model
 
 
 @pytest.mark.parametrize("kind", ERRORS)

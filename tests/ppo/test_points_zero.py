@@ -64,7 +64,7 @@ def folder(
     for name, module in (
         ("policy", make_policy(0, initializer_range=0.1)),
         ("rotary", rotary(len(tokenizer))),
-        ("judge", make_reward_model(3, initializer_range=0.2)),
+        ("reward_model", make_reward_model(3, initializer_range=0.2)),
     ):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -248,6 +248,6 @@ def test_point_20_a_model_that_was_cut_apart_as_it_was_loaded_is_refused(
     }
     models["ref_model"] = make_policy(3)
     next(models[role].parameters()).ds_id = 0  # as ZeRO-3 leaves a weight
-    named = {"model": "policy", "reward_funcs": "judge"}.get(role, role)
+    named = {"model": "policy", "reward_funcs": "reward_model"}.get(role, role)
     with pytest.raises(ValueError, match=f"the {named} was cut apart as it was loaded under ZeRO-3.*give its folder"):
         make_trainer(models.pop("model"), **models)

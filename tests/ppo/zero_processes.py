@@ -1,6 +1,6 @@
 """PPO under DeepSpeed on CPU processes: run by `accelerate launch`.
 
-zero_processes.py FOLDER STAGE     policies in FOLDER/policy and FOLDER/rotary, and a judge in FOLDER/judge
+zero_processes.py FOLDER STAGE     policies in FOLDER/policy and FOLDER/rotary, and a reward model in FOLDER/reward model
 """
 
 import json
@@ -77,7 +77,7 @@ def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
     )  # fmt: skip
     trainer: PPOTrainer = kind(
         str(folder / policy),
-        str(folder / "judge"),
+        str(folder / "reward_model"),
         args,
         [{"prompt": "word " * (row % 3) + str(row)} for row in range(20)],
         [{"prompt": f"held out {row}"} for row in range(5)],
@@ -95,7 +95,7 @@ def value_model(folder: Path) -> Any:
     from rlhf_recipes.system import deepspeed as zero
 
     with zero.load_unsharded():
-        return AutoModelForSequenceClassification.from_pretrained(folder / "judge")
+        return AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
 
 
 def ran(folder: Path, out: str, case: str, resume: str | None = None) -> PPOTrainer:

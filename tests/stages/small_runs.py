@@ -34,7 +34,7 @@ OWN: dict[str, dict[str, Any]] = {
     "sft": {"dataset_name": "demonstrations", "eval_strategy": "steps", "eval_steps": 3},
     "reward": {"dataset_name": "preferences"},
     "ppo": {
-        "dataset_name": "prompts", "reward": "judge", "response_length": 6, "num_mini_batches": 2, "num_ppo_epochs": 2,
+        "dataset_name": "prompts", "reward": "reward_model", "response_length": 6, "num_mini_batches": 2, "num_ppo_epochs": 2,
         "hints": False, "max_steps": 10, "logging_steps": 3,
     },
 }  # fmt: skip
@@ -42,11 +42,11 @@ FOLDERS = {"model_name_or_path", "tokenizer_name", "dataset_name", "reward", "ou
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 
 
-def prepare(folder: Path, model: Any, judge: Any, tokenizer: Any) -> Path:
-    """What the stages read: a policy that ends its answers, a judge, and rows of unequal length, which fill no whole number
+def prepare(folder: Path, model: Any, reward_model: Any, tokenizer: Any) -> Path:
+    """What the stages read: a policy that ends its answers, a reward model, and rows of unequal length, which fill no whole number
     of batches: an epoch ends within the run."""
     model.generation_config.eos_token_id = list(range(200, 256))
-    for name, module in (("model", model), ("judge", judge)):
+    for name, module in (("model", model), ("reward_model", reward_model)):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     said = [" ".join(WORDS[start % 7 : start % 7 + 2 + start % 5]) for start in range(43)]

@@ -268,11 +268,11 @@ def test_held_out_pairs_are_checked_as_well(ask: Any, weightless: Path) -> None:
         run_dpo(*ask(CHAT, [{"question": "a"}], model_name_or_path=weightless))
 
 
-def test_a_judge_cannot_answer(ask: Any, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    make_reward_model(0).save_pretrained(tmp_path / "judge")
-    make_tokenizer().save_pretrained(tmp_path / "judge")
-    with pytest.raises(UserError, match="is a judge, which cannot answer"):
-        run_dpo(*ask(CHAT, model_name_or_path=tmp_path / "judge"))
+def test_a_reward_model_cannot_answer(ask: Any, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    make_reward_model(0).save_pretrained(tmp_path / "reward_model")
+    make_tokenizer().save_pretrained(tmp_path / "reward_model")
+    with pytest.raises(UserError, match="is a reward model, which cannot answer"):
+        run_dpo(*ask(CHAT, model_name_or_path=tmp_path / "reward_model"))
 
 
 @pytest.mark.parametrize("token", ["pad_token", "eos_token"])

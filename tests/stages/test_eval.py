@@ -39,7 +39,7 @@ def world(
     make_reward_model: Callable[..., Any],
     make_tokenizer: Callable[[], Any],
 ) -> Path:
-    """Two models that know when to stop now and then, two judges, prompts and texts."""
+    """Two models that know when to stop now and then, two reward models, prompts and texts."""
     folder = tmp_path_factory.mktemp("eval")
     tokenizer = make_tokenizer()
     for name, seed in (("first", 0), ("second", 1)):
@@ -66,7 +66,7 @@ def ask(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
             "models": [str(world / name) for name in models],
             "dataset_name": str(world / "prompts"),
             "text_dataset_name": str(world / "texts"),
-            "judge": str(world / "ranker"),
+            "reward_model": str(world / "ranker"),
             "gold": "test_eval:letter_share",
             "max_new_tokens": 12,
             "output_dir": str(tmp_path / "report"),
@@ -96,7 +96,7 @@ def pair_report(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 models=[str(world / "first"), str(world / "second")],
                 dataset_name=str(world / "prompts"),
                 text_dataset_name=str(world / "texts"),
-                judge=str(world / "classifier"),
+                reward_model=str(world / "classifier"),
                 gold="test_eval:letter_share",
                 max_new_tokens=12,
                 completions_per_prompt=2,
@@ -117,7 +117,7 @@ def test_the_numbers_equal_those_computed_by_hand(world: Path, pair_report: Path
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     models = {name: AutoModelForCausalLM.from_pretrained(world / name) for name in ("first", "second")}
-    judge = AutoModelForSequenceClassification.from_pretrained(world / "classifier")
+    reward_model = AutoModelForSequenceClassification.from_pretrained(world / "classifier")
     second, rows = measured(pair_report)["second"], rows_of(pair_report, "second")
     nats, tokens, size = 0.0, 0, 0
     for text in TEXTS:
@@ -145,9 +145,9 @@ def test_the_numbers_equal_those_computed_by_hand(world: Path, pair_report: Path
         ]
         kls.append(sum(ratios))
         k3 += [math.exp(-ratio) - 1 + ratio for ratio in ratios]
-        odds = judge(ids).logits[0].double()
+        odds = reward_model(ids).logits[0].double()
         positive.append(float(odds.softmax(dim=0)[1]))
-        assert row["judge"] == pytest.approx(float(odds[1] - odds[0]), abs=1e-4)
+        assert row["reward_model"] == pytest.approx(float(odds[1] - odds[0]), abs=1e-4)
         assert row["gold"] == row["completion"].count(PROMPTS[row["index"]]["answer"]) / 10
         lengths.append(len(answer))
         stops.append(answer[-1] in STOPS)
@@ -163,13 +163,19 @@ def test_a_prompt_is_won_by_the_mean_over_its_answers(pair_report: Path) -> None
     wins = 0.0
     for index in range(len(PROMPTS)):
         first, second = (
-            sum(row["judge"] for row in rows_of(pair_report, name) if row["index"] == index)
+            sum(row["reward_model"] for row in rows_of(pair_report, name) if row["index"] == index)
             for name in ("first", "second")
         )
         wins += 0.5 if first == second else float(second > first)
     result = measured(pair_report)["second"]
     assert result["win_rate_reward"] == wins / len(PROMPTS)
-    assert 0 <= result["win_rate_judge_low"] <= result["win_rate_reward"] <= result["win_rate_judge_high"] <= 1
+    assert (
+        0
+        <= result["win_rate_reward_model_low"]
+        <= result["win_rate_reward"]
+        <= result["win_rate_reward_model_high"]
+        <= 1
+    )
     assert "win_rate_reward" not in measured(pair_report)["first"]
 
 
@@ -193,8 +199,10 @@ def test_side_by_side_equals_one_by_one(ask: Callable[..., EvalArguments], world
         assert json.loads((alone / "metrics.json").read_text(encoding="utf-8"))["gold_score"] == single["gold_score"]
 
 
-def test_greedy_answers_leave_kl_out_and_a_function_judges(ask: Callable[..., EvalArguments]) -> None:
-    report = run_eval(ask("first", "second", temperature=0.0, judge="test_eval:letter_share", text_dataset_name=None))
+def test_greedy_answers_leave_kl_out_and_a_function_reward_models(ask: Callable[..., EvalArguments]) -> None:
+    report = run_eval(
+        ask("first", "second", temperature=0.0, reward_model="test_eval:letter_share", text_dataset_name=None)
+    )
     second = measured(report)["second"]
     assert second["reward_score"] == second["gold_score"]
     assert {"kl", "perplexity", "reward_positive"}.isdisjoint(second)
@@ -213,7 +221,7 @@ def test_the_folder_tells_what_was_asked(pair_report: Path) -> None:
     card = (pair_report / "README.md").read_text(encoding="utf-8")
     table = card.split("```yaml")[0]
     numbers = measured(pair_report)
-    for key in ("gold\\_score", "perplexity", "win\\_rate\\_judge", "eos\\_share", "kl"):
+    for key in ("gold\\_score", "perplexity", "win\\_rate\\_reward_model", "eos\\_share", "kl"):
         assert f"| {key} |" in table
     assert f"{numbers['second']['perplexity']:.4g}" in table
     assert "What \\<b\\>now\\</b\\> \\| then?" not in table, "only three prompts stand on the card"
@@ -232,14 +240,14 @@ BAD: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "no models": ((), {}, "pass --models"),
     "missing folder": (("./nowhere",), {}, "no such folder"),
     "hub id offline": ((), {"models": ["someone/model"]}, "HF_HUB_OFFLINE"),
-    "a judge as model": (("ranker",), {}, "is a judge"),
+    "a reward model as model": (("ranker",), {}, "is a reward model"),
     "no prompts": (("first",), {"dataset_name": None}, "pass --dataset_name"),
     "no such column": (("first",), {"prompt_column": "question"}, "has prompt, answer"),
     "no text column": (("first",), {"text_column": "story"}, "has text"),
     "no such split": (("first",), {"dataset_split": "validation"}, "no split"),
     "prompt too long": (("first",), {"max_new_tokens": 128}, "do not fit the context"),
-    "no such judge": (("first",), {"judge": "./nowhere"}, "no such folder"),
-    "a model as judge": (("first",), {"judge": "second"}, "not a sequence classifier"),
+    "no such reward model": (("first",), {"reward_model": "./nowhere"}, "no such folder"),
+    "a model as reward model": (("first",), {"reward_model": "second"}, "not a sequence classifier"),
     "no such function": (("first",), {"gold": "test_eval:nothing"}, "cannot be imported"),
     "function wants a column": (("first",), {"gold": "test_eval:letter_share", "dataset_name": "bare"}, "answer"),
     "reference elsewhere": (("first",), {"reference": "./nowhere"}, "no such folder"),
@@ -304,9 +312,9 @@ def by_token(completion_ids: list[list[int]], **columns: Any) -> list[list[float
 
 
 def test_rewards_of_tokens_are_summed(ask: Callable[..., EvalArguments]) -> None:
-    folder = run_eval(ask("first", judge="test_eval:by_token", gold=None))
+    folder = run_eval(ask("first", reward_model="test_eval:by_token", gold=None))
     rows = rows_of(folder, "first")
-    assert len({row["tokens"] for row in rows}) > 1 and all(row["judge"] == row["tokens"] / 2 for row in rows)
+    assert len({row["tokens"] for row in rows}) > 1 and all(row["reward_model"] == row["tokens"] / 2 for row in rows)
 
 
 def test_columns_with_names_that_rewards_are_called_with_are_left_out(

@@ -666,8 +666,8 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
     retry_command("sft", "shared folder")
 
 
-@pytest.mark.fault("the judge crashes", stage="ppo")
-def test_a_judge_that_crashes_loses_nothing(world: Path, again: Callable[[str, str], None]) -> None:
+@pytest.mark.fault("the reward model crashes", stage="ppo")
+def test_a_reward_model_that_crashes_loses_nothing(world: Path, again: Callable[[str, str], None]) -> None:
     from rlhf_recipes.scoring.reward_models import ModelReward
 
     def act() -> None:
@@ -677,16 +677,16 @@ def test_a_judge_that_crashes_loses_nothing(world: Path, again: Callable[[str, s
             nonlocal calls
             calls += 1
             if calls == 3:
-                raise RuntimeError("the judge is gone")
+                raise RuntimeError("the reward model is gone")
             return ask(self, *args, **kwargs)
 
         ModelReward.__call__ = deadly  # type: ignore[method-assign]
-        small_runs.run("ppo", world, "crashed judge")
+        small_runs.run("ppo", world, "crashed reward model")
 
     code, said = told(act, world)
-    assert code == 1 and "the judge is gone" in said
-    assert list_checkpoints(world / "crashed judge")
-    retry_command("ppo", "crashed judge")
+    assert code == 1 and "the reward model is gone" in said
+    assert list_checkpoints(world / "crashed reward model")
+    retry_command("ppo", "crashed reward model")
 
 
 @pytest.mark.fault("a data file is cut in a line")

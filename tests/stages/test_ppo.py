@@ -29,9 +29,9 @@ REWARD += "    return [float(text.count(letter)) for text, letter in zip(complet
 def place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Any, make_reward_model: Any, tokenizer: Any
 ) -> Path:
-    """A working directory with a policy, a judge, prompts with a further column, and a module with a reward function."""
+    """A working directory with a policy, a reward model, prompts with a further column, and a module with a reward function."""
     monkeypatch.chdir(tmp_path)
-    for name, model in (("policy", make_model()), ("judge", make_reward_model())):
+    for name, model in (("policy", make_model()), ("reward_model", make_reward_model())):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "prompts").mkdir()
@@ -43,7 +43,7 @@ def place(
 
 def options(**changed: Any) -> tuple[PPOArguments, ModelConfig, PPOConfig]:
     values: dict[str, Any] = {
-        "dataset_name": "prompts", "reward": "judge", "model_name_or_path": "policy", "output_dir": "out",
+        "dataset_name": "prompts", "reward": "reward_model", "model_name_or_path": "policy", "output_dir": "out",
         "per_device_train_batch_size": 4, "total_episodes": 8, "response_length": 6, "logging_steps": 1,
         "learning_rate": 1e-3, "save_strategy": "no",
     } | changed  # fmt: skip
@@ -55,7 +55,7 @@ def test_folders_in_folder_out(place: Path) -> None:
     """The policy that is left loads anywhere and has moved; the value model, samples and numbers lie beside it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = run_ppo(*options(reward="judge letter_rewards:wanted_letters"))
+    folder = run_ppo(*options(reward="reward model letter_rewards:wanted_letters"))
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in ("policy", folder))
     assert all(not a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained("policy").get_vocab()
@@ -93,14 +93,14 @@ def test_the_run_repeats_from_its_recipe(place: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_value_model_starts_from_a_judge(place: Path) -> None:
+def test_a_value_model_starts_from_a_reward_model(place: Path) -> None:
     """With value_model the critic is a model of its own, and it is left loadable."""
     from transformers import AutoModelForSequenceClassification
 
-    folder = run_ppo(*options(value_model="judge"))
+    folder = run_ppo(*options(value_model="reward_model"))
     value = AutoModelForSequenceClassification.from_pretrained(folder / "value_model")
     assert value.config.num_labels == 1
-    start = AutoModelForSequenceClassification.from_pretrained("judge")
+    start = AutoModelForSequenceClassification.from_pretrained("reward_model")
     assert not torch.equal(value.score.weight, start.score.weight)
 
 
@@ -121,10 +121,10 @@ def test_metrics_name_the_first_and_the_last_update() -> None:
 
 
 def _three_labels(place: Path) -> None:
-    config = json.loads((place / "judge" / "config.json").read_text())
+    config = json.loads((place / "reward_model" / "config.json").read_text())
     labels = {str(index): f"LABEL_{index}" for index in range(3)}
     config |= {"id2label": labels, "label2id": {value: int(key) for key, value in labels.items()}}
-    (place / "judge" / "config.json").write_text(json.dumps(config))
+    (place / "reward_model" / "config.json").write_text(json.dumps(config))
 
 
 def _no_pad(place: Path) -> None:
@@ -205,7 +205,7 @@ def test_the_door_ends_with_code_2(place: Path) -> None:
         "--output_dir",
         "out",
     ]
-    command += ["--reward", "judge", "--dataset_name", "prompts"]
+    command += ["--reward", "reward_model", "--dataset_name", "prompts"]
     environment = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(place)}
     process = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
     errors = [line for line in process.stderr.splitlines() if line.startswith("error:")]

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft, 8 bits": ("sft", EIGHT),
     "reward, 4 bits": ("reward", FOUR),
     "ppo, 4 bits": ("ppo", {**FOUR, "save_steps": 3, "frozen_bits": 4}),
-    "ppo, 8 bits, value model": ("ppo", {**EIGHT, "save_steps": 3, "frozen_bits": 8, "value_model": "judge"}),
+    "ppo, 8 bits, value model": ("ppo", {**EIGHT, "save_steps": 3, "frozen_bits": 8, "value_model": "reward_model"}),
     "pretrain, 8-bit AdamW": ("pretrain", SMALL_STATE),
     "sft, 8-bit AdamW": ("sft", SMALL_STATE),
     "ppo, 8-bit AdamW": ("ppo", {**SMALL_STATE, "save_steps": 3, "value_learning_rate": 3e-3}),
@@ -44,11 +44,11 @@ def bits_world(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any],
     make_reward_model: Callable[..., Any], tokenizer: Any,
 ) -> Path:  # fmt: skip
-    model, judge = (
+    model, reward_model = (
         make_model(0, initializer_range=0.1, n_embd=64),
         make_reward_model(3, initializer_range=0.2, n_embd=64),
     )
-    return small_runs.prepare(tmp_path_factory.mktemp("bits"), model, judge, tokenizer)
+    return small_runs.prepare(tmp_path_factory.mktemp("bits"), model, reward_model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def whole(bits_world: Path) -> Callable[[str], Path]:
         stage, options = CASES[case]
         folder = bits_world / case
         if not folder.exists():
-            given = options | ({"value_model": str(bits_world / "judge")} if "value_model" in options else {})
+            given = options | ({"value_model": str(bits_world / "reward_model")} if "value_model" in options else {})
             assert not killed.attempt(lambda: small_runs.run(stage, bits_world, case, **given), None)
         return folder
 
@@ -69,7 +69,7 @@ def whole(bits_world: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_was_cut_goes_on_bit_for_bit(case: str, bits_world: Path, whole: Callable[[str], Path]) -> None:
     stage, options = CASES[case]
-    given = options | ({"value_model": str(bits_world / "judge")} if "value_model" in options else {})
+    given = options | ({"value_model": str(bits_world / "reward_model")} if "value_model" in options else {})
     expected, out = small_runs.end_of(whole(case)), f"{case}, cut"
     shutil.copytree(whole(case), bits_world / out)
     last, before, *_ = list_checkpoints(bits_world / out)
@@ -135,7 +135,7 @@ def ask(bits_world: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def measure(**given: Any) -> dict[str, Any]:
         arguments = EvalArguments(
             models=[given.pop("model", str(bits_world / "model"))], dataset_name=str(bits_world / "prompts"),
-            text_dataset_name=str(bits_world / "text"), judge=str(bits_world / "judge"), max_new_tokens=4,
+            text_dataset_name=str(bits_world / "text"), reward_model=str(bits_world / "reward_model"), max_new_tokens=4,
             output_dir=str(tmp_path / f"eval{len(list(tmp_path.iterdir()))}"), use_cpu=True, **given,
         )  # fmt: skip
         return json.loads((run_eval(arguments) / "metrics.json").read_text())
@@ -144,11 +144,11 @@ def ask(bits_world: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_eval_reads_models_reference_and_judge_each_in_the_bits_it_is_told(
+def test_eval_reads_models_reference_and_reward_model_each_in_the_bits_it_is_told(
     bits: int, ask: Callable[..., dict[str, Any]], bits_world: Path
 ) -> None:
     """Against the same measured by hand on models that were read one by one."""
-    name, judge = str(bits_world / "model"), str(bits_world / "judge")
+    name, reward_model = str(bits_world / "model"), str(bits_world / "reward_model")
     tokenizer = load_tokenizer(name)
     prompts, texts = (
         [json.loads(line)[column] for line in (bits_world / folder / "test.jsonl").read_text().splitlines()]
@@ -159,7 +159,7 @@ def test_eval_reads_models_reference_and_judge_each_in_the_bits_it_is_told(
     def by_hand(reference: Any, frozen: dict[str, Any]) -> dict[str, float]:
         return evaluate_model(
             model, tokenizer, prompts, sampling=Sampling(4, stop_ids=stop_ids(model, tokenizer)), texts=texts,
-            judge=load_reward(judge, tokenizer, **frozen), reference=reference,
+            reward_model=load_reward(reward_model, tokenizer, **frozen), reference=reference,
         ).metrics  # fmt: skip
 
     asked = {f"load_in_{bits}bit": True}
@@ -210,27 +210,29 @@ def test_the_perplexity_that_sft_tells_is_that_of_the_adapter_on_its_quantized_b
 def test_dpo_and_rloo_learn_by_an_adapter_in_bits(
     stage: str, bits_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judges: list[Any] = []
+    reward_models: list[Any] = []
     monkeypatch.setattr(
         "rlhf_recipes.scoring.reward.load_reward_model",
-        lambda *args, **how: judges.append(load_reward_model(*args, **how)) or judges[-1],
+        lambda *args, **how: reward_models.append(load_reward_model(*args, **how)) or reward_models[-1],
     )
-    own = {"dataset_name": "preferences"} if stage == "dpo" else {"dataset_name": "prompts", "reward": "judge"}
+    own = {"dataset_name": "preferences"} if stage == "dpo" else {"dataset_name": "prompts", "reward": "reward_model"}
     monkeypatch.setitem(small_runs.OWN, stage, own)
     asked = FOUR | {"max_steps": 2, "save_strategy": "no", "global_batch_size": None, "per_device_train_batch_size": 8}
     asked |= {"frozen_bits": 8} if stage == "rloo" else {}
     out = small_runs.run(stage, bits_world, f"{stage} in bits", **asked)
     up = [value for name, value in load_file(out / "adapter_model.safetensors").items() if "lora_B" in name]
     assert len(up) == 8 and any(value.any() for value in up) and not (out / "model.safetensors").exists()
-    kinds = [sum(isinstance(each, Linear8bitLt) for each in judge.modules()) for judge in judges]
+    kinds = [sum(isinstance(each, Linear8bitLt) for each in reward_model.modules()) for reward_model in reward_models]
     assert kinds == ([8] if stage == "rloo" else [])
 
 
 def test_ppo_goes_on_with_what_sft_left_in_bits(bits_world: Path, whole: Callable[[str], Path]) -> None:
-    """One base in 4 bits for all: sft's adapter is policy and reference, the judge's rides, the value has its own."""
-    start, judge = whole("sft, 4 bits"), whole("reward, 4 bits")
+    """One base in 4 bits for all: sft's adapter is policy and reference, the reward model's rides, the value has its own."""
+    start, reward_model = whole("sft, 4 bits"), whole("reward, 4 bits")
     asked = {"load_in_4bit": True, "use_bnb_nested_quant": True, "max_steps": 4, "save_strategy": "no"}
-    out = small_runs.run("ppo", bits_world, "goes on", model_name_or_path=start.name, reward=judge.name, **asked)
+    out = small_runs.run(
+        "ppo", bits_world, "goes on", model_name_or_path=start.name, reward=reward_model.name, **asked
+    )
     told = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert next(entry for entry in told if "objective/kl" in entry)["objective/kl"] == pytest.approx(0.0, abs=1e-3)
     config = json.loads((out / "adapter_config.json").read_text())
@@ -239,10 +241,12 @@ def test_ppo_goes_on_with_what_sft_left_in_bits(bits_world: Path, whole: Callabl
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_value_model_starts_from_a_judge_or_from_its_adapter(whole: Callable[[str], Path], bits_world: Path) -> None:
+def test_a_value_model_starts_from_a_reward_model_or_from_its_adapter(
+    whole: Callable[[str], Path], bits_world: Path
+) -> None:
     """In bits each learns by one adapter and the head; in full precision by all weights."""
     asked = ModelConfig(load_in_4bit=True, use_bnb_nested_quant=True, use_peft=True, lora_r=4)
-    for folder in (bits_world / "judge", whole("reward, 4 bits")):
+    for folder in (bits_world / "reward_model", whole("reward, 4 bits")):
         model = load_value_model(str(folder), asked)
         trained = [name for name, each in model.named_parameters() if each.requires_grad]
         assert sum(".lora_" in name for name in trained) == 2 * 8 == len(trained) - 1
@@ -279,7 +283,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(
         load_tokenizer(str(bits_world / "model")).save_pretrained(bits_world / "in bits")
         assert load_config(str(bits_world / "in bits")).quantization_config
     stage, given, message = WRONG[case]
-    monkeypatch.setitem(small_runs.OWN, "rloo", {"dataset_name": "prompts", "reward": "judge"})
+    monkeypatch.setitem(small_runs.OWN, "rloo", {"dataset_name": "prompts", "reward": "reward_model"})
     monkeypatch.setattr(f"rlhf_recipes.stages.{stage}.load_causal_lm", None, raising=False)
     monkeypatch.setattr(f"rlhf_recipes.stages.{stage}.load_reward_model", None, raising=False)
     with pytest.raises(UserError, match=message):

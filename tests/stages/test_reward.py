@@ -1,4 +1,4 @@
-"""Training a judge: its loss, its numbers on held-out rows, what it learns, what ppo loads, and what is refused."""
+"""Training a reward model: its loss, its numbers on held-out rows, what it learns, what ppo loads, and what is refused."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def says(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-# Each form of pairs with the two texts of each row that the judge must read.
+# Each form of pairs with the two texts of each row that the reward model must read.
 PLAIN = [{"chosen": "Good day.", "rejected": "Go!"}, {"chosen": "So.", "rejected": "No, I never did."}]
 PROMPTED = [{"prompt": f"Q{index}? "} | row for index, row in enumerate(PLAIN)]
 CHAT = [
@@ -110,11 +110,11 @@ def metrics_of(folder: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_and_metrics_of_pairs_are_those_computed_by_hand(ask: Any, form: str) -> None:
-    """Learning rate 0 leaves the judge as it began, so that every number can be recomputed from its folder."""
+    """Learning rate 0 leaves the reward model as it began, so that every number can be recomputed from its folder."""
     rows, texts = FORMS[form]
     folder = run_reward(*ask(rows, rows, learning_rate=0.0, max_steps=1))
-    judge, tokenizer = load_reward_model(str(folder)).eval(), load_tokenizer(str(folder))
-    scores = [[logits_by_hand(judge, tokenizer, text)[0] for text in pair] for pair in texts]
+    reward_model, tokenizer = load_reward_model(str(folder)).eval(), load_tokenizer(str(folder))
+    scores = [[logits_by_hand(reward_model, tokenizer, text)[0] for text in pair] for pair in texts]
     margins = [chosen - rejected for chosen, rejected in scores]
     loss = sum(math.log1p(math.exp(-margin)) for margin in margins) / 2
     measured = metrics_of(folder)
@@ -123,7 +123,7 @@ def test_loss_and_metrics_of_pairs_are_those_computed_by_hand(ask: Any, form: st
     assert measured["reward_accuracy"] == sum(margin > 0 for margin in margins) / 2
     assert measured["longer_accuracy"] == 0.5  # the longer answer is chosen in one row of two
     assert measured["pairs"] == 2 and 0 <= measured["calibration_error"] <= 1
-    assert judge.config.num_labels == 1 and judge.config.pad_token_id == tokenizer.pad_token_id
+    assert reward_model.config.num_labels == 1 and reward_model.config.pad_token_id == tokenizer.pad_token_id
 
 
 def planted_pairs(count: int, seed: int) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def test_a_short_run_learns_a_planted_preference(ask: Any) -> None:
     assert measured["longer_accuracy"] == pytest.approx(sum(longer) / len(test))
 
     again = ask(train, test, model_name_or_path=folder, output_dir=folder.parent / "again", **changes)
-    trainer = build_reward_trainer(*again)  # a judge with as many labels goes on with its head
+    trainer = build_reward_trainer(*again)  # a reward model with as many labels goes on with its head
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(wins, abs=0.02)  # a mean over batches, not pairs
     for image in ("curves.png", "reliability.png"):
         assert (folder / image).read_bytes().startswith(b"\x89PNG")
@@ -200,8 +200,8 @@ def test_pad_that_is_eos_gives_the_same_scores_in_training_and_to_ppo(
 
 def test_the_loss_of_labels_is_the_cross_entropy_by_hand(ask: Any) -> None:
     folder = run_reward(*ask(LABELLED, LABELLED, learning_rate=0.0, max_steps=1, per_device_train_batch_size=4))
-    judge, tokenizer = load_reward_model(str(folder)).eval(), load_tokenizer(str(folder))
-    logits = [logits_by_hand(judge, tokenizer, row["text"] + EOS) for row in LABELLED]
+    reward_model, tokenizer = load_reward_model(str(folder)).eval(), load_tokenizer(str(folder))
+    logits = [logits_by_hand(reward_model, tokenizer, row["text"] + EOS) for row in LABELLED]
     odds = [good - bad for bad, good in logits]
     signed = [odd if row["label"] else -odd for odd, row in zip(odds, LABELLED, strict=True)]
     loss = sum(math.log1p(math.exp(-value)) for value in signed) / len(signed)
@@ -212,7 +212,7 @@ def test_the_loss_of_labels_is_the_cross_entropy_by_hand(ask: Any) -> None:
     assert measured["accuracy"] == measured["reward_accuracy"] == right / 4
     assert measured["precision"] == (hits / claimed if claimed else 0) and measured["recall"] == hits / 2
     assert measured["f1"] == pytest.approx(2 * hits / (claimed + 2))
-    assert judge.config.id2label == {0: "bad", 1: "good"}
+    assert reward_model.config.id2label == {0: "bad", 1: "good"}
     ids = [tokenizer(row["text"] + EOS)["input_ids"] for row in LABELLED]
     scores = load_reward(str(folder), tokenizer)([""] * 4, [""] * 4, prompt_ids=[[]] * 4, completion_ids=ids)
     assert scores == pytest.approx(odds, rel=1e-4, abs=1e-5)
@@ -237,7 +237,7 @@ def test_a_short_run_learns_planted_sentiment(ask: Any) -> None:
         "per_device_train_batch_size": 16,
         "eval_strategy": "epoch",
     }
-    folder = run_reward(*ask(train, test, judge="classifier", **changes))
+    folder = run_reward(*ask(train, test, reward_model="classifier", **changes))
     measured = metrics_of(folder)
     assert measured["accuracy"] >= 0.9 and measured["f1"] >= 0.9
     tokenizer = load_tokenizer(str(folder))
@@ -280,7 +280,7 @@ def test_the_seed_draws_the_head(ask: Any) -> None:
 
 @pytest.mark.parametrize("rows", [CHAT * 4, LABELLED * 2], ids=["ranking", "classifier"])
 @pytest.mark.parametrize("weights", ["float", "load_in_4bit", "load_in_8bit"])
-def test_lora_trains_adapters_and_head_and_loads_as_a_judge(
+def test_lora_trains_adapters_and_head_and_loads_as_a_reward_model(
     ask: Any, rows: Rows, weights: str, make_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
     start = tmp_path / "start"
@@ -306,10 +306,10 @@ def test_lora_trains_adapters_and_head_and_loads_as_a_judge(
 
     folder = run_reward(*arguments)
     assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
-    judge = load_reward_model(str(folder))
-    assert judge.config.num_labels == (1 if rows[0].get("chosen") else 2)
-    assert type(judge).__name__ == "GPT2ForSequenceClassification"
-    torch.testing.assert_close(judge.score.weight, head, rtol=1e-5, atol=1e-6)  # the same run twice
+    reward_model = load_reward_model(str(folder))
+    assert reward_model.config.num_labels == (1 if rows[0].get("chosen") else 2)
+    assert type(reward_model).__name__ == "GPT2ForSequenceClassification"
+    torch.testing.assert_close(reward_model.score.weight, head, rtol=1e-5, atol=1e-6)  # the same run twice
     tokenizer = load_tokenizer(str(folder))
     ids = [tokenizer(text + EOS)["input_ids"] for text in ("Hello", "No, no")]
     empty: list[list[int]] = [[], []]
@@ -319,7 +319,7 @@ def test_lora_trains_adapters_and_head_and_loads_as_a_judge(
     assert loaded == pytest.approx(live, rel=1e-4, abs=1e-4 if weights == "float" else 0.4)
 
 
-def test_a_judge_starts_from_a_lora_language_model(
+def test_a_reward_model_starts_from_a_lora_language_model(
     ask: Any, make_model: Any, model_folder: Path, tmp_path: Path
 ) -> None:
     """Its trunk is the merged one: the adapter's effect is seen in the scores."""
@@ -359,8 +359,8 @@ WRONG = {
     "missing column": (
         [{"question": "a", "answer": "b"}] * 2, {}, r"chosen\+rejected or text\+label, but has question, answer"
     ),
-    "another kind": (LABELLED, {"judge": "ranking"}, r"needs the columns chosen\+rejected, but has text, label"),
-    "pairs for a classifier": (CHAT, {"judge": "classifier"}, r"text\+label, but has prompt, chosen, rejected"),
+    "another kind": (LABELLED, {"reward_model": "ranking"}, r"needs the columns chosen\+rejected, but has text, label"),
+    "pairs for a classifier": (CHAT, {"reward_model": "classifier"}, r"text\+label, but has prompt, chosen, rejected"),
     "empty": ([], {}, "no rows"),
     "smaller than a batch": (CHAT, {"per_device_train_batch_size": 4}, "has 2 rows, but one batch takes 4"),
     "three labels": ([*LABELLED, {"text": "so so", "label": 2}], {}, "has the label 2"),
@@ -388,12 +388,12 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_kind_of_judge_is_one_of_three() -> None:
-    with pytest.raises(UserError, match="unknown judge 'jury'; choose one of auto, ranking, classifier"):
-        RewardArguments(judge="jury")
+def test_the_kind_of_reward_model_is_one_of_three() -> None:
+    with pytest.raises(UserError, match="unknown reward model 'jury'; choose one of auto, ranking, classifier"):
+        RewardArguments(reward_model="jury")
 
 
-def test_a_judge_with_other_labels_is_no_start(
+def test_a_reward_model_with_other_labels_is_no_start(
     ask: Any, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
     make_reward_model(0, num_labels=2).save_pretrained(tmp_path / "classifier")
@@ -415,14 +415,14 @@ def test_the_door_says_one_line_and_exits_2(tmp_path: Path, model_folder: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_judge_is_worth_is_measured_on_the_rows_that_it_learns_from(ask: Any, tmp_path: Path) -> None:
+def test_what_the_reward_model_is_worth_is_measured_on_the_rows_that_it_learns_from(ask: Any, tmp_path: Path) -> None:
     """A prompt that only one of two sources has is read in neither."""
     further = write(tmp_path / "further", train=PLAIN * 2)
     folder = run_reward(*ask(PROMPTED * 2, PROMPTED, extra_dataset_names=further, max_steps=1))
     without = build_reward_trainer(*ask(PLAIN * 2, PLAIN, output_dir=str(tmp_path / "other")))
-    judge = load_reward(load_reward_model(str(folder)), load_tokenizer(str(folder)))
+    reward_model = load_reward(load_reward_model(str(folder)), load_tokenizer(str(folder)))
     texts = [[*row[side].encode(), 256] for side in ("chosen", "rejected") for row in PLAIN]
-    scores = judge([""] * 4, [""] * 4, prompt_ids=[[]] * 4, completion_ids=texts)
+    scores = reward_model([""] * 4, [""] * 4, prompt_ids=[[]] * 4, completion_ids=texts)
     assert without.judged.column_names == ["chosen", "rejected"]
     assert metrics_of(folder)["score_mean"] == pytest.approx(sum(scores) / 4, rel=1e-4)
 

@@ -57,10 +57,10 @@ def write_prompts(place: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, make_model: Any, make_reward_model: Any, tokenizer: Any) -> Path:
-    """A policy, a judge, prompts with a further column, and a module of reward functions."""
+    """A policy, a reward model, prompts with a further column, and a module of reward functions."""
     place = tmp_path_factory.mktemp("rloo")
-    judge = make_reward_model(initializer_range=0.2, score_mean=0.5, score_std=2.0)
-    for name, model in (("policy", ending_often(make_model(resid_pdrop=0.1))), ("judge", judge)):
+    reward_model = make_reward_model(initializer_range=0.2, score_mean=0.5, score_std=2.0)
+    for name, model in (("policy", ending_often(make_model(resid_pdrop=0.1))), ("reward_model", reward_model)):
         model.save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
     (place / "prompts").mkdir()
@@ -81,7 +81,7 @@ def place(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def options(**changed: Any) -> tuple[RLOOArguments, ModelConfig, RLOOConfig]:
     values: dict[str, Any] = {
-        "dataset_name": "prompts", "reward": "judge", "model_name_or_path": "policy", "output_dir": "out",
+        "dataset_name": "prompts", "reward": "reward_model", "model_name_or_path": "policy", "output_dir": "out",
         "per_device_train_batch_size": 8, "max_steps": 2, "max_completion_length": 6, "logging_steps": 1,
         "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     } | changed  # fmt: skip
@@ -156,13 +156,13 @@ def test_the_penalty_holds_the_policy_near_its_reference(place: Path) -> None:
     assert free[-1]["reward"] > held[-1]["reward"]
 
 
-OTHER_VOCABULARY = "another_judge"
+OTHER_VOCABULARY = "another_reward_model"
 
 
 @pytest.mark.parametrize("form", ["plain", "chat"])
-@pytest.mark.parametrize("judge", ["judge", OTHER_VOCABULARY])
-def test_a_judge_scores_as_it_does_in_ppo(
-    place: Path, form: str, judge: str, make_reward_model: Any, make_tokenizer: Any
+@pytest.mark.parametrize("reward_model", ["reward_model", OTHER_VOCABULARY])
+def test_a_reward_model_scores_as_it_does_in_ppo(
+    place: Path, form: str, reward_model: str, make_reward_model: Any, make_tokenizer: Any
 ) -> None:
     """The very answers that RLOO sampled and scored, handed to PPOTrainer's scoring: prompt, EOS and all."""
     write_prompts(place, CHAT if form == "chat" else PLAIN)
@@ -170,11 +170,15 @@ def test_a_judge_scores_as_it_does_in_ppo(
     own.add_tokens(["zz"])
     make_reward_model(1, initializer_range=0.2, vocab_size=len(own)).save_pretrained(place / OTHER_VOCABULARY)
     own.save_pretrained(place / OTHER_VOCABULARY)
-    trainer = build_rloo_trainer(*options(reward=f"{judge} rloo_rewards:remember", learning_rate=0.0, max_steps=4))
+    trainer = build_rloo_trainer(
+        *options(reward=f"{reward_model} rloo_rewards:remember", learning_rate=0.0, max_steps=4)
+    )
     trainer.train()
     [function, _] = trainer.reward_funcs
-    ppo = PPOTrainer("policy", judge, PPOConfig("ppo", response_length=6, report_to="none"), trainer.train_dataset)
-    logged = [entry[f"rewards/{judge}/mean"] for entry in batches(trainer)]
+    ppo = PPOTrainer(
+        "policy", reward_model, PPOConfig("ppo", response_length=6, report_to="none"), trainer.train_dataset
+    )
+    logged = [entry[f"rewards/{reward_model}/mean"] for entry in batches(trainer)]
     ended = set()
     for batch, mean in zip(sys.modules["rloo_rewards"].SEEN, logged, strict=True):
         ids = batch["completion_ids"]
@@ -182,10 +186,10 @@ def test_a_judge_scores_as_it_does_in_ppo(
         stopped = [answer[-1] == EOS for answer in ids]
         ended |= set(stopped)
         asked = ppo.prompts.rows([ppo.train_dataset["prompt"].index(prompt) for prompt in batch["prompts"]])
-        expected = ppo.score(asked, Completions(ids, stopped))[judge]
+        expected = ppo.score(asked, Completions(ids, stopped))[reward_model]
         assert function(**batch, trainer_state=None) == pytest.approx(expected, abs=1e-5)
         assert mean == pytest.approx(sum(expected) / len(expected), abs=1e-5)
-        unended = ppo.score(asked, Completions([answer[:-1] for answer in ids], [False] * len(ids)))[judge]
+        unended = ppo.score(asked, Completions([answer[:-1] for answer in ids], [False] * len(ids)))[reward_model]
         rows = zip(stopped, expected, unended, strict=True)
         assert all(score != pytest.approx(other) for end, score, other in rows if end), "the EOS is read"
     assert ended == {True, False}
@@ -252,14 +256,20 @@ def test_the_reference_of_a_lora_folder_is_the_merged_model(place: Path, tokeniz
 
 
 def test_scores_are_normalised_weighed_and_lowered_for_want_of_an_end(place: Path) -> None:
-    changes = {"reward": "judge rloo_rewards:low_share", "reward_weights": "0.5 3.0", "missing_eos_penalty": 2.0}
+    changes = {
+        "reward": "reward model rloo_rewards:low_share",
+        "reward_weights": "0.5 3.0",
+        "missing_eos_penalty": 2.0,
+    }
     scaled, raw = (
         batches(trained(learning_rate=0.0, **changes, normalize_rewards=on)[0])[0] for on in ("true", "false")
     )
-    assert scaled["rewards/judge/mean"] == pytest.approx((raw["rewards/judge/mean"] - 0.5) / 2.0, abs=1e-5)
+    assert scaled["rewards/reward_model/mean"] == pytest.approx(
+        (raw["rewards/reward_model/mean"] - 0.5) / 2.0, abs=1e-5
+    )
     missing = scaled["completions/clipped_ratio"]
     assert 0.0 < missing < 1.0 and scaled["rewards/missing_eos/mean"] == pytest.approx(-2.0 * missing)
-    total = 0.5 * scaled["rewards/judge/mean"] + 3.0 * scaled["rewards/low_share/mean"] - 2.0 * missing
+    total = 0.5 * scaled["rewards/reward_model/mean"] + 3.0 * scaled["rewards/low_share/mean"] - 2.0 * missing
     assert scaled["reward"] == pytest.approx(total, abs=1e-5)
 
 
@@ -317,10 +327,10 @@ def test_metrics_name_the_first_and_the_last_batch() -> None:
 
 
 def _labels(place: Path) -> None:
-    config = json.loads((place / "judge" / "config.json").read_text())
+    config = json.loads((place / "reward_model" / "config.json").read_text())
     labels = {str(index): f"LABEL_{index}" for index in range(3)}
     config |= {"id2label": labels, "label2id": {value: int(key) for key, value in labels.items()}}
-    (place / "judge" / "config.json").write_text(json.dumps(config))
+    (place / "reward_model" / "config.json").write_text(json.dumps(config))
 
 
 def _without(token: str) -> Callable[[Path], None]:
@@ -349,7 +359,7 @@ def _full_folder(place: Path) -> None:
 BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
     (_nothing, {"model_name_or_path": None}, "no model; pass --model_name_or_path"),
     (_nothing, {"model_name_or_path": "./nowhere"}, "no such folder"),
-    (_nothing, {"model_name_or_path": "judge"}, "is a judge, which cannot answer"),
+    (_nothing, {"model_name_or_path": "reward_model"}, "is a reward model, which cannot answer"),
     (_nothing, {"reward": None}, "nothing scores the answers; pass --reward"),
     (_nothing, {"reward": "policy"}, "not a sequence classifier"),
     (_nothing, {"reward": "rloo_rewards:missing"}, "cannot be imported"),
@@ -408,7 +418,7 @@ def test_the_door_ends_with_code_2(place: Path) -> None:
         "--output_dir",
         "out",
     ]
-    command += ["--reward", "judge", "--dataset_name", "prompts", "--num_generations", "3"]
+    command += ["--reward", "reward_model", "--dataset_name", "prompts", "--num_generations", "3"]
     environment = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(place)}
     process = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
     errors = [line for line in process.stderr.splitlines() if line.startswith("error:")]

@@ -1,4 +1,4 @@
-"""What is measured: classification, language modelling, generated text, judges, comparisons of models, divergence.
+"""What is measured: classification, language modelling, generated text, reward models, comparisons of models, divergence.
 
 Importing this package loads numpy only. torch arrives with the first call that needs it, and `evaluate` (seconds) with
 the first touch of a classification metric.

@@ -27,12 +27,12 @@ from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Every number a model can be given; those whose judge, reference or texts are missing are left out. `<name>_low` and
+# Every number a model can be given; those whose reward model, reference or texts are missing are left out. `<name>_low` and
 # `<name>_high`, where they stand beside a number, are its 95 % interval over prompts.
 METRICS = {
     "gold_score": "mean gold score",
-    "reward_score": "mean score of the judge",
-    "reward_positive": "mean probability of label 1, for a judge of two labels",
+    "reward_score": "mean score of the reward model",
+    "reward_positive": "mean probability of label 1, for a reward model of two labels",
     "kl": "KL(model || reference) in nats per answer, estimated on the answers, at the sampling temperature; not at 0",
     "kl_per_token": "the same per token, by the k3 estimator",
     "perplexity": "perplexity of the texts",
@@ -42,7 +42,7 @@ METRICS = {
     "eos_share": "share of answers that ended by a stop token",
     "distinct_1": "different words among all words of the answers",
     "distinct_2": "different pairs of neighbouring words among all pairs",
-    "win_rate_reward": "share of prompts on which the judge scores the answer above the first model's; ties count half",
+    "win_rate_reward": "share of prompts on which the reward model scores the answer above the first model's; ties count half",
     "win_rate_gold": "share of prompts on which gold does",
 }
 PERPLEXITY_BATCH = 8  # whole contexts, all their logits: the one place where memory, not speed, sets the batch
@@ -72,7 +72,7 @@ def evaluate_model(
     seed: int = 0,
     completions_per_prompt: int = 1,
     columns: Mapping[str, Sequence[Any]] | None = None,
-    judge: Reward | None = None,
+    reward_model: Reward | None = None,
     gold: Reward | None = None,
     reference: PreTrainedModel | None = None,
     texts: Sequence[str] | None = None,
@@ -81,7 +81,7 @@ def evaluate_model(
 ) -> Evaluation:
     """Sample answers to `prompts` (text, messages or ids) and measure them; measure the model itself on `texts`.
 
-    columns: the other columns of the prompts, one value a prompt, for `gold` and `judge`.
+    columns: the other columns of the prompts, one value a prompt, for `gold` and `reward_model`.
     reference: a model that reads the same token ids. The metrics are listed in `METRICS`.
     """
     if not prompts:
@@ -97,9 +97,9 @@ def evaluate_model(
     ]
     aligned = {name: [values[index] for index in repeated] for name, values in (columns or {}).items()}
     metrics = _text_metrics(rows)
-    if judge is not None:
-        _add_scores(rows, "judge", judge, ids, answers.ids, aligned)
-        metrics |= _judge_metrics(rows, judge)
+    if reward_model is not None:
+        _add_scores(rows, "reward", reward_model, ids, answers.ids, aligned)
+        metrics |= _reward_model_metrics(rows, reward_model)
     if gold is not None:
         _add_scores(rows, "gold", gold, ids, answers.ids, aligned)
         metrics |= _gold_metrics(Evaluation({}, rows))
@@ -118,7 +118,7 @@ def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, float]:
     one prompt are no independent evidence.
     """
     metrics: dict[str, float] = {}
-    for name in ("judge", "gold"):
+    for name in ("reward", "gold"):
         if all(name in side.rows[0] for side in (evaluation, baseline)):
             result = win_rate(evaluation.by_prompt(name), baseline.by_prompt(name))
             metrics |= {f"win_rate_{name}": result["win_rate"]}
@@ -210,10 +210,10 @@ def _add_scores(
         )  # of one number a token, what they add up to
 
 
-def _judge_metrics(rows: list[dict[str, Any]], judge: Reward) -> dict[str, float]:
-    scores = torch.tensor([row["judge"] for row in rows], dtype=torch.float64)
+def _reward_model_metrics(rows: list[dict[str, Any]], reward_model: Reward) -> dict[str, float]:
+    scores = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     metrics = {"reward_score": scores.mean().item()}
-    if isinstance(judge, ModelReward) and judge.model.config.num_labels == 2:
+    if isinstance(reward_model, ModelReward) and reward_model.model.config.num_labels == 2:
         # The score of two labels is the log-odds of label 1, so its probability is the sigmoid.
         metrics["reward_positive"] = torch.sigmoid(scores).mean().item()
     return metrics

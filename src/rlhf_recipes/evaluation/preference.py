@@ -1,4 +1,4 @@
-"""How well a judge's scores order pairs of answers, and whether its margins mean what they say.
+"""How well a reward model's scores order pairs of answers, and whether its margins mean what they say.
 
 Under Bradley-Terry the probability that the chosen answer is preferred is sigmoid(chosen score - rejected score).
 """
@@ -17,14 +17,14 @@ def preference_metrics(
     rejected_lengths: Sequence[int],
     bins: int = 10,
 ) -> dict[str, float]:
-    """Quality of a judge on pairs; all four sequences are `(pairs,)`, lengths in any one unit.
+    """Quality of a reward model on pairs; all four sequences are `(pairs,)`, lengths in any one unit.
 
     - `accuracy`: share of pairs where the chosen answer scores higher; a tie counts half.
     - `margin`: mean of chosen score minus rejected score.
     - `longer_accuracy`: what always picking the longer answer would have reached; equal lengths count half.
     - `calibration_error`: expected calibration error, the mean over pairs of |confidence - accuracy| of its bin; see
       `calibration_table`.
-    - `brier`: mean squared gap between the probability of the chosen answer and 1; 0.25 is a judge that never decides.
+    - `brier`: mean squared gap between the probability of the chosen answer and 1; 0.25 is a reward model that never decides.
     """
     margins = _margins(chosen_scores, rejected_scores)
     if not len(margins) == len(chosen_lengths) == len(rejected_lengths):
@@ -48,7 +48,7 @@ def calibration_table(
 
     The chosen answer always comes first, so P(chosen) against "chosen was right" would compare with a label that is
     always 1. What is binned instead is the confidence max(p, 1 - p), in `bins` equal bins of [0.5, 1], against whether
-    the answer the judge leans to is the chosen one (a tie counts half). That is the same as showing each pair in both
+    the answer the reward model leans to is the chosen one (a tie counts half). That is the same as showing each pair in both
     orders to twice as many bins of [0, 1]. Bins: Guo et al. 2017, arXiv:1706.04599.
     """
     if bins < 1:
@@ -75,7 +75,7 @@ def _margins(chosen_scores: Sequence[float], rejected_scores: Sequence[float]) -
             f"cannot pair {chosen.size} chosen scores with {rejected.size} rejected ones; give one of each per pair"
         )
     if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
-        raise UserError("the judge gave scores that are not finite; check its weights and precision")
+        raise UserError("the reward model gave scores that are not finite; check its weights and precision")
     return chosen - rejected
 
 

@@ -30,7 +30,7 @@ _ANSWERS = (
 LIMITATIONS = {
     "tokenizer": "It is as good as the text it was learnt from is like yours: other languages, or code, take more tokens.",
     "pretrain": f"{_ONE_RUN} It continues text, whatever text that is, and has not been tested for safety.",
-    "reward": f"{_ONE_RUN} A judge overrates something, and a policy that is trained on it for long finds out what.",
+    "reward": f"{_ONE_RUN} A reward model overrates something, and a policy that is trained on it for long finds out what.",
     **dict.fromkeys(("sft", "dpo"), f"{_ONE_RUN} {_ANSWERS}"),
     **dict.fromkeys(
         ("ppo", "rloo"),

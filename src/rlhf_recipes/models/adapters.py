@@ -106,7 +106,7 @@ def add_adapter_from(model: Any, folder: str, name: str) -> dict[str, Tensor]:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(False)
     if len(adapter_parameters(model, name)) != len(inner):
-        raise UserError(f"adapter {folder} does not fit the base model; give a judge trained on the same base")
+        raise UserError(f"adapter {folder} does not fit the base model; give a reward model trained on the same base")
     return {key: value for key, value in state.items() if key not in inner}
 
 

@@ -87,42 +87,42 @@ def load_reward_model(
 ) -> "PreTrainedModel":
     """A sequence-classification model: one label ranks, two labels classify (label 1 is the good one).
 
-    labels: start a new head of so many labels on `name`'s trunk, or go on with the head of a judge that has as many;
-    None: take the judge as it is.
+    labels: start a new head of so many labels on `name`'s trunk, or go on with the head of a reward model that has as many;
+    None: take the reward model as it is.
     """
     from transformers import AutoModelForSequenceClassification
 
     code: dict[str, Any] = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
     if labels is None:
         labels = reward_label_count(name, **code)
-    elif is_reward_model(name, **code) and load_config(name, "judge", **code).num_labels != labels:
+    elif is_reward_model(name, **code) and load_config(name, "reward model", **code).num_labels != labels:
         raise UserError(
-            f"judge {name} has another number of labels than {labels}, so its head cannot be trained on; "
+            f"reward model {name} has another number of labels than {labels}, so its head cannot be trained on; "
             "start from a language model"
         )
     if base_model_name(name) != name and is_reward_model(name, **code):
         # A LoRA folder's own: its base may have any number of labels.
-        kwargs["config"] = load_config(name, "judge", **code)
+        kwargs["config"] = load_config(name, "reward model", **code)
     else:
         kwargs["num_labels"] = labels
-    return _load(AutoModelForSequenceClassification, name, "judge", model_config, **kwargs)
+    return _load(AutoModelForSequenceClassification, name, "reward model", model_config, **kwargs)
 
 
 def reward_label_count(name: str, **kwargs: Any) -> int:
-    """1 for a ranking judge, 2 for a classifier. kwargs: of `load_config`.
+    """1 for a ranking reward model, 2 for a classifier. kwargs: of `load_config`.
 
     Raises:
-        UserError: `name` is no judge, or has another number of labels.
+        UserError: `name` is no reward model, or has another number of labels.
     """
-    config = load_config(name, "judge", **kwargs)
+    config = load_config(name, "reward model", **kwargs)
     if not is_reward_model(name, **kwargs):
         raise UserError(
-            f"judge {name} is a {'/'.join(config.architectures or []) or 'model without a head'}, not a sequence "
+            f"reward model {name} is a {'/'.join(config.architectures or []) or 'model without a head'}, not a sequence "
             "classifier; train one with the reward stage"
         )
     if config.num_labels not in (1, 2):
         raise UserError(
-            f"judge {name} has {config.num_labels} labels; a judge has one (a score) or two (bad, good): "
+            f"reward model {name} has {config.num_labels} labels; a reward model has one (a score) or two (bad, good): "
             "train it with the reward stage"
         )
     return int(config.num_labels)
@@ -130,7 +130,7 @@ def reward_label_count(name: str, **kwargs: Any) -> int:
 
 def is_reward_model(name: str, **kwargs: Any) -> bool:
     """Whether a folder or Hub id holds a sequence classifier rather than a language model. kwargs: of `load_config`."""
-    architectures = load_config(name, "judge", **kwargs).architectures or []
+    architectures = load_config(name, "reward model", **kwargs).architectures or []
     return any("SequenceClassification" in architecture for architecture in architectures)
 
 
@@ -184,7 +184,7 @@ def trainable_to_float32_(model: Any) -> None:
 
 
 def save_reward_model_config(model: Any, folder: str | Path) -> None:
-    """Leave a judge's config.json beside its weights, which LoRA leaves out: labels and pad id are not the base's."""
+    """Leave a reward model's config.json beside its weights, which LoRA leaves out: labels and pad id are not the base's."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(base_model(model)).__name__]
     config.__dict__.pop("quantization_config", None)

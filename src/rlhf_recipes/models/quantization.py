@@ -21,7 +21,9 @@ class FrozenQuantizationArguments:
 
     frozen_bits: int | None = field(
         default=None,
-        metadata={"help": "Read judges and the reference model in so many bits, 8 or 4. Unset: full precision."},
+        metadata={
+            "help": "Read reward models and the reference model in so many bits, 8 or 4. Unset: full precision."
+        },
     )
 
     def __post_init__(self) -> None:

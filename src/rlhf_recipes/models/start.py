@@ -87,9 +87,9 @@ def check_policy(model_config: "ModelConfig", max_length: int | None, **reads: A
     """`check_starting_model` for a model that has to answer. reads: `eos_token`, `pad_token`, `trust_remote_code`, where given.
 
     Raises:
-        UserError: as `check_starting_model`; or the model is a judge.
+        UserError: as `check_starting_model`; or the model is a reward model.
     """
     start = check_starting_model(model_config, max_length, **reads)
     if is_reward_model(start.name, trust_remote_code=reads.get("trust_remote_code", False)):
-        raise UserError(f"model {start.name} is a judge, which cannot answer; start from a language model")
+        raise UserError(f"model {start.name} is a reward model, which cannot answer; start from a language model")
     return start

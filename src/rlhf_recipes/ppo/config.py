@@ -57,7 +57,9 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     )
     normalize_rewards: bool = field(
         default=False,
-        metadata={"help": "Shift and scale each judge's scores to mean 0 and variance 1 over its own held-out rows."},
+        metadata={
+            "help": "Shift and scale each reward model's scores to mean 0 and variance 1 over its own held-out rows."
+        },
     )
     reward_clip_range: list[float] | None = field(
         default=None, metadata={"help": "Two numbers: an answer's score is held between them, after any scaling."}
@@ -99,8 +101,8 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
     value_prior: bool = field(
         default=True,
         metadata={
-            "help": "Where a value head is learnt: start it from what the judges read of the unfinished answer, as far as "
-            "that tells the score. Costs nothing; no effect without a judge that reads the policy's ids."
+            "help": "Where a value head is learnt: start it from what the reward models read of the unfinished answer, as far as "
+            "that tells the score. Costs nothing; no effect without a reward model that reads the policy's ids."
         },
     )
     num_layers_unfrozen: int | None = field(

@@ -61,12 +61,12 @@ class PPOTrainer(MinimizingTrainer):
             base where the adapter is new, or a frozen twin of the adapter that it arrived with.
         value_model: a sequence classifier with one label; None puts a value head on the policy's own trunk, with an
             adapter of its own where the policy has one (`args.value_adapter`).
-        reward_processing_classes: the judges' tokenizers, where they are not the policy's.
+        reward_processing_classes: the reward models' tokenizers, where they are not the policy's.
         peft_config: train an adapter on the policy instead of all its weights.
-        quantization_config, reward_quantization_config: read the policy, or the judges, in 8 or 4 bits where a name is given.
+        quantization_config, reward_quantization_config: read the policy, or the reward models, in 8 or 4 bits where a name is given.
 
     Raises:
-        UserError: anything about data, tokenizer, judge or arithmetic that can be known before training.
+        UserError: anything about data, tokenizer, reward model or arithmetic that can be known before training.
         TypeError: a value model or reward of a kind that cannot serve.
     """
 
@@ -106,8 +106,8 @@ class PPOTrainer(MinimizingTrainer):
         arrived = peft_config is None and has_adapter(model)
         both = build_policy_and_value(build_trainable_policy(model, peft_config, args), value_model, args)
         reference = build_reference(both, arrived, ref_model, args)
-        judges = (sources, processing_class, reward_processing_classes)
-        self.rewards = load_rewards(both.policy, *judges, args, plays, reward_quantization_config)
+        reward_models = (sources, processing_class, reward_processing_classes)
+        self.rewards = load_rewards(both.policy, *reward_models, args, plays, reward_quantization_config)
         super().__init__(
             model=both,
             args=args,

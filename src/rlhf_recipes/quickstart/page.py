@@ -45,5 +45,5 @@ def page(summary: Summary) -> str:
         bad={"note": bad["note"], "charts": [chart_of(curve) for curve in bad["curves"]]} if bad else None,
         reproduction=summary.get("reproduction"),
         total=duration(words.total_seconds(summary)),
-        judge=words.reward_model_in_words(summary),
+        reward_model=words.reward_model_in_words(summary),
     )

@@ -83,8 +83,8 @@ class Summary(_Measured, total=False):
 STAGES = {
     "pretrain": ("Pretraining", "reads little stories and learns the language"),
     "sft": ("Fine-tuning", "imitates answers, the good and the bad"),
-    "reward": ("The judge", "learns which of two answers people prefer"),
-    "ppo": ("PPO", "practises, and the judge scores each try"),
+    "reward": ("The reward model", "learns which of two answers people prefer"),
+    "ppo": ("PPO", "practises, and the reward model scores each try"),
 }
 
 
@@ -111,7 +111,7 @@ METRICS: dict[str, tuple[str, Format, str]] = {
     "polite": ("Polite", percent, "politeness of all answers, right or wrong"),
     "concise": ("Concise", percent, "brevity of all answers"),
     "perplexity": ("Perplexity", decimal, "on held-out text"),
-    "reward_accuracy": ("Judge accuracy", percent, "held-out pairs ordered rightly"),
+    "reward_accuracy": ("Reward model accuracy", percent, "held-out pairs ordered rightly"),
     "kl": ("KL", decimal, "nats an answer has moved from the fine-tuned model"),
     "eos_share": ("Stops by itself", percent, "answers ended by the stop token"),
     "distinct_2": ("Distinct-2", decimal, "different pairs of words among all"),
@@ -160,26 +160,26 @@ def story(summary: Summary) -> str:
         )
     if reward.get("reward_accuracy"):
         told.append(
-            f"A judge learnt to tell the better answer in {percent(reward['reward_accuracy'])} of held-out pairs."
+            f"A reward model learnt to tell the better answer in {percent(reward['reward_accuracy'])} of held-out pairs."
         )
     if sft.get("gold_score") is not None and ppo.get("gold_score") is not None:
         before, after = sft["gold_score"], ppo["gold_score"]
         way = "raised the gold score" if after > before else "did not raise the gold score: it went"
-        told.append(f"PPO against that judge {way} from {decimal(before)} to {decimal(after)}.")
+        told.append(f"PPO against that reward model {way} from {decimal(before)} to {decimal(after)}.")
     told.append("Gold is the truth about this small world: no model is ever trained on it.")
     return " ".join(told)
 
 
 def reward_model_in_words(summary: Summary) -> str:
-    """How good the judge is, beside what picking the longer answer would reach; empty where it was not measured."""
-    judge = summary["stages"].get("reward", {})
+    """How good the reward model is, beside what picking the longer answer would reach; empty where it was not measured."""
+    reward_model = summary["stages"].get("reward", {})
     told = []
-    if judge.get("reward_accuracy") is not None:
-        told.append(f"It orders {percent(judge['reward_accuracy'])} of held-out pairs as the truth does.")
-    if judge.get("longer_accuracy") is not None:
-        told.append(f"Always picking the longer answer would reach {percent(judge['longer_accuracy'])}.")
-    if judge.get("calibration_error") is not None:
-        told.append(f"Its confidence is off by {100 * judge['calibration_error']:.1f} points on average.")
+    if reward_model.get("reward_accuracy") is not None:
+        told.append(f"It orders {percent(reward_model['reward_accuracy'])} of held-out pairs as the truth does.")
+    if reward_model.get("longer_accuracy") is not None:
+        told.append(f"Always picking the longer answer would reach {percent(reward_model['longer_accuracy'])}.")
+    if reward_model.get("calibration_error") is not None:
+        told.append(f"Its confidence is off by {100 * reward_model['calibration_error']:.1f} points on average.")
     return " ".join(told)
 
 

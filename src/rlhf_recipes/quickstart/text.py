@@ -19,7 +19,7 @@ def markdown(summary: Summary, pictures: dict[str, str]) -> str:
     titles = {
         "ppo": "Practice: PPO, update by update",
         "overoptimization": "Too much of a good thing",
-        "reward": "The judge",
+        "reward": "The reward model",
         "pretrain": "Learning to speak",
         "sft": "Learning to answer",
     }

@@ -56,7 +56,7 @@ STYLE = {
 LABELS = {
     "loss": "training",
     "eval_loss": "held out",
-    "objective/scores": "judge's score",
+    "objective/scores": "reward model's score",
     "objective/rlhf_reward": "score minus KL penalty",
     "policy/approxkl_avg": "approximate KL",
     "policy/clipfrac_avg": "policy clipped (share)",

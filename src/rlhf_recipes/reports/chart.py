@@ -91,7 +91,9 @@ def reliability_chart(rows: Sequence[Mapping[str, float]]) -> Chart:
     x_ticks = [(scale.place(value, 0)[0], label) for value, label in ticks(0.5, 1.0, 5)]
     y_ticks = [(scale.place(0, value)[1], label) for value, label in ticks(*scale.y, 6)]
     diagonal = scale.path([(0.5, 0.5), (1.0, 1.0)])
-    return Chart("Is it sure when it is right?", "confidence of the judge", [line], x_ticks, y_ticks, bars, diagonal)
+    return Chart(
+        "Is it sure when it is right?", "confidence of the reward model", [line], x_ticks, y_ticks, bars, diagonal
+    )
 
 
 def finite_points(series: Series) -> list[tuple[float, float]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def plot_reliability(
-    table: Sequence[Mapping[str, float]], path: str | Path, title: str = "Is the judge sure when it is right?"
+    table: Sequence[Mapping[str, float]], path: str | Path, title: str = "Is the reward model sure when it is right?"
 ) -> Figure:
     """Accuracy against confidence from the rows of `metrics.calibration_table`, with the pairs per bin underneath."""
     if not table:
@@ -44,7 +44,7 @@ def plot_reliability(
         floor = min(0.5, float(accuracy.min()))
         upper.plot([0.5, 1], [0.5, 1], color=FAINT, linestyle=(0, (4, 3)), linewidth=1.2, label="perfectly calibrated")
         upper.vlines(confidence, confidence, accuracy, color=COLOURS[1], alpha=0.45, linewidth=4, label="gap")
-        upper.plot(confidence, accuracy, "o-", color=COLOURS[0], gid="accuracy", label="judge")
+        upper.plot(confidence, accuracy, "o-", color=COLOURS[0], gid="accuracy", label="reward_model")
         upper.set(ylabel="share of pairs ordered rightly", xlim=(0.49, 1.01), ylim=(floor - 0.03, 1.03))
         upper.legend(loc="upper left")
         upper.grid()
@@ -52,7 +52,7 @@ def plot_reliability(
             [row["low"] for row in table], count, [row["high"] - row["low"] for row in table],
             align="edge", color=COLOURS[0], edgecolor="white", linewidth=1.5,
         )  # fmt: skip
-        lower.set(ylabel="pairs", xlabel="confidence of the judge in the answer it prefers")
+        lower.set(ylabel="pairs", xlabel="confidence of the reward model in the answer it prefers")
         lower.grid(axis="y")
 
     return write_figure(draw, path, title, (5.6, 5.6))
@@ -95,11 +95,11 @@ def plot_overoptimization(
     *,
     x: str = "update",
     names: tuple[str, str] = ("tuned setting", "bad setting"),
-    title: str = "A judge can be pleased too much",
+    title: str = "A reward model can be pleased too much",
 ) -> Figure:
-    """What the judge gives and what gold gives, for a good and a bad run, after Gao et al. 2023 (arXiv:2210.10760).
+    """What the reward model gives and what gold gives, for a good and a bad run, after Gao et al. 2023 (arXiv:2210.10760).
 
-    Each run is a list of rows with `judge`, `gold` and the key `x`, such as `update` or `kl`; rows are sorted by it.
+    Each run is a list of rows with `reward_model`, `gold` and the key `x`, such as `update` or `kl`; rows are sorted by it.
     The best gold score of each run is marked.
     """
     runs = {name: sorted(rows, key=lambda row: row[x]) for name, rows in zip(names, (good, bad), strict=True)}
@@ -109,8 +109,8 @@ def plot_overoptimization(
     def draw(figure: Figure) -> None:
         for axes, key, name in zip(
             figure.subplots(1, 2),
-            ("judge", "gold"),
-            ("Judge's score: what PPO sees", "Gold score: the truth"),
+            ("reward_model", "gold"),
+            ("Reward model's score: what PPO sees", "Gold score: the truth"),
             strict=True,
         ):
             axes.set_title(name)
@@ -119,7 +119,7 @@ def plot_overoptimization(
                 draw_series(axes, place, values, f"{run}/{key}", colour, label=run)
                 if key == "gold":
                     _mark_best(axes, place, values, colour)
-            finish_curves(axes, label_of(x), legend=key == "judge")
+            finish_curves(axes, label_of(x), legend=key == "reward_model")
 
     return write_figure(draw, path, title, (9.6, 3.9))
 

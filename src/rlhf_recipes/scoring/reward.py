@@ -68,20 +68,20 @@ def load_reward(
 ) -> Reward:
     """Make a `Reward` of a model, a folder or Hub id, ``package.module:function``, or a function.
 
-    tokenizer: the judge's own; by default the one in its folder, or the policy's for a model object.
-    quantization_config: read the judge in 8 or 4 bits; whatever is no folder or Hub id is taken as it is.
+    tokenizer: the reward model's own; by default the one in its folder, or the policy's for a model object.
+    quantization_config: read the reward model in 8 or 4 bits; whatever is no folder or Hub id is taken as it is.
     """
     if isinstance(source, str) and is_function_name(source):
         source = import_function(source)
     if isinstance(source, str):
         reward_label_count(source)
         quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
-        tokenizer = tokenizer or load_tokenizer(source, "judge")
+        tokenizer = tokenizer or load_tokenizer(source, "reward model")
         name = os.path.basename(os.path.normpath(source))
         source = load_reward_model(source, **quantized)
         return ModelReward(source.to(device), tokenizer, policy_tokenizer, name, batch_size)
     if isinstance(source, nn.Module):
-        name = os.path.basename(os.path.normpath(getattr(source.config, "_name_or_path", "") or "judge"))
+        name = os.path.basename(os.path.normpath(getattr(source.config, "_name_or_path", "") or "reward_model"))
         model = source.to(device) if device is not None else source
         return ModelReward(model, tokenizer or policy_tokenizer, policy_tokenizer, name, batch_size)
     if callable(source):
@@ -89,7 +89,7 @@ def load_reward(
     raise TypeError(f"a reward is a model, a path, or a function, not {type(source).__name__}")
 
 
-def check_reward(source: str, columns: Sequence[str] = (), role: str = "judge") -> None:
+def check_reward(source: str, columns: Sequence[str] = (), role: str = "reward model") -> None:
     """Refuse a folder, Hub id or ``package.module:function`` that cannot score rows with these columns; loads no weights.
 
     Raises:
@@ -109,7 +109,7 @@ def check_reward(source: str, columns: Sequence[str] = (), role: str = "judge") 
             f"{role} {source} does not fit the dataset, whose further columns are {', '.join(columns) or 'none'}: {error}; "
             "give a dataset with the column, or let the function take **columns"
         ) from None
-    except ValueError:  # a function without a signature, such as one written in C: it is its own judge of that
+    except ValueError:  # a function without a signature, such as one written in C: it is its own reward model of that
         return
 
 

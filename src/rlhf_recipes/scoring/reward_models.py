@@ -25,16 +25,16 @@ class ModelReward:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         policy_tokenizer: "PreTrainedTokenizerBase",
-        name: str = "judge",
+        name: str = "reward_model",
         batch_size: int = 64,
     ) -> None:
         if getattr(model.config, "num_labels", 1) not in (1, 2):
             raise UserError(
-                f"judge {name} has {model.config.num_labels} labels; a judge has one (a score) or two (bad, good)"
+                f"reward model {name} has {model.config.num_labels} labels; a reward model has one (a score) or two (bad, good)"
             )
         if not hasattr(base_model(model), "score") and getattr(tokenizer, "cls_token_id", None) is not None:
             raise UserError(
-                f"judge {name} is a {type(base_model(model)).__name__}, which reads a row at its first token; give one on a "
+                f"reward model {name} is a {type(base_model(model)).__name__}, which reads a row at its first token; give one on a "
                 "causal model, which reads it at its last (as the reward stage leaves it), or wrap it in a function"
             )
         self.model, self.name, self.batch_size = apply_bitsandbytes_workarounds_(model).eval(), name, batch_size
@@ -46,8 +46,8 @@ class ModelReward:
         ids = [index for index in tokenizer.get_vocab().values() if index != tokenizer.pad_token_id]
         if vocabulary is not None and vocabulary <= max(ids):
             raise UserError(
-                f"judge {name} has {vocabulary} token embeddings, but its tokenizer has the id {max(ids)}; "
-                "give the judge its own tokenizer (reward_processing_classes)"
+                f"reward model {name} has {vocabulary} token embeddings, but its tokenizer has the id {max(ids)}; "
+                "give the reward model its own tokenizer (reward_processing_classes)"
             )
         if not self.shares_ids:
             ensure_chat_template(tokenizer)
@@ -57,14 +57,14 @@ class ModelReward:
         self.readings: list[torch.Tensor] = []  # with `reads_along`: of each row, the score up to each token
 
     def normalize(self) -> None:
-        """From now on give scores of mean 0 and variance 1 over the judge's held-out rows (Ziegler et al. 2019, 2.1).
+        """From now on give scores of mean 0 and variance 1 over the reward model's held-out rows (Ziegler et al. 2019, 2.1).
 
-        Two judges of one thing may differ tenfold in scale; a KL coefficient only means something against a known one.
+        Two reward models of one thing may differ tenfold in scale; a KL coefficient only means something against a known one.
         """
         mean, deviation = (getattr(self.model.config, name, None) for name in ("score_mean", "score_std"))
         if mean is None or not deviation:
             raise UserError(
-                f"judge {self.name} does not know the mean and spread of its scores (score_mean, score_std in config.json); "
+                f"reward model {self.name} does not know the mean and spread of its scores (score_mean, score_std in config.json); "
                 "train it with a held-out split, or leave normalize_rewards off"
             )
         self.shift, self.scale = float(mean), float(deviation)
@@ -89,13 +89,13 @@ class ModelReward:
         for score, prompt, completion in zip(scores, prompts, completions, strict=True):
             if not math.isfinite(score):
                 raise RankError(
-                    f"judge {self.name} gives {score} for the completion {plain_text(completion)!r} of the prompt "
+                    f"reward model {self.name} gives {score} for the completion {plain_text(completion)!r} of the prompt "
                     f"{plain_text(prompt)[:200]!r}; look at its weights"
                 )
         return scores
 
     def _text(self, prompt: Any, completion: Any, ended: bool) -> str:
-        """Prompt and completion as the judge learnt to read them, its own EOS last if the policy's stood there."""
+        """Prompt and completion as the reward model learnt to read them, its own EOS last if the policy's stood there."""
         if is_conversation(prompt):
             messages = [*prompt, {"role": "assistant", "content": plain_text(completion)}]
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
@@ -114,7 +114,7 @@ class ModelReward:
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Scores of rows of the judge's token ids; a row longer than its context keeps its end."""
+        """Scores of rows of the reward model's token ids; a row longer than its context keeps its end."""
         limit = context_length(self.model.config)
         rows = [row[-limit:] if limit else row for row in rows]
         scores = [0.0] * len(rows)

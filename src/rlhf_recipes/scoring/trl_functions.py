@@ -1,6 +1,6 @@
-"""Our rewards as the functions that TRL's online trainers call, so that a judge scores there exactly as it does in ppo.
+"""Our rewards as the functions that TRL's online trainers call, so that a reward model scores there exactly as it does in ppo.
 
-TRL can load a judge by itself, but reads it otherwise: two labels as one, an answer without its EOS, the scores raw.
+TRL can load a reward model by itself, but reads it otherwise: two labels as one, an answer without its EOS, the scores raw.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -24,10 +24,10 @@ def load_trl_reward_functions(
     normalize: bool = False,
     quantization_config: Any = None,
 ) -> list[RewardFunction]:
-    """One function for each judge's folder, Hub id or ``package.module:function``, each under a name of its own.
+    """One function for each reward model's folder, Hub id or ``package.module:function``, each under a name of its own.
 
-    tokenizer: the policy's. normalize: shift and scale judges' scores to mean 0 and variance 1 on their held-out rows.
-    quantization_config: in how many bits judges are read.
+    tokenizer: the policy's. normalize: shift and scale reward models' scores to mean 0 and variance 1 on their held-out rows.
+    quantization_config: in how many bits reward models are read.
     """
     functions: list[RewardFunction] = []
     for index, source in enumerate(sources):

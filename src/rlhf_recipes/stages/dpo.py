@@ -1,4 +1,4 @@
-"""A model that answers and preferences between answers -> a model that answers better, without a judge between them.
+"""A model that answers and preferences between answers -> a model that answers better, without a reward model between them.
 
 Direct preference optimisation (Rafailov et al. 2023) raises the log-probability of the chosen answer over that of the
 rejected one, relative to the model as it starts.

@@ -1,6 +1,6 @@
 """Several models side by side, on the same prompts and with the same random numbers.
 
-Perplexity says how well a model knows a text; a judge, gold and their win rates say how good its answers are; the KL
+Perplexity says how well a model knows a text; a reward model, gold and their win rates say how good its answers are; the KL
 to a reference, the lengths and the repetition say what that cost.
 """
 
@@ -77,8 +77,9 @@ class EvalArguments(OutputArguments, LoadingArguments):
     )
     text_column: str = field(default="text", metadata={"help": "Column with a text."})
     num_texts: int | None = field(default=256, metadata={"help": "Use so many texts, evenly spaced over the dataset."})
-    judge: str | None = field(
-        default=None, metadata={"help": "What scores answers: a judge's folder, a Hub id or package.module:function."}
+    reward_model: str | None = field(
+        default=None,
+        metadata={"help": "What scores answers: a reward model's folder, a Hub id or package.module:function."},
     )
     gold: str | None = field(
         default=None,
@@ -123,8 +124,13 @@ class Questions:
 
 def run_eval(arguments: EvalArguments) -> Path:
     """Measure every model, compare each with the first, and leave a report folder; returns its path."""
-    datasets, judges = (arguments.dataset_name, arguments.text_dataset_name), (arguments.judge, arguments.reference)
-    folder = check_output_folder(arguments.output_dir, arguments.overwrite, [*arguments.models, *datasets, *judges])
+    datasets, reward_models = (
+        (arguments.dataset_name, arguments.text_dataset_name),
+        (arguments.reward_model, arguments.reference),
+    )
+    folder = check_output_folder(
+        arguments.output_dir, arguments.overwrite, [*arguments.models, *datasets, *reward_models]
+    )
     tokenizers = load_tokenizers(arguments)
     questions = load_questions(arguments, tokenizers)
     if int(os.environ.get("RANK", "0")) > 0:
@@ -148,7 +154,7 @@ def run_eval(arguments: EvalArguments) -> Path:
         parents={
             **dict(zip(names, arguments.models, strict=True)),
             "prompts": arguments.dataset_name,
-            "judge": arguments.judge,
+            "reward_model": arguments.reward_model,
         },
         metrics={"models": measured, **facts, **(measured[names[0]] if len(names) == 1 else {})},
         arguments=[arguments],
@@ -170,7 +176,9 @@ def load_tokenizers(arguments: EvalArguments) -> "list[PreTrainedTokenizerBase]"
     for name in sources:
         load_config(name, **arguments.code)
         if is_reward_model(name, **arguments.code):
-            raise UserError(f"model {name} is a judge; give a language model, and pass this one as --judge")
+            raise UserError(
+                f"model {name} is a reward model; give a language model, and pass this one as --reward_model"
+            )
     tokenizers = [load_tokenizer(name, "model", **arguments.code) for name in sources]
     if arguments.reference:
         reference = tokenizers.pop()
@@ -184,10 +192,10 @@ def load_tokenizers(arguments: EvalArguments) -> "list[PreTrainedTokenizerBase]"
 
 
 def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokenizerBase]") -> Questions:
-    """The prompts, checked to fit every model, and the texts; judge and gold are checked against the columns.
+    """The prompts, checked to fit every model, and the texts; reward model and gold are checked against the columns.
 
     Raises:
-        UserError: no dataset, a missing column, a prompt too long for a context, a judge that cannot be used.
+        UserError: no dataset, a missing column, a prompt too long for a context, a reward model that cannot be used.
     """
     if not arguments.dataset_name:
         raise UserError("no prompts; pass --dataset_name with a folder, a data file or a Hub id")
@@ -202,7 +210,7 @@ def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTok
         for name in rows.column_names
         if name not in {arguments.prompt_column, *RESERVED_COLUMNS}
     }
-    for role, source in (("judge", arguments.judge), ("gold", arguments.gold)):
+    for role, source in (("reward model", arguments.reward_model), ("gold", arguments.gold)):
         if source:
             check_reward(source, list(columns), role)
     texts: list[str] = []
@@ -221,7 +229,7 @@ def evaluate_all(
     tokenizers: "Sequence[PreTrainedTokenizerBase]",
     questions: Questions,
 ) -> dict[str, Evaluation]:
-    """Each model by its name, in order; one at a time is in memory, beside the reference and the judge."""
+    """Each model by its name, in order; one at a time is in memory, beside the reference and the reward model."""
     import torch
 
     device = (
@@ -250,7 +258,9 @@ def evaluate_all(
             seed=arguments.seed,
             completions_per_prompt=arguments.completions_per_prompt,
             columns=questions.columns,
-            judge=load_reward(arguments.judge, tokenizer, device=device, **frozen) if arguments.judge else None,
+            reward_model=load_reward(arguments.reward_model, tokenizer, device=device, **frozen)
+            if arguments.reward_model
+            else None,
             gold=load_reward(arguments.gold, tokenizer, device=device) if arguments.gold else None,
             reference=reference if comparable else None,
             texts=questions.texts,

@@ -49,7 +49,7 @@ class PPOArguments(DatasetArguments, FrozenQuantizationArguments):
     reward: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What scores answers: judges' folders or Hub ids, or package.module:function; several add up."
+            "help": "What scores answers: reward models' folders or Hub ids, or package.module:function; several add up."
         },
     )
     reference_model: str | None = field(
@@ -57,7 +57,9 @@ class PPOArguments(DatasetArguments, FrozenQuantizationArguments):
     )
     value_model: str | None = field(
         default=None,
-        metadata={"help": "A ranking judge to start a separate value model from. Unset: a value head on the policy."},
+        metadata={
+            "help": "A ranking reward model to start a separate value model from. Unset: a value head on the policy."
+        },
     )
     pad_token: str | None = field(
         default=None, metadata={"help": "Pad token for a tokenizer that has none; its EOS may serve as both."}
@@ -80,13 +82,17 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         )
     rewards = list(arguments.reward or [])
     if not rewards:
-        raise UserError("nothing scores the answers; pass --reward with a judge's folder or package.module:function")
+        raise UserError(
+            "nothing scores the answers; pass --reward with a reward model's folder or package.module:function"
+        )
     pad = {"pad_token": arguments.pad_token} if arguments.pad_token else {}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     config, tokenizer = load_config(name, **code), load_tokenizer(name, **pad, **code)
     check_quantization(model_config, config, adapter_goes_on=True)
     if arguments.value_model and reward_label_count(arguments.value_model) != 1:
-        raise UserError(f"value model {arguments.value_model} has two labels; give a ranking judge, which has one")
+        raise UserError(
+            f"value model {arguments.value_model} has two labels; give a ranking reward model, which has one"
+        )
     splits = load_train_and_test(arguments)
     train, test = (with_prompts(split, tokenizer, arguments.prompt_tokens) for split in splits)
     require_held_out(test, training, arguments.dataset_test_split)

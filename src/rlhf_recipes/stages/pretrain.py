@@ -188,7 +188,7 @@ def _check_model(
     if will_be_quantized(model_config, config):
         raise UserError(f"model {checkpoint} was saved in 4 or 8 bits; pretrain trains all weights, so give it whole")
     if is_reward_model(checkpoint, **code):
-        raise UserError(f"model {checkpoint} is a judge, which predicts no text; go on from a language model")
+        raise UserError(f"model {checkpoint} is a reward model, which predicts no text; go on from a language model")
     tokenizer = load_tokenizer(name, **code)
     if len(tokenizer) > config.vocab_size or _another_vocabulary(
         tokenizer, checkpoint, arguments.tokenizer_name, **code

@@ -125,19 +125,19 @@ class Asked:
 
 
 def _measure(folder: Path, arguments: QuickstartArguments) -> dict[str, Asked]:
-    """Ask every model the same prompts with the same random numbers, and score the answers by judge and gold."""
+    """Ask every model the same prompts with the same random numbers, and score the answers by reward model and gold."""
     prompts = load_split(f"{folder}/world/prompts", "test", max_samples=arguments.num_prompts)
     corpus_only = load_split(f"{folder}/world/prompts", "corpus_only")
     texts = list(load_split(f"{folder}/world/corpus", "test")["text"])
     reference, tokenizer = load_causal_lm(f"{folder}/sft"), load_tokenizer(f"{folder}/sft")
-    judge, gold = load_reward(f"{folder}/reward", tokenizer), load_reward(GOLD, tokenizer)
+    reward_model, gold = load_reward(f"{folder}/reward", tokenizer), load_reward(GOLD, tokenizer)
     asked = {}
     for stage in tqdm(ANSWERING, desc="measuring"):
         model = load_causal_lm(str(folder / stage))
         sampling = Sampling(ANSWER_TOKENS, TEMPERATURE, stop_ids=stop_ids(model, tokenizer))
         shared: dict[str, Any] = {"sampling": sampling, "seed": arguments.seed, "gold": gold}
         held_out = evaluate_model(
-            model, tokenizer, list(prompts["prompt"]), columns=_columns(prompts), judge=judge,
+            model, tokenizer, list(prompts["prompt"]), columns=_columns(prompts), reward_model=reward_model,
             reference=None if stage == "pretrain" else reference, texts=texts, **shared,
         )  # fmt: skip
         verdicts = _verdicts(held_out, prompts)
@@ -209,7 +209,7 @@ def _curves(stage: str, log: list[dict[str, Any]]) -> list[Curve]:
         curves = [curve_of("Loss", log, {"loss": "training", "eval_loss": "held out"})]
         return curves + ([curve_of("Pairs judged right", log, {"accuracy": "training"})] if stage == "reward" else [])
     return [
-        curve_of("Score", log, {"objective/scores": "judge"}, x="episode", by="episode"),
+        curve_of("Score", log, {"objective/scores": "reward_model"}, x="episode", by="episode"),
         curve_of("Gold score", log, {"rewards/gold_score": "gold"}, x="episode", by="episode"),
         curve_of("KL to the model before PPO (nats)", log, {"objective/kl": "KL"}, x="episode", by="episode"),
         curve_of("Length (tokens)", log, {"completions/mean_length": "length"}, x="episode", by="episode"),

@@ -1,4 +1,4 @@
-"""Preferences or labels -> a judge that scores answers. Two kinds behind one door:
+"""Preferences or labels -> a reward model that scores answers. Two kinds behind one door:
 
 - ranking: pairs of a chosen and a rejected answer, a score each (Bradley-Terry; Stiennon et al. 2020);
 - classifier: texts labelled 1 (good) or 0 (bad), whose log-odds are the score (as for sentiment, Ziegler et al. 2019).
@@ -57,7 +57,7 @@ from rlhf_recipes.training import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Judge = Literal["auto", "ranking", "classifier"]
+RewardType = Literal["auto", "ranking", "classifier"]
 PAIR, LABELLED = ("chosen", "rejected"), ("text", "label")
 LABELS = {"ranking": 1, "classifier": 2}
 
@@ -66,9 +66,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RewardArguments(DatasetArguments):
-    """What the judge learns from: pairs (chosen, rejected and, if there is one, prompt) or labels (text, label)."""
+    """What the reward model learns from: pairs (chosen, rejected and, if there is one, prompt) or labels (text, label)."""
 
-    judge: Judge = field(
+    reward_type: RewardType = field(
         default="auto",
         metadata={
             "help": "ranking learns from the columns chosen and rejected, classifier from text and label "
@@ -80,15 +80,17 @@ class RewardArguments(DatasetArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.judge not in get_args(Judge):
-            raise UserError(f"unknown judge {self.judge!r}; choose one of {', '.join(get_args(Judge))}")
+        if self.reward_type not in get_args(RewardType):
+            raise UserError(
+                f"unknown reward_type {self.reward_type!r}; choose one of {', '.join(get_args(RewardType))}"
+            )
 
 
 @dataclass
 class RewardConfig(TrainingDefaults, trl.RewardConfig):
-    """TRL's `RewardConfig`, for both kinds of judge; rows are as long as the model's context allows."""
+    """TRL's `RewardConfig`, for both kinds of reward model; rows are as long as the model's context allows."""
 
-    output_dir: str = field(default="runs/reward", metadata={"help": "Folder to leave the judge in."})
+    output_dir: str = field(default="runs/reward", metadata={"help": "Folder to leave the reward model in."})
     max_length: int | None = field(
         default=None,
         metadata={
@@ -136,7 +138,7 @@ def build_reward_trainer(
 
 
 def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: RewardConfig) -> Path:
-    """Train a judge and leave a folder that ppo takes as it is, with what the judge is worth on held-out rows."""
+    """Train a reward model and leave a folder that ppo takes as it is, with what the reward model is worth on held-out rows."""
     inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
     run = open_run(training, arguments, model_config, inputs=inputs)
     if run.finished:
@@ -152,21 +154,24 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         if trainer.eval_dataset is not None and measures(trainer):
             measured, table = measure_reward_model(trainer, trainer.judged)
         if trainer.is_world_process_zero():
-            judge = trainer.accelerator.unwrap_model(trainer.model)
-            save_reward_model_config(judge, run.folder)
+            reward_model = trainer.accelerator.unwrap_model(trainer.model)
+            save_reward_model_config(reward_model, run.folder)
             images = ["curves.png"]
             trainer.save_state()
             plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Reward model")
             if measured:
                 metrics |= measured | {"calibration_table": table}
-                judge.config.score_mean, judge.config.score_std = measured["score_mean"], measured["score_std"]
-                save_reward_model_config(judge, run.folder)
+                reward_model.config.score_mean, reward_model.config.score_std = (
+                    measured["score_mean"],
+                    measured["score_std"],
+                )
+                save_reward_model_config(reward_model, run.folder)
                 plot_reliability(table, run.folder / "reliability.png")
                 images.append("reliability.png")
             complete_output_folder(
                 run.folder,
                 stage="reward",
-                title="A judge of answers",
+                title="A reward model of answers",
                 parents={"model": model_config.model_name_or_path, "judgements": arguments.dataset_name},
                 metrics=metrics,
                 arguments=[arguments, model_config, training],
@@ -176,9 +181,9 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
 
 
 def load_reward_data(arguments: RewardArguments, start: StartingModel) -> "tuple[str, Any, Any | None]":
-    """The kind of judge that the columns make, and the training and held-out rows, each checked."""
+    """The kind of reward model that the columns make, and the training and held-out rows, each checked."""
     train, test = load_train_and_test(arguments)
-    choices = {"ranking": [PAIR], "classifier": [LABELLED]}.get(arguments.judge, [PAIR, LABELLED])
+    choices = {"ranking": [PAIR], "classifier": [LABELLED]}.get(arguments.reward_type, [PAIR, LABELLED])
     kind = "ranking" if require_columns(train, *choices, role="the training split") == PAIR else "classifier"
     splits: list[Any] = []
     for dataset, name in ((train, "the training split"), (test, "the held-out split")):
@@ -218,7 +223,12 @@ def _check_labels(dataset: Any, start: StartingModel, name: str) -> Any:
 
 
 def _ranking_trainer(
-    model: "PreTrainedModel", start: StartingModel, model_config: ModelConfig, training: RewardConfig, train: Any, test: Any
+    model: "PreTrainedModel",
+    start: StartingModel,
+    model_config: ModelConfig,
+    training: RewardConfig,
+    train: Any,
+    test: Any,
 ) -> RewardTrainer:
     trainer = SafeRewardTrainer(
         model=model,
@@ -241,7 +251,12 @@ def _ranking_trainer(
 
 
 def _classifier_trainer(
-    model: "PreTrainedModel", start: StartingModel, model_config: ModelConfig, training: RewardConfig, train: Any, test: Any
+    model: "PreTrainedModel",
+    start: StartingModel,
+    model_config: ModelConfig,
+    training: RewardConfig,
+    train: Any,
+    test: Any,
 ) -> Trainer:
     from trl.trainer.utils import disable_dropout_in_model
 
@@ -272,13 +287,13 @@ def measure_reward_model(
     """Metrics on held-out rows and the rows of their reliability plot, from scores as ppo asks for them."""
     tokenizer, limit = trainer.processing_class, trainer.args.max_length
     model = trainer.accelerator.unwrap_model(trainer.model)
-    judge = load_reward(model, tokenizer, batch_size=trainer.args.per_device_eval_batch_size)
+    reward_model = load_reward(model, tokenizer, batch_size=trainer.args.per_device_eval_batch_size)
     if isinstance(trainer, RewardTrainer):
-        return _measure_pairs(judge, test, tokenizer, limit)
+        return _measure_pairs(reward_model, test, tokenizer, limit)
     encoded = encode_labelled_texts(test[:], tokenizer, limit)
     labels = np.array(encoded["labels"])
     rows = encoded["input_ids"]
-    scores = judge([""] * len(rows), test["text"], prompt_ids=[[]] * len(rows), completion_ids=rows)
+    scores = reward_model([""] * len(rows), test["text"], prompt_ids=[[]] * len(rows), completion_ids=rows)
     metrics = compute_classification_metrics(EvalPrediction(np.array(scores), labels))
     # The right label against the wrong one is a pair as well; its margin are the log-odds of the right one.
     margins, zeros = np.where(labels == 1, scores, np.negative(scores)).tolist(), [0] * len(rows)
@@ -293,7 +308,7 @@ def _spread(scores: list[float]) -> dict[str, float]:
 
 
 def _measure_pairs(
-    judge: Reward, test: Any, tokenizer: "PreTrainedTokenizerBase", limit: int | None
+    reward_model: Reward, test: Any, tokenizer: "PreTrainedTokenizerBase", limit: int | None
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     def fits(pair: list[tuple[list[int], list[int]]]) -> bool:
         return limit is None or all(len(prompt) + len(answer) <= limit for prompt, answer in pair)
@@ -308,7 +323,9 @@ def _measure_pairs(
     for index, side in enumerate(PAIR):
         ids = [pair[index] for _, pair in rows]
         prompts, answers = [row.get("prompt", "") for row, _ in rows], [row[side] for row, _ in rows]
-        scores.append(judge(prompts, answers, prompt_ids=[i[0] for i in ids], completion_ids=[i[1] for i in ids]))
+        scores.append(
+            reward_model(prompts, answers, prompt_ids=[i[0] for i in ids], completion_ids=[i[1] for i in ids])
+        )
         lengths.append([len(answer) for _, answer in ids])
     measured = preference_metrics(scores[0], scores[1], lengths[0], lengths[1])
     metrics = {"reward_accuracy": measured.pop("accuracy"), **measured, "pairs": len(rows)} | _spread(

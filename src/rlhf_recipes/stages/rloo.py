@@ -65,7 +65,7 @@ class RLOOArguments(DatasetArguments, FrozenQuantizationArguments):
     reward: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What scores answers: judges' folders or Hub ids, or package.module:function; several add up."
+            "help": "What scores answers: reward models' folders or Hub ids, or package.module:function; several add up."
         },
     )
 
@@ -94,7 +94,9 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
     )
     normalize_rewards: bool = field(
         default=False,
-        metadata={"help": "Shift and scale each judge's scores to mean 0 and variance 1 over its own held-out rows."},
+        metadata={
+            "help": "Shift and scale each reward model's scores to mean 0 and variance 1 over its own held-out rows."
+        },
     )
     pad_token: str | None = field(
         default=None,
@@ -250,7 +252,9 @@ def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[
     """What scores the answers, once it is known that it can. columns: those of the prompts."""
     sources = list(arguments.reward or [])
     if not sources:
-        raise UserError("nothing scores the answers; pass --reward with a judge's folder or package.module:function")
+        raise UserError(
+            "nothing scores the answers; pass --reward with a reward model's folder or package.module:function"
+        )
     for source in sources:
         check_reward(source, [name for name in columns if name != "prompt"])
     weights = training.reward_weights

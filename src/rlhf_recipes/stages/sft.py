@@ -135,7 +135,9 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
     return run.folder
 
 
-def load_demonstrations(arguments: SFTArguments, start: StartingModel, text_column: str = "text") -> "tuple[Any, Any | None]":
+def load_demonstrations(
+    arguments: SFTArguments, start: StartingModel, text_column: str = "text"
+) -> "tuple[Any, Any | None]":
     """The training and held-out rows, in the columns that are learnt from, each row checked."""
     train, test = load_train_and_test(arguments)
     columns = list(require_columns(train, PROMPT_COMPLETION, MESSAGES, (text_column,), role="the training split"))

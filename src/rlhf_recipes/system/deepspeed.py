@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO (Rajbhandari et al. 2020), where PPO asks of it what Trainer's loop does not.
 
 Its engine takes the optimizer step at the end of a backward pass. Here it is known only then whose gradients count; and
-models that answer or judge are read whole, whatever is cut apart as it trains.
+models that answer or reward model are read whole, whatever is cut apart as it trains.
 """
 
 import os
@@ -82,7 +82,7 @@ def gather_weights(engine: Any) -> AbstractContextManager[Any]:
 @contextmanager
 def load_unsharded() -> Iterator[None]:
     """For the time, transformers reads weights as it does without DeepSpeed. Under ZeRO-3 it cuts every model apart as it is
-    read, also one that only answers or judges."""
+    read, also one that only answers or reward models."""
     from transformers.integrations import deepspeed
 
     kept = deepspeed._hf_deepspeed_config_weak_ref

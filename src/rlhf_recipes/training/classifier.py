@@ -1,4 +1,4 @@
-"""How a classifier is taught to judge: labelled texts to rows, rows to batches, and the loss of a whole step."""
+"""How a classifier is taught to reward model: labelled texts to rows, rows to batches, and the loss of a whole step."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -48,8 +48,8 @@ HINTS = [
     Hint(
         "KL runaway",
         lambda h: _value("objective/kl", h) > max(20.0, 0.5 * _tokens(h)),
-        "the policy is {objective/kl:.1f} nats an answer from its reference, so the judge reads text it never learnt to "
-        "judge; raise kl_coef, lower learning_rate, or set adaptive_kl_target",
+        "the policy is {objective/kl:.1f} nats an answer from its reference, so the reward model reads text it never learnt to "
+        "reward model; raise kl_coef, lower learning_rate, or set adaptive_kl_target",
     ),
     Hint(
         "negative KL",
@@ -152,8 +152,8 @@ class Hints(TrainerCallback):
         falling = overoptimized_reward(self.history, watched)
         if falling is not None:
             off["over-optimisation"] = (
-                f"the score rises while {falling} falls: the policy learns what the judge likes, not what is better; stop "
-                "at an earlier checkpoint, raise kl_coef, or train the judge on such answers"
+                f"the score rises while {falling} falls: the policy learns what the reward model likes, not what is better; stop "
+                "at an earlier checkpoint, raise kl_coef, or train the reward model on such answers"
             )
         new = [(name, text) for name, text in off.items() if name not in self._said]
         self._said = set(off)

@@ -178,9 +178,9 @@ def _frozen(module: nn.Module, args: PPOConfig) -> nn.Module:
 def load_rewards(
     policy: Any, sources: Any, tokenizer: Any, tokenizers: Any, args: PPOConfig, needed: bool = True, bits: Any = None
 ) -> list[Reward]:
-    """What scores answers, each with a name of its own. A judge that is an adapter on the policy's base rides on it.
+    """What scores answers, each with a name of its own. A reward model that is an adapter on the policy's base rides on it.
 
-    bits: the quantization_config that other judges are read with, where they are given by name.
+    bits: the quantization_config that other reward models are read with, where they are given by name.
     """
     if sources is None and needed:
         raise UserError(
@@ -196,12 +196,12 @@ def load_rewards(
         )
     batch = args.local_rollout_forward_batch_size
     for index, source in enumerate(sources):
-        refuse_sharded("judge", source)
+        refuse_sharded("reward model", source)
         if own[index] is None:
-            _check_vocabulary("judge", source, policy)
+            _check_vocabulary("reward model", source, policy)
         if isinstance(source, str) and shares_base(source, policy):
             sources[index], own[index] = (
-                SharedBaseRewardModel(policy, source, f"ppo_judge_{index}"),
+                SharedBaseRewardModel(policy, source, f"ppo_reward_model_{index}"),
                 own[index] or load_tokenizer(source),
             )
     rewards = [
@@ -227,7 +227,7 @@ def _check_vocabulary(role: str, model: Any, policy: Any) -> None:
             f"the {role} has {sizes[0]} token embeddings and the policy {sizes[1]}, so it reads other ids; "
             + (
                 "pass its tokenizer as reward_processing_classes (or the policy's, if it reads those after all)"
-                if role == "judge"
+                if role == "reward model"
                 else "give one with the policy's vocabulary"
             )
         )

@@ -1,4 +1,4 @@
-"""A judge that was trained as an adapter on the policy's own base, and needs no second copy of it."""
+"""A reward model that was trained as an adapter on the policy's own base, and needs no second copy of it."""
 
 import os
 from pathlib import Path
@@ -14,13 +14,16 @@ from rlhf_recipes.core.unwrapping import base_model, trunk_of
 from rlhf_recipes.models import add_adapter_from, has_adapter, is_adapter, load_config, use_adapter
 
 
-def shares_base(judge: str, policy: Any) -> bool:
-    """Whether a judge's folder is an adapter on the base that the policy has an adapter on."""
-    if not is_adapter(judge) or not has_adapter(policy):
+def shares_base(reward_model: str, policy: Any) -> bool:
+    """Whether a reward model's folder is an adapter on the base that the policy has an adapter on."""
+    if not is_adapter(reward_model) or not has_adapter(policy):
         return False
     from peft import PeftConfig
 
-    bases = [str(PeftConfig.from_pretrained(judge).base_model_name_or_path), str(base_model(policy).name_or_path)]
+    bases = [
+        str(PeftConfig.from_pretrained(reward_model).base_model_name_or_path),
+        str(base_model(policy).name_or_path),
+    ]
     same = len({os.path.realpath(base) if os.path.isdir(base) else base for base in bases}) == 1
     return same and _as_saved(policy, Path(bases[0]) / "model.safetensors")
 
@@ -56,13 +59,13 @@ class SharedBaseRewardModel(nn.Module):
 
     def __init__(self, policy: Any, folder: str, adapter: str) -> None:
         super().__init__()
-        self.config = load_config(folder, "judge")
+        self.config = load_config(folder, "reward model")
         self.config._name_or_path = folder
         rest = add_adapter_from(policy, folder, adapter)
         heads = [value for key, value in rest.items() if key.endswith("score.weight")]
         if len(heads) != 1 or len(rest) != 1:
             raise UserError(
-                f"judge {folder} trained more of its base than an adapter and a head ({', '.join(rest) or 'no head'}); "
+                f"reward model {folder} trained more of its base than an adapter and a head ({', '.join(rest) or 'no head'}); "
                 "merge it into a model of its own"
             )
         self.score = nn.Linear(heads[0].shape[1], heads[0].shape[0], bias=False)

@@ -1,8 +1,8 @@
-"""What the judges make of an unfinished answer, as the value's first guess.
+"""What the reward models make of an unfinished answer, as the value's first guess.
 
-A judge on a causal trunk has read every beginning of an answer by the time that it has read the answer. A value that
-starts from the judge's weights starts from those readings (Stiennon et al. 2020; Ouyang et al. 2022), but has to run a
-trunk of its own; here they are what the judge's one pass left. Adding a function of the state to the value in this way is
+A reward model on a causal trunk has read every beginning of an answer by the time that it has read the answer. A value that
+starts from the reward model's weights starts from those readings (Stiennon et al. 2020; Ouyang et al. 2022), but has to run a
+trunk of its own; here they are what the reward model's one pass left. Adding a function of the state to the value in this way is
 to shape the reward by its differences, which leaves the best policy what it was (Ng et al. 1999; Wiewiora 2003).
 
 How far the readings tell the score is not taken for granted: the prior is the straight line that least squares draws
@@ -23,27 +23,29 @@ class ValuePrior:
 
     def __init__(self, rewards: Sequence[Any], weights: Sequence[float] | None, on: bool) -> None:
         pairs = zip(rewards, weights or [1.0] * len(rewards), strict=True)
-        self.judges = [
-            (judge, weight) for judge, weight in pairs if on and weight and getattr(judge, "can_read_along", False)
+        self.reward_models = [
+            (reward_model, weight)
+            for reward_model, weight in pairs
+            if on and weight and getattr(reward_model, "can_read_along", False)
         ]
-        for judge, _ in self.judges:
-            judge.reads_along = True
+        for reward_model, _ in self.reward_models:
+            reward_model.reads_along = True
         self.sums = torch.zeros(5, dtype=torch.float64)  # of 1, x, x^2, y, x y over tokens: readings x, scores y
 
     def forget(self) -> None:
         """Before answers are scored: what was read is of others."""
-        for judge, _ in self.judges:
-            judge.readings = []
+        for reward_model, _ in self.reward_models:
+            reward_model.readings = []
 
     def readings(self, mask: Tensor) -> Tensor | None:
-        """(batch, tokens): what the judges, added up, read before each generated token of the answers they scored last.
+        """(batch, tokens): what the reward models, added up, read before each generated token of the answers they scored last.
 
-        mask: (batch, tokens), True where a token was generated. None, where no judge has read them.
+        mask: (batch, tokens), True where a token was generated. None, where no reward model has read them.
         """
         read = [
-            (judge.readings, weight)
-            for judge, weight in self.judges
-            if len(judge.readings) == len(mask) and all(map(len, judge.readings))
+            (reward_model.readings, weight)
+            for reward_model, weight in self.reward_models
+            if len(reward_model.readings) == len(mask) and all(map(len, reward_model.readings))
         ]
         if not read:
             return None
