@@ -20,7 +20,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-slow mutations check bench format clean
+.PHONY: help install quickstart test test-slow mutations check words bench format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -57,6 +57,9 @@ check: $(STAMP) ## lint, format, types, and the rules of the house
 	@$(RUN) -m ruff format --check $(PY)
 	@$(RUN) -m mypy
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) -m pytest tests/test_layers.py tests/test_house.py
+
+words: $(STAMP) ## list words of the former private dialect that remain (tests/dialect.py)
+	@$(RUN) tests/dialect.py
 
 bench: $(STAMP) ## speed and memory against TRL 1.12, a plain loop and the machine: from half an hour to an hour and a half, results in benchmarks/results
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/ppo_speed.py
