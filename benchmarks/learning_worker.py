@@ -120,7 +120,7 @@ def ppo_arguments(prepared: Prepared, asked: Any, folder: str) -> dict[str, Any]
 
 def ours(prepared: Prepared, asked: Any, folder: str) -> None:
     from rlhf_recipes import PPOConfig, PPOTrainer
-    from rlhf_recipes.system import fit_to_hardware
+    from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 
     policy = prepared.policy()
     least = {"generation_kwargs": {"min_new_tokens": prepared.least}} if prepared.least else {}
@@ -129,8 +129,10 @@ def ours(prepared: Prepared, asked: Any, folder: str) -> None:
         **ppo_arguments(prepared, asked, folder), **least, **frugal, max_steps=1_000_000, hints=False,
         log_completions=False,
     )  # fmt: skip
+    args = choose_precision(args, policy.config.hidden_size)
+    configure_cpu_runtime_(args, policy.config.hidden_size)
     PPOTrainer(
-        policy, [prepared.reward_model()], fit_to_hardware(args, policy.config.hidden_size),
+        policy, [prepared.reward_model()], args,
         Dataset.from_list([{"input_ids": row["input_ids"]} for row in prepared.train]), None, prepared.tokenizer,
         callbacks=[Clock(prepared, policy, asked)],
     ).train()  # fmt: skip
@@ -160,7 +162,7 @@ def grouped(prepared: Prepared, asked: Any, folder: str) -> None:
 
     from rlhf_recipes import PPOConfig
     from rlhf_recipes.models import count_positions_from_mask_
-    from rlhf_recipes.system import fit_to_hardware
+    from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 
     policy, reward_model, told = prepared.policy(), prepared.reward(prepared.reward_model()), prepared.told
 
@@ -173,7 +175,9 @@ def grouped(prepared: Prepared, asked: Any, folder: str) -> None:
     kinds = {"rloo": (trl.RLOOConfig, trl.RLOOTrainer), "grpo": (trl.GRPOConfig, trl.GRPOTrainer)}
     config, trainer = kinds[asked.algorithm]
     # In the precision that ours gets on this machine, which is TRL's default too.
-    low = fit_to_hardware(PPOConfig(folder, use_cpu=True, report_to="none"), policy.config.hidden_size).bf16
+    fitted = choose_precision(PPOConfig(folder, use_cpu=True, report_to="none"), policy.config.hidden_size)
+    configure_cpu_runtime_(fitted, policy.config.hidden_size)
+    low = fitted.bf16
     args = config(
         output_dir=folder, per_device_train_batch_size=told["batch"] // 2, steps_per_generation=2, num_iterations=4,
         num_generations=4, learning_rate=asked.learning_rate, beta=KL, temperature=TEMPERATURE, max_steps=1_000_000,

@@ -117,7 +117,7 @@ def theirs(asked: Any, folder: str, turns: Turns) -> Any:
 
 def ours(asked: Any, folder: str, turns: Turns) -> Any:
     from rlhf_recipes import PPOConfig, PPOTrainer
-    from rlhf_recipes.system import fit_to_hardware
+    from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 
     chosen = {} if asked.bf16 == "unset" else {"bf16": asked.bf16 == "true"}
     args = PPOConfig(
@@ -125,7 +125,8 @@ def ours(asked: Any, folder: str, turns: Turns) -> Any:
         num_layers_unfrozen=asked.unfrozen, value_adapter=asked.value == "adapter",
         stop_token_id=-1,  # none, as TRL has it where stop_token is not set
     )  # fmt: skip
-    args = fit_to_hardware(args, shape_of(asked)[0])
+    args = choose_precision(args, shape_of(asked)[0])
+    configure_cpu_runtime_(args, shape_of(asked)[0])
     if asked.threads:
         torch.set_num_threads(asked.threads)
     options: dict[str, Any] = {}

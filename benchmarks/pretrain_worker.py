@@ -60,7 +60,7 @@ def plain(asked: Any) -> None:
 def ours(asked: Any, folder: str) -> None:
     """The trainer that the pretrain stage builds, on blocks that are there already."""
     from rlhf_recipes import PretrainConfig
-    from rlhf_recipes.system import fit_to_hardware
+    from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
     from rlhf_recipes.training import PretrainTrainer, collate_blocks
 
     chosen = {} if asked.defaults else {"bf16": False}
@@ -68,7 +68,8 @@ def ours(asked: Any, folder: str) -> None:
         output_dir=folder, per_device_train_batch_size=asked.batch, report_to="none", save_strategy="no", disable_tqdm=True,
         logging_steps=100_000, max_steps=100_000, lr_scheduler_type="constant", **chosen,
     )  # fmt: skip
-    args = fit_to_hardware(args, SHAPES[asked.shape][0])
+    args = choose_precision(args, SHAPES[asked.shape][0])
+    configure_cpu_runtime_(args, SHAPES[asked.shape][0])
     torch.set_num_threads(1)
     rows = Dataset.from_dict({"input_ids": blocks_of(asked.shape, 64 * asked.batch).numpy()})
     PretrainTrainer(

@@ -28,7 +28,7 @@ from rlhf_recipes.models.loading import (
     load_tokenizer,
     reward_label_count,
 )
-from rlhf_recipes.system.hardware import fit_to_hardware
+from rlhf_recipes.system.hardware import choose_precision, configure_cpu_runtime_
 
 GPT2_VOCABULARY, BYTE_VOCABULARY = 50257, 262
 
@@ -224,7 +224,7 @@ def test_a_tokenizer_needs_eos_and_pad(tokenizer: Any, tmp_path: Path, token: st
 
 
 class Training:
-    """What `fit_to_hardware` reads of a TrainingArguments."""
+    """The fields of a TrainingArguments that `choose_precision` and `configure_cpu_runtime_` read."""
 
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update({"use_cpu": True, "bf16": False, "mixed_precision": "no", **fields})
@@ -240,16 +240,17 @@ def test_bf16_is_chosen_where_it_pays_and_nobody_chose(
     monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_support", lambda: unit)
     training = Training(_bf16_by_hardware=by_hardware)
     before = copy.copy(training.__dict__)
-    fitted = fit_to_hardware(training, width)  # type: ignore[type-var]
+    fitted = choose_precision(training, width)  # type: ignore[type-var]
     assert fitted.bf16 is expected and fitted.mixed_precision == ("bf16" if expected else "no")
     assert training.__dict__ == before, "the caller's own arguments are left alone"
+    assert choose_precision(fitted, width) is fitted, "decided once"
 
 
 def test_bf16_is_not_chosen_where_deepspeed_was_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_support", lambda: "unit")
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}})
     training = Training(_bf16_by_hardware=True, deepspeed_plugin=plugin)
-    assert fit_to_hardware(training, 320).bf16 is False  # type: ignore[type-var]
+    assert choose_precision(training, 320).bf16 is False  # type: ignore[type-var]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
@@ -274,20 +275,24 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
 def test_onednn_keeps_few_kernels_unless_the_environment_names_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, "7")
-    fit_to_hardware(Training(), 64)  # type: ignore[type-var]
+    configure_cpu_runtime_(Training(), 64)  # type: ignore[arg-type]
     assert os.environ[name] == "7"
     monkeypatch.delenv(name)
-    fit_to_hardware(Training(use_cpu=False), 64)  # type: ignore[type-var]
+    configure_cpu_runtime_(Training(use_cpu=False), 64)  # type: ignore[arg-type]
     assert name not in os.environ, "a GPU does not need it"
-    fit_to_hardware(Training(), 64)  # type: ignore[type-var]
+    configure_cpu_runtime_(Training(), 64)  # type: ignore[arg-type]
     assert 0 < int(os.environ[name]) < 1024
 
 
 def test_threads_are_the_callers_where_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    fit_to_hardware(Training(), 64)  # type: ignore[type-var]
+    configure_cpu_runtime_(Training(), 64)  # type: ignore[arg-type]
     assert chosen == [], "OMP_NUM_THREADS is set in the tests"
     monkeypatch.delenv("OMP_NUM_THREADS")
-    fit_to_hardware(Training(), 64)  # type: ignore[type-var]
+    configure_cpu_runtime_(Training(), 64)  # type: ignore[arg-type]
     assert chosen == [1], "small layers run on one thread"
+    training = Training()
+    configure_cpu_runtime_(training, 64)  # type: ignore[arg-type]
+    configure_cpu_runtime_(training, 64)  # type: ignore[arg-type]
+    assert chosen == [1, 1], "once for each arguments object"

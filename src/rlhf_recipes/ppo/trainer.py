@@ -43,7 +43,7 @@ from rlhf_recipes.ppo.update.guard import StepGuard
 from rlhf_recipes.ppo.update.minibatches import RolloutLoader
 from rlhf_recipes.ppo.update.objective import objective
 from rlhf_recipes.scoring import RewardSource, Scores, score_with_each
-from rlhf_recipes.system import fit_to_hardware, is_sharded, unsharded_weights
+from rlhf_recipes.system import choose_precision, configure_cpu_runtime_, is_sharded, unsharded_weights
 
 
 class PPOTrainer(MinimizingTrainer):
@@ -98,7 +98,9 @@ class PPOTrainer(MinimizingTrainer):
         check_parallelism(args, getattr(args.distributed_state, "distributed_type", None))
         model, processing_class = load_policy(model, processing_class, quantization_config, args.trust_remote_code)
         config = base_model(fuse_kernels_(model, args.device)).config
-        args = fit_to_hardware(args, config.get_text_config().hidden_size)
+        hidden_size = config.get_text_config().hidden_size
+        args = choose_precision(args, hidden_size)
+        configure_cpu_runtime_(args, hidden_size)
         sources = reward_funcs if reward_funcs is not None else reward_model
         plays = train_dataset is not None or sources is not None  # neither: the caller plays, and calls step()
         data = (train_dataset, eval_dataset)

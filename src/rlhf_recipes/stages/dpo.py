@@ -25,7 +25,7 @@ from rlhf_recipes.models import (
     trainable_to_float32_,
 )
 from rlhf_recipes.reports import plot_curves
-from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 from rlhf_recipes.training import (
     SafeTrainer,
     TrainingDefaults,
@@ -87,7 +87,8 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     pairs, held_out = load_pairs(arguments, start)
     require_batch(len(pairs), training)
     require_held_out(held_out, training, arguments.dataset_test_split)
-    training = fit_to_hardware(training, start.config.hidden_size)
+    training = choose_precision(training, start.config.hidden_size)
+    configure_cpu_runtime_(training, start.config.hidden_size)
     training.max_length = start.max_length
     set_seed(training.seed)
     model = load_causal_lm(start.name, model_config, trust_remote_code=training.trust_remote_code)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.core.arguments import OutputArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.markdown import escape_markdown, table
+from rlhf_recipes.core.processes import is_main_process
 from rlhf_recipes.data import (
     RESERVED_COLUMNS,
     load_split,
@@ -133,7 +134,7 @@ def run_eval(arguments: EvalArguments) -> Path:
     )
     tokenizers = load_tokenizers(arguments)
     questions = load_questions(arguments, tokenizers)
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_main_process():
         return folder  # one process measures; the others have nothing to add
     start = time.perf_counter()
     names = name_models(arguments.models)

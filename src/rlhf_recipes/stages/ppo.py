@@ -27,7 +27,7 @@ from rlhf_recipes.models import (
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, check_prompts
 from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.scoring import check_reward
-from rlhf_recipes.system import fit_to_hardware, load_unsharded
+from rlhf_recipes.system import choose_precision, configure_cpu_runtime_, load_unsharded
 from rlhf_recipes.training import open_run, save_model, select_logged_panels, train, under_way
 
 CURVES = [
@@ -99,7 +99,9 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     for reward in rewards:
         check_reward(reward, [name for name in first_row(train) or {} if name != "prompt"])
     check_prompts(config, tokenizer, train, test, training)
-    training = fit_to_hardware(training, config.get_text_config().hidden_size)
+    hidden_size = config.get_text_config().hidden_size
+    training = choose_precision(training, hidden_size)
+    configure_cpu_runtime_(training, hidden_size)
     frozen, name_of_reference = arguments.frozen(model_config), arguments.reference_model
     set_seed(training.seed)  # a new adapter is drawn at random
     with load_unsharded():

@@ -25,7 +25,7 @@ from rlhf_recipes.models import (
     will_be_quantized,
 )
 from rlhf_recipes.reports import plot_curves
-from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 from rlhf_recipes.training import (
     PretrainTrainer,
     SampleContinuations,
@@ -124,9 +124,11 @@ def build_pretrain_trainer(
             f"{arguments.dataset_test_split!r} of at least {context} tokens; add one or pass --eval_strategy no"
         )
     model = _make_model(arguments, model_config, tokenizer, context, training)
+    training = choose_precision(training, model.config.hidden_size)
+    configure_cpu_runtime_(training, model.config.hidden_size)
     return PretrainTrainer(
         model=model,
-        args=fit_to_hardware(training, model.config.hidden_size),
+        args=training,
         train_dataset=blocks,
         eval_dataset=held_out or None,
         data_collator=collate_blocks,

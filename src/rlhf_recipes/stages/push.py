@@ -1,13 +1,13 @@
 """A folder that a stage left, or a folder of rows -> a repo of the Hugging Face Hub, private unless told otherwise."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.markdown import escape_markdown, front_matter
+from rlhf_recipes.core.processes import is_main_process
 from rlhf_recipes.data import data_splits, load_split
 from rlhf_recipes.folders import RECIPE_FILE, require_unlocked
 from rlhf_recipes.hub import ADAPTER_CONFIG, Repo, check_repo, files_to_push, print_pushed, push_folder
@@ -46,7 +46,7 @@ def run_push(arguments: PushArguments) -> Path:
     check_repo(repo)
     require_unlocked(folder)
     instead = _cards_of_rows(folder) if kind == "dataset" else _adapters(folder, arguments.base_model)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         flags = ["--base_model", arguments.base_model] if arguments.base_model is not None else []
         print_pushed(folder, push_folder(folder, repo, instead=instead, flags=flags))
     return folder

@@ -4,7 +4,6 @@ The one stage that chains others. Each of them runs as its door would run it, wi
 """
 
 import json
-import os
 import shlex
 import time
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from rlhf_recipes.core.arguments import OutputArguments, parse_arguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.files import write_text
+from rlhf_recipes.core.processes import world_size
 from rlhf_recipes.data import load_split, plain_text
 from rlhf_recipes.evaluation import Evaluation, compare, evaluate_model
 from rlhf_recipes.folders import RECIPE_FILE, check_output_folder, clear_output_folder, complete_output_folder
@@ -47,7 +47,7 @@ class QuickstartArguments(OutputArguments):
 
 def run_quickstart(arguments: QuickstartArguments) -> Path:
     """Run tokenizer, pretrain, sft, reward and ppo in order, measure the models; leave metrics.json and a report."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UserError("the quickstart is one process; start it with python -m rlhf_recipes quickstart")
     folder = clear_output_folder(check_output_folder(arguments.output_dir, arguments.overwrite))
     write_text(folder / RECIPE_FILE, "# This run was cut short. Start it again with --overwrite true.\n")

@@ -40,7 +40,7 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.reports import plot_curves, plot_reliability
 from rlhf_recipes.scoring import Reward, load_reward
-from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 from rlhf_recipes.training import (
     SafeTrainer,
     TrainingDefaults,
@@ -121,7 +121,8 @@ def build_reward_trainer(
     kind, train, test = load_reward_data(arguments, start)
     require_batch(len(train), training)
     require_held_out(test, training, arguments.dataset_test_split)
-    training = fit_to_hardware(training, start.config.hidden_size)
+    training = choose_precision(training, start.config.hidden_size)
+    configure_cpu_runtime_(training, start.config.hidden_size)
     training.max_length = start.max_length
     set_seed(training.seed)  # a new head is drawn at random
     model = load_reward_model(

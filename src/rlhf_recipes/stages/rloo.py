@@ -5,7 +5,6 @@ less the mean score of the others. There is no value model, and the KL penalty i
 """
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from trl import ModelConfig, RLOOTrainer
 
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.processes import world_size
 from rlhf_recipes.data import Prompts, load_train_and_test, require_columns, require_held_out, require_texts
 from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.generation import stop_ids
@@ -32,7 +32,7 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
-from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 from rlhf_recipes.training import (
     SafeTrainer,
     TrainingDefaults,
@@ -104,8 +104,8 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
     )
 
     def __post_init__(self) -> None:
-        self.split_global_batch_(_processes())
-        evaluated = self.per_device_eval_batch_size * _processes()
+        self.split_global_batch_(world_size())
+        evaluated = self.per_device_eval_batch_size * world_size()
         compared = self.num_generations_eval or self.num_generations
         if self.num_generations < 2:
             raise UserError(
@@ -133,16 +133,12 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
     def answers(self) -> int:
         """Answers of all processes in one batch."""
         steps = self.steps_per_generation or self.gradient_accumulation_steps
-        return self.generation_batch_size or self.per_device_train_batch_size * _processes() * steps
+        return self.generation_batch_size or self.per_device_train_batch_size * world_size() * steps
 
     def episodes(self, steps: int) -> int:
         """Answers sampled in so many optimizer steps."""
         uses = (self.steps_per_generation or 1) * self.num_iterations
         return math.ceil(steps * self.gradient_accumulation_steps / uses) * self.answers
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class SafeRLOOTrainer(SafeTrainer, RLOOTrainer):
@@ -159,7 +155,8 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     prompts, held_out = load_prompts(arguments, start, training)
     require_held_out(held_out, training, arguments.dataset_test_split)
     sources = check_rewards(arguments, training, prompts.column_names)
-    training = fit_to_hardware(training, start.config.hidden_size)
+    training = choose_precision(training, start.config.hidden_size)
+    configure_cpu_runtime_(training, start.config.hidden_size)
     functions = load_trl_reward_functions(
         sources, start.tokenizer, training.device, training.normalize_rewards, **arguments.frozen(model_config)
     )

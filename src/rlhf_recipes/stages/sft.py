@@ -33,7 +33,7 @@ from rlhf_recipes.models import (
     trainable_to_float32_,
 )
 from rlhf_recipes.reports import plot_curves
-from rlhf_recipes.system import fit_to_hardware
+from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 from rlhf_recipes.training import SafeTrainer, TrainingDefaults, measures, open_run, save_model, train, under_way
 
 PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
@@ -85,7 +85,8 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     require_held_out(test, training, arguments.dataset_test_split)
     if training.assistant_only_loss and not is_conversation((first_row(train) or {})[train.column_names[-1]]):
         raise UserError("assistant_only_loss is for rows of messages, and these are text; leave it out")
-    training = fit_to_hardware(training, start.config.hidden_size)
+    training = choose_precision(training, start.config.hidden_size)
+    configure_cpu_runtime_(training, start.config.hidden_size)
     training.max_length = start.max_length
     if training.assistant_only_loss is None:
         training.assistant_only_loss = train.column_names == list(MESSAGES)

@@ -1,7 +1,6 @@
 """Text -> a byte-level BPE tokenizer (Radford et al. 2019) with a chat template, for GPT-2-style models."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.processes import is_main_process
 from rlhf_recipes.data import (
     ROLE_TOKENS,
     chat_template,
@@ -100,7 +100,7 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
     sources = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
     folder = check_output_folder(arguments.output_dir, arguments.overwrite, sources)
     learnt_from, held_out = _load_texts(arguments)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main_process():
         return folder
     limit = arguments.max_train_samples
     tokenizer = train_tokenizer(_texts(learnt_from, arguments, limit), arguments)

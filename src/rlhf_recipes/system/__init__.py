@@ -1,4 +1,4 @@
-"""The machine a run is on: hardware, launcher, DeepSpeed and FSDP, workarounds for faults of libraries."""
+"""The machine: hardware, launcher, DeepSpeed and FSDP, workarounds for library bugs."""
 
 from rlhf_recipes.system.deepspeed import (
     DeferredStepEngine,
@@ -13,8 +13,9 @@ from rlhf_recipes.system.deepspeed import (
 from rlhf_recipes.system.hardware import (
     BF16_MATRIX_UNIT,
     bf16_support,
+    choose_precision,
+    configure_cpu_runtime_,
     describe_hardware,
-    fit_to_hardware,
     keep_freed_memory_,
     release_freed_memory_,
     tokens_per_forward,
@@ -50,12 +51,13 @@ __all__ = [
     "check_launch",
     "check_quantized_storage",
     "check_sharding",
+    "choose_precision",
+    "configure_cpu_runtime_",
     "configures_optimizer",
     "deepspeed_engine",
     "describe_hardware",
     "exclude_frozen_weights_",
     "fill_bucket_sizes_",
-    "fit_to_hardware",
     "full_optimizer_state",
     "full_state_dict",
     "is_sharded",

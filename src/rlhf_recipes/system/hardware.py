@@ -1,4 +1,4 @@
-"""Precision and threads for the machine at hand."""
+"""Precision, threads and memory settings that suit the machine."""
 
 import copy
 import ctypes
@@ -16,108 +16,125 @@ if TYPE_CHECKING:
 
 TrainingT = TypeVar("TrainingT", bound="TrainingArguments")
 
-# Below this width the casts of autocast cost a CPU more than its bfloat16 unit gains, or little less. Measured, one thread: Xeon
-# with AMX, 128 wide 0.87x, 256 wide 1.6x, 320 wide 2.7x; EPYC with AVX512-BF16, 128 wide 1.3x, 256 wide 1.5x, 384 wide 1.6x.
-BF16_WIDTH_ON_CPU = 256
+# Below this hidden size, autocast costs a CPU more than its bfloat16 unit gains, or little less.
+# Speed relative to float32 on one thread, by hidden size:
+#   Xeon with AMX            128: 0.87x   256: 1.6x   320: 2.7x
+#   EPYC with AVX512-BF16    128: 1.3x    256: 1.5x   384: 1.6x
+MIN_BF16_HIDDEN_SIZE = 256
 BF16_MATRIX_UNIT = "bfloat16 matrix unit"
-KERNELS = 64  # more than one piece of a minibatch has, forward and backward
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+ONEDNN_CACHED_KERNELS = 64  # more than forward and backward of one minibatch shape need
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 
 
-def tokens_per_forward(device: "torch.device", low: bool = False) -> int:
-    """Tokens that keep the device busy in one pass; more of them only need more memory.
+def tokens_per_forward(device: "torch.device", low_precision: bool = False) -> int:
+    """Return how many tokens keep the device busy in one forward pass; more only need more memory.
 
-    low: computed in bfloat16, where every pass also brings the gradients of all weights back to float32. Measured with 14M
-    parameters: on a Xeon with AMX float32 products have their full rate at 600 rows; an EPYC took 640 to 1280 alike.
+    Args:
+        device: where the model runs.
+        low_precision: the model computes in bfloat16. Each pass then also casts the gradients of all weights back to
+            float32, so larger passes pay off.
+
+    Measured with 14M parameters: a Xeon with AMX reaches its full float32 rate at 600 rows; an EPYC is equally fast
+    from 640 to 1280 rows.
     """
     if device.type != "cpu":
         return 2**16
-    return 2048 if low else 1024
+    return 2048 if low_precision else 1024
 
 
-def fit_to_hardware(training: TrainingT, width: int) -> TrainingT:
-    """A copy of the training arguments with bf16 decided for this machine and a model `width` hidden units wide.
+def choose_precision(training: TrainingT, hidden_size: int) -> TrainingT:
+    """Return a copy of the training arguments with `bf16` decided for this machine and the model's hidden size.
 
-    What the caller set stays. On a CPU it also sets the number of torch threads, unless OMP_NUM_THREADS says it. What was
-    fitted before comes back as it is.
+    A `bf16` that the caller set is kept, and so is the precision of a DeepSpeed configuration. Arguments that this
+    function returned come back as they are.
     """
-    if training.__dict__.get("_fitted"):
+    if training.__dict__.get("_precision_chosen"):
         return training
-    fitted = copy.copy(training)
-    fitted.__dict__["_fitted"] = True
-    if not training.use_cpu:
-        return fitted
-    # Not under DeepSpeed, which has been told its precision already.
-    chosen_here = training.__dict__.get("_bf16_by_hardware") and zero_stage(training) is None
-    if chosen_here and width >= BF16_WIDTH_ON_CPU and bf16_support():
-        fitted.bf16, fitted.mixed_precision = True, "bf16"
+    chosen = copy.copy(training)
+    chosen.__dict__["_precision_chosen"] = True
+    undecided = training.__dict__.get("_bf16_by_hardware") and zero_stage(training) is None
+    if training.use_cpu and undecided and hidden_size >= MIN_BF16_HIDDEN_SIZE and bf16_support():
+        chosen.bf16, chosen.mixed_precision = True, "bf16"
+    return chosen
+
+
+def configure_cpu_runtime_(training: "TrainingArguments", hidden_size: int) -> None:
+    """Set torch's thread count, malloc's thresholds and oneDNN's cache size in this process, for training on a CPU.
+
+    It does nothing where the training uses an accelerator, and nothing on a second call with the same arguments, which
+    it marks. The environment variables OMP_NUM_THREADS, MALLOC_MMAP_THRESHOLD_ and ONEDNN_PRIMITIVE_CACHE_CAPACITY
+    override what it would set.
+    """
+    if not training.use_cpu or training.__dict__.get("_runtime_configured"):
+        return
+    training.__dict__["_runtime_configured"] = True
     if "OMP_NUM_THREADS" not in os.environ:
-        choose_thread_count_(width)
+        choose_thread_count_(hidden_size)
     keep_freed_memory_()
     limit_onednn_cache_()
-    return fitted
 
 
 def keep_freed_memory_() -> None:
-    """Let this process keep the memory it frees, for its next tensor; the peak stays what it is.
+    """Set glibc's malloc to keep freed memory for the next tensor; the peak does not change.
 
-    glibc gives large blocks back to the system at once, and a training step, which asks for the same ones again and
-    again, then waits for the pages (measured: 10 to 20 % of a bfloat16 step). Set MALLOC_MMAP_THRESHOLD_ to choose
-    otherwise; other C libraries are left alone.
+    By default glibc returns large blocks to the system at once. A training step requests the same blocks again and
+    again, and then waits for their pages (measured: 10 to 20 % of a bfloat16 step). If MALLOC_MMAP_THRESHOLD_ is set,
+    or with another C library, it does nothing.
     """
     if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         library = ctypes.CDLL(None)
-        for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            library.mallopt(name, 2**30)
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            library.mallopt(parameter, 2**30)
 
 
 def limit_onednn_cache_() -> None:
-    """Let oneDNN keep the code of few products, if this process has asked it for none yet.
+    """Set ONEDNN_PRIMITIVE_CACHE_CAPACITY to a small number, unless it is set; oneDNN reads it at its first product.
 
-    It writes code for each shape that it multiplies in bfloat16, some 0.6 MiB, and keeps that of 1024; without padding almost
-    every piece of a minibatch has a shape of its own (measured: after a hundred updates a PPO of two layers held a quarter less,
-    in the same time). Set ONEDNN_PRIMITIVE_CACHE_CAPACITY to choose otherwise.
+    oneDNN compiles a kernel of about 0.6 MiB for each shape that it multiplies in bfloat16, and caches 1024 of them.
+    Without padding almost every piece of a minibatch has a new shape. Measured after a hundred PPO updates of a
+    two-layer model: a quarter less memory, equal speed.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_CACHED_KERNELS))
 
 
 def release_freed_memory_() -> None:
-    """Return to the system what this process has freed and kept (glibc; other C libraries are left alone)."""
+    """Return memory that this process has freed to the system (glibc only; with another C library, do nothing)."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def choose_thread_count_(width: int) -> int:
-    """Choose the number of CPU threads by a short measurement of one layer's work; returns it.
+def choose_thread_count_(hidden_size: int) -> int:
+    """Set torch's number of CPU threads to the fastest in a short benchmark of one layer; return the number.
 
-    On a busy machine more threads wait for one another at every barrier, so the count is measured, not assumed.
+    The number is measured because on a busy machine threads wait for one another at every barrier.
     """
     import torch
 
     cores = len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1
     best = 1
-    if width >= BF16_WIDTH_ON_CPU and cores > 1:  # small layers gain nothing worth the risk
-        times = {count: _layer_seconds(width, count) for count in sorted({1, cores // 2 or 1, cores})}
-        best = min(times, key=lambda count: times[count] * (1.0 if count == 1 else 1.15))
+    if hidden_size >= MIN_BF16_HIDDEN_SIZE and cores > 1:  # small layers gain too little
+        seconds = {count: _layer_seconds(hidden_size, count) for count in sorted({1, cores // 2 or 1, cores})}
+        best = min(seconds, key=lambda count: seconds[count] * (1.0 if count == 1 else 1.15))
     torch.set_num_threads(best)
     return best
 
 
-def _layer_seconds(width: int, threads: int) -> float:
+def _layer_seconds(hidden_size: int, threads: int) -> float:
+    """Return the third quartile of the seconds that one MLP layer takes on this number of threads."""
     import torch
 
     torch.set_num_threads(threads)
-    rows, weight = torch.randn(1024, width), torch.randn(width, 4 * width)
+    rows, weight = torch.randn(1024, hidden_size), torch.randn(hidden_size, 4 * hidden_size)
     seconds = []
     for _ in range(12):
         start = time.perf_counter()
         torch.nn.functional.gelu(rows @ weight) @ weight.T
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) * 3 // 4]  # a slow quartile: barriers hurt in the tail
+    return sorted(seconds)[len(seconds) * 3 // 4]  # not the median: barriers cost most in the tail
 
 
 def bf16_support() -> str:
-    """What the processor multiplies bfloat16 with, faster than float32; empty where it has nothing of the kind."""
+    """Return the name of the CPU's bfloat16 unit that is faster than float32; empty if it has none."""
     import torch
 
     if torch.cpu._is_amx_tile_supported():
@@ -126,21 +143,18 @@ def bf16_support() -> str:
 
 
 def describe_hardware() -> str:
-    """What this process runs on, for a line beside its numbers: accelerator or processor, threads, precision unit."""
+    """Return one line that describes the hardware: accelerators, or processor, cores, threads and bfloat16 unit."""
     import torch
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cores = os.cpu_count() or 1
     unit = [unit] if (unit := bf16_support()) else []
-    return ", ".join([_processor(), f"{cores} cores", f"{torch.get_num_threads()} torch threads", *unit])
+    return ", ".join([_processor_name(), f"{cores} cores", f"{torch.get_num_threads()} torch threads", *unit])
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

@@ -1,9 +1,9 @@
 """What every training stage means unless it is told otherwise, over transformers' own defaults."""
 
-import os
 from dataclasses import dataclass, field
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.processes import world_size
 
 
 @dataclass
@@ -68,7 +68,7 @@ class TrainingDefaults:
 
         if self.resume not in (None, "auto"):
             raise UserError(f"resume is {self.resume!r}; give auto, or name a checkpoint in resume_from_checkpoint")
-        self.split_global_batch_(int(os.environ.get("WORLD_SIZE", "1")))
+        self.split_global_batch_(world_size())
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rlhf_recipes.core.processes import is_main_process
+
 ONE_REQUEST = 5.0  # seconds after a SIGTERM, within which another says nothing new
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def on_sigterm(hear: Callable[[], None]) -> Iterator[None]:
         nonlocal first
         if first is None:
             first = time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
+            if is_main_process():
                 logger.warning("SIGTERM: the run ends after this optimizer step, with a checkpoint")
             hear()
         elif time.monotonic() - first > ONE_REQUEST:
