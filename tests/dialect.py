@@ -114,10 +114,13 @@ def hits_in(file: Path) -> Iterator[tuple[str, int, str, str, str | None]]:
         for match in pattern.finditer(words):
             number = words.count("\n", 0, match.start()) + 1
             line = lines[number - 1]
-            reason = next(
-                (why for glob, seen, why in EXCEPTIONS if fnmatch(name, glob) and re.search(seen, line)), None
-            )
-            yield replacement, number, " ".join(match.group().split()).lower(), line.strip(), reason
+            phrase = " ".join(match.group().split()).lower()
+            reasons = [
+                why
+                for files, phrases, seen, why in EXCEPTIONS
+                if fnmatch(name, files) and re.fullmatch(phrases, phrase) and re.search(seen, line)
+            ]
+            yield replacement, number, phrase, line.strip(), reasons[0] if reasons else None
 
 
 def main() -> int:
