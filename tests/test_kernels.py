@@ -29,8 +29,8 @@ from rlhf_recipes.optimizations.attention import (
 )
 from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, freeze_lower_layers_, lower_layers
 from rlhf_recipes.optimizations.kv_cache import preallocated_cache
-from rlhf_recipes.optimizations.packing import ATTENTION
-from rlhf_recipes.optimizations.prepacking import _multiplies, prepacked_weights
+from rlhf_recipes.optimizations.packing import SHORT_ATTENTION
+from rlhf_recipes.optimizations.prepacking import _has_fast_products, prepacked_weights
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
@@ -101,7 +101,7 @@ def test_a_model_reads_the_same_after_it_was_quickened_and_saves_the_same_config
     assert not any(isinstance(each, nn.GELU) for each in model.modules())
     fuse_kernels_(model, CPU)
     assert sum(isinstance(each, nn.GELU) for each in model.modules()) == 3
-    assert model.config._attn_implementation == ATTENTION
+    assert model.config._attn_implementation == SHORT_ATTENTION
     torch.testing.assert_close(model(IDS).logits, before, atol=1e-5, rtol=0)
     mask = torch.ones_like(IDS)
     mask[0, :4] = 0  # padding goes the ordinary way
@@ -124,7 +124,7 @@ def test_a_model_that_reads_both_ways_still_does_in_bfloat16() -> None:
     model = model.to(torch.bfloat16)
     before = model(IDS).logits
     fuse_kernels_(model, CPU)
-    assert model.config._attn_implementation == ATTENTION
+    assert model.config._attn_implementation == SHORT_ATTENTION
     torch.testing.assert_close(model(IDS).logits, before)
     other = IDS.clone()
     other[:, -1] = 1
@@ -285,7 +285,7 @@ def products_in(model: nn.Module, low: bool) -> tuple[Tensor, int]:
 
 
 needs_onednn = pytest.mark.skipif(
-    not _multiplies(torch.float32), reason="this processor's oneDNN has no products that are worth it"
+    not _has_fast_products(torch.float32), reason="this processor's oneDNN has no products that are worth it"
 )
 
 
@@ -297,7 +297,7 @@ def test_weights_laid_out_once_give_the_same_products(low: bool) -> None:
     with prepacked_weights(model):
         told, some = products_in(model, low)
         again, as_many = products_in(model, low)
-    expected = 9 if not low or _multiplies(torch.bfloat16) else 0  # four a layer, and the head
+    expected = 9 if not low or _has_fast_products(torch.bfloat16) else 0  # four a layer, and the head
     assert (none, some, as_many) == (0, expected, expected)
     assert torch.equal(told, again) and told.dtype == plain.dtype
     torch.testing.assert_close(told, plain, atol=0.02 if low else 1e-5, rtol=0)

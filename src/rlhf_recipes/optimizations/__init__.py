@@ -1,6 +1,6 @@
-"""The same numbers in less time: attention, packing, prepacked weights, KV cache, frozen layers.
+"""Faster forms of the same computation: attention, packing, prepacked weights, KV cache, frozen lower layers.
 
-Without this room no result changes beyond rounding.
+Delete this room and no result changes beyond rounding.
 """
 
 from rlhf_recipes.optimizations.attention import (
@@ -12,11 +12,11 @@ from rlhf_recipes.optimizations.attention import (
 )
 from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, check_layer_count, freeze_lower_layers_, lower_layers
 from rlhf_recipes.optimizations.kv_cache import preallocated_cache
-from rlhf_recipes.optimizations.packing import ATTENTION, TILE, hidden_states_at, hidden_states_of, pad_to_tile
+from rlhf_recipes.optimizations.packing import SHORT_ATTENTION, TILE, hidden_states_at, hidden_states_of, pad_to_tile
 from rlhf_recipes.optimizations.prepacking import prepacked_weights
 
 __all__ = [
-    "ATTENTION",
+    "SHORT_ATTENTION",
     "TILE",
     "CastCache",
     "ShortCausalAttention",

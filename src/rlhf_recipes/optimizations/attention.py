@@ -1,6 +1,6 @@
-"""The same arithmetic in fewer passes: what a transformer's layers are made of, where a quicker form is at hand.
+"""Fused GELU, attention with a fast backward pass for short rows, and autocast that casts each weight once.
 
-Nothing here changes what a model computes beyond the rounding of its precision, nor what is saved of it.
+A model computes the same values as before, up to the rounding of its precision. Its saved weights and config do not change.
 """
 
 from collections.abc import Iterator
@@ -15,17 +15,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.optimizations.packing import ATTENTION, narrow_last_layer_, supports_packing
+from rlhf_recipes.optimizations.packing import SHORT_ATTENTION, narrow_last_layer_, supports_packing
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
-SHORT = 256  # tokens; from there on PyTorch's own backward pass is the quicker one (benchmarks/attention.py)
+# Longest row, in tokens, with our backward pass; PyTorch's is faster beyond it (benchmarks/attention.py).
+SHORT_ROW = 256
 
 
 def fuse_kernels_(model: Any, device: torch.device) -> Any:
-    """Exchange GPT-2's tanh GELU, eight passes over the widest activations, for the fused one; on a CPU its attention too.
+    """Replace GPT-2's tanh GELU in the model by PyTorch's fused one and, on a CPU, its attention by `short_attention`.
 
-    Attention is exchanged only where it is PyTorch's (sdpa). Returns the model, changed in place. device: where it will
-    run.
+    The unfused GELU makes eight passes over the widest activations. Attention is replaced only where it is PyTorch's (sdpa);
+    the last layer of a GPT-2 is then also narrowed (`narrow_last_layer_`). Models of bitsandbytes get their workarounds.
+
+    Args:
+        model: changed in place, and returned.
+        device: where the model will run.
     """
     for module in apply_bitsandbytes_workarounds_(model).modules():
         for name, child in module.named_children():
@@ -33,7 +38,7 @@ def fuse_kernels_(model: Any, device: torch.device) -> Any:
                 setattr(module, name, nn.GELU(approximate="tanh"))
     base = base_model(model)
     if device.type == "cpu" and getattr(base.config, "_attn_implementation", None) == "sdpa":
-        base.set_attn_implementation(ATTENTION)
+        base.set_attn_implementation(SHORT_ATTENTION)
         trunk = getattr(base, base.base_model_prefix, None)
         if supports_packing(trunk):
             narrow_last_layer_(trunk)
@@ -43,11 +48,19 @@ def fuse_kernels_(model: Any, device: torch.device) -> Any:
 def short_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: PyTorch's, but for whole short rows in bfloat16, whose backward pass is ours.
+    """Attend as PyTorch does, with a faster backward pass for short bfloat16 rows without padding.
 
-    query: (batch, heads, tokens, size); key, value: (batch, key heads, tokens, size) -> (batch, tokens, heads, size).
-    packed: the `PackedLayout` of several rows that came as one. Keys in float32, which the cache makes of bfloat16, are asked in
-    float32: for the one query of a token to come PyTorch's form for bfloat16 takes five times as long.
+    The signature is that of transformers' attention functions. Float32 keys with a bfloat16 query, which
+    `PreallocatedLayer` keeps, are attended to in float32: for the single query of a decoding step PyTorch's bfloat16
+    form takes five times as long.
+
+    Args:
+        query: (batch, heads, tokens, head size).
+        key, value: (batch, key heads, tokens, head size).
+        options: transformers' options; `packed` is the `PackedLayout` of several rows given as one.
+
+    Returns:
+        (batch, tokens, heads, head size), and None for the attention weights.
     """
     layout = options.pop("packed", None)
     if key.dtype != query.dtype:
@@ -55,23 +68,27 @@ def short_attention(
             out = sdpa_attention_forward(module, query.to(key.dtype), key, value, attention_mask, **options)[0]
         return out.to(query.dtype), None
     if layout is not None:
-        query, key, value = (layout.spread(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value))
+        query, key, value = (layout.spread(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
         return layout.packed(short_attention(module, query, key, value, None, **options)[0]), None
     tokens = query.shape[2]
-    whole = attention_mask is None and 1 < tokens == key.shape[2] <= SHORT and not options.get("dropout")
-    causal = options.get("is_causal")  # without a mask: what transformers' own function goes by
-    whole = whole and bool(getattr(module, "is_causal", True) if causal is None else causal)
-    if not whole or query.dtype != torch.bfloat16 or options.get("position_bias") is not None:
+    short = attention_mask is None and 1 < tokens == key.shape[2] <= SHORT_ROW and not options.get("dropout")
+    causal = options.get("is_causal")  # without a mask, transformers' own function decides by this too
+    short = short and bool(getattr(module, "is_causal", True) if causal is None else causal)
+    if not short or query.dtype != torch.bfloat16 or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     return ShortCausalAttention.apply(query, key, value, scaling).transpose(1, 2), None
 
 
 class ShortCausalAttention(torch.autograd.Function):
-    """Attention forward by PyTorch; backward by a few batched products (Dao et al. 2022, section 3.1, without tiles)."""
+    """Causal attention: PyTorch's forward pass, and a backward pass of a few batched products.
+
+    query, key, value: (batch, heads, tokens, head size), all of one shape. The gradient formulas are those of
+    Dao et al. 2022 (FlashAttention), section 3.1, without tiling. The attention weights are float32 in between.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -81,70 +98,75 @@ class ShortCausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out = (tensor.contiguous() for tensor in ctx.saved_tensors)
-        gradient = gradient.contiguous()
-        past = torch.full((query.shape[2],) * 2, -torch.inf, device=query.device).triu_(1)
-        weights = torch.add(past, query @ key.transpose(2, 3), alpha=ctx.scaling).softmax(dim=-1)
-        of_scores = (gradient @ value.transpose(2, 3)).float()
-        of_scores -= (gradient * out).sum(dim=-1, keepdim=True, dtype=torch.float32)
-        of_scores = of_scores.mul_(weights).to(query.dtype)
-        of_value = weights.to(query.dtype).transpose(2, 3) @ gradient
-        return of_scores @ key * ctx.scaling, of_scores.transpose(2, 3) @ query * ctx.scaling, of_value, None
+        grad_out = grad_out.contiguous()
+        causal_mask = torch.full((query.shape[2],) * 2, -torch.inf, device=query.device).triu_(1)
+        weights = torch.add(causal_mask, query @ key.transpose(2, 3), alpha=ctx.scaling).softmax(dim=-1)
+        grad_scores = (grad_out @ value.transpose(2, 3)).float()
+        grad_scores -= (grad_out * out).sum(dim=-1, keepdim=True, dtype=torch.float32)
+        grad_scores = grad_scores.mul_(weights).to(query.dtype)
+        grad_value = weights.to(query.dtype).transpose(2, 3) @ grad_out
+        return grad_scores @ key * ctx.scaling, grad_scores.transpose(2, 3) @ query * ctx.scaling, grad_value, None
 
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """For passes over rows of ever other lengths: not cuDNN's attention, which PyTorch asks first on an H100 or H200.
+    """Within this block PyTorch does not use cuDNN's attention, which it prefers on an H100 or H200.
 
-    It builds a plan for each shape that is new, 0.08 s for each token of an answer whenever the longest prompt is of another
-    length (measured on an H200: 1.5 s an update where all shapes were known, 10 s where they were not).
+    Use it for forward passes whose shapes keep changing: cuDNN builds a plan for each new shape. Measured on an H200
+    while sampling: 0.08 s per answer token for a new prompt length, so 10 s per update instead of 1.5 s.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 @contextmanager
 def cached_casts(model: nn.Module) -> Iterator[None]:
-    """For passes without gradient: autocast casts each weight once, not once a pass.
+    """Within this block autocast casts each weight of the model once, not once per forward pass; gradients are off.
 
-    It keeps the casts of weights that require a gradient, so for the time all of them say that they do.
+    Autocast caches only weights that require a gradient. So every weight requires one inside the block.
     """
-    frozen = [each for each in model.parameters() if not each.requires_grad and each.is_floating_point()]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    kept = CastCache()
-    kept.begin()
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    cache = CastCache()
+    cache.begin()
     try:
         with torch.no_grad():
             yield
     finally:
-        kept.end()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        cache.end()
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 class CastCache:
-    """Lets autocast's copies of the weights outlive its own blocks, until the weights are about to change."""
+    """Keeps autocast's casts of the weights from one autocast block to the next.
+
+    Call `begin` before the blocks and `end` before the weights change. Calling either twice does nothing more.
+    """
 
     def __init__(self) -> None:
-        self._keeping = False
+        self._active = False
 
     def begin(self) -> None:
-        if not self._keeping:
+        """Start to keep casts."""
+        if not self._active:
             torch.autocast_increment_nesting()
-            self._keeping = True
+            self._active = True
 
     def end(self) -> None:
-        if self._keeping:
-            self._keeping = False
+        """Drop the casts, unless an outer autocast block is still open."""
+        if self._active:
+            self._active = False
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
 
 
-AttentionInterface.register(ATTENTION, short_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(SHORT_ATTENTION, short_attention)
+AttentionMaskInterface.register(SHORT_ATTENTION, sdpa_mask)

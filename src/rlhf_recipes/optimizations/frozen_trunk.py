@@ -1,6 +1,8 @@
-"""A causal language model in two: the lower layers, which stay as they are, and the upper ones, which may learn.
+"""A causal language model split in two: frozen lower layers and trainable upper layers, on the same weights.
 
-What stands still is worked out once and read by everyone who stands on it (Havrilla et al. 2023, "trlX", section 3).
+The output of frozen layers is computed once per token and shared by the policy, its reference and every epoch
+(Havrilla et al. 2023, "trlX", section 3). Which layers are frozen is the run's choice (`num_layers_unfrozen`); computing
+them once instead of every time changes nothing beyond rounding.
 """
 
 import copy
@@ -13,106 +15,119 @@ from torch import Tensor, nn
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model, trunk_of
 
+# Names that transformers' trunks give to their list of layers, their final norm, and trained positions.
 LAYERS = ("h", "layers")
 NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm")
-LEARNT_POSITIONS = "wpe"
-# What else a trunk may have: what comes before its first layer and is not asked again, or does not touch the states.
-HARMLESS = ("wte", "drop", "embed_tokens", "embed_in", "emb_dropout", "rotary_emb", LEARNT_POSITIONS)
+TRAINED_POSITIONS = "wpe"
+# Other parts a trunk may have: they run only before its first layer, or do not change the states.
+OTHER_PARTS = ("wte", "drop", "embed_tokens", "embed_in", "emb_dropout", "rotary_emb", TRAINED_POSITIONS)
 
 
 class UpperLayers(nn.Module):
-    """The last layers and the head of a model, on the weights of that model: it reads what the layers below leave."""
+    """The last `count` layers, the final norm and the head of a model, sharing its weights.
+
+    Its input is the output of `lower_layers`.
+    """
 
     def __init__(self, model: Any, count: int) -> None:
         super().__init__()
         trunk = trunk_of(model)
-        layers, _ = _names(trunk)
-        put: dict[str, nn.Module] = {layers: nn.ModuleList(list(getattr(trunk, layers))[-count:])}
-        if LEARNT_POSITIONS in dict(trunk.named_children()):
-            put[LEARNT_POSITIONS] = _Nothing()  # the layers below have added them
-        self.trunk = _view(trunk, put)
+        layers, _ = _layer_names(trunk)
+        replaced: dict[str, nn.Module] = {layers: nn.ModuleList(list(getattr(trunk, layers))[-count:])}
+        if TRAINED_POSITIONS in dict(trunk.named_children()):
+            replaced[TRAINED_POSITIONS] = _ZeroPositions()  # the lower layers' input already contains them
+        self.trunk = _view(trunk, replaced)
         self.head = base_model(model).get_output_embeddings()
 
     def forward(self, lower_states: Tensor) -> Tensor:
-        """(batch, tokens, hidden_size) -> (batch, tokens, hidden_size): the states that the head reads."""
+        """Return the states that the head reads: (batch, tokens, hidden_size) -> (batch, tokens, hidden_size)."""
         return torch.as_tensor(self.trunk(inputs_embeds=lower_states, use_cache=False).last_hidden_state)
 
     def frozen_copy(self) -> "UpperLayers":
-        """One that stays as this is now; what cannot move here anyway is shared."""
-        still = {id(each): each for each in self.parameters() if not each.requires_grad}
-        return copy.deepcopy(self, still).requires_grad_(False).eval()
+        """Return a copy with the current weights, frozen, in eval mode. Weights that are frozen here are shared."""
+        shared = {id(weight): weight for weight in self.parameters() if not weight.requires_grad}
+        return copy.deepcopy(self, shared).requires_grad_(False).eval()
 
 
 def lower_layers(model: Any, count: int) -> Any:
-    """All but the last `count` layers, without the final norm, on the weights of the model. input_ids -> states."""
+    """Return the trunk without its last `count` layers and without its final norm, sharing the model's weights."""
     trunk = trunk_of(model)
-    layers, norm = _names(trunk)
+    layers, norm = _layer_names(trunk)
     return _view(trunk, {layers: nn.ModuleList(list(getattr(trunk, layers))[:-count]), norm: nn.Identity()})
 
 
 def check_layer_count(count: int, total: int) -> None:
-    """Raises UserError, if nothing is above or nothing below."""
+    """Check that `count` upper layers of `total` leave at least one layer on either side.
+
+    Raises:
+        UserError: they do not.
+    """
     if not 0 < count < total:
         raise UserError(f"num_layers_unfrozen is {count}; the policy has {total} layers: take 1 to {total - 1}")
 
 
 @torch.no_grad()
 def freeze_lower_layers_(model: Any, count: int) -> None:
-    """Let only the last `count` layers, the final norm, and a head that is not tied to the embedding learn.
+    """Freeze all but the last `count` layers of the model and its final norm; an untied head stays trainable too.
 
     Raises:
-        UserError: a model that cannot be cut in two, too few layers, or an adapter on the lower ones.
+        UserError: the architecture cannot be split, `count` leaves no layer on one side, or the lower layers have an
+            adapter.
     """
     trunk = trunk_of(model)
-    layers, norm = _names(trunk)
+    layers, norm = _layer_names(trunk)
     total = len(getattr(trunk, layers))
     check_layer_count(count, total)
-    upper = {
-        id(each) for part in (*getattr(trunk, layers)[-count:], getattr(trunk, norm)) for each in part.parameters()
-    }
-    lower = {name: each for name, each in trunk.named_parameters() if id(each) not in upper}
+    upper_modules = (*getattr(trunk, layers)[-count:], getattr(trunk, norm))
+    upper = {id(weight) for module in upper_modules for weight in module.parameters()}
+    lower = {name: weight for name, weight in trunk.named_parameters() if id(weight) not in upper}
     adapted = [name for name in lower if ".lora_" in name or "modules_to_save" in name]
     if adapted:
         raise UserError(
-            f"the adapter has weights below the last {count} layers ({adapted[0]}), which num_layers_unfrozen keeps "
-            "still; give LoRA layers_to_transform, or leave one of the two out"
+            f"the adapter has weights below the last {count} layers ({adapted[0]}), which num_layers_unfrozen freezes; "
+            "give LoRA layers_to_transform, or leave one of the two out"
         )
-    for each in lower.values():
-        each.requires_grad_(False)
-    _check(base_model(model), count)
+    for weight in lower.values():
+        weight.requires_grad_(False)
+    _check_split(base_model(model), count)
 
 
-def _check(base: Any, count: int) -> None:
-    """Whether the two parts, one on the other, are the whole."""
+def _check_split(base: Any, count: int) -> None:
+    """Check on a few tokens that the upper layers on top of the lower ones compute what the whole model does."""
     trunk, device = trunk_of(base), next(base.parameters()).device
-    mode = base.training
+    was_training = base.training
     base.eval()
     ids = torch.arange(1, 9, device=device)[None] % base.config.vocab_size
-    whole = trunk(input_ids=ids, use_cache=False).last_hidden_state
+    expected = trunk(input_ids=ids, use_cache=False).last_hidden_state
     lower = lower_layers(base, count)(input_ids=ids, use_cache=False).last_hidden_state
-    same = torch.allclose(UpperLayers(base, count)(lower), whole, atol=1e-3, rtol=1e-3)
-    base.train(mode)
-    if not same or len(set(getattr(base.config, "layer_types", None) or ["one"])) > 1:
-        raise UserError(f"num_layers_unfrozen does not know how to cut a {type(base).__name__} in two; leave it out")
+    equal = torch.allclose(UpperLayers(base, count)(lower), expected, atol=1e-3, rtol=1e-3)
+    base.train(was_training)
+    if not equal or len(set(getattr(base.config, "layer_types", None) or ["one"])) > 1:
+        raise UserError(f"num_layers_unfrozen does not know how to split a {type(base).__name__}; leave it out")
 
 
-def _names(trunk: nn.Module) -> tuple[str, str]:
+def _layer_names(trunk: nn.Module) -> tuple[str, str]:
+    """Return the trunk's names of its list of layers and of its final norm."""
     children = dict(trunk.named_children())
-    found = [next((name for name in names if name in children), None) for names in (LAYERS, NORMS)]
-    if found[0] is None or found[1] is None or set(children) - {*found, *HARMLESS}:
+    layers, norm = (next((name for name in names if name in children), None) for names in (LAYERS, NORMS))
+    if layers is None or norm is None or set(children) - {layers, norm, *OTHER_PARTS}:
         raise UserError(f"num_layers_unfrozen does not know the layers of a {type(trunk).__name__}; leave it out")
-    return found[0], found[1]
+    return layers, norm
 
 
-def _view(module: Any, put: dict[str, nn.Module]) -> Any:
-    """The module with some of its parts exchanged; the others are shared with it, their weights and hooks too. The module's
-    own hooks stay its own: DeepSpeed's know it by a number."""
+def _view(module: Any, replaced: dict[str, nn.Module]) -> Any:
+    """Return a shallow copy of the module with some of its children replaced; the other children are shared.
+
+    The copy has no hooks of its own: DeepSpeed's hooks know their module by a number.
+    """
     view = copy.copy(module)
     view._forward_pre_hooks, view._forward_hooks = OrderedDict(), OrderedDict()
-    view._modules = {**module._modules, **put}
+    view._modules = {**module._modules, **replaced}
     return view
 
 
-class _Nothing(nn.Module):
+class _ZeroPositions(nn.Module):
+    """Stands in for a position embedding that the input already contains."""
+
     def forward(self, position_ids: Tensor) -> Tensor:
         return torch.zeros((), device=position_ids.device)

@@ -1,4 +1,7 @@
-"""Keys and values of the tokens so far, kept where there is room for those to come."""
+"""A KV cache with spare room, so that most decoding steps copy nothing.
+
+It returns the keys and values of transformers' own cache. Keys kept in float32 change a result by rounding only.
+"""
 
 from typing import Any
 
@@ -7,16 +10,16 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rlhf_recipes.optimizations.packing import ATTENTION
+from rlhf_recipes.optimizations.packing import SHORT_ATTENTION
 from rlhf_recipes.system import BF16_MATRIX_UNIT, bf16_support
 
-ROOM = 64  # tokens
+SPARE_TOKENS = 64  # room added whenever a buffer is full
 
 
 class PreallocatedLayer(DynamicLayer):
-    """transformers' growing cache layer, which copies all it holds for each token; this one copies once in `ROOM`.
+    """A cache layer that copies its contents once in `SPARE_TOKENS` tokens; transformers' copies them at each token.
 
-    widened: bfloat16 is kept as float32, for `short_attention`, which then attends in float32.
+    widened: bfloat16 is stored as float32, so that `short_attention` attends in float32.
     """
 
     def __init__(self, widened: bool = False) -> None:
@@ -24,46 +27,49 @@ class PreallocatedLayer(DynamicLayer):
         self.widened = widened
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self._held: list[Tensor] = []  # keys and values, (batch, heads, tokens and room, size)
+        self._buffers: list[Tensor] = []  # keys and values: (batch, heads, tokens and spare tokens, head size)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append states, (batch, heads, tokens, size); returns all keys and all values, as views."""
+        """Append states, each (batch, heads, tokens, head size). Returns views of all keys and all values."""
         if self.widened and key_states.dtype == torch.bfloat16:
             key_states, value_states = key_states.float(), value_states.float()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if not self._held or end > self._held[0].shape[2]:
-            before = (self.keys, self.values) if start else (None, None)
-            self._held = [_with_room(*each, end) for each in zip(before, (key_states, value_states), strict=True)]
-        for held, states in zip(self._held, (key_states, value_states), strict=True):
-            held[:, :, start:end] = states
-        self.keys, self.values = (held[:, :, :end] for held in self._held)
+        new_states = (key_states, value_states)
+        if not self._buffers or end > self._buffers[0].shape[2]:
+            past = (self.keys, self.values) if start else (None, None)
+            self._buffers = [_grown(*pair, end) for pair in zip(past, new_states, strict=True)]
+        for buffer, states in zip(self._buffers, new_states, strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
         length = self.get_seq_length()
-        self._held = [held[indices] for held in self._held]
-        self.keys, self.values = (held[:, :, :length] for held in self._held)
+        self._buffers = [buffer[indices] for buffer in self._buffers]
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
-def _with_room(before: Tensor | None, states: Tensor, end: int) -> Tensor:
+def _grown(past: Tensor | None, states: Tensor, end: int) -> Tensor:
+    """Return a buffer for `end` tokens and `SPARE_TOKENS` more, with the past states copied into it."""
     batch, heads, _, size = states.shape
-    held = states.new_empty(batch, heads, end + ROOM, size)
-    if before is not None:
-        held[:, :, : before.shape[2]] = before
-    return held
+    buffer = states.new_empty(batch, heads, end + SPARE_TOKENS, size)
+    if past is not None:
+        buffer[:, :, : past.shape[2]] = past
+    return buffer
 
 
 def preallocated_cache(config: Any) -> DynamicCache:
-    """An empty cache for a model of this config. Layers of other kinds (sliding windows, say) stay as they are.
+    """Return an empty cache for a model of this config; only plain layers are replaced (not sliding windows, say).
 
-    A processor with a matrix unit attends in bfloat16 as quickly for one query as for many.
+    Keys are widened to float32 unless the processor has a bfloat16 matrix unit, which is as fast for one query as for
+    many.
     """
     cache = DynamicCache(config=config)
-    widened = config._attn_implementation == ATTENTION and bf16_support() != BF16_MATRIX_UNIT
+    widened = config._attn_implementation == SHORT_ATTENTION and bf16_support() != BF16_MATRIX_UNIT
     cache.layers = [
         PreallocatedLayer(widened=widened) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]

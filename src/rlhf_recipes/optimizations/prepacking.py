@@ -1,7 +1,7 @@
-"""Weights laid out once for many products, where they stand still: while answers are sampled.
+"""Prepacked weights: oneDNN's layout of each weight is computed once, not at every product.
 
-For each product oneDNN brings a weight into an order of its own, which is a third of the time where there are few rows. It
-changes nothing but the order in which float32 is added up; in bfloat16 the outcome was the same to the bit.
+oneDNN reorders a weight for each product. With few rows, as in decoding, that is a third of the time. Prepacking changes
+only the order in which float32 numbers are added; in bfloat16 the measured results were equal to the bit.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,57 +12,60 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-LEAST = 256  # rows and columns of a weight; a smaller one is multiplied before anything is gained
+MIN_SIZE = 256  # rows and columns of a weight; smaller products are over before anything is gained
 
 
 @contextmanager
 def prepacked_weights(model: nn.Module) -> Iterator[None]:
-    """For passes without gradient in which no weight changes; of plain linear layers, on x86 processors.
+    """Within this block the plain linear layers of the model use prepacked weights, on x86 processors.
 
-    A copy of each weight, in the precision that it is multiplied in, is made at its first product and let go of at the end.
-    Quantized layers, small ones, and those whose `forward` somebody else has replaced are left as they are.
+    Use it for forward passes without gradient in which no weight changes. Each weight is copied at its first product, in
+    the precision it is multiplied in, and the copies are freed at the end. Quantized layers, small layers, and layers
+    whose `forward` was already replaced stay as they are.
     """
-    changed = [each for each in model.modules() if type(each) in (nn.Linear, Conv1D) and _gains(each)]
-    for layer in changed:
-        vars(layer)["forward"] = _Prepacked(layer)
+    layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, Conv1D) and _worth_prepacking(layer)]
+    for layer in layers:
+        vars(layer)["forward"] = _PrepackedForward(layer)
     try:
         yield
     finally:
-        for layer in changed:
+        for layer in layers:
             vars(layer).pop("forward", None)
 
 
-class _Prepacked:
-    """`forward` of a linear layer with the weight that it had when it was first asked."""
+class _PrepackedForward:
+    """`forward` of a linear layer with the weight that the layer had at the first call."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.plain = layer, layer.forward
-        self.held: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+        self.layer, self.plain_forward = layer, layer.forward
+        self.packed: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}  # weight and bias in each precision
 
     def __call__(self, states: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        low = torch.is_autocast_enabled("cpu")
-        precision = torch.get_autocast_dtype("cpu") if low else states.dtype
-        mixed = not low and precision != self.layer.weight.dtype
-        if mixed or torch.is_grad_enabled() or not states.numel() or not _multiplies(precision):
-            return self.plain(states)
-        if precision not in self.held:
+        """Apply the layer: (..., in) -> (..., out)."""
+        autocast = torch.is_autocast_enabled("cpu")
+        precision = torch.get_autocast_dtype("cpu") if autocast else states.dtype
+        mixed = not autocast and precision != self.layer.weight.dtype
+        if mixed or torch.is_grad_enabled() or not states.numel() or not _has_fast_products(precision):
+            return self.plain_forward(states)
+        if precision not in self.packed:
             weight = self.layer.weight.detach().to(precision)
             outputs_first = weight.t() if isinstance(self.layer, Conv1D) else weight
             bias = None if self.layer.bias is None else self.layer.bias.detach().to(precision)
-            self.held[precision] = (torch.ops.mkldnn._reorder_linear_weight(outputs_first, None), bias)
+            self.packed[precision] = (torch.ops.mkldnn._reorder_linear_weight(outputs_first, None), bias)
         multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
-        return multiply(states.to(precision), *self.held[precision], "none", [], "")
+        return multiply(states.to(precision), *self.packed[precision], "none", [], "")
 
 
-def _gains(layer: Any) -> bool:
+def _worth_prepacking(layer: Any) -> bool:
     weight = layer.weight
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"  # not cut apart, say
-    return plain and min(weight.shape) >= LEAST and "forward" not in vars(layer) and _multiplies(weight.dtype)
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"  # not sharded, for example
+    return (
+        plain and min(weight.shape) >= MIN_SIZE and "forward" not in vars(layer) and _has_fast_products(weight.dtype)
+    )
 
 
-def _multiplies(precision: torch.dtype) -> bool:
-    """Whether oneDNN has products of this precision that are worth it here."""
+def _has_fast_products(precision: torch.dtype) -> bool:
+    """Whether this processor's oneDNN gains by prepacking in this precision."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False
     return precision == torch.float32 or (precision == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())

@@ -19,7 +19,7 @@ from rlhf_recipes.models import (
     use_adapter,
 )
 from rlhf_recipes.optimizations import (
-    ATTENTION,
+    SHORT_ATTENTION,
     UpperLayers,
     freeze_lower_layers_,
     hidden_states_at,
@@ -294,7 +294,7 @@ def check_head(policy: nn.Module) -> None:
         None,
         "eager",
         "sdpa",
-        ATTENTION,
+        SHORT_ATTENTION,
     )  # made for a GPU, not there yet
     base.eval()
     try:
