@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from rlhf_recipes.ppo.rollout.rollout.advantages import generalized_advantages
+from rlhf_recipes.ppo.rollout.advantages import generalized_advantages
 from torch import Tensor
 
 from rlhf_recipes.core.tensors import length_mask

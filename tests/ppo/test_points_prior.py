@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rlhf_recipes.ppo.rollout.rollout.value_prior import ValuePrior
+from rlhf_recipes.ppo.rollout.value_prior import ValuePrior
 from torch import Tensor
 
 from rlhf_recipes.core.tensors import identity, length_mask

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from rlhf_recipes.ppo.roles.build.shared_base import SharedBaseRewardModel
+from rlhf_recipes.ppo.roles.shared_base import SharedBaseRewardModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rlhf_recipes.ppo.rollout.rollout.rewards import KLCoefficient, ScoreScale
+from rlhf_recipes.ppo.rollout.rewards import KLCoefficient, ScoreScale
 
 from rlhf_recipes.generation.sampling import Completions
 from rlhf_recipes.ppo.config import PPOConfig

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from rlhf_recipes.ppo.rollout.rollout.rewards import kl_estimates, penalize_missing_eos, token_rewards
+from rlhf_recipes.ppo.rollout.rewards import kl_estimates, penalize_missing_eos, token_rewards
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])

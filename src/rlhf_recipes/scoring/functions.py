@@ -12,10 +12,24 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from rlhf_recipes.core.errors import RankError, UserError
 from rlhf_recipes.data import plain_text
 
-Scores = list[Any]  # of each completion one float, or a list of one float a token
+Scores = list[Any]  # for each completion one float, or a list with one float a token
+
+
+class ScoresWithPrefixes(list[float]):
+    """The scores of a reward model, and what it gives for every prefix of each row.
+
+    prefix_scores: for each completion a float64 tensor (tokens of prompt and completion,): the score of the row up to and
+        including each token. Empty where the model's head was not evaluated at every token.
+    """
+
+    def __init__(self, scores: Sequence[float], prefix_scores: Sequence[torch.Tensor]) -> None:
+        super().__init__(scores)
+        self.prefix_scores = list(prefix_scores)
 
 
 class FunctionReward:

@@ -65,11 +65,13 @@ def load_reward(
     device: "torch.device | str | None" = None,
     batch_size: int = 64,
     quantization_config: Any = None,
+    prefix_scores: bool = False,
 ) -> Reward:
     """Make a `Reward` of a model, a folder or Hub id, ``package.module:function``, or a function.
 
     tokenizer: the reward model's own; by default the one in its folder, or the policy's for a model object.
-    quantization_config: read the reward model in 8 or 4 bits; whatever is no folder or Hub id is taken as it is.
+    quantization_config: quantize the reward model as it is loaded; used for a folder or Hub id only.
+    prefix_scores: let a model also return the score of every prefix of its rows (see `ModelReward`).
     """
     if isinstance(source, str) and is_function_name(source):
         source = import_function(source)
@@ -79,11 +81,11 @@ def load_reward(
         tokenizer = tokenizer or load_tokenizer(source, "reward model")
         name = os.path.basename(os.path.normpath(source))
         source = load_reward_model(source, **quantized)
-        return ModelReward(source.to(device), tokenizer, policy_tokenizer, name, batch_size)
+        return ModelReward(source.to(device), tokenizer, policy_tokenizer, name, batch_size, prefix_scores)
     if isinstance(source, nn.Module):
         name = os.path.basename(os.path.normpath(getattr(source.config, "_name_or_path", "") or "reward_model"))
         model = source.to(device) if device is not None else source
-        return ModelReward(model, tokenizer or policy_tokenizer, policy_tokenizer, name, batch_size)
+        return ModelReward(model, tokenizer or policy_tokenizer, policy_tokenizer, name, batch_size, prefix_scores)
     if callable(source):
         return FunctionReward(source)
     raise TypeError(f"a reward is a model, a path, or a function, not {type(source).__name__}")

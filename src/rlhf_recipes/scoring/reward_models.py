@@ -9,6 +9,7 @@ import torch
 from rlhf_recipes.core.errors import RankError, UserError
 from rlhf_recipes.core.tensors import batches_by_length, pad
 from rlhf_recipes.core.unwrapping import base_model
+from rlhf_recipes.scoring.functions import ScoresWithPrefixes
 from rlhf_recipes.data import ensure_chat_template, is_conversation, plain_text, prompt_text, text_ids
 from rlhf_recipes.models import context_length
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_, tokens_per_forward
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class ModelReward:
-    """A sequence classifier: one label is the score itself; of two labels it is the log-odds of label 1."""
+    """A sequence classifier as a reward: one label is the score itself, two labels give the log-odds of label 1.
+
+    prefix_scores: also return the score of every prefix of each row, as `ScoresWithPrefixes`. It costs no further pass, and
+        is left out where the model reads other token ids than the policy or has no head named ``score``.
+    """
 
     def __init__(
         self,
@@ -27,6 +32,7 @@ class ModelReward:
         policy_tokenizer: "PreTrainedTokenizerBase",
         name: str = "reward_model",
         batch_size: int = 64,
+        prefix_scores: bool = False,
     ) -> None:
         if getattr(model.config, "num_labels", 1) not in (1, 2):
             raise UserError(
@@ -52,9 +58,7 @@ class ModelReward:
         if not self.shares_ids:
             ensure_chat_template(tokenizer)
         self.shift, self.scale = 0.0, 1.0
-        self.can_read_along = self.shares_ids and hasattr(base_model(model), "score")
-        self.reads_along = False
-        self.readings: list[torch.Tensor] = []  # with `reads_along`: of each row, the score up to each token
+        self.prefix_scores = prefix_scores and self.shares_ids and hasattr(base_model(model), "score")
 
     def normalize(self) -> None:
         """From now on give scores of mean 0 and variance 1 over the reward model's held-out rows (Ziegler et al. 2019, 2.1).
@@ -78,7 +82,11 @@ class ModelReward:
         completion_ids: Sequence[Sequence[int]],
         **columns: Sequence[Any],
     ) -> list[float]:
-        """Raises UserError naming the sample, if a score is no finite number."""
+        """Score each completion; with `prefix_scores` the result is a `ScoresWithPrefixes`.
+
+        Raises:
+            RankError: a score is not finite; names the sample.
+        """
         if self.shares_ids:
             scores = self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
         else:
@@ -114,24 +122,24 @@ class ModelReward:
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Scores of rows of the reward model's token ids; a row longer than its context keeps its end."""
+        """Score rows of the reward model's token ids; a row longer than its context keeps its end."""
         limit = context_length(self.model.config)
         rows = [row[-limit:] if limit else row for row in rows]
         scores = [0.0] * len(rows)
         weight = next(self.model.parameters())
-        at_once = tokens_per_forward(weight.device, weight.dtype == torch.bfloat16)
-        self.readings = [torch.empty(0)] * len(rows) if self.reads_along else []
-        for batch in batches_by_length([len(row) for row in rows], self.batch_size, at_once):
-            asked = [rows[index] for index in batch]
-            if self.reads_along:
-                logits, everywhere = classify_prefixes(self.model, asked)
-                for index, row, each in zip(batch, asked, everywhere, strict=True):
-                    self.readings[index] = self._values(each[: len(row)])
+        max_tokens = tokens_per_forward(weight.device, weight.dtype == torch.bfloat16)
+        prefix_scores = [torch.empty(0)] * len(rows)
+        for batch in batches_by_length([len(row) for row in rows], self.batch_size, max_tokens):
+            batch_rows = [rows[index] for index in batch]
+            if self.prefix_scores:
+                logits, prefix_logits = classify_prefixes(self.model, batch_rows)
+                for index, row, row_logits in zip(batch, batch_rows, prefix_logits, strict=True):
+                    prefix_scores[index] = self._values(row_logits[: len(row)])
             else:
-                logits = classify(self.model, asked)
+                logits = classify(self.model, batch_rows)
             for index, value in zip(batch, self._values(logits).tolist(), strict=True):
                 scores[index] = value
-        return scores
+        return ScoresWithPrefixes(scores, prefix_scores) if self.prefix_scores else scores
 
     def _values(self, logits: torch.Tensor) -> torch.Tensor:
         """(..., labels) -> (...): the one label, or the log-odds of the second, normalised."""

@@ -1,16 +1,15 @@
-"""What the reward models make of an unfinished answer, as the value's first guess.
+"""The scores that a reward model gives to the prefixes of an answer, as a baseline of the value.
 
-A reward model on a causal trunk has read every beginning of an answer by the time that it has read the answer. A value that
-starts from the reward model's weights starts from those readings (Stiennon et al. 2020; Ouyang et al. 2022), but has to run a
-trunk of its own; here they are what the reward model's one pass left. Adding a function of the state to the value in this way is
-to shape the reward by its differences, which leaves the best policy what it was (Ng et al. 1999; Wiewiora 2003).
+A reward model on a causal transformer scores every prefix of an answer in the same pass that scores the answer. Papers start the
+value model from the reward model's weights, which carries the same information but costs a model of its own (Stiennon et al. 2020;
+Ouyang et al. 2022). Here the prefix scores are added to the value head's output instead. A function of the state that is added to
+the value shapes the reward by its differences, which does not change the optimal policy (Ng et al. 1999; Wiewiora 2003).
 
-How far the readings tell the score is not taken for granted: the prior is the straight line that least squares draws
-through both, over all episodes so far. Where they tell nothing, it is flat.
+How well prefix scores predict the final score is not assumed. The prior is the straight line that least squares fits through both,
+over all episodes so far, and it is constant where they are unrelated.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,54 +18,42 @@ from rlhf_recipes.core.tensors import Reduce, masked_sum
 
 
 class ValuePrior:
-    """rewards: those whose readings count, with `weights` (1 each if None)."""
+    """A least-squares line from the prefix score of a state to the final score of its answer."""
 
-    def __init__(self, rewards: Sequence[Any], weights: Sequence[float] | None, on: bool) -> None:
-        pairs = zip(rewards, weights or [1.0] * len(rewards), strict=True)
-        self.reward_models = [
-            (reward_model, weight)
-            for reward_model, weight in pairs
-            if on and weight and getattr(reward_model, "can_read_along", False)
-        ]
-        for reward_model, _ in self.reward_models:
-            reward_model.reads_along = True
-        self.sums = torch.zeros(5, dtype=torch.float64)  # of 1, x, x^2, y, x y over tokens: readings x, scores y
+    def __init__(self) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64)  # of 1, x, x^2, y, x y over tokens: x prefix score, y final score
 
-    def forget(self) -> None:
-        """Before answers are scored: what was read is of others."""
-        for reward_model, _ in self.reward_models:
-            reward_model.readings = []
-
-    def readings(self, mask: Tensor) -> Tensor | None:
-        """(batch, tokens): what the reward models, added up, read before each generated token of the answers they scored last.
-
-        mask: (batch, tokens), True where a token was generated. None, where no reward model has read them.
-        """
-        read = [
-            (reward_model.readings, weight)
-            for reward_model, weight in self.reward_models
-            if len(reward_model.readings) == len(mask) and all(map(len, reward_model.readings))
-        ]
-        if not read:
-            return None
-        total = torch.zeros(mask.shape)
-        for rows, weight in read:
-            for row, (reading, tokens) in enumerate(zip(rows, mask.sum(1).tolist(), strict=True)):
-                before = reading[
-                    -(tokens + 1) : -1
-                ]  # the state in which a token is chosen ends with the one before it
-                total[row, tokens - len(before) : tokens] += weight * before
-        return total.to(mask.device)
-
-    def learn(self, readings: Tensor, scores: Tensor, mask: Tensor, reduce: Reduce) -> None:
-        """Take in more episodes, of all processes. readings: (batch, tokens); scores: (batch,), what each earned."""
-        x, y = readings.double(), scores.double()[:, None].expand(mask.shape)
+    def fit(self, prefix_scores: Tensor, scores: Tensor, mask: Tensor, reduce: Reduce) -> None:
+        """Add episodes of all processes to the fit. prefix_scores, mask: (batch, tokens); scores: (batch,) final scores."""
+        x, y = prefix_scores.double(), scores.double()[:, None].expand(mask.shape)
         sums = torch.stack([masked_sum(each, mask) for each in (torch.ones_like(x), x, x * x, y, x * y)])
         self.sums += reduce(sums).cpu()
 
-    def __call__(self, readings: Tensor) -> Tensor:
-        """(batch, tokens) float32: the line at those readings."""
+    def __call__(self, prefix_scores: Tensor) -> Tensor:
+        """Evaluate the line. (batch, tokens) -> (batch, tokens), float32. The slope is never negative."""
         count, x, squares, y, products = self.sums.tolist()
         spread = squares / count - (x / count) ** 2
         slope = max(0.0, (products / count - x * y / count**2) / spread) if spread > 1e-12 else 0.0
-        return (y / count + slope * (readings.double() - x / count)).float()
+        return (y / count + slope * (prefix_scores.double() - x / count)).float()
+
+
+def state_prefix_scores(
+    scores: Mapping[str, Sequence[object]], weights: Sequence[float] | None, mask: Tensor
+) -> Tensor | None:
+    """Return the weighted sum of the prefix scores before each generated token, or None where no reward gives any.
+
+    Args:
+        scores: what each reward returned; those with an attribute ``prefix_scores`` count (see `ScoresWithPrefixes`).
+        weights: one for each reward; None means 1 each. A reward of weight 0 does not count.
+        mask: (batch, tokens), True on generated tokens.
+    """
+    total: Tensor | None = None
+    for values, weight in zip(scores.values(), weights or [1.0] * len(scores), strict=True):
+        rows: Sequence[Tensor] = getattr(values, "prefix_scores", ())
+        if not weight or len(rows) != len(mask) or not all(map(len, rows)):
+            continue
+        total = torch.zeros(mask.shape) if total is None else total
+        for row, (prefix_scores, tokens) in enumerate(zip(rows, mask.sum(1).tolist(), strict=True)):
+            before = prefix_scores[-(tokens + 1) : -1]  # the state of a token ends with the token before it
+            total[row, tokens - len(before) : tokens] += weight * before
+    return None if total is None else total.to(mask.device)
