@@ -1,6 +1,7 @@
 """Fused GELU, attention with a fast backward pass for short rows, and autocast that casts each weight once.
 
-A model computes the same values as before, up to the rounding of its precision. Its saved weights and config do not change.
+A model computes the same values as before, up to the rounding of its precision. Its saved weights and config stay
+the same.
 """
 
 from collections.abc import Iterator
@@ -18,15 +19,17 @@ from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.optimizations.packing import SHORT_ATTENTION, narrow_last_layer_, supports_packing
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
-# Longest row, in tokens, with our backward pass; PyTorch's is faster beyond it (benchmarks/attention.py).
+# Longest row, in tokens, with our backward pass; beyond it PyTorch's is faster
+# (benchmarks/attention.py).
 SHORT_ROW = 256
 
 
 def fuse_kernels_(model: Any, device: torch.device) -> Any:
     """Replace GPT-2's tanh GELU in the model by PyTorch's fused one and, on a CPU, its attention by `short_attention`.
 
-    The unfused GELU makes eight passes over the widest activations. Attention is replaced only where it is PyTorch's (sdpa);
-    the last layer of a GPT-2 is then also narrowed (`narrow_last_layer_`). Models of bitsandbytes get their workarounds.
+    The unfused GELU makes eight passes over the widest activations. Attention is replaced only where it is PyTorch's
+    (sdpa); the last layer of a GPT-2 is then also narrowed (`narrow_last_layer_`). Quantized models get the workarounds
+    for bitsandbytes.
 
     Args:
         model: changed in place, and returned.

@@ -1,7 +1,7 @@
 """A causal language model split in two: frozen lower layers and trainable upper layers, on the same weights.
 
 The output of frozen layers is computed once per token and shared by the policy, its reference and every epoch
-(Havrilla et al. 2023, "trlX", section 3). Which layers are frozen is the run's choice (`num_layers_unfrozen`); computing
+(Havrilla et al. 2023, "trlX", section 3). The run chooses which layers are frozen (`num_layers_unfrozen`); to compute
 them once instead of every time changes nothing beyond rounding.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model, trunk_of
 
-# Names that transformers' trunks give to their list of layers, their final norm, and trained positions.
+# Names in transformers' trunks of the list of layers, the final norm, and trained positions.
 LAYERS = ("h", "layers")
 NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm")
 TRAINED_POSITIONS = "wpe"
@@ -84,8 +84,8 @@ def freeze_lower_layers_(model: Any, count: int) -> None:
     adapted = [name for name in lower if ".lora_" in name or "modules_to_save" in name]
     if adapted:
         raise UserError(
-            f"the adapter has weights below the last {count} layers ({adapted[0]}), which num_layers_unfrozen freezes; "
-            "give LoRA layers_to_transform, or leave one of the two out"
+            f"the adapter has weights below the last {count} layers ({adapted[0]}), which num_layers_unfrozen "
+            "freezes; give LoRA layers_to_transform, or leave one of the two out"
         )
     for weight in lower.values():
         weight.requires_grad_(False)
@@ -118,7 +118,7 @@ def _layer_names(trunk: nn.Module) -> tuple[str, str]:
 def _view(module: Any, replaced: dict[str, nn.Module]) -> Any:
     """Return a shallow copy of the module with some of its children replaced; the other children are shared.
 
-    The copy has no hooks of its own: DeepSpeed's hooks know their module by a number.
+    The copy has no hooks: DeepSpeed's hooks know their module by a number.
     """
     view = copy.copy(module)
     view._forward_pre_hooks, view._forward_hooks = OrderedDict(), OrderedDict()

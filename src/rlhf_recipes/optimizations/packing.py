@@ -14,9 +14,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model
 
 # The name under which transformers knows `attention.short_attention`, which takes packed rows.
 SHORT_ATTENTION = "sdpa_with_short_backward"
-# Rows or columns that a bfloat16 matrix unit works on at a time. With whole tiles a token's numbers
-# do not depend on its batch, in float32 either: some libraries add in another order below four rows,
-# or where the width of attention is no multiple of eight.
+# Rows or columns that a bfloat16 matrix unit works on at a time. With rows padded to a multiple of
+# it, a token's numbers do not depend on its batch. That holds in float32, too: some libraries add in
+# another order below four rows, or where the width of attention is no multiple of eight.
 TILE = 16
 
 
@@ -159,7 +159,7 @@ def _last_states(trunk: Any, **inputs: Any) -> Tensor:
 
 
 def supports_packing(trunk: Any) -> bool:
-    """Whether this is a GPT-2 with `short_attention` in all its layers. A copied layer may have a config of its own."""
+    """Whether this is a GPT-2 with `short_attention` in all its layers. A copied layer may have another config."""
     if not isinstance(trunk, GPT2Model):
         return False
     attentions = [module for module in trunk.modules() if isinstance(module, GPT2Attention)]
@@ -200,7 +200,7 @@ def _store_layout(current: _CurrentLayout, attention: nn.Module, inputs: Any, op
 
 
 def _narrow(current: _CurrentLayout, mlp: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Reduce the MLP's input to the selected tokens: (1, total, ...) -> (1, selected tokens in whole tiles, ...)."""
+    """Reduce the MLP's input to the selected tokens: (1, total, ...) -> (1, selected tokens and padding, ...)."""
     layout = current.layout
     if layout is None or layout.selected is None:
         return inputs
@@ -216,7 +216,7 @@ def _widen(current: _CurrentLayout, mlp: nn.Module, inputs: tuple[Tensor], outpu
 
 
 def pad_to_tile(values: Tensor) -> Tensor:
-    """Append rows of zeros up to a multiple of `TILE`: (rows, ...) -> (whole tiles, ...)."""
+    """Append rows of zeros up to a multiple of `TILE`: (rows, ...) -> (multiple, ...)."""
     return nn.functional.pad(values, (0, 0) * (values.dim() - 1) + (0, round_up_to_tile(len(values)) - len(values)))
 
 

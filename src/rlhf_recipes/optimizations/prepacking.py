@@ -1,7 +1,7 @@
 """Prepacked weights: oneDNN's layout of each weight is computed once, not at every product.
 
-oneDNN reorders a weight for each product. With few rows, as in decoding, that is a third of the time. Prepacking changes
-only the order in which float32 numbers are added; in bfloat16 the measured results were equal to the bit.
+oneDNN reorders a weight for each product. With few rows, as in decoding, that is a third of the time. Prepacking
+changes only the order in which float32 numbers are added; in bfloat16 the measured results were equal to the bit.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ MIN_SIZE = 256  # rows and columns of a weight; smaller products are over before
 def prepacked_weights(model: nn.Module) -> Iterator[None]:
     """Within this block the plain linear layers of the model use prepacked weights, on x86 processors.
 
-    Use it for forward passes without gradient in which no weight changes. Each weight is copied at its first product, in
-    the precision it is multiplied in, and the copies are freed at the end. Quantized layers, small layers, and layers
-    whose `forward` was already replaced stay as they are.
+    Use it for forward passes without gradient in which no weight changes. Each weight is copied at its first product,
+    in the precision it is multiplied in, and the copies are freed at the end. Quantized layers, small layers, and
+    layers whose `forward` was already replaced stay as they are.
     """
     layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, Conv1D) and _worth_prepacking(layer)]
     for layer in layers:
