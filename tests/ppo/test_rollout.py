@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rlhf_recipes.ppo.rollout.rollout.rollout import (
+from rlhf_recipes.ppo.rollout.rollout import (
     RewardShape,
     Rollout,
     finish_rollout,
