@@ -1,14 +1,15 @@
 """rlhf-recipes: the whole ChatGPT training pipeline as thin recipes on the Hugging Face stack.
 
-Every public name is imported on first touch, so ``import rlhf_recipes`` loads neither torch nor transformers.
+Each public name is imported on first use, so ``import rlhf_recipes`` loads neither torch nor transformers.
 """
 
 import importlib
 import os
 from typing import Any
 
-# Nothing is sent unless it is asked for. TRL reports each trainer that is built, datasets each local file that is read, and
-# transformers has the weights of a repo that holds pickles only converted, in public.
+# Nothing is sent to the network without a request. By default TRL reports each trainer that is built,
+# datasets reports each local file that is read, and transformers opens a public pull request that
+# converts the weights of a repo with pickles only.
 for _name, _value in (
     ("HF_HUB_DISABLE_TELEMETRY", "1"),
     ("HF_UPDATE_DOWNLOAD_COUNTS", "0"),
@@ -18,7 +19,7 @@ for _name, _value in (
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_PUBLIC_NAMES = {
     "core.arguments": ["parse_arguments"],
     "core.errors": ["UserError", "one_line_errors"],
     "generation": ["generate"],
@@ -36,15 +37,17 @@ _HOMES = {
     "quickstart": ["gold_score", "write_world"],
     "stages.quickstart": ["QuickstartArguments", "run_quickstart"],
 }
-_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names} | {"ModelConfig": "trl"}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PUBLIC_NAMES.items() for name in names} | {
+    "ModelConfig": "trl"
+}
 
-__all__ = ["__version__", *sorted(_HOME_OF)]
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""``python -m rlhf_recipes <stage> ...``: the same stories as the doors in ``recipes/``, without a checkout."""
+"""Command line: ``python -m rlhf_recipes <stage> ...`` runs the stages of ``recipes/`` without a checkout."""
 
 import importlib
 import sys
@@ -12,6 +12,7 @@ STAGES = sorted(path.stem for path in (Path(__file__).parent / "stages").glob("*
 
 
 def main() -> None:
+    """Run the stage that the first command-line argument names, with the flags that follow it."""
     stage = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if stage in ("-h", "--help"):
         print(

@@ -1,1 +1,1 @@
-"""What every room stands on: arguments, errors, files, secrets, tensors. Imported file by file."""
+"""What every package uses: arguments, errors, files, Markdown, secrets, tensors. Imported file by file."""

@@ -1,7 +1,7 @@
-"""Three voices for every value, the later wins: the dataclass default, the YAML file, the flag.
+"""Parse flags and a YAML file into dataclasses. Flags override the YAML file, which overrides the defaults.
 
-A YAML line ``learning_rate: 1e-4`` is read exactly like the flag ``--learning_rate 1e-4``, so both are checked by
-the same rules and fail with the same one-line message.
+A YAML line ``learning_rate: 1e-4`` is parsed exactly like the flag ``--learning_rate 1e-4``: both are validated by the
+same rules and fail with the same one-line message.
 """
 
 import dataclasses
@@ -23,14 +23,16 @@ DataclassT = TypeVar("DataclassT")
 
 @dataclass
 class OutputArguments:
-    """What every stage accepts about the folder it leaves."""
+    """Arguments about the output folder, which every stage accepts."""
 
-    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in the output folder."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the files of an earlier run in the output folder."}
+    )
 
 
 @dataclass
 class DatasetArguments(OutputArguments):
-    """Where the rows come from. Any stage takes a folder, a data file or a Hub id."""
+    """Arguments that select the dataset rows. Every stage accepts a folder, a data file or a Hub id."""
 
     dataset_name: str | None = field(
         default=None,
@@ -39,29 +41,30 @@ class DatasetArguments(OutputArguments):
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
-        default="test", metadata={"help": "Split held out for evaluation; a dataset without it is trained on whole."}
+        default="test",
+        metadata={"help": "Held-out split for evaluation. A dataset without it has no held-out rows."},
     )
     extra_dataset_names: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Further datasets (as dataset_name) whose training rows follow; only shared columns are kept."
+            "help": "More datasets (as dataset_name) whose training rows are appended; only shared columns are kept."
         },
     )
     row_filter: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Keep rows whose columns hold these values, as column=value; a column named twice may hold "
-            "either. A dataset without the column is kept whole, as long as another has it."
+            "help": "Keep rows with these values, as column=value; a column named twice may have either value. "
+            "A dataset without the column keeps all rows, if another dataset has the column."
         },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first so many held-out rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
 
 
 def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Read flags, and the YAML file that ``--config`` names, into one instance of each dataclass, in order.
+    """Parse flags, and the YAML file of ``--config``, into one instance of each dataclass, in order.
 
-    Each instance remembers what was asked for (see `requested_values`), so that a run can be written down and repeated.
+    Each instance remembers the requested values (see `requested_values`), so that the run can be recorded and repeated.
 
     Raises:
         UserError: unknown key (with the nearest match), wrong type, missing required value, unreadable file.
@@ -72,30 +75,31 @@ def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -
     lines = _yaml_as_flags(config, parser) if config else []
     defaults = {action.dest: action.default for action in parser._actions}
     for action in parser._actions:
-        action.default = SUPPRESS  # so that the namespace holds only what was asked for
+        action.default = SUPPRESS  # the namespace then holds requested values only
     if {"-h", "--help"} & set(flags):
         for action in parser._actions:
             action.default = defaults[action.dest]
         parser.print_help()
         raise SystemExit(0)
-    asked = vars(_parse_known(parser, lines + flags))
-    return tuple(_instance(dataclass_type, asked) for dataclass_type in dataclass_types)
+    requested = vars(_parse_known(parser, lines + flags))
+    return tuple(_instance(dataclass_type, requested) for dataclass_type in dataclass_types)
 
 
 def requested_values(*instances: Any) -> dict[str, Any]:
-    """What the caller asked for, as one flat mapping that ``--config`` reads back; a token of the Hub is not in it.
+    """Return the values that the caller requested, as one flat mapping that ``--config`` can read; Hub tokens excluded.
 
-    Instances from `parse_arguments` remember it; for others it is every field that differs from a fresh default.
+    Instances from `parse_arguments` remember them. For other instances these are the fields that differ from a default.
     """
-    asked: dict[str, Any] = {}
+    requested: dict[str, Any] = {}
     for instance in instances:
-        remembered = instance.__dict__.get("_asked")
-        asked |= remembered if remembered is not None else _differences(instance)
-    plain = {key: value.value if isinstance(value, Enum) else value for key, value in asked.items()}
+        remembered = instance.__dict__.get("_requested")
+        requested |= remembered if remembered is not None else _differences(instance)
+    plain = {key: value.value if isinstance(value, Enum) else value for key, value in requested.items()}
     return {key: value for key, value in plain.items() if _is_plain(value) and key not in SECRET_ARGUMENTS}
 
 
 def _differences(instance: Any) -> dict[str, Any]:
+    """Return the required fields of a dataclass instance, and the fields that differ from their defaults."""
     required = {
         item.name: getattr(instance, item.name)
         for item in dataclasses.fields(instance)
@@ -110,7 +114,7 @@ def _differences(instance: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether YAML can hold the value and read it back as it was."""
+    """Return whether the value survives a round trip through YAML."""
     if isinstance(value, (list, tuple)):
         return all(_is_plain(item) for item in value)
     if isinstance(value, dict):
@@ -123,7 +127,7 @@ def _parser(dataclass_types: Sequence[type]) -> Any:
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            raise UserError(f"{message}; run with --help to see what is accepted")
+            raise UserError(f"{message}; run with --help for the list of flags")
 
     parser = Parser(
         formatter_class=ArgumentDefaultsHelpFormatter,
@@ -131,7 +135,7 @@ def _parser(dataclass_types: Sequence[type]) -> Any:
         usage="%(prog)s [--config FILE.yaml] [--flag value ...]",
     )
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="YAML file with any of the values below; flags win over it."
+        "--config", metavar="FILE.yaml", help="YAML file with any of the values below; flags override it."
     )
     for dataclass_type in dataclass_types:
         title = getattr(dataclass_type, "_argument_group_name", dataclass_type.__name__)
@@ -190,7 +194,7 @@ def _yaml_as_flags(config: str, parser: Any) -> list[str]:
 
 def _as_flag(key: str, value: Any) -> list[str]:
     if value is None:
-        return []  # an empty YAML value means: as the default has it
+        return []  # an empty YAML value means the default
     if isinstance(value, list):
         return [f"--{key}", *(item if isinstance(item, str) else json.dumps(item) for item in value)]
     if isinstance(value, dict):
@@ -216,17 +220,17 @@ def _known(parser: Any) -> list[str]:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else "; run with --help to see what is accepted"
+    return f"; did you mean {matches[0]!r}?" if matches else "; run with --help for the list of flags"
 
 
-def _instance(dataclass_type: type[DataclassT], asked: dict[str, Any]) -> DataclassT:
+def _instance(dataclass_type: type[DataclassT], requested: dict[str, Any]) -> DataclassT:
     names = {item.name for item in dataclasses.fields(dataclass_type) if item.init}  # type: ignore[arg-type]
-    mine = {key: value for key, value in asked.items() if key in names}
+    fields = {key: value for key, value in requested.items() if key in names}
     try:
-        instance = dataclass_type(**mine)
+        instance = dataclass_type(**fields)
     except UserError:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{dataclass_type.__name__}: {error}") from None
-    instance.__dict__["_asked"] = mine
+    instance.__dict__["_requested"] = fields
     return instance

@@ -1,33 +1,40 @@
-"""Errors that a user can fix: one line that says what is wrong and what to do, exit code 2."""
+"""Errors that the user can fix: one line with the problem and the fix, and exit code 2."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 
+from rlhf_recipes.core.processes import is_main_process
 from rlhf_recipes.core.secrets import redact
 
 
 class UserError(ValueError):
-    """Something the caller can mend: one line that says what is wrong and what to do. A door exits with code 2."""
+    """An error that the caller can fix: one line that says what is wrong, then the fix. Recipes exit with code 2."""
 
 
 class RankError(UserError):
-    """One that is about rows which only this process has, so that only it can tell."""
+    """A `UserError` that only this process can report, for example about rows that only this process has."""
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `UserError` that leaves this block into one line on stderr and exit code 2; end a run of processes."""
+    """Within this block, a `UserError` becomes one line on stderr and exit code 2.
+
+    Of several processes, only rank 0 prints the line, unless it is a `RankError`. At the end of the block the process
+    leaves its process group.
+
+    Raises:
+        SystemExit: exit code 2 for a `UserError`.
+    """
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        if is_main_process() or isinstance(error, RankError):
             print(f"error: {redact(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except SystemExit as ended:
-        if line := getattr(ended, "line", None):  # told to end, and it has saved what it had
-            if os.environ.get("RANK", "0") == "0":
+    except SystemExit as stop:
+        if line := getattr(stop, "line", None):  # stopped by SIGTERM, with a checkpoint saved
+            if is_main_process():
                 print(line, file=sys.stderr, flush=True)
             _leave_process_group()
         raise
@@ -35,7 +42,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _leave_process_group() -> None:
-    """Wait for the other processes of the run: one that exits with the group open sometimes aborts after its work."""
+    """Wait for all processes, then destroy the process group; a process that exits without this sometimes aborts."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""Text and JSON files that a reader never sees half-written."""
+"""Write text and JSON files atomically: readers see the old file or the new one, never a part."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a UTF-8 file atomically."""
+    """Write a UTF-8 file atomically and return its path; missing parent folders are created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -25,11 +25,12 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON atomically; non-finite numbers become null, since JSON has none."""
+    """Write JSON atomically and return its path. Non-finite numbers become null, because JSON has none."""
     return write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
+    """Return the value as JSON accepts it: NaN and infinities as None, NumPy scalars as Python numbers."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Import the public names of a package on first use."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +11,14 @@ def lazy_names(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[st
 
     Args:
         package: the dotted name of the package, its ``__name__``.
-        names: for each file of the package, relative to it, the names it defines.
+        names: for each file of the package, by its module name inside the package, the names that it defines.
     """
-    homes = {name: f"{package}.{file}" for file, defined in names.items() for name in defined}
+    module_of = {name: f"{package}.{file}" for file, defined in names.items() for name in defined}
 
     def getattr_(name: str) -> Any:
-        if name not in homes:
+        if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(homes[name]), name)
+        value = getattr(import_module(module_of[name]), name)
         setattr(sys.modules[package], name, value)
         return value
 

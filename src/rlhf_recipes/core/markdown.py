@@ -1,4 +1,4 @@
-"""Markdown in which text from data or from the command line never becomes markup."""
+"""Build Markdown that escapes text from data and from the command line."""
 
 import re
 from collections.abc import Sequence
@@ -6,23 +6,23 @@ from typing import Any
 
 from rlhf_recipes.core.secrets import redact
 
-MARKS = set("\\`*[]<>|~&$!")
-LINE_MARKS = set("#+-=>")  # markup at the beginning of a line only
+SPECIAL_CHARACTERS = set("\\`*[]<>|~&$!")
+LINE_START_CHARACTERS = set("#+-=>")  # special at the start of a line only
 
 
 def escape_markdown(text: object) -> str:
-    """Return the text on one line, with every character escaped that Markdown or HTML would read as markup.
+    """Return the text on one line, with the special characters of Markdown and HTML escaped.
 
-    An underscore between two letters or digits is no markup and stays as it is.
+    An underscore between two letters or digits is not markup and is not escaped.
     """
     line = " ".join(str(text).split())
-    escaped = "".join(f"\\{letter}" if letter in MARKS else letter for letter in line)
+    escaped = "".join(f"\\{letter}" if letter in SPECIAL_CHARACTERS else letter for letter in line)
     escaped = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", escaped)
-    return f"\\{escaped}" if escaped and escaped[0] in LINE_MARKS else escaped
+    return f"\\{escaped}" if escaped and escaped[0] in LINE_START_CHARACTERS else escaped
 
 
 def code_span(text: object) -> str:
-    """Return the text as inline code on one line, whatever backticks it holds; tokens of the Hub are blotted out."""
+    """Return the text as inline code on one line, even if it contains backticks; Hub tokens are redacted."""
     line = redact(" ".join(str(text).split()))
     fence = "`" * (longest_backticks(line) + 1)
     space = " " if line.startswith("`") or line.endswith("`") else ""
@@ -30,19 +30,19 @@ def code_span(text: object) -> str:
 
 
 def longest_backticks(text: str) -> int:
-    """Return the length of the longest run of backticks; a code fence must be longer."""
+    """Return the length of the longest run of backticks in the text; a code fence must be longer."""
     return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
 def front_matter(**values: Any) -> str:
-    """Return the YAML block that a model card begins with."""
+    """Return the values as the YAML block at the start of a model card."""
     import yaml
 
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Return a Markdown table. Cells are Markdown already; `numbers` are the columns aligned to the right."""
+    """Return a Markdown table. Cells must be Markdown already; `numbers` lists the right-aligned columns."""
     rule = ["---:" if column in numbers else "---" for column in range(len(header))]
     lines = [header, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

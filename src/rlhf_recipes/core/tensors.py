@@ -1,7 +1,7 @@
-"""Masked arithmetic on tensors, the same for one process and for many.
+"""Masked arithmetic on tensors, for one process or several.
 
-`reduce` sums a tensor over all processes; left out, there is one process. Masks are bool and come from lengths, never
-from comparing ids with a pad id.
+`reduce` sums a tensor over all processes; the default is that of a single process. Masks are bool tensors. They come
+from sequence lengths, never from a comparison of ids with the pad id.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,30 +14,31 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """The `reduce` of a single process."""
+    """Return the tensor unchanged: the `reduce` of a single process."""
     return tensor
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
-    """True at the first `lengths[i]` of `width` positions. lengths: (batch,) -> (batch, width)."""
+    """Return a mask that is True at the first `lengths[i]` of `width` positions. (batch,) -> (batch, width)."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the positions where mask is True; what stands elsewhere (NaN included) does not matter."""
+    """Return the sum over the True positions; values elsewhere, NaN included, are ignored."""
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum()
 
 
 def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce = identity) -> Tensor:
-    """Mean over the True positions of all processes; 0 where there is none."""
+    """Return the mean over the True positions of all processes; 0 if no position is True."""
     total, count = reduce(torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)]))
     return total / count.clamp(min=1)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = identity) -> Tensor:
-    """Scale to unit variance over the True positions of all processes, and to mean 0 unless `shift_mean` is False.
+    """Return the values scaled to unit variance over the True positions of all processes, and shifted to mean 0.
 
-    The variance is the unbiased one. Fewer than two positions are left unscaled: they have no variance.
+    The variance is unbiased. With fewer than two True positions the values are not scaled. `shift_mean=False` keeps
+    the mean.
     """
     mean = masked_mean(values, mask, reduce)
     squares, count = reduce(torch.stack([masked_sum((values - mean) ** 2, mask), mask.sum().to(values.dtype)]))
@@ -47,10 +48,11 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce:
 
 
 def log_probs_and_entropies(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log p(token), and the entropy in nats, of the distribution that is sampled from at `temperature`; float32.
+    """Return log p(token) and the entropy, in nats and float32, of the distribution at this sampling temperature.
 
-    logits: (..., vocabulary) in any precision, tokens: (...) -> (...) each. A few rows at a time, forward and backward,
-    so that there is never a float32 copy of all logits; backward keeps nothing but the logits as they came.
+    logits: (..., vocabulary) in any precision; tokens: (...). Both results have the shape of tokens. Forward and
+    backward process a few rows at a time, so there is never a float32 copy of all logits. Autograd saves the logits in
+    their own precision, and one entropy per token.
     """
     flat: Any = (logits.flatten(0, -2), tokens.flatten(), temperature)
     log_probs, entropies = _LogProbsAndEntropies.apply(*flat)
@@ -72,7 +74,7 @@ class _LogProbsAndEntropies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_log_probs: Tensor | None, of_entropies: Tensor | None) -> tuple[Tensor, None, None]:
-        """d log p(token) = [token] - p, and dH = -p (log p + H), for each logit, over the temperature."""
+        """Return the logits' gradient: d log p(token) = [token] - p and dH = -p (log p + H), over the temperature."""
         logits, tokens, entropies = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for rows in _row_slices(logits):
@@ -94,30 +96,30 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _row_slices(logits: Tensor) -> list[slice]:
-    """So many rows at once that their float32 copies stay in a processor's cache, or keep a GPU busy."""
-    at_once = max(1, (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[-1])
-    return [slice(start, start + at_once) for start in range(0, len(logits), at_once)]
+    """Return slices of rows whose float32 copies fit into a CPU's cache, or keep a GPU busy."""
+    count = max(1, (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[-1])
+    return [slice(start, start + count) for start in range(0, len(logits), count)]
 
 
-def batches_by_length(lengths: Sequence[int], most_rows: int, most_tokens: int | None = None) -> list[list[int]]:
-    """Rows of like length together: row numbers, shortest rows first, in batches of at most `most_rows`.
+def batches_by_length(lengths: Sequence[int], max_rows: int, max_tokens: int | None = None) -> list[list[int]]:
+    """Return batches of row indices, sorted by length, shortest first, with at most `max_rows` rows in a batch.
 
-    A batch, padded to its longest row, has at most `most_tokens` tokens (None: any number), or one row.
+    A batch padded to its longest row has at most `max_tokens` tokens (None: no limit). A longer row is a batch alone.
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         batch = batches[-1] if batches else []
         tokens = (len(batch) + 1) * lengths[row]
-        if not batch or len(batch) == most_rows or (most_tokens is not None and tokens > most_tokens):
+        if not batch or len(batch) == max_rows or (max_tokens is not None and tokens > max_tokens):
             batches.append(batch := [])
         batch.append(row)
     return batches
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Stack rows of unequal length. Returns (ids, mask), both (batch, width); mask is True on real tokens.
+    """Pad rows of unequal length to one width. Return (ids, mask), both (batch, width); mask is True on real tokens.
 
-    The width is the longest row's, or the next multiple.
+    The width is the length of the longest row, rounded up to a multiple of `multiple`.
     """
     width = -(-max((len(row) for row in rows), default=0) // multiple) * multiple
     ids = torch.full((len(rows), width), value, dtype=torch.long)
@@ -130,25 +132,25 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", multiple
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Position ids that count real tokens only, so that padding on the left moves nothing. (batch, width)."""
+    """Return position ids that count real tokens only, so left padding does not shift them. (batch, width)."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 class MaskedMeans:
-    """Collects masked values by name; `means` gives each name's mean over all that was added, in all processes."""
+    """Accumulate masked values by name; `means` returns the mean of each name over all added values of all processes."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], mask: Tensor) -> None:
-        """values: tensors of the mask's shape. Only the True positions count."""
+        """Add the values at the True positions. values: tensors of the mask's shape, by name."""
         for name, value in values.items():
             value = value.detach().double()
             entry = torch.stack([masked_sum(value, mask), mask.sum().double()])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def means(self, reduce: Reduce = identity) -> dict[str, float]:
-        """Mean of each name; every process must have added the same names. The tally is empty afterwards."""
+        """Return the mean of each name and clear the sums. Every process must have added the same names."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -157,11 +159,11 @@ class MaskedMeans:
         return {name: (total / count.clamp(min=1)).item() for name, (total, count) in zip(names, totals, strict=True)}
 
     def state(self) -> dict[str, list[float]]:
-        """Sum and count of each name, in this process."""
+        """Return [sum, count] of each name in this process, as JSON accepts it."""
         return {name: entry.tolist() for name, entry in self._sums.items()}
 
     def restore(self, states: Sequence[Mapping[str, list[float]]], device: torch.device, counts: bool = True) -> None:
-        """Go on from what several tallies with the same names held together; not `counts`: from their names alone."""
+        """Replace the sums by the total of several states with the same names; `counts=False` keeps the names only."""
         self._sums = {
             name: torch.tensor([state[name] for state in states], dtype=torch.float64, device=device).sum(0) * counts
             for name in states[0]

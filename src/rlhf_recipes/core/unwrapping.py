@@ -1,4 +1,4 @@
-"""The transformers model inside an adapter's wrapper, and the trunk inside that."""
+"""Find the transformers model inside an adapter wrapper, and the trunk inside that model."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from torch import nn
 
 
 def base_model(model: nn.Module) -> Any:
-    """The transformers model inside an adapter wrapper, or the model itself."""
+    """Return the transformers model inside an adapter wrapper, or the model itself if it has no adapter."""
     return model.get_base_model() if "get_base_model" in dir(model) else model  # type: ignore[operator]
 
 
 def trunk_of(model: nn.Module) -> Any:
-    """The transformer without its head."""
+    """Return the transformer without its head."""
     base = base_model(model)
     return getattr(base, base.base_model_prefix)
