@@ -61,10 +61,19 @@ class DatasetArguments(OutputArguments):
     max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
 
 
+@dataclass
+class LongPromptArguments(DatasetArguments):
+    """A dataset whose prompts may fill the whole context."""
+
+    drop_long_prompts: bool = field(
+        default=False, metadata={"help": "Drop rows whose prompt fills max_length, instead of stopping with an error."}
+    )
+
+
 def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Parse flags, and the YAML file of ``--config``, into one instance of each dataclass, in order.
 
-    Each instance remembers the requested values (see `requested_values`), so that the run can be recorded and repeated.
+    Each instance remembers the requested values (`requested_values`), so that the run can be recorded and repeated.
 
     Raises:
         UserError: unknown key (with the nearest match), wrong type, missing required value, unreadable file.
@@ -86,9 +95,10 @@ def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -
 
 
 def requested_values(*instances: Any) -> dict[str, Any]:
-    """Return the values that the caller requested, as one flat mapping that ``--config`` can read; Hub tokens excluded.
+    """Return the requested values as one flat mapping that ``--config`` can read; Hub tokens are left out.
 
-    Instances from `parse_arguments` remember them. For other instances these are the fields that differ from a default.
+    Instances from `parse_arguments` remember them. For other instances these are the fields that differ from their
+    defaults.
     """
     requested: dict[str, Any] = {}
     for instance in instances:

@@ -137,7 +137,7 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 class MaskedMeans:
-    """Accumulate masked values by name; `means` returns the mean of each name over all added values of all processes."""
+    """Accumulate masked values by name; `means` returns the mean of each name over all processes."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

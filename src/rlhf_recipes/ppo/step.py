@@ -37,7 +37,7 @@ class MinimizingTrainer(ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Trainer's step, a few episodes of like length at a time, after which `StepGuard` says whose gradients count."""
         loss = torch.zeros((), device=self.args.device)
-        engine = DeferredStepEngine.of(self.accelerator)
+        engine = DeferredStepEngine.install_(self.accelerator)
         meets = is_sharded(model) or engine is not None  # in each piece, all processes
         self._keep_casts(not meets)
         try:
@@ -61,7 +61,7 @@ class MinimizingTrainer(ResumableTrainer):
             if inputs:  # else: a minibatch of an update that is over
                 used = self.guard.decide(self.state.global_step, self.reduce, loss.device)
             if engine is not None:
-                engine.step() if used else engine.leave_out()
+                engine.step() if used else engine.skip_step()
             if self.guard.skipped > before:
                 self.require_finite_weights()  # of weights that are not, every loss to come would be skipped
         return loss

@@ -1,4 +1,4 @@
-"""Whether a run is launched as it was asked: Accelerate falls back to less without a word."""
+"""Check that a run is launched as configured, because Accelerate falls back to a smaller setup without a warning."""
 
 import json
 import os
@@ -6,49 +6,50 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.processes import is_distributed_launch, world_size
 
 
 def check_launch(training: Any) -> None:
-    """Refuse a launch that became less than it asked for.
+    """Refuse a launch that started less than its configuration requests.
 
     Raises:
-        UserError: several processes were asked for and one was started, or FSDP where Accelerate has none, or ZeRO-3 that
-            saves no weights; says which line to change.
+        UserError: the launch requests several processes and started one; or FSDP on a CPU, where Accelerate has none;
+            or a ZeRO-3 that saves no weights. The message says which line to change.
     """
     require_saved_zero_weights(training)
-    asked = os.environ
-    # `accelerate launch` names an address for several processes, and who starts them says how many there are.
-    if "ACCELERATE_MIXED_PRECISION" in asked and "MASTER_ADDR" in asked and "WORLD_SIZE" not in asked:
+    # For several processes `accelerate launch` sets the master address; what starts them sets the world size.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not is_distributed_launch():
         raise UserError(
-            "the launch asks for several processes and started one, as accelerate does for `--cpu --num_processes N` and "
-            "for `distributed_type: MULTI_CPU`; write `distributed_type: MULTI_GPU` with `use_cpu: true` in the "
-            "configuration (accelerate_configs/two_cpu_processes.yaml), or launch with torchrun --nproc-per-node N; if "
-            "one process is meant, unset MASTER_ADDR"
+            "the launch requests several processes but started one, as accelerate does for `--cpu --num_processes N` "
+            "and for `distributed_type: MULTI_CPU`; write `distributed_type: MULTI_GPU` with `use_cpu: true` in the "
+            "configuration (accelerate_configs/two_cpu_processes.yaml), or launch with torchrun --nproc-per-node N; "
+            "for one process, unset MASTER_ADDR"
         )
     if is_on("ACCELERATE_USE_FSDP") and training.use_cpu:
         raise UserError(
-            "the launch asks for FSDP, but Accelerate has it on no CPU and would run plain data parallelism; write "
-            "`distributed_type: MULTI_GPU` in the configuration, or leave out `use_cpu` where there is a GPU"
+            "the launch requests FSDP, but on a CPU Accelerate would run plain data parallelism; write "
+            "`distributed_type: MULTI_GPU` in the configuration, or leave out `use_cpu` on a machine with a GPU"
         )
-    if training.world_size != int(asked.get("WORLD_SIZE", "1")):
+    if training.world_size != world_size():
         raise UserError(
-            f"the launch started {asked['WORLD_SIZE']} processes, but each would train by itself; pass --use_cpu true on a "
-            "machine without a GPU, or give each process a GPU of its own (num_processes in the configuration)"
+            f"the launch started {world_size()} processes, but each would train alone; pass --use_cpu true on a "
+            "machine without a GPU, or give each process one GPU (num_processes in the configuration)"
         )
 
 
 def zero_stage(training: Any) -> int | None:
-    """Of `TrainingArguments` that are to train under DeepSpeed, the stage of ZeRO; None elsewhere."""
-    return None if _deepspeed(training) is None else int(_zero(training).get("stage", 0))
+    """Return the ZeRO stage of training arguments that use DeepSpeed; None without DeepSpeed."""
+    return None if _deepspeed_config(training) is None else int(_zero_config(training).get("stage", 0))
 
 
 def require_saved_zero_weights(training: Any) -> None:
-    """Refuse a ZeRO-3 that would end a run without weights: Trainer then warns, and leaves the engine's own states.
+    """Refuse a ZeRO-3 configuration that would save no weights; Trainer would only warn and save the engine's state.
 
     Raises:
-        UserError: names the line to add.
+        UserError: the message names the line to add.
     """
-    if zero_stage(training) == 3 and _zero(training).get("stage3_gather_16bit_weights_on_model_save") is not True:
+    gathers = _zero_config(training).get("stage3_gather_16bit_weights_on_model_save")
+    if zero_stage(training) == 3 and gathers is not True:
         raise UserError(
             "this ZeRO-3 would save no weights; write `zero3_save_16bit_model: true` in the launcher's configuration "
             "(accelerate_configs/deepspeed_zero3.yaml), or `stage3_gather_16bit_weights_on_model_save` in DeepSpeed's"
@@ -56,61 +57,62 @@ def require_saved_zero_weights(training: Any) -> None:
 
 
 def configures_optimizer(training: Any) -> bool:
-    """Whether DeepSpeed's configuration brings an optimizer of its own."""
-    return "optimizer" in (_deepspeed(training) or {})
+    """Return whether the DeepSpeed configuration defines an optimizer."""
+    return "optimizer" in (_deepspeed_config(training) or {})
 
 
-def _deepspeed(training: Any) -> dict[str, Any] | None:
+def _deepspeed_config(training: Any) -> dict[str, Any] | None:
     plugin = getattr(training, "deepspeed_plugin", None)
     return None if plugin is None else plugin.deepspeed_config
 
 
-def _zero(training: Any) -> dict[str, Any]:
-    return (_deepspeed(training) or {}).get("zero_optimization", {})
+def _zero_config(training: Any) -> dict[str, Any]:
+    return (_deepspeed_config(training) or {}).get("zero_optimization", {})
 
 
 def check_sharding(accelerator: Any) -> None:
-    """Refuse a trainer that does not shard its weights where the launch asked for it.
+    """Refuse a trainer that does not shard its weights although the launch requests it.
 
     Raises:
-        UserError: names what was asked and what there is.
+        UserError: the message names the requested and the actual distributed type.
     """
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
-    for name, wanted in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
-        if is_on(name) and kind != wanted:
+    actual = str(accelerator.distributed_type).rpartition(".")[2]
+    for variable, requested in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
+        if is_on(variable) and actual != requested:
             raise UserError(
-                f"the launch asks for {wanted} and runs as {kind}; change `distributed_type` in the configuration to "
-                "what is meant (MULTI_GPU: data parallel)"
+                f"the launch requests {requested} but runs as {actual}; set `distributed_type` in the configuration "
+                "to the type that you want (MULTI_GPU: data parallel)"
             )
 
 
 def refuse_sharded_8bit() -> None:
-    """Of a model that is to train on weights in 8 bits.
+    """Refuse to train on 8-bit weights under FSDP.
 
     Raises:
-        UserError: the launch asks for FSDP, which cuts floating-point numbers apart.
+        UserError: the launch requests FSDP, which shards floating-point weights only.
     """
     if is_on("ACCELERATE_USE_FSDP"):
         raise UserError(
-            "FSDP cannot cut weights in 8 bits apart; launch accelerate_configs/ddp.yaml, or read them in 4: --load_in_4bit "
-            "true --bnb_4bit_quant_storage bfloat16 --dtype bfloat16"
+            "FSDP cannot shard 8-bit weights; launch with accelerate_configs/ddp.yaml, or use 4 bits: "
+            "--load_in_4bit true --bnb_4bit_quant_storage bfloat16 --dtype bfloat16"
         )
 
 
-def is_on(name: str) -> bool:
-    """Whether a switch of the launcher, an environment variable, is set."""
-    return os.environ.get(name, "false").lower() in ("1", "true", "yes")
+def is_on(variable: str) -> bool:
+    """Return whether an environment variable that serves as a switch of the launcher is on."""
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
 def require_same_world_size(checkpoint: Path, processes: int) -> None:
-    """ZeRO's states are cut for as many processes as saved them.
+    """Refuse to resume a DeepSpeed checkpoint on another number of processes, since ZeRO's states are sharded.
 
     Raises:
-        UserError: there were more or fewer.
+        UserError: another number of processes saved the checkpoint.
     """
-    told = checkpoint / "progress_0.json"
-    saved = json.loads(told.read_text(encoding="utf-8"))["processes"] if told.is_file() else processes
+    progress = checkpoint / "progress_0.json"
+    saved = json.loads(progress.read_text(encoding="utf-8"))["world_size"] if progress.is_file() else processes
     if saved != processes:
         raise UserError(
-            f"{checkpoint} was saved by {saved} processes under DeepSpeed, whose states are cut for so many; launch {saved}"
+            f"{saved} processes saved {checkpoint} under DeepSpeed, whose states are sharded for that number; launch "
+            f"{saved} processes"
         )
