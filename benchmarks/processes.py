@@ -4,9 +4,9 @@
     python benchmarks/processes.py --output_dir runs/processes --gpu
 
 Runs of seconds, of a two-layer GPT-2; DeepSpeed where it is installed (the extra `deepspeed`). FSDP2 is Accelerate's, which it
-has on GPUs alone, talked into it (`tests/stages/sharded_runs.py`), and for PPO applied natively as well. A cell is the largest
-difference of any weight to the run of one process by itself, or the line that refused it. With `--gpu`: on as many GPUs as
-there are, under every configuration that is for them, to one process on the CPU; and each run once more, after an error in the
+has on GPUs alone, made to run on CPUs (`tests/programs/small_runs_fsdp.py`), and for PPO applied natively as well. A cell is the
+largest difference of any weight to the run of one process by itself, or the line that refused it. With `--gpu`: on as many GPUs
+as there are, under every configuration that is for them, to one process on the CPU; and each run once more, after an error in the
 middle, by `--resume auto`.
 """
 
@@ -28,14 +28,14 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = ROOT / "tests" / "stages" / "small_runs.py"
-ACCELERATED = ROOT / "tests" / "stages" / "sharded_runs.py"
-SHARDED = ROOT / "tests" / "ppo" / "sharded_processes.py"
-sys.path += [str(ROOT / "src"), str(PROGRAM.parent), str(SHARDED.parent)]
+PROGRAMS = ROOT / "tests" / "programs"
+PROGRAM, ACCELERATED, SHARDED = (
+    PROGRAMS / f"{name}.py" for name in ("small_runs", "small_runs_fsdp", "train_ppo_fsdp")
+)
+sys.path += [str(ROOT / "src"), str(ROOT / "tests")]
 
-import sharded_processes  # noqa: E402
-import small_runs  # noqa: E402
-from small_runs import LORA, STAGES  # noqa: E402
+from programs import small_runs, train_ppo_fsdp  # noqa: E402
+from programs.small_runs import LORA, STAGES  # noqa: E402
 
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -269,8 +269,8 @@ def fsdp2(folder: Path, processes: int) -> list[str]:
     if fault := said_by(launch, place / "run.log"):
         return [f"- {processes} processes: {fault}"]
     lines = []
-    for case in sharded_processes.CASES:
-        trainer = sharded_processes.made(place, f"{case} alone", case)
+    for case in train_ppo_fsdp.CASES:
+        trainer = train_ppo_fsdp.made(place, f"{case} alone", case)
         trainer.train()
         trainer.save_model()
         found = farthest(place / f"{case} alone", place / f"{case} sharded")

@@ -75,7 +75,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(name, stage): lays a fault upon a run (see tests/faults.py)")
+    config.addinivalue_line(
+        "markers", "fault(name, stage): lays a fault upon a run (see tests/programs/run_faults.py)"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -211,7 +213,7 @@ def world(
     tokenizer: "PreTrainedTokenizerFast",
 ) -> Path:  # fmt: skip
     """The folder with what the small runs of each training stage read; they write below it."""
-    import small_runs
+    from programs import small_runs
 
     folder = tmp_path_factory.mktemp("small")
     return small_runs.prepare(

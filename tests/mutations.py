@@ -17,11 +17,19 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ARITHMETIC = [
-    f"tests/ppo/test_{name}.py" for name in ("advantages", "losses", "rewards", "rollout", "tally", "loader")
+    f"tests/ppo/{name}.py"
+    for name in (
+        "rollout/test_advantages",
+        "rollout/test_rewards",
+        "rollout/test_rollout",
+        "update/test_losses",
+        "update/test_minibatches",
+        "logging/test_metrics",
+    )
 ]
-ARITHMETIC.append("tests/test_tensors.py")
-POINTS = [f"tests/ppo/test_points_{name}.py" for name in ("metrics", "numbers", "rewards")]
-PROCESSES = ["tests/ppo/test_points_processes.py"]
+ARITHMETIC.append("tests/core/test_tensors.py")
+POINTS = [f"tests/ppo/test_{name}.py" for name in ("logged_metrics", "numerics", "reward_sources")]
+PROCESSES = ["tests/ppo/test_data_parallel.py"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Mutation:
     files: tuple[str, ...] = tuple(POINTS)
 
 
-ROLES, STEERING, RESUME = ((f"tests/ppo/test_points_{name}.py",) for name in ("roles", "steering", "resume"))
+ROLES, STEERING, RESUME = ((f"tests/ppo/test_{name}.py",) for name in ("adapters", "controls", "resume"))
 
 MUTATIONS = [
     Mutation("GAE forgets lambda", "ppo/rollout/advantages.py", "gamma * lam * running", "gamma * running"),
@@ -124,7 +132,7 @@ MUTATIONS = [
     ),
     Mutation("entropy's gradient upside down", "core/tensors.py", "part -= p * (log_p", "part += p * (log_p"),
     *(
-        Mutation(name, "optimizations/packing.py", old, new, "", ("tests/test_packed.py",))
+        Mutation(name, "optimizations/packing.py", old, new, "", ("tests/optimizations/test_packing.py",))
         for name, old, new in (
             ("packed rows all begin in the same column", "position_ids=layout.packed(columns)", "position_ids=None"),
             ("packed rows spread one off", "(real.cumsum(0) - 1)", "real.cumsum(0)"),
@@ -148,7 +156,7 @@ MUTATIONS = [
         "triu_(1)",
         "triu_(2)",
         "",
-        ("tests/test_kernels.py",),
+        ("tests/optimizations/test_attention.py",),
     ),
     Mutation(
         "casts outlive the optimizer step",
@@ -156,7 +164,7 @@ MUTATIONS = [
         "if self.accelerator.sync_gradients:\n            self._keep_casts(False)",
         "if self.accelerator.sync_gradients:",
         "kept_casts",
-        ("tests/ppo/test_points_upper_layers.py",),
+        ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
         "pieces of a minibatch overlap",
@@ -164,7 +172,7 @@ MUTATIONS = [
         "tensor[rows] for name",
         "tensor[batches[0]] for name",
         "pieces",
-        ("tests/ppo/test_points_upper_layers.py",),
+        ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
         "the lower layers learn",
@@ -172,7 +180,7 @@ MUTATIONS = [
         "each.requires_grad_(False)",
         "pass",
         "changes_nothing",
-        ("tests/ppo/test_points_upper_layers.py",),
+        ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
         "the reference moves with the upper layers",
@@ -180,7 +188,7 @@ MUTATIONS = [
         "model.upper.frozen_copy()",
         "model.upper",
         "changes_nothing",
-        ("tests/ppo/test_points_upper_layers.py",),
+        ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
         "padding counted in positions",

@@ -26,10 +26,10 @@ def prompt_rows(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
-    """The module beside this one that does the arithmetic of PPO again in float64."""
-    import reference
+    """The module that does the arithmetic of PPO again in float64."""
+    from programs import ppo_float64
 
-    return reference
+    return ppo_float64
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_runs
 import torch
 import yaml
-from small_runs import LORA, farthest
+from programs import small_runs
+from programs.small_runs import LORA, farthest
 
 from rlhf_recipes.folders.checkpoints import write_checksums
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = Path(__file__).with_name("small_runs.py")
+PROGRAM = Path(str(small_runs.__file__))
 FOUR: dict[str, Any] = LORA | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 KINDS: dict[str, dict[str, Any]] = {
     "pretrain": {}, "sft": {}, "reward": {}, "ppo": {}, "sft, LoRA": LORA, "reward, LoRA": LORA, "ppo, LoRA": LORA,

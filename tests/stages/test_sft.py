@@ -333,7 +333,7 @@ WRONG = {
     "empty prompt": ([PLAIN[0], {"prompt": "", "completion": "b"}], {}, "row 1: the prompt is empty"),
     "unknown role": ([{"messages": [says("robot", "a")]}] * 2, {"template": True}, "row 0: .* not robot"),
     "nobody answers": ([{"messages": [says("user", "a")]}] * 2, {}, "row 0: no assistant turn"),
-    "no content": ([{"messages": [{"role": "user"}, {"role": "assistant"}]}] * 2, {}, "without a text as its content"),
+    "no content": ([{"messages": [{"role": "user"}, {"role": "assistant"}]}] * 2, {}, "whose content is no text"),
     "long prompt": ([{"prompt": "x" * 128, "completion": "y"}] * 2, {}, "row 0: the prompt has 128 tokens"),
     "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 is beyond the 128 tokens"),
     "nothing held out": (CHAT, {"eval_strategy": "epoch"}, "eval_strategy is epoch, but the dataset has no split 'test'"),

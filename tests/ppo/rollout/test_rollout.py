@@ -1,0 +1,169 @@
+"""One update's episodes: packing, and everything that follows from scores, against NumPy in float64."""
+
+from dataclasses import fields, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_recipes.ppo.rollout.rollout import (
+    RewardShape,
+    Rollout,
+    finish_rollout,
+    in_batches,
+    pack_episodes,
+    trim_padding,
+)
+
+LENGTHS = [4, 1, 3, 2, 4]
+STOPPED = [True, True, False, True, False]
+PLAIN = RewardShape(0.05, "k1", 1.0, 0.95, whiten_rewards=False, missing_eos_penalty=None)
+SHAPES = {
+    "plain": PLAIN,
+    "discounted": replace(PLAIN, gamma=0.9, lam=0.5, kl_coef=0.3),
+    "k3": replace(PLAIN, kl_estimator="k3", kl_coef=0.5),
+    "whitened": replace(PLAIN, whiten_rewards=True),
+    "penalised": replace(PLAIN, missing_eos_penalty=1.5, whiten_rewards=True, gamma=0.8),
+}
+
+
+def numbers(width: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_probs, reference_log_probs, values (batch, tokens) and scores (batch,) in float32."""
+    generator = torch.Generator().manual_seed(0)
+    log_probs, noise, values = torch.randn(3, len(LENGTHS), 4, generator=generator)
+    tensors = [torch.zeros(len(LENGTHS), width) for _ in range(3)]
+    for tensor, source in zip(tensors, (log_probs - 3, log_probs - 3 + 0.3 * noise, values), strict=True):
+        tensor[:, :4] = source
+    return (*tensors, torch.randn(len(LENGTHS), generator=generator) * 2)
+
+
+def rollout_of(shape: RewardShape, *, further: int = 0, pad_id: int = 0) -> Rollout:
+    """The rollout, its rows and its answers padded so many positions further than they need be."""
+    queries = [[7] * (1 + row) for row in range(len(LENGTHS))]
+    answers = [list(range(10, 10 + length)) for length in LENGTHS]
+    packed = pack_episodes(queries, answers, pad_id)
+    fill = {"input_ids": pad_id}
+    packed = {
+        name: torch.nn.functional.pad(each, (0, further), value=fill.get(name, 0)) for name, each in packed.items()
+    }
+    *tokens, scores = numbers(4 + further)
+    tokens = [each * packed["response_mask"] for each in tokens]  # as the model gives them: zero beyond the answer
+    return finish_rollout(packed, torch.tensor(STOPPED), scores, *tokens, shape)
+
+
+def episodes_of(reference: ModuleType, shape: RewardShape) -> list[Any]:
+    log_probs, reference_log_probs, values, scores = (tensor.double().numpy() for tensor in numbers())
+    episodes = [
+        reference.Episode(
+            log_probs[row, :length], reference_log_probs[row, :length], values[row, :length], scores[row], STOPPED[row]
+        )
+        for row, length in enumerate(LENGTHS)
+    ]
+    reference.play(episodes, **{item.name: getattr(shape, item.name) for item in fields(shape)})
+    return episodes
+
+
+def test_packing_by_hand() -> None:
+    packed = pack_episodes([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=9)
+    assert packed["input_ids"].tolist() == [[1, 2, 3, 5] + [9] * 12, [4, 6, 7] + [9] * 13], "a multiple of 16"
+    assert packed["attention_mask"].tolist() == [[1] * 4 + [0] * 12, [1] * 3 + [0] * 13]
+    assert packed["response_mask"].tolist() == [[True, False], [True, True]]
+    cut = trim_padding(packed)
+    assert cut["input_ids"].tolist() == [[1, 2, 3, 5], [4, 6, 7, 9]]
+    assert {name: each.shape for name, each in trim_padding(packed, 3).items()} == {
+        "input_ids": (2, 6), "attention_mask": (2, 6), "response_mask": (2, 2),
+    }  # fmt: skip
+
+
+def test_a_pad_id_within_prompt_and_answer_is_a_token_like_any_other() -> None:
+    packed = trim_padding(pack_episodes([[9, 1], [9]], [[9, 9], [3]], pad_id=9))
+    assert packed["input_ids"].tolist() == [[9, 1, 9, 9], [9, 3, 9, 9]]
+    assert packed["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert packed["response_mask"].tolist() == [[True, True], [True, False]]
+
+
+def test_rows_read_in_batches_of_like_length_come_back_in_their_places() -> None:
+    """Each row is read once, by a reader that tells its ids and how wide its batch was; padding stays zero."""
+    packed = pack_episodes([[3], [5, 5, 5, 5], [7, 7]], [[1, 1, 1], [2], [4, 4]])
+    widths = []
+
+    def read(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+        widths.append(input_ids.shape[1])
+        return response_mask * input_ids[:, :1], (input_ids * attention_mask)[..., None].float()
+
+    answers, states = in_batches(read, packed, [[0, 2], [1]])
+    assert widths == [4, 5]
+    assert answers.tolist() == [[3, 3, 3], [5, 0, 0], [7, 7, 0]]
+    assert torch.equal(states[..., 0], (packed["input_ids"] * packed["attention_mask"]).float())
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_everything_that_follows_agrees_with_float64(shape: RewardShape, reference: ModuleType) -> None:
+    rollout = rollout_of(shape)
+    for row, (episode, length) in enumerate(zip(episodes_of(reference, shape), LENGTHS, strict=True)):
+        assert rollout.scores[row].item() == pytest.approx(episode.score, abs=1e-6)
+        for name in ("kl", "rewards", "advantages", "returns"):
+            found = getattr(rollout, name)[row]
+            np.testing.assert_allclose(found[:length], getattr(episode, name), rtol=0, atol=2e-6, err_msg=name)
+            if name in ("kl", "advantages"):
+                assert not found[length:].any(), f"{name} of padding"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_wider_padding_and_another_pad_id_change_nothing(shape: RewardShape) -> None:
+    narrow, wide = rollout_of(shape), rollout_of(shape, further=5, pad_id=12)
+    for name in ("kl", "rewards", "advantages", "returns", "scores"):
+        found = getattr(wide, name)
+        found = found if found.dim() == 1 else found[:, :4]
+        torch.testing.assert_close(found, getattr(narrow, name), rtol=0, atol=1e-6)
+    assert wide.explained_variance() == pytest.approx(narrow.explained_variance(), abs=1e-6)
+    for name, value in narrow.episode_metrics(0.05).items():
+        torch.testing.assert_close(wide.episode_metrics(0.05)[name], value)
+
+
+def test_the_metrics_of_an_episode(reference: ModuleType) -> None:
+    shape = SHAPES["penalised"]
+    metrics = rollout_of(shape).episode_metrics(shape.kl_coef)
+    for row, episode in enumerate(episodes_of(reference, shape)):
+        expected = {
+            "objective/kl": episode.kl.sum(),
+            "objective/entropy": -episode.log_probs.sum(),
+            "objective/non_score_reward": -0.05 * episode.kl.sum(),
+            "objective/rlhf_reward": episode.score - 0.05 * episode.kl.sum(),
+            "objective/scores": episode.score,
+            "completions/mean_length": LENGTHS[row],
+            "completions/eos_share": float(STOPPED[row]),
+        }
+        assert {name: values[row].item() for name, values in metrics.items()} == pytest.approx(expected, abs=1e-5)
+
+
+def test_explained_variance_is_one_less_the_unexplained_share(reference: ModuleType) -> None:
+    episodes = episodes_of(reference, PLAIN)
+    returns = reference.flat(episode.returns for episode in episodes)
+    errors = returns - reference.flat(episode.values for episode in episodes)
+    rollout = rollout_of(PLAIN)
+    assert rollout.explained_variance() == pytest.approx(1 - (errors**2).mean() / returns.var(), abs=1e-5)
+    assert replace(rollout, values=rollout.returns).explained_variance() == pytest.approx(1.0)
+
+
+def test_a_micro_batch_is_the_same_rows_of_everything() -> None:
+    rollout = rollout_of(PLAIN)
+    chosen = rollout.select(torch.tensor([3, 0]))
+    assert set(chosen) == {item.name for item in fields(Rollout)} - {"lower_states", "prior"}, "there are none here"
+    for name, value in chosen.items():
+        assert torch.equal(value, torch.stack([getattr(rollout, name)[3], getattr(rollout, name)[0]]))
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [1, 0], [1], [0, 1, 3]])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_point_08_empty_and_one_token_answers_are_never_nan(shape: RewardShape, lengths: list[int]) -> None:
+    packed = pack_episodes([[1, 2]] * len(lengths), [[5] * length for length in lengths], 0)
+    tokens = torch.randn(3, len(lengths), max(lengths), generator=torch.Generator().manual_seed(0))
+    stopped = torch.tensor([length > 0 for length in lengths])
+    rollout = finish_rollout(packed, stopped, torch.ones(len(lengths)), *tokens, shape)
+    for name in ("kl", "rewards", "advantages", "returns", "scores"):
+        assert bool(torch.isfinite(getattr(rollout, name)).all()), name
+    assert np.isfinite(rollout.explained_variance())

@@ -1,0 +1,336 @@
+"""Points 17, 18 and 23: one base for all roles, what is saved of each, and bases in 4 and 8 bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.tensors import identity
+from rlhf_recipes.generation.sampling import Completions
+from rlhf_recipes.models.loading import load_reward_model
+from rlhf_recipes.ppo.roles.shared_base import SharedBaseRewardModel
+from rlhf_recipes.ppo.trainer import PPOTrainer
+from rlhf_recipes.scoring.reward import load_reward
+
+Make = Callable[..., Any]
+TARGETS = ["c_attn", "c_proj"]
+
+
+def lora(task: str = "CAUSAL_LM", **options: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(task_type=task, r=4, target_modules=TARGETS, fan_in_fan_out=True, **options)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("roles") / "base"
+    make_policy(0, initializer_range=0.1, n_embd=64, n_head=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def policy(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+def with_sft_adapter(policy: Any) -> Any:
+    """The policy with an adapter that already says something."""
+    from peft import get_peft_model
+
+    torch.manual_seed(3)
+    return get_peft_model(policy, lora(init_lora_weights=False), adapter_name="sft")
+
+
+@pytest.fixture(scope="module")
+def reward_model_on_base(base: Path, tokenizer: Any) -> Path:
+    """A reward model's folder: an adapter and a head on the policy's base, as the reward stage leaves them."""
+    from peft import get_peft_model
+
+    from rlhf_recipes.models.loading import save_reward_model_config
+
+    torch.manual_seed(7)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    reward_model = get_peft_model(model, lora("SEQ_CLS", init_lora_weights=False, modules_to_save=["score"]))
+    folder = base.parent / "reward_model"
+    reward_model.save_pretrained(folder)
+    save_reward_model_config(reward_model, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def told_of(trainer: PPOTrainer) -> Any:
+    """A rollout of the policy as it is, on four prompts."""
+    asked = trainer.prompts.rows(range(4))
+    answers = Completions([[5, 6, 7], [8, 9], [10], [11, 12, 200]], [False, False, False, True])
+    return trainer.experience.rollout(asked["prompt_ids"], answers, {"none": [0.0] * 4}, None, identity)
+
+
+def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" not in name}
+
+
+def test_point_17_one_copy_of_the_base_serves_all_four(
+    policy: Any, reward_model_on_base: Path, make_trainer: Make, weights_of: Make
+) -> None:
+    size = sum(weight.numel() for weight in policy.parameters())
+    trainer = make_trainer(policy, [str(reward_model_on_base)], peft_config=lora())
+    (reward,) = trainer.rewards
+    modules = [trainer.model, trainer.experience.reference.module, reward.model]
+    held = {weight.data_ptr(): weight for module in modules for weight in module.parameters()}
+    adapters = sum(weight.numel() for name, weight in trainer.model.named_parameters() if "lora_" in name)
+    heads = sum(
+        weight.numel() for module in (trainer.model.value_model, reward.model) for weight in module.parameters()
+    )
+    assert sum(weight.numel() for weight in held.values()) == size + adapters + heads
+    assert adapters < 3 * 0.2 * size  # policy, value and reward model
+    before, frozen = weights_of(trainer.model), base_weights(trainer.model.policy)
+    trainer.train()
+    after = weights_of(trainer.model)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[-2] for name in moved if "lora_" in name} == {"default", "ppo_value"}
+    assert all(torch.equal(weight, frozen[name]) for name, weight in base_weights(trainer.model.policy).items())
+    assert {name for name in moved if "lora_" not in name} == {
+        "value_model.score.weight", "value_model.score.bias"
+    }  # fmt: skip
+
+
+def test_point_17_the_reference_is_the_base_where_the_adapter_is_new(
+    policy: Any, base: Path, make_trainer: Make
+) -> None:
+    plain = make_trainer(AutoModelForCausalLM.from_pretrained(base))
+    trainer = make_trainer(policy, peft_config=lora())
+    trainer.train()
+    rollout, expected = told_of(trainer), told_of(plain)
+    torch.testing.assert_close(rollout.reference_log_probs, expected.log_probs)
+    assert (rollout.log_probs - expected.log_probs).abs().max() > 1e-3
+
+
+def test_point_17_the_reference_is_the_adapter_that_the_policy_came_with(policy: Any, make_trainer: Make) -> None:
+    trainer = make_trainer(with_sft_adapter(policy))
+    before = told_of(trainer)
+    torch.testing.assert_close(before.reference_log_probs, before.log_probs)
+    with trainer.model.policy.disable_adapter(), torch.no_grad():
+        plain = trainer.model.policy(torch.tensor([[1, 2, 3]])).logits
+    assert (plain - trainer.model.policy(torch.tensor([[1, 2, 3]])).logits).abs().max() > 0.01
+    trainer.train()
+    after = told_of(trainer)
+    torch.testing.assert_close(after.reference_log_probs, before.log_probs)
+    assert (after.log_probs - before.log_probs).abs().max() > 1e-3
+
+
+def test_point_17_named_adapters_are_policy_and_reference(policy: Any, make_trainer: Make) -> None:
+    model = with_sft_adapter(policy)
+    torch.manual_seed(4)
+    model.add_adapter("start", lora(init_lora_weights=False))
+    trainer = make_trainer(model, model_adapter_name="sft", ref_adapter_name="start")
+    rollout = told_of(trainer)
+    assert (rollout.log_probs - rollout.reference_log_probs).abs().max() > 1e-3
+    kept = {name: w.detach().clone() for name, w in model.named_parameters() if ".start." in name}
+    trainer.train()
+    assert all(torch.equal(w, kept[name]) for name, w in model.named_parameters() if ".start." in name)
+    with pytest.raises(ValueError, match="no adapter other; it has sft, start"):
+        make_trainer(model, model_adapter_name="other")
+
+
+def test_point_17_an_adapter_that_does_not_train_is_refused(policy: Any, make_trainer: Make) -> None:
+    """As PeftModel.from_pretrained reads one by default."""
+    model = with_sft_adapter(policy).requires_grad_(False)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        make_trainer(model)
+
+
+@pytest.mark.parametrize("still", ["policy", "value"])
+def test_point_17_policy_and_value_learn_each_by_its_own_adapter(
+    still: str, policy: Any, make_trainer: Make, weights_of: Make
+) -> None:
+    """A loss of one alone moves that one's adapter alone."""
+    options = {"vf_coef": 0.0} if still == "value" else {"value_warmup_updates": 100}
+    trainer = make_trainer(policy, peft_config=lora(), **options)
+    before = weights_of(trainer.model)
+    trainer.train()
+    moved = {
+        name.split(".")[-2]
+        for name, weight in weights_of(trainer.model).items()
+        if "lora_" in name and not torch.equal(weight, before[name])
+    }
+    assert moved == {"default" if still == "value" else "ppo_value"}
+
+
+def test_point_17_a_reward_model_on_the_base_rides_on_it_and_scores_as_on_its_own(
+    policy: Any, reward_model_on_base: Path, make_trainer: Make, tokenizer: Any
+) -> None:
+    trainer = make_trainer(policy, [str(reward_model_on_base)], peft_config=lora())
+    (riding,) = trainer.rewards
+    assert isinstance(riding.model, SharedBaseRewardModel)
+    alone_on_its_base = load_reward(load_reward_model(str(reward_model_on_base)), tokenizer)
+    rows = [[5, 6, 7, 8], [9], [10, 11, 12], [13] * 20]
+    expected = alone_on_its_base.score_ids(rows)
+    assert riding.score_ids(rows) == pytest.approx(expected, abs=1e-5)
+    trainer.train()
+    assert riding.score_ids(rows) == pytest.approx(expected, abs=1e-5)
+
+
+def test_point_17_a_reward_model_on_another_base_keeps_its_own(
+    policy: Any, reward_model_on_base: Path, base: Path, make_trainer: Make
+) -> None:
+    """A policy whose adapter was merged is another base, and so is a policy without an adapter."""
+    from peft import get_peft_model
+
+    with pytest.raises(ValueError, match="has an adapter already; leave peft_config out"):
+        make_trainer(with_sft_adapter(AutoModelForCausalLM.from_pretrained(base)), peft_config=lora())
+    merged = with_sft_adapter(policy).merge_and_unload()
+    for model, options in ((merged, {"peft_config": lora()}), (AutoModelForCausalLM.from_pretrained(base), {})):
+        (reward,) = make_trainer(model, [str(reward_model_on_base)], **options).rewards
+        assert not isinstance(reward.model, SharedBaseRewardModel)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
+    assert isinstance(make_trainer(model, [str(reward_model_on_base)]).rewards[0].model, SharedBaseRewardModel)
+
+
+def test_point_17_checkpointing_refuses_an_adapter_that_is_not_on_in_the_backward_pass(
+    policy: Any, make_trainer: Make
+) -> None:
+    with pytest.raises(ValueError, match="set value_adapter to false"):
+        make_trainer(policy, peft_config=lora(), gradient_checkpointing=True)
+    make_trainer(policy, peft_config=lora(), gradient_checkpointing=True, value_adapter=False).train()
+
+
+def test_point_17_a_second_trainer_of_the_same_policy_starts_from_what_the_first_left(
+    policy: Any, reward_model_on_base: Path, make_trainer: Make
+) -> None:
+    model = with_sft_adapter(policy)
+    first = make_trainer(model, [str(reward_model_on_base)])
+    first.train()
+    left = told_of(first).log_probs
+    second = make_trainer(model, [str(reward_model_on_base)])
+    torch.testing.assert_close(told_of(second).reference_log_probs, left)
+
+
+def test_point_18_the_card_names_what_the_model_was_made_of(make_trainer: Make, make_policy: Make) -> None:
+    """What push_to_hub(dataset_name=...) writes, if the stage has not written a card of its own."""
+    policy = make_policy()
+    policy.name_or_path = "someone/base"
+    trainer = make_trainer(policy)
+    trainer.create_model_card(model_name="mine", dataset_name="someone/prompts")
+    card = ModelCard.load(Path(trainer.args.output_dir) / "README.md")
+    assert card.data.base_model == "someone/base" and card.data.datasets == ["someone/prompts"]
+    (Path(trainer.args.output_dir) / "README.md").write_text("mine")
+    trainer.create_model_card()
+    assert (Path(trainer.args.output_dir) / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapter", "reward_model"])
+def test_point_18_policy_and_value_are_read_back_as_they_were(
+    kind: str, policy: Any, base: Path, make_reward_model: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    """The policy by AutoModelForCausalLM; the value by a trainer that has learnt nothing yet."""
+    options: dict[str, Any] = {"peft_config": lora()} if kind == "adapter" else {}
+    if kind == "reward_model":
+        options = {"value_model": make_reward_model(5)}
+    trainer = make_trainer(policy, **options)
+    trainer.train()
+    trainer.save_model()
+    expected, folder = told_of(trainer), Path(trainer.args.output_dir)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, trainer.model.policy.eval()(ids).logits)
+    assert loaded.generation_config.eos_token_id == policy.generation_config.eos_token_id
+    if kind == "reward_model":
+        value = AutoModelForSequenceClassification.from_pretrained(folder / "value_model", num_labels=1)
+        assert torch.equal(value.score.weight, trainer.model.value_model.score.weight)
+        options = {"value_model": make_reward_model(6)}
+    fresh = make_trainer(AutoModelForCausalLM.from_pretrained(base), **options)
+    assert (told_of(fresh).values - expected.values).abs().max() > 1e-4
+    fresh.model.load_pretrained(folder)
+    again = told_of(fresh)
+    torch.testing.assert_close(again.values, expected.values)
+    torch.testing.assert_close(again.log_probs, expected.log_probs)
+
+
+def test_point_18_the_value_may_be_left_out_at_the_end_but_not_of_a_checkpoint(
+    policy: Any, make_trainer: Make
+) -> None:
+    trainer = make_trainer(policy, save_value_model=False, save_strategy="steps", save_steps=4)
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    assert not (folder / "value_model").exists()
+    assert load_file(folder / "checkpoint-4" / "value_model" / "value_head.safetensors")["score.weight"].any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_point_23_a_quantized_base_learns_by_adapters_policy_and_value(
+    bits: int, base: Path, make_trainer: Make, weights_of: Make
+) -> None:
+    given = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {}
+    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **given)
+    trainer = make_trainer(str(base), peft_config=lora(), quantization_config=quantized, response_length=4)
+    kinds = {type(module).__name__ for module in trainer.model.policy.modules()}
+    assert kinds & {"Linear4bit", "Linear8bitLt"}
+    before = weights_of(trainer.model)
+    first = told_of(trainer)
+    trainer.train()
+    after = weights_of(trainer.model)
+    moved = {name.split(".")[-2] for name in after if "lora_" in name and not torch.equal(before[name], after[name])}
+    assert moved == {"default", "ppo_value"}
+    trainer.save_model()
+    fresh = make_trainer(str(base), peft_config=lora(), quantization_config=quantized, response_length=4)
+    fresh.model.load_pretrained(trainer.args.output_dir)
+    last = told_of(fresh)
+    torch.testing.assert_close(last.log_probs, told_of(trainer).log_probs)
+    torch.testing.assert_close(last.values, told_of(trainer).values)
+    assert (last.log_probs - first.log_probs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("begins", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changes_the_base_as_it_begins_is_refused(
+    begins: str, policy: Any, make_trainer: Make
+) -> None:
+    """The base is the reference, and the value's adapter is on it too."""
+    before = base_weights(policy)
+    with pytest.raises(UserError, match="changes the base"):
+        make_trainer(policy, peft_config=lora(init_lora_weights=begins))
+    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(policy).items())
+
+
+def test_one_that_has_changed_its_base_is_twinned_without_changing_it_again(policy: Any, make_trainer: Make) -> None:
+    from peft import get_peft_model
+
+    model = get_peft_model(policy, lora(init_lora_weights="pissa"))
+    ids, before = torch.arange(5, 15)[None], base_weights(model)
+    expected = model(ids).logits
+    trainer = make_trainer(model)
+    assert {"default", "ppo_value", "ppo_reference"} == set(trainer.model.policy.peft_config)
+    after = {name: weight for name, weight in base_weights(trainer.model.policy).items() if name in before}
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    torch.testing.assert_close(trainer.model.policy(ids).logits, expected)
+    told = told_of(trainer)
+    torch.testing.assert_close(told.reference_log_probs, told.log_probs)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("arrives", [False, True])
+def test_an_adapter_that_trains_biases_of_the_base_is_refused(
+    bias: str, arrives: bool, policy: Any, make_trainer: Make
+) -> None:
+    """They stay as learnt where the adapter is off, so the reference would move."""
+    from peft import get_peft_model
+
+    given = {} if arrives else {"peft_config": lora(bias=bias)}
+    model = get_peft_model(policy, lora(bias=bias)) if arrives else policy
+    with pytest.raises(UserError, match="trains biases of the base"):
+        make_trainer(model, value_adapter=False, **given)
+
+
+def test_the_adapter_that_is_trained_is_not_its_own_reference(policy: Any, make_trainer: Make) -> None:
+    with pytest.raises(UserError, match="ref_adapter_name is sft, the adapter that is trained"):
+        make_trainer(with_sft_adapter(policy), ref_adapter_name="sft")

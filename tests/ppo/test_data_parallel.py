@@ -1,0 +1,102 @@
+"""Two processes joined by gloo, against one that does the work of both."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import DistributedType
+from programs import train_ppo_ddp as program
+from safetensors.torch import load_file
+
+from rlhf_recipes.ppo.parallelism import check_parallelism
+
+Make = Callable[..., Any]
+PROGRAM = Path(str(program.__file__))
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+STOP_IDS = list(range(200, 256))
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Make, make_reward_model: Make, tokenizer: Any
+) -> Path:
+    """What two processes left, started as a user starts them."""
+    folder = tmp_path_factory.mktemp("processes")
+    model = make_model(0, initializer_range=0.1)
+    model.generation_config.eos_token_id = STOP_IDS
+    for name, module in (("policy", model), ("reward_model", make_reward_model(3, initializer_range=0.2))):
+        module.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [*launch, str(folder), "4"], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    return folder
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the policy and of its value, wherever that was saved."""
+    return {
+        f"{path.parent.name == 'value_model'}:{name}": tensor
+        for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("value_model/*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("case", ["plain", "value-model", "lora"])
+def test_point_07_and_20_two_processes_are_one_of_twice_the_batch(folder: Path, case: str) -> None:
+    """With whitened rewards, answers of unequal length and a last update that is filled up: weights and metrics."""
+    alone = program.train(folder, case, 8, **program.CASES[case])
+    one, two = (weights_in(folder / f"{case}-by-{processes}") for processes in (1, 2))
+    untrained = weights_in(folder / "policy")
+    # Of an adapter the second factor is zero until it has learnt something.
+    start = {name: untrained.get(name, torch.zeros_like(one[name])) for name in one if "lora_A" not in name}
+    assert one.keys() == two.keys() and (case == "lora" or len(one) > len(untrained))
+    assert max((one[name] - start[name]).abs().max().item() for name in start) > 1e-3
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    told = json.loads((folder / f"{case}-by-2" / "log.json").read_text())
+    assert [entry["step"] for entry in told] == [entry["step"] for entry in alone.state.log_history]
+    for mine, theirs in zip(alone.state.log_history, told, strict=True):
+        same = {
+            name: value for name, value in mine.items() if not name.startswith(("time/", "train_")) and name != "eps"
+        }
+        assert {name: theirs[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
+
+
+def test_point_07_all_processes_hold_the_same_weights(folder: Path) -> None:
+    """Also with minibatches, with micro-batches that are empty, and after a step that one process had to skip."""
+    assert json.loads((folder / "equal.json").read_text()) == dict.fromkeys(program.CASES, True)
+
+
+def test_point_20_both_save_in_the_middle_and_at_the_end_once(folder: Path) -> None:
+    for case in program.CASES:
+        saved = sorted(path.name for path in (folder / f"{case}-by-2").glob("checkpoint-*"))
+        steps = 3 * 2 * program.CASES[case].get("num_mini_batches", 1)
+        assert saved == sorted({f"checkpoint-{step}" for step in [*range(4, steps + 1, 4), steps]})
+        end, last = weights_in(folder / f"{case}-by-2"), weights_in(folder / f"{case}-by-2" / f"checkpoint-{steps}")
+        assert end.keys() == last.keys() and all(torch.equal(end[name], last[name]) for name in end)
+
+
+def test_point_08_a_step_that_one_process_cannot_take_is_taken_by_none(folder: Path) -> None:
+    log = json.loads((folder / "spoilt-by-2" / "log.json").read_text())
+    assert [entry["val/skipped_steps"] for entry in log if "val/skipped_steps" in entry] == [1.0, 1.0, 1.0]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_in(folder / "spoilt-by-2").values())
+
+
+def test_point_20_ways_that_cannot_be_learnt_in_are_refused_with_the_way_out() -> None:
+    asked = SimpleNamespace(n_gpu=1, deepspeed_plugin=None)
+    with pytest.raises(ValueError, match=r"does not run under Megatron.*accelerate_configs/fsdp2\.yaml"):
+        check_parallelism(asked, DistributedType.MEGATRON_LM)
+    with pytest.raises(ValueError, match="one process sees 2 GPUs"):
+        check_parallelism(SimpleNamespace(n_gpu=2), DistributedType.NO)
+    for allowed in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+        check_parallelism(asked, allowed)

@@ -1,0 +1,253 @@
+"""Points 7, 8, 13 and 20 under DeepSpeed, with every weight, gradient and moment cut apart, against one process.
+
+Slow: DeepSpeed compiles its communication when it is first run.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from programs import train_ppo_deepspeed as program
+from programs.small_runs import farthest
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_recipes.ppo.parallelism import check_parallelism
+from rlhf_recipes.system import deepspeed as zero
+from rlhf_recipes.system.launch import check_launch, require_saved_zero_weights
+
+Make = Callable[..., Any]
+PROGRAM = Path(str(program.__file__))
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+# As a file of the user's may be: sizes and batches left open, weights of every size cut apart.
+ASKED: dict[str, Any] = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "zero_allow_untested_optimizer": True,
+    "bf16": {"enabled": "auto"},
+    "gradient_clipping": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+slow = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is an extra; not installed"),
+]
+
+
+def under_zero(cases: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "stage,case", [pytest.param(stage, case, marks=slow) for stage in (2, 3) for case in cases]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_reward_model: Make, tokenizer: Any
+) -> Path:
+    """What two processes left under ZeRO-2 and ZeRO-3, each with a half."""
+    folder = tmp_path_factory.mktemp("zero")
+    for name, module in (
+        ("policy", make_policy(0, initializer_range=0.1)),
+        ("rotary", rotary(len(tokenizer))),
+        ("reward_model", make_reward_model(3, initializer_range=0.2)),
+    ):
+        module.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    environment = os.environ | {
+        "PYTHONPATH": str(SOURCE),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    for stage in (2, 3):
+        how = {**ASKED["zero_optimization"], "stage": stage}
+        (folder / "deepspeed.json").write_text(json.dumps(ASKED | {"zero_optimization": how}))
+        launch: dict[str, Any] = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED"}
+        launch |= {"use_cpu": True, "num_machines": 1, "num_processes": 2, "main_process_port": 0}
+        launch |= {"deepspeed_config": {"deepspeed_config_file": str(folder / "deepspeed.json")}}
+        (folder / "launch.yaml").write_text(yaml.safe_dump(launch))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+        answer = subprocess.run(
+            [*command, str(PROGRAM), str(folder), str(stage)],
+            env=environment, capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        # What the processes said, before the launcher tells of their end.
+        said = answer.stderr.partition("torch/distributed/elastic")[0]
+        assert answer.returncode == 0, said[-8000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def identity(folder: Path) -> Callable[[str], Path]:
+    """(case) -> the folder of the same run by one process."""
+
+    def made(case: str) -> Path:
+        if not (folder / f"{case} alone").exists():
+            program.ran(folder, f"{case} alone", case)
+        return folder / f"{case} alone"
+
+    return made
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    paths = [*folder.glob("*.safetensors"), *folder.glob("value_model/*.safetensors")]
+    return {f"{path.relative_to(folder)}:{name}": each for path in paths for name, each in load_file(path).items()}
+
+
+@under_zero(program.CASES)
+def test_point_07_it_ends_as_one_process_does(
+    folder: Path, alone: Callable[[str], Path], stage: int, case: str
+) -> None:
+    """Policy and value, what was measured before there was an engine, and what was logged: gradients' norms, schedule and
+    skipped steps among it."""
+    expected, found = (
+        json.loads((place / "log.json").read_text()) for place in (identity(case), folder / f"{case} zero {stage}")
+    )
+    assert farthest(weights_in(identity(case)), weights_in(folder / f"{case} zero {stage}")) < 2e-5
+    if case in ("spoilt", "over"):  # steps were left out
+        assert farthest(weights_in(identity(case)), weights_in(identity("full"))) > 1e-4
+    rows = [(expected["before"], found["before"])]
+    rows += [
+        *zip(expected["log"], found["log"], strict=True),
+        *zip(expected["updates"], found["updates"], strict=True),
+    ]
+    for mine, theirs in rows:
+        left_out = {"eps", "loss"} if case == "spoilt" else {"eps"}  # Trainer's own mean leaves out what is not finite
+        same = {
+            name: value
+            for name, value in mine.items()
+            if not name.startswith(("time/", "train_")) and name not in left_out
+        }
+        assert {name: theirs[name] for name in same} == pytest.approx(same, rel=2e-3, abs=1e-4)
+
+
+@under_zero(program.ALL)
+def test_point_20_each_process_keeps_its_part_between_passes(folder: Path, stage: int, case: str) -> None:
+    share = json.loads((folder / f"shares {stage}.json").read_text())[case]
+    assert share == (1.0 if stage == 2 else pytest.approx(0.5, abs=0.02))
+
+
+@under_zero(program.RESUMED)
+def test_point_13_it_goes_on_in_the_middle_of_an_update(folder: Path, stage: int, case: str) -> None:
+    resumed = weights_in(folder / f"{case} zero {stage} on")
+    assert farthest(weights_in(folder / f"{case} zero {stage}"), resumed) == 0
+
+
+@under_zero(program.LOW)
+def test_point_08_policy_and_reference_are_one_until_something_is_learnt(folder: Path, stage: int, case: str) -> None:
+    """In bfloat16: before there is an engine, and in the first rollout."""
+    told = json.loads((folder / f"{case} zero {stage}" / "log.json").read_text())
+    rows = told["updates"] or [row for row in told["log"] if "objective/kl" in row]
+    assert told["before"]["eval_objective/kl"] == rows[0]["objective/kl"] == 0
+    assert rows[-1]["objective/kl"] > 0.01
+
+
+def rotary(vocabulary: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=vocabulary, initializer_range=0.3))
+
+
+def launched_with(stage: int | None = None, config: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """What a PPOConfig knows of its launch. config: more of DeepSpeed's."""
+    how = {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}} | (config or {})
+    plugin = None if stage is None else SimpleNamespace(deepspeed_config=how)
+    asked: dict[str, Any] = {"n_gpu": 0, "value_warmup_updates": 0, "value_learning_rate": None, "bf16": False}
+    return SimpleNamespace(**asked | changes, deepspeed_plugin=plugin)
+
+
+def test_point_08_weights_are_cast_as_deepspeed_casts_them_and_nothing_else() -> None:
+    """Not the rotary frequencies, nor the bytes of 4-bit weights."""
+    model = rotary(64)
+    bits = model.model.layers[0].mlp.up_proj.weight
+    bits.quant_state = None  # as bitsandbytes marks them
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    zero.cast_like_engine_(model, launched_with(3))
+    assert {each.dtype for each in model.parameters()} == {torch.float32}, "in float32 all stays"
+    zero.cast_like_engine_(model, launched_with(bf16=True))
+    assert {each.dtype for each in model.parameters()} == {torch.float32}, "autocast does it"
+    zero.cast_like_engine_(model, launched_with(2, bf16=True))
+    assert bits.dtype == torch.float32 and model.lm_head.weight.dtype == torch.bfloat16
+    assert {each.dtype for each in model.parameters() if each is not bits} == {torch.bfloat16}
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies, atol=0, rtol=0)
+    zero.check_quantized_storage(model, launched_with(2))
+    with pytest.raises(ValueError, match="set bnb_4bit_quant_storage to uint8 or bfloat16"):
+        zero.check_quantized_storage(model, launched_with(2, bf16=True))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_point_20_other_stages_are_refused_with_the_way_out(stage: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"not run under ZeRO-{stage}; launch accelerate_configs/deepspeed_zero2.yaml"
+    ):
+        check_parallelism(launched_with(stage), "DistributedType.DEEPSPEED")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_point_20_a_value_that_warms_up_is_refused_with_the_way_out(stage: int) -> None:
+    asked = launched_with(stage)
+    check_parallelism(asked, "DistributedType.DEEPSPEED")
+    asked.value_warmup_updates = 1
+    with pytest.raises(ValueError, match=r"set value_warmup_updates to 0, or launch accelerate_configs/fsdp2\.yaml"):
+        check_parallelism(asked, "DistributedType.DEEPSPEED")
+
+
+@pytest.mark.parametrize("saves", [None, False, "auto"])
+def test_point_20_a_run_that_would_save_no_weights_is_refused_with_the_way_out(saves: Any) -> None:
+    """Of every stage: `auto` is filled in with false."""
+    asked = launched_with(3)
+    asked.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = saves
+    for check in (lambda: check_parallelism(asked, "DistributedType.DEEPSPEED"), lambda: check_launch(asked)):
+        with pytest.raises(ValueError, match="would save no weights; write `zero3_save_16bit_model: true`"):
+            check()
+    asked.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] = 2
+    require_saved_zero_weights(asked)
+
+
+def test_point_20_what_an_optimizer_of_deepspeed_s_cannot_do_is_refused() -> None:
+    asked = launched_with(2, {"optimizer": {"type": "AdamW"}})
+    check_parallelism(asked, "DistributedType.DEEPSPEED")
+    asked.value_learning_rate = 1e-4
+    with pytest.raises(ValueError, match="one learning rate; leave it out there, or leave value_learning_rate out"):
+        check_parallelism(asked, "DistributedType.DEEPSPEED")
+
+
+def test_point_20_an_accelerator_of_the_caller_s_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="DeepSpeed is on in an Accelerator that PPOConfig knows nothing of"):
+        check_parallelism(launched_with(), "DistributedType.DEEPSPEED")
+
+
+@pytest.mark.parametrize("role", ["model", "reward_funcs", "ref_model", "value_model"])
+def test_point_20_a_model_that_was_cut_apart_as_it_was_loaded_is_refused(
+    role: str, make_trainer: Make, make_policy: Make, make_reward_model: Make
+) -> None:
+    models: dict[str, Any] = {
+        "model": make_policy(0),
+        "reward_funcs": make_reward_model(1),
+        "value_model": make_reward_model(2),
+    }
+    models["ref_model"] = make_policy(3)
+    next(models[role].parameters()).ds_id = 0  # as ZeRO-3 leaves a weight
+    named = {"model": "policy", "reward_funcs": "reward_model"}.get(role, role)
+    with pytest.raises(ValueError, match=f"the {named} was cut apart as it was loaded under ZeRO-3.*give its folder"):
+        make_trainer(models.pop("model"), **models)

@@ -1,0 +1,103 @@
+"""Points 7 and 20 on weights that FSDP2 has cut apart: the same run as one process makes, and its states whole again.
+
+Accelerate reaches FSDP2 on GPUs alone, so `fully_shard` is applied natively here, over gloo.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import train_ppo_fsdp as program
+from programs.small_runs import farthest
+from safetensors.torch import load_file
+
+Make = Callable[..., Any]
+PROGRAM = Path(str(program.__file__))
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+CASES = ["full", "lora", "upper"]
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_reward_model: Make, tokenizer: Any
+) -> Path:
+    """What two processes left, each with a half of the weights."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for name, module in (
+        ("policy", make_policy(0, initializer_range=0.1)),
+        ("reward_model", make_reward_model(3, initializer_range=0.2)),
+    ):
+        module.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    answer = subprocess.run(
+        [*launch, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    # What the processes said, before torchrun tells of their end.
+    said = answer.stderr.partition("torch/distributed/elastic")[0]
+    assert answer.returncode == 0, said[-8000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def identity(folder: Path) -> Callable[[str], Any]:
+    """(case) -> the trainer of the same run by one process, which has saved its model."""
+    trainers: dict[str, Any] = {}
+
+    def trained(case: str) -> Any:
+        if case not in trainers:
+            trainers[case] = program.made(folder, f"{case} alone", case)
+            trainers[case].train()
+            trainers[case].save_model()
+        return trainers[case]
+
+    return trained
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    paths = [*folder.glob("*.safetensors"), *folder.glob("value_model/*.safetensors")]
+    return {f"{path.relative_to(folder)}:{name}": each for path in paths for name, each in load_file(path).items()}
+
+
+def test_point_20_each_process_keeps_a_half(folder: Path) -> None:
+    """Of weights and of Adam's moments; a layer may be of an odd size."""
+    for share in json.loads((folder / "shares.json").read_text()).values():
+        assert share["layers"] == 3
+        assert share["weights"] == pytest.approx(0.5, abs=0.02) and share["moments"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_point_07_sharded_weights_end_as_whole_ones_do(folder: Path, alone: Callable[[str], Any], case: str) -> None:
+    """Policy and value, with answers of unequal length and pieces of unequal number, and what was logged."""
+    expected = identity(case).state.log_history
+    one, two = weights_in(folder / f"{case} alone"), weights_in(folder / f"{case} sharded")
+    assert farthest(one, two) < 2e-5
+    found = json.loads((folder / f"{case} sharded" / "log.json").read_text())
+    assert [entry["step"] for entry in expected] == [entry["step"] for entry in found]
+    for mine, theirs in zip(expected, found, strict=True):
+        same = {
+            name: value for name, value in mine.items() if not name.startswith(("time/", "train_")) and name != "eps"
+        }
+        assert {name: theirs[name] for name in same} == pytest.approx(same, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_point_13_a_sharded_run_goes_on_with_any_number_of_processes(
+    folder: Path, alone: Callable[[str], Any], case: str
+) -> None:
+    """In the middle of an update: by as many processes bit for bit, and by one with whole weights."""
+    assert farthest(weights_in(folder / f"{case} sharded"), weights_in(folder / f"{case} resumed")) == 0
+    identity(case)
+    shutil.copytree(folder / f"{case} sharded" / "checkpoint-3", folder / f"{case} gathered" / "checkpoint-3")
+    trainer = program.made(folder, f"{case} gathered", case)
+    trainer.train(resume_from_checkpoint="auto")
+    trainer.save_model()
+    assert farthest(weights_in(folder / f"{case} alone"), weights_in(folder / f"{case} gathered")) < 2e-5

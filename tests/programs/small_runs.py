@@ -1,0 +1,152 @@
+"""Each training stage as a run of seconds, so that it can be killed, launched on several processes, and compared.
+
+small_runs.py FOLDER JOBS       run the stages that the JSON file JOBS lists, one after the other: started by torchrun
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from safetensors.torch import load_file
+
+from rlhf_recipes.core.arguments import parse_arguments
+from rlhf_recipes.core.errors import one_line_errors
+from rlhf_recipes.training.trainer import SafeTrainer
+
+STAGES = ("pretrain", "sft", "reward", "ppo")
+STEPS = 6
+WORDS = "the cat sat on a mat and then it slept while another dog barked at nothing in the yard".split()
+
+# Of 8 rows a step, by any number of processes. A bias of attention keys has no gradient but rounding, which Adam with its
+# usual epsilon would blow up to whole steps.
+SHARED: dict[str, Any] = {
+    "max_steps": STEPS, "global_batch_size": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-3,
+    "adam_epsilon": 1e-6, "logging_steps": 4, "save_steps": 2, "save_strategy": "steps", "report_to": "none",
+    "disable_tqdm": True, "seed": 3, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine",
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "pretrain": {"tokenizer_name": "model", "dataset_name": "text", "max_length": 32},
+    "sft": {"dataset_name": "demonstrations", "eval_strategy": "steps", "eval_steps": 3},
+    "reward": {"dataset_name": "preferences"},
+    "ppo": {
+        "dataset_name": "prompts", "reward": "reward_model", "response_length": 6, "num_mini_batches": 2, "num_ppo_epochs": 2,
+        "hints": False, "max_steps": 10, "logging_steps": 3,
+    },
+}  # fmt: skip
+FOLDERS = {"model_name_or_path", "tokenizer_name", "dataset_name", "reward", "output_dir"}
+LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+
+
+def prepare(folder: Path, model: Any, reward_model: Any, tokenizer: Any) -> Path:
+    """Write what the stages read: a policy whose answers end, a reward model, and rows of unequal length.
+
+    The rows fill no whole number of batches, so that an epoch ends within a run.
+    """
+    model.generation_config.eos_token_id = list(range(200, 256))
+    for name, module in (("model", model), ("reward_model", reward_model)):
+        module.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    said = [" ".join(WORDS[start % 7 : start % 7 + 2 + start % 5]) for start in range(43)]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "text": [{"text": f"{line} {index}"} for index, line in enumerate((said * 2)[:70])],
+        "demonstrations": [{"prompt": f"{index}?", "completion": f" {line}"} for index, line in enumerate(said)],
+        "preferences": [
+            {"prompt": f"{index}?", "chosen": f" {line}", "rejected": f" {line[::-1]} no"}
+            for index, line in enumerate(said)
+        ],
+        "prompts": [{"prompt": f"{line} {index}"} for index, line in enumerate(said[:20])],
+    }
+    for name, each in rows.items():
+        (folder / name).mkdir(parents=True)
+        for split, part in (("train", each), ("test", each[:8])):
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+def flags(stage: str, folder: Path, out: str, **changes: Any) -> list[str]:
+    """The command line of a run; names of folders are meant below `folder`."""
+    given = {"model_name_or_path": "model"} | SHARED | OWN[stage] | {"output_dir": out} | changes
+    words: list[str] = []
+    for name, value in given.items():
+        if value is not None:
+            place = name in FOLDERS and ":" not in str(value)
+            words += [f"--{name}", str(folder / value) if place else str(value)]
+    return words
+
+
+def run(stage: str, folder: Path, out: str, **changes: Any) -> Path:
+    """The whole run, or what `resume="auto"` finds left to do."""
+    torch.set_num_threads(1)
+    act: Callable[..., Path] = getattr(import_module(f"rlhf_recipes.stages.{stage}"), f"run_{stage}")
+    types = [hint for name, hint in get_type_hints(act).items() if name != "return"]
+    return act(*parse_arguments(*types, argv=flags(stage, folder, out, **changes)))
+
+
+def end_of(folder: Path) -> dict[str, Any]:
+    """All that a finished run left of what it learnt and logged, but for what the clock says."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    kept = {name: torch.load(last / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler")}
+    return {"log": [timeless(entry) for entry in state["log_history"]], "weights": weights_in(folder), **kept}
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that a run left at its end, the value's too."""
+    paths = [path for path in folder.rglob("*.safetensors") if "checkpoint-" not in str(path.relative_to(folder))]
+    return {f"{path.relative_to(folder)}:{name}": each for path in paths for name, each in load_file(path).items()}
+
+
+def farthest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """The largest difference of any weight. Both have the same ones; a tied head is saved once."""
+    assert one.keys() == other.keys() and one
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+CLOCK = (
+    "time/",
+    "train_runtime",
+    "train_samples_per",
+    "train_steps_per",
+    "eval_runtime",
+    "eval_samples_per",
+    "eval_steps_per",
+)
+
+
+def timeless(entry: Mapping[str, Any]) -> dict[str, Any]:
+    # `train_loss` is of the steps of one call, as Trainer has it; flops are counted by Trainer from zero on.
+    left_out = {"eps", "train_loss", "total_flos", "train_tokens_per_second"}
+    return {name: value for name, value in entry.items() if not name.startswith(CLOCK) and name not in left_out}
+
+
+def die_at(step: int, how: str) -> None:
+    """From now on the last process of the run dies in this optimizer step: by a signal, or of an error."""
+    take = SafeTrainer.training_step
+
+    def deadly(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step and self.args.process_index == self.args.world_size - 1:
+            SafeTrainer.training_step = take  # type: ignore[method-assign]
+            if how == "error":
+                raise RuntimeError("this process has had enough")
+            os.kill(os.getpid(), int(how))
+        return take(self, *args, **kwargs)
+
+    SafeTrainer.training_step = deadly  # type: ignore[method-assign]
+
+
+def main(folder: Path, jobs: Path) -> None:
+    """jobs: `stage`, `out`, `dies` ([step, how]) where one is to, and what else the run is asked."""
+    for job in json.loads(jobs.read_text()):
+        if "dies" in job:
+            die_at(*job.pop("dies"))
+        run(job.pop("stage"), folder, job.pop("out"), **job)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
