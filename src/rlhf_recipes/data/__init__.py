@@ -1,10 +1,10 @@
-"""Datasets: from a folder, a file or a Hub id to rows whose columns have been checked."""
+"""Datasets: sources, checks of rows and columns, chat templates, prompts and packing."""
 
 from rlhf_recipes.data.chat import (
     ROLE_TOKENS,
     bos_prefix,
     chat_template,
-    ensure_chat_template,
+    ensure_chat_template_,
     is_conversation,
     plain_text,
     prompt_and_completion_ids,
@@ -41,7 +41,7 @@ __all__ = [
     "chat_template",
     "check_and_fit_rows",
     "data_splits",
-    "ensure_chat_template",
+    "ensure_chat_template_",
     "first_row",
     "is_conversation",
     "keep_fitting_prompts",

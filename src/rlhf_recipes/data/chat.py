@@ -1,6 +1,6 @@
-"""How a conversation becomes text, in one place.
+"""Chat templates and tokenization: from a prompt or a conversation to text and token ids, in one place.
 
-Every assistant turn ends with the EOS token, so a model that learnt from the template also learnt to stop. The
+Our template ends every assistant turn with the EOS token, so a model that is trained on it learns to stop. Its
 generation markers tell TRL which tokens carry loss.
 """
 
@@ -21,9 +21,11 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 
 def chat_template(roles: Mapping[str, str] = ROLE_TOKENS, separator: str = "") -> str:
-    """A Jinja chat template.
+    """Return a Jinja chat template.
 
-    roles: what stands before each role's turn. separator: what ends a turn that is not the assistant's.
+    Args:
+        roles: the text before a turn, by role.
+        separator: the text after a system or user turn; an assistant turn ends with EOS.
     """
     quoted = {role: repr(text) for role, text in roles.items()}
     return (
@@ -42,48 +44,53 @@ def chat_template(roles: Mapping[str, str] = ROLE_TOKENS, separator: str = "") -
     )
 
 
-def ensure_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give a tokenizer that has none the house's chat template, in role tokens where its vocabulary has them."""
+def ensure_chat_template_(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Set our chat template on a tokenizer without one: with role tokens if its vocabulary has them, else words."""
     if getattr(tokenizer, "chat_template", None):
         return
-    known = set(tokenizer.get_vocab())
-    if set(ROLE_TOKENS.values()) <= known:
+    vocabulary = set(tokenizer.get_vocab())
+    if set(ROLE_TOKENS.values()) <= vocabulary:
         tokenizer.chat_template = chat_template()
     else:
         tokenizer.chat_template = chat_template(ROLE_WORDS, separator="\n")
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a column holds a list of messages rather than text or ids."""
+    """Whether a column's value is a list of messages rather than text or ids."""
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
 
 
 def plain_text(value: Any) -> str:
-    """The plain words of a completion, whether it is text or a list of messages."""
+    """Return the text of a prompt or completion; of a list of messages their contents, joined."""
     return "".join(message["content"] for message in value) if is_conversation(value) else str(value)
 
 
 def prompt_text(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text a model continues: the chat template, applied once, for messages; the text itself otherwise."""
+    """Return the text that a model continues: messages rendered by the chat template, or the prompt itself.
+
+    A tokenizer without a chat template gets ours.
+    """
     if is_conversation(prompt):
-        ensure_chat_template(tokenizer)
+        ensure_chat_template_(tokenizer)
         return str(tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True))
     return str(prompt)
 
 
 def bos_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer puts before plain text: BOS for Llama's and Gemma's, as TRL trains on it; nothing for GPT-2's."""
+    """Return the ids that the tokenizer (and TRL) puts before plain text: BOS for Llama, nothing for GPT-2."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
 
 
 def text_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids of plain text, with what the tokenizer puts before it and without what it may put behind."""
+    """Tokenize plain text, with `bos_prefix` and without any token that the tokenizer would append."""
     return bos_prefix(tokenizer) + list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def prompt_ids(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids of a prompt given as text, as messages or as ids; the same prompt gives the same ids in each form.
+    """Tokenize a prompt given as text or messages; ids are returned as they are.
+
+    The same prompt has the same ids in each form.
 
     Raises:
         UserError: an empty prompt.
@@ -100,20 +107,21 @@ def prompt_ids(prompt: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 def prompt_and_completion_ids(
     prompt: Any, completion: Any, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[int]]:
-    """(prompt ids, completion ids with their EOS), tokenized as one text and parted where the prompt's own ids end.
+    """Tokenize prompt and completion as one text and split the ids where the prompt's own ids end.
 
-    An empty prompt is allowed: the whole of `completion` (text, or messages of any roles) is then the second part.
+    Returns (prompt ids, completion ids with their EOS). An empty prompt is allowed: all of `completion` (text, or
+    messages of any role) is then the second part.
     """
     if is_conversation(completion):
-        ensure_chat_template(tokenizer)
-        whole = str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
-        ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
+        ensure_chat_template_(tokenizer)
+        text = str(tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
-        whole = prompt + completion
-        whole += "" if whole.endswith(tokenizer.eos_token) else tokenizer.eos_token
-        ids = text_ids(whole, tokenizer)
-    first = prompt_ids(prompt, tokenizer) if prompt else []
-    # Letters may merge across the boundary; the completion begins where the two part.
-    same = (mine == its for mine, its in zip(first, ids, strict=False))
-    shared = next((index for index, equal in enumerate(same) if not equal), len(first))
+        text = prompt + completion
+        text += "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        ids = text_ids(text, tokenizer)
+    alone = prompt_ids(prompt, tokenizer) if prompt else []
+    # A token may span the boundary; the completion begins at the first token that differs.
+    equal = (prompt_id == text_id for prompt_id, text_id in zip(alone, ids, strict=False))
+    shared = next((index for index, same in enumerate(equal) if not same), len(alone))
     return ids[:shared], ids[shared:]

@@ -1,4 +1,4 @@
-"""Documents, end to end, cut into blocks of the context length: no padding, no token left out but the last few."""
+"""Packing for pretraining: documents joined and split into blocks of the context length, without padding."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -13,10 +13,10 @@ DOCUMENTS_PER_BATCH = 512
 
 
 def pack_documents(dataset: Any, tokenizer: "PreTrainedTokenizerBase", block: int, column: str = "text") -> Any:
-    """Tokenize `column`, end each document with EOS, join them and cut into blocks of `block` tokens.
+    """Tokenize `column`, end each document with EOS, join them, and split the result into blocks of `block` tokens.
 
-    Works on a map-style dataset and on a stream alike, and returns the same kind: rows of ``input_ids`` (block,),
-    whose labels are the ids. Only the last tokens, too few for a block, are dropped. Empty documents are left out.
+    A map-style dataset gives a map-style one, a stream a stream. Rows hold ``input_ids`` (block,), int32; the labels
+    are the ids. Empty documents are skipped. The last tokens, too few for a block, are dropped.
     """
     from datasets import Dataset, Features, IterableDataset, List, Value
     from tqdm.auto import tqdm
@@ -26,7 +26,7 @@ def pack_documents(dataset: Any, tokenizer: "PreTrainedTokenizerBase", block: in
         rows = list(_blocks(tqdm(dataset[column], "packing", delay=3), tokenizer, block))
         return Dataset.from_dict({"input_ids": rows}, features=features)
 
-    def stream() -> Iterator[dict[str, Any]]:  # begins anew at each epoch, with nothing carried over from the last
+    def stream() -> Iterator[dict[str, Any]]:  # starts over at each epoch; no tokens carry over
         for ids in _blocks((row[column] for row in dataset), tokenizer, block):
             yield {"input_ids": ids}
 
@@ -34,15 +34,16 @@ def pack_documents(dataset: Any, tokenizer: "PreTrainedTokenizerBase", block: in
 
 
 def _blocks(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", block: int) -> Iterator[np.ndarray]:
+    """Yield blocks of ids, each (block,)."""
     texts = iter(texts)
-    carried: list[int] = []
+    pending: list[int] = []
     while documents := list(islice(texts, DOCUMENTS_PER_BATCH)):
-        kept = [text for text in documents if text]
-        encoded = tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"] if kept else []
+        nonempty = [text for text in documents if text]
+        encoded = tokenizer(nonempty, add_special_tokens=False, verbose=False)["input_ids"] if nonempty else []
         for ids in encoded:
-            carried.extend(ids)
-            carried.append(tokenizer.eos_token_id)
-        whole = len(carried) // block * block
-        for start in range(0, whole, block):
-            yield np.asarray(carried[start : start + block], dtype=np.int32)
-        del carried[:whole]
+            pending.extend(ids)
+            pending.append(tokenizer.eos_token_id)
+        end = len(pending) // block * block
+        for start in range(0, end, block):
+            yield np.asarray(pending[start : start + block], dtype=np.int32)
+        del pending[:end]

@@ -1,9 +1,10 @@
-"""The prompts of a dataset as token ids, checked once and for all before training."""
+"""The prompts of a dataset as token ids, checked once before training."""
 
 import numbers
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.core.conversion import to_python
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.chat import is_conversation, plain_text, prompt_ids
 from rlhf_recipes.data.sources import first_row, require_columns
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# No column for the rewards: the prompt itself, and what they are called with besides.
+# Not passed to rewards as columns: the prompt itself, and names of a reward's other arguments.
 RESERVED_COLUMNS = {
     "prompt",
     "input_ids",
@@ -26,10 +27,16 @@ RESERVED_COLUMNS = {
 
 
 class Prompts:
-    """Rows with a `prompt` (text, messages or ids), or with `input_ids`; every other column is kept for the rewards.
+    """Rows with a `prompt` (text, messages or ids) or with `input_ids`; rewards get every other column.
 
-    Ids may be tensors or arrays, and an `attention_mask` beside `input_ids` says which of them are padding. A column
-    that some rows lack is None there.
+    Ids may be tensors or arrays. An `attention_mask` beside `input_ids` marks padding with 0. A column that a row
+    lacks is None in that row.
+
+    Args:
+        dataset: rows; a stream is read into memory.
+        context: the model's context in tokens; None: no limit.
+        response_length: tokens that an answer may take.
+        role: what messages call the dataset.
 
     Raises:
         UserError: no rows, no such column, an empty prompt, or one that leaves no room for an answer in the context.
@@ -65,37 +72,34 @@ class Prompts:
         return len(self.ids)
 
     def rows(self, indices: Iterable[int]) -> dict[str, Any]:
-        """``prompts``, their ``prompt_ids``, and ``columns``: each other column as a list."""
+        """Return ``prompts``, their ``prompt_ids``, and ``columns``: each other column as a list."""
         indices = list(indices)
-        chosen = [self.dataset[index] for index in indices]
+        rows = [self.dataset[index] for index in indices]
         return {
-            "prompts": [read_prompt(row, self.column) for row in chosen],
+            "prompts": [read_prompt(row, self.column) for row in rows],
             "prompt_ids": [self.ids[index] for index in indices],
-            "columns": {name: [row.get(name) for row in chosen] for name in self.columns},
+            "columns": {name: [row.get(name) for row in rows] for name in self.columns},
         }
 
 
 def read_prompt(row: Mapping[str, Any], column: str, place: str = "a row") -> Any:
-    """The prompt of a row as text, as messages, or as a list of ids without padding.
+    """Return the prompt of a row as text, as messages, or as a list of ids without padding.
 
     Raises:
-        UserError: it is none of them; begins with `place`.
+        UserError: it is none of them, or empty; the message begins with `place`.
     """
-    prompt, mask = _plain(row.get(column)), _plain(row.get("attention_mask") if column == "input_ids" else None)
+    prompt, mask = to_python(row.get(column)), to_python(row.get("attention_mask") if column == "input_ids" else None)
     if isinstance(prompt, str) or (
-        is_conversation(prompt) and all(isinstance(each.get("content"), str) for each in prompt)
+        is_conversation(prompt) and all(isinstance(message.get("content"), str) for message in prompt)
     ):
         return prompt
-    if not isinstance(prompt, (list, tuple)) or not all(isinstance(each, numbers.Integral) for each in prompt):
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(token, numbers.Integral) for token in prompt):
         raise UserError(f"{place} has the prompt {str(prompt)[:60]!r}; give text, messages or token ids")
     if mask is not None and len(mask) != len(prompt):
-        raise UserError(f"{place} has {len(prompt)} input_ids and an attention_mask of {len(mask)}; give one each")
-    ids = [int(token) for token, seen in zip(prompt, mask or [1] * len(prompt), strict=True) if seen]
+        raise UserError(
+            f"{place} has {len(prompt)} input_ids and an attention_mask of {len(mask)}; give both the same length"
+        )
+    ids = [int(token) for token, real in zip(prompt, mask or [1] * len(prompt), strict=True) if real]
     if not ids:
         raise UserError(f"{place} has an empty prompt, which cannot be continued; drop it from the dataset")
     return ids
-
-
-def _plain(value: Any) -> Any:
-    """A tensor or an array as a list."""
-    return value.tolist() if hasattr(value, "tolist") else value

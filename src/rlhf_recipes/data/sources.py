@@ -1,4 +1,4 @@
-"""Rows from a folder, a file or a Hub id."""
+"""Datasets from a folder, a file or a Hub id: splits, filters, limits and required columns."""
 
 import json
 import os
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 SHARD = re.compile(r"-\d+-of-\d+$")
-# file ending -> builder of the datasets library; each may be followed by .gz
+# File ending -> builder of the datasets library; .gz may follow each ending.
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -28,10 +28,14 @@ def load_split(
     max_samples: int | None = None,
     streaming: bool = False,
 ) -> "Dataset | IterableDataset":
-    """One split of a dataset, checked not to be empty.
+    """Load one split of a dataset and check that it has rows.
 
-    name: a folder with ``<split>.jsonl`` (or .csv, .parquet, ... also .gz, also in shards such as
-    ``<split>-00000-of-00002.parquet``, also in its subfolder ``data``), one such file, or a Hub id.
+    Args:
+        name: a folder, a data file or a Hub id. A folder has ``<split>.jsonl`` (or .csv, .parquet, ...; also .gz), or
+            shards such as ``<split>-00000-of-00002.parquet``, itself or in its subfolder ``data``.
+        config: name of the configuration of a Hub dataset.
+        max_samples: keep only so many rows, the first ones.
+        streaming: read rows as they are needed.
 
     Raises:
         UserError: no such source or split, an unreadable file, an empty split, a Hub id while offline.
@@ -45,26 +49,26 @@ def load_split(
         dataset = _from_hub(name, config, split, streaming)
     if first_row(dataset) is None:
         raise UserError(f"dataset {name} has no rows in its split {split!r}; give another split or file")
-    return _first(dataset, max_samples)
+    return _first_rows(dataset, max_samples)
 
 
 def load_train_and_test(
     arguments: DatasetArguments, name: str | None = None, streaming: bool = False
 ) -> "tuple[Any, Any | None]":
-    """The training split and, where the source has it, the held-out split of `arguments.dataset_name` (or `name`).
+    """Load the training split and the held-out split of `arguments.dataset_name` (or `name`); None without the latter.
 
-    `arguments.row_filter` holds for both, `arguments.extra_dataset_names` lengthens the training split, and the limits
-    on samples count what is left after that.
+    `arguments.row_filter` applies to both splits. `arguments.extra_dataset_names` add rows to the training split. The
+    limits on samples count filtered rows.
     """
-    train = _first(_joined(load_training_sources(arguments, name, streaming)), arguments.max_train_samples)
+    train = _first_rows(_concatenated(load_training_sources(arguments, name, streaming)), arguments.max_train_samples)
     return train, load_test_split(arguments, name, streaming)
 
 
 def load_test_split(arguments: DatasetArguments, name: str | None = None, streaming: bool = False) -> "Any | None":
-    """The held-out split of `arguments.dataset_name` (or `name`), filtered and limited; None where it has none.
+    """Load the held-out split of `arguments.dataset_name` (or `name`), filtered and limited; None if there is none.
 
-    streaming: a dataset of the Hub is read as a stream, since asking for one split fetches all of them otherwise. What
-    is left of it is in memory.
+    streaming: read a Hub dataset as a stream, since otherwise the Hub sends every split to whoever requests one. The
+    filtered rows are in memory.
     """
     source = str(name or arguments.dataset_name)
     test = _load_test(arguments, source, streaming)
@@ -72,20 +76,26 @@ def load_test_split(arguments: DatasetArguments, name: str | None = None, stream
         return None
     rules = parse_row_filter(arguments.row_filter or [])
     test = filter_rows(test, rules, f"{source} ({arguments.dataset_test_split})")
-    return _in_memory(_first(test, arguments.max_test_samples))
+    return _in_memory(_first_rows(test, arguments.max_test_samples))
 
 
 def load_training_sources(arguments: DatasetArguments, name: str | None = None, streaming: bool = False) -> list[Any]:
-    """The training split of each source, filtered: `dataset_name` (or `name`) first, then the extra ones."""
+    """Load the filtered training split of each source: `dataset_name` (or `name`) first, then the extra ones.
+
+    Raises:
+        UserError: no source, or a filtered column that no source has; see also `load_split` and `filter_rows`.
+    """
     source = name or arguments.dataset_name
     if not source:
         raise UserError("no dataset; pass --dataset_name with a folder, a data file or a Hub id")
     sources = [source, *(arguments.extra_dataset_names or [])]
     rules = parse_row_filter(arguments.row_filter or [])
     split, config = arguments.dataset_train_split, arguments.dataset_config
-    parts = [load_split(part, split, config=config, streaming=streaming) for part in sources]
-    _require_filtered_columns(parts, rules)
-    return [filter_rows(part, rules, f"{one} ({split})") for part, one in zip(parts, sources, strict=True)]
+    datasets = [load_split(source, split, config=config, streaming=streaming) for source in sources]
+    _require_filtered_columns(datasets, rules)
+    return [
+        filter_rows(dataset, rules, f"{source} ({split})") for dataset, source in zip(datasets, sources, strict=True)
+    ]
 
 
 def _load_test(arguments: DatasetArguments, source: str, streaming: bool) -> "Any | None":
@@ -94,8 +104,8 @@ def _load_test(arguments: DatasetArguments, source: str, streaming: bool) -> "An
     if path.is_file() or (path.is_dir() and split not in data_splits(path)):
         return None
     try:
-        streams = streaming and not path.exists()
-        return load_split(source, split, config=arguments.dataset_config, streaming=streams)
+        streaming = streaming and not path.exists()
+        return load_split(source, split, config=arguments.dataset_config, streaming=streaming)
     except UserError:
         if path.exists():
             raise
@@ -103,18 +113,18 @@ def _load_test(arguments: DatasetArguments, source: str, streaming: bool) -> "An
 
 
 def parse_row_filter(conditions: Sequence[str]) -> dict[str, set[str]]:
-    """``["source=imdb", "source=web"]`` -> ``{"source": {"imdb", "web"}}``: column -> the values it may hold."""
+    """Parse ``["source=imdb", "source=web"]`` to ``{"source": {"imdb", "web"}}``: allowed values by column."""
     rules: dict[str, set[str]] = {}
     for condition in conditions:
         column, equals, value = condition.partition("=")
         if not column or not equals:
-            raise UserError(f"row_filter {condition!r} is not of the form column=value")
+            raise UserError(f"row_filter {condition!r} is not of the form column=value; write --row_filter source=web")
         rules.setdefault(column, set()).add(value)
     return rules
 
 
 def filter_rows(dataset: Any, rules: Mapping[str, set[str]], name: str = "dataset") -> Any:
-    """The rows whose columns hold one of the values allowed (compared as text); rules on absent columns do nothing.
+    """Return the rows whose columns hold one of the allowed values, compared as text; absent columns are ignored.
 
     Raises:
         UserError: no row is left.
@@ -124,87 +134,91 @@ def filter_rows(dataset: Any, rules: Mapping[str, set[str]], name: str = "datase
         if column in present:
             dataset = dataset.filter(lambda value, allowed=allowed: str(value) in allowed, input_columns=[column])
     if first_row(dataset) is None:
-        wanted = ", ".join(f"{column} in {sorted(allowed)}" for column, allowed in rules.items())
-        raise UserError(f"{name} has no row with {wanted}; change --row_filter")
+        conditions = ", ".join(f"{column} in {sorted(allowed)}" for column, allowed in rules.items())
+        raise UserError(f"{name} has no row with {conditions}; change --row_filter")
     return dataset
 
 
-def _require_filtered_columns(parts: Sequence[Any], rules: Mapping[str, set[str]]) -> None:
+def _require_filtered_columns(datasets: Sequence[Any], rules: Mapping[str, set[str]]) -> None:
+    """Raise UserError if a filtered column is in none of the datasets."""
     for column in rules:
-        if not any(has_columns(part, column) for part in parts):
-            present = ", ".join(first_row(parts[0]) or {})
-            raise UserError(f"row_filter names the column {column}, but the dataset has {present}")
+        if not any(has_columns(dataset, column) for dataset in datasets):
+            present = ", ".join(first_row(datasets[0]) or {})
+            raise UserError(f"row_filter names the column {column}, but the dataset has {present}; name one of these")
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    """The parts one after the other, in the columns that they share."""
-    if len(parts) == 1:
-        return parts[0]
+def _concatenated(datasets: Sequence[Any]) -> Any:
+    """Return the datasets one after the other, with the columns that all of them have."""
+    if len(datasets) == 1:
+        return datasets[0]
     from datasets import concatenate_datasets
 
-    rows = [first_row(part) or {} for part in parts]
+    rows = [first_row(dataset) or {} for dataset in datasets]
     common = [column for column in rows[0] if all(column in row for row in rows)]
     if not common:
         raise UserError(f"the datasets share no column ({'; '.join(', '.join(row) for row in rows)}); rename them")
     try:
-        return concatenate_datasets([part.select_columns(common) for part in parts])
+        return concatenate_datasets([dataset.select_columns(common) for dataset in datasets])
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the datasets hold different types in {', '.join(common)}: {reason}") from None
+        raise UserError(
+            f"the datasets hold different types in {', '.join(common)}: {reason}; give the columns one type"
+        ) from None
 
 
-def _first(dataset: Any, count: int | None) -> Any:
-    """The first `count` rows, or all."""
+def _first_rows(dataset: Any, count: int | None) -> Any:
+    """Return the first `count` rows; None: all."""
     if count is None:
         return dataset
     if count < 1:
         raise UserError(f"a limit of {count} samples leaves no rows; give at least 1")
-    return dataset.take(count) if _streams(dataset) else dataset.select(range(min(count, len(dataset))))
+    return dataset.take(count) if _is_stream(dataset) else dataset.select(range(min(count, len(dataset))))
 
 
 def _in_memory(dataset: Any) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list(list(dataset)) if _streams(dataset) else dataset
+    return Dataset.from_list(list(dataset)) if _is_stream(dataset) else dataset
 
 
-def _streams(dataset: Any) -> bool:
+def _is_stream(dataset: Any) -> bool:
     from datasets import IterableDataset
 
     return isinstance(dataset, IterableDataset)
 
 
 def first_row(dataset: Any) -> dict[str, Any] | None:
-    """The first row, or None where there is none."""
+    """Return the first row, or None without rows."""
     return next(iter(dataset), None)
 
 
 def has_columns(dataset: Any, *columns: str) -> bool:
+    """Whether the dataset has rows and all of these columns."""
     row = first_row(dataset)
     return row is not None and all(column in row for column in columns)
 
 
 def require_columns(dataset: Any, *choices: Sequence[str], role: str = "dataset") -> Sequence[str]:
-    """The first of `choices` (each a set of column names) that the dataset has.
+    """Return the first of `choices`, each a set of column names, that the dataset has.
 
     Raises:
-        UserError: it has none of them; names the columns that there are.
+        UserError: it has none of them; the message lists the columns that exist.
     """
     for columns in choices:
         if has_columns(dataset, *columns):
             return columns
-    wanted = " or ".join("+".join(columns) for columns in choices)
+    needed = " or ".join("+".join(columns) for columns in choices)
     present = ", ".join(first_row(dataset) or {})
-    raise UserError(f"{role} needs the columns {wanted}, but has {present}; rename them or give another dataset")
+    raise UserError(f"{role} needs the columns {needed}, but has {present}; rename them or give another dataset")
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write JSON Lines atomically."""
+    """Write JSON Lines atomically and return the path."""
     return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _has_file_ending(path: Path) -> bool:
-    """A dot in the name of a repo is none."""
+    """Whether the name ends as a data file does. Other dots may be part of a repo's name."""
     return any(suffix in BUILDERS or suffix == ".gz" for suffix in path.suffixes)
 
 
@@ -217,9 +231,9 @@ def _builder_of(path: Path) -> str:
 
 
 def data_splits(folder: Path) -> dict[str, list[Path]]:
-    """The data files of each split that the folder holds; a report or a card is none."""
-    places = [folder, folder / "data"]
-    files = [file for place in places if place.is_dir() for file in sorted(place.iterdir()) if file.is_file()]
+    """Return the data files of each split in a dataset folder; metrics.json and hidden files do not count."""
+    folders = [folder, folder / "data"]
+    files = [file for path in folders if path.is_dir() for file in sorted(path.iterdir()) if file.is_file()]
     splits: dict[str, list[Path]] = {}
     for file in files:
         known = any(suffix in BUILDERS for suffix in file.suffixes)
@@ -231,12 +245,13 @@ def data_splits(folder: Path) -> dict[str, list[Path]]:
 def _split_files(folder: Path, split: str) -> list[Path]:
     splits = data_splits(folder)
     if split not in splits:
-        there = ", ".join(splits) or "no data files"
-        raise UserError(f"dataset folder {folder} has no split {split!r} (it has {there}); name one of them")
+        present = ", ".join(splits) or "no data files"
+        raise UserError(f"dataset folder {folder} has no split {split!r} (it has {present}); name one of them")
     return splits[split]
 
 
 def _load(files: Sequence[Path], name: str, streaming: bool) -> Any:
+    """Load local files as one dataset; `name` is what messages call it."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -244,28 +259,31 @@ def _load(files: Sequence[Path], name: str, streaming: bool) -> Any:
     options: dict[str, Any] = {"sep": "\t"} if ".tsv" in files[0].suffixes else {}
     try:
         paths = [str(file) for file in files]
-        with _unreported():
+        with _without_download_counts():
             dataset = load_dataset(builder, split="train", data_files=paths, streaming=streaming, **options)
-        first_row(dataset)  # a stream reads its file now or never
+        first_row(dataset)  # a stream opens its file here, so errors are caught here
         return dataset
-    except StopIteration:  # how the JSON reader says that the file is empty
+    except StopIteration:  # raised by the JSON reader for an empty file
         raise UserError(f"dataset {name} has no rows; give another file") from None
     except (DatasetGenerationError, OSError, ValueError, UnicodeDecodeError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"dataset {name} cannot be read as {builder}: {reason}; mend or replace the file") from None
+        raise UserError(f"dataset {name} cannot be read as {builder}: {reason}; fix or replace the file") from None
 
 
 @contextmanager
-def _unreported() -> Iterator[None]:
-    """For the time, datasets does not tell a server what it reads, local files included, unless it is asked to."""
+def _without_download_counts() -> Iterator[None]:
+    """Within this block `datasets` reports no loads, not even of local files, to a server.
+
+    ``HF_UPDATE_DOWNLOAD_COUNTS=1`` in the environment keeps the reports.
+    """
     from datasets import config
 
-    before = config.HF_UPDATE_DOWNLOAD_COUNTS
-    config.HF_UPDATE_DOWNLOAD_COUNTS = before and os.environ.get("HF_UPDATE_DOWNLOAD_COUNTS", "0") != "0"
+    setting = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = setting and os.environ.get("HF_UPDATE_DOWNLOAD_COUNTS", "0") != "0"
     try:
         yield
     finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = before
+        config.HF_UPDATE_DOWNLOAD_COUNTS = setting
 
 
 def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any:
@@ -274,12 +292,12 @@ def _from_hub(name: str, config: str | None, split: str, streaming: bool) -> Any
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or _has_file_ending(Path(name)):
-        raise UserError(f"dataset {name}: no such file or folder")
+        raise UserError(f"dataset {name}: no such file or folder; check the path")
     try:
-        with _unreported():
+        with _without_download_counts():
             return load_dataset(name, config, split=split, streaming=streaming)
     except (OfflineModeIsEnabled, ConnectionError, DatasetNotFoundError, FileNotFoundError) as error:
-        reason = "the Hub cannot be asked while HF_HUB_OFFLINE=1" if _offline() else str(error).strip().splitlines()[0]
+        reason = "HF_HUB_OFFLINE=1 allows no request to the Hub" if _offline() else str(error).strip().splitlines()[0]
         raise UserError(
             f"dataset {name} is no local file or folder, and as a Hub id it cannot be fetched: {reason}; "
             "give a local path"

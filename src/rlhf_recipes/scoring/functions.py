@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rlhf_recipes.core.conversion import to_python
 from rlhf_recipes.core.errors import RankError, UserError
 from rlhf_recipes.data import plain_text
 
@@ -70,19 +71,19 @@ class FunctionReward:
 
     def _call(self, given: Mapping[str, list[Any]]) -> Any:
         answer = self.function(**given)
-        answer = _plain(wait_for(answer) if inspect.isawaitable(answer) else answer)
+        answer = to_python(wait_for(answer) if inspect.isawaitable(answer) else answer)
         return list(answer) if isinstance(answer, Iterable) else answer  # a generator works, and may fail, here
 
     def _checked(self, score: Any, prompt: Any, completion: Any, ids: Sequence[int]) -> float | list[float]:
         sample = f"for the completion {plain_text(completion)!r} of the prompt {plain_text(prompt)[:200]!r}"
-        score = _plain(score)
+        score = to_python(score)
         if isinstance(score, (list, tuple)):
             if len(score) != len(ids):
                 raise RankError(
                     f"reward function {self.name} returned {len(score)} token rewards {sample}, which has {len(ids)} "
                     "tokens (completion_ids); return one each"
                 )
-            return [self._number(_plain(each), sample) for each in score]
+            return [self._number(to_python(each), sample) for each in score]
         return self._number(score, sample)
 
     def _number(self, score: Any, sample: str) -> float:
@@ -104,11 +105,6 @@ class FunctionReward:
                     f"{told} for the completion {plain_text(completion)!r} of the prompt {plain_text(prompt)[:200]!r}"
                 )
         return f"{told} for {len(given['prompts'])} samples at once, though for none of them alone"
-
-
-def _plain(value: Any) -> Any:
-    """Tensors and arrays, and single numbers of theirs, as Python's own."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def wait_for(answer: Awaitable[Any]) -> Any:

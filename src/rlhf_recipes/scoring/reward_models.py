@@ -9,9 +9,9 @@ import torch
 from rlhf_recipes.core.errors import RankError, UserError
 from rlhf_recipes.core.tensors import batches_by_length, pad
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.scoring.functions import ScoresWithPrefixes
-from rlhf_recipes.data import ensure_chat_template, is_conversation, plain_text, prompt_text, text_ids
+from rlhf_recipes.data import ensure_chat_template_, is_conversation, plain_text, prompt_text, text_ids
 from rlhf_recipes.models import context_length
+from rlhf_recipes.scoring.functions import ScoresWithPrefixes
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_, tokens_per_forward
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ModelReward:
                 "give the reward model its own tokenizer (reward_processing_classes)"
             )
         if not self.shares_ids:
-            ensure_chat_template(tokenizer)
+            ensure_chat_template_(tokenizer)
         self.shift, self.scale = 0.0, 1.0
         self.prefix_scores = prefix_scores and self.shares_ids and hasattr(base_model(model), "score")
 
