@@ -1,4 +1,4 @@
-"""Sampling answers: prompts in, completions out."""
+"""Sampling: answers to prompts, reproducible for any batch size."""
 
 from rlhf_recipes.generation.sampling import Completions, Sampling, generate, row_seed, sample, stop_ids
 

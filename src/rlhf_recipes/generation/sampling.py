@@ -1,9 +1,8 @@
-"""Prompts to completions.
+"""Sample completions of prompts.
 
-Each row draws its own random numbers from its own seed, so what a prompt is answered with does not depend on the rows
-it is batched with, on the batch size, or on the process it lands on. The model's own generation_config names the stop
-tokens and nothing else: a left-over repetition penalty or top-p would sample from another distribution than the one
-whose log-probabilities are trained.
+Each row draws random numbers from its own seed. So the answer to a prompt does not depend on the other rows of its batch,
+on the batch size, or on the process. Of the model's generation_config only the stop tokens count: a repetition penalty or
+top-p left in it would sample from another distribution than the one whose log-probabilities are trained.
 """
 
 from collections.abc import Sequence
@@ -24,10 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. temperature 0 takes the likeliest token; top_k 0, top_p 1 and min_p 0 cut nothing.
+    """How the next token is drawn.
 
-    min_p: leave out tokens less likely than this share of the likeliest one's probability (Nguyen et al. 2024).
-    min_new_tokens: no stop token is drawn before so many tokens stand.
+    max_new_tokens: longest answer in tokens.
+    temperature: 0 takes the most likely token.
+    top_k: draw from the k most likely tokens; 0: from all.
+    top_p: draw from the most likely tokens that together have this probability; 1: from all.
+    min_p: leave out tokens less likely than this share of the most likely one's probability (Nguyen et al. 2024).
+    min_new_tokens: draw no stop token before the answer has so many tokens.
+    stop_ids: tokens that end an answer.
     """
 
     max_new_tokens: int = 53
@@ -41,17 +45,18 @@ class Sampling:
 
 @dataclass
 class Completions:
-    """ids: the generated tokens of each row, its stop token included. stopped: whether the row ended by a stop token."""
+    """ids: the generated tokens of each row, with its stop token. stopped: whether a stop token ended the row."""
 
     ids: list[list[int]]
     stopped: list[bool]
 
     def texts(self, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+        """Decode each row, without special tokens."""
         return [str(text) for text in tokenizer.batch_decode(self.ids, skip_special_tokens=True)]
 
 
 def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None) -> tuple[int, ...]:
-    """Every EOS id of the model's generation config, else of its config, else the tokenizer's."""
+    """Return every EOS id of the model's generation config, or else of its config, or else of the tokenizer."""
     for config in (getattr(model, "generation_config", None), model.config):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
@@ -77,7 +82,7 @@ def generate(
 
 
 def row_seed(seed: int, index: int) -> int:
-    """A seed of its own for the index-th row of a run; distinct pairs give unrelated streams (splitmix64's mixer)."""
+    """Return the seed of the index-th row of a run; distinct pairs give unrelated streams (splitmix64's mixer)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + index * 0xD1342543DE82EF95 + 0x2545F4914F6CDD1D) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) % 2**64
@@ -92,11 +97,16 @@ def sample(
     seeds: Sequence[int],
     batch_size: int = 64,
 ) -> Completions:
-    """Continue rows of token ids. seeds: one a row. Rows of like length share a batch; the order is kept.
+    """Continue rows of token ids; the result is in the order of `prompts`.
 
-    The model is put into eval mode for the time, and given back in the mode it had.
+    The model runs in eval mode and gets its former mode back.
+
+    Args:
+        prompts: token ids of each row.
+        seeds: one for each row, for example from `row_seed`.
+        batch_size: rows in one forward pass; rows of similar length share a batch.
     """
-    training = model.training
+    was_training = model.training
     apply_bitsandbytes_workarounds_(model).eval()
     ids: list[list[int]] = [[] for _ in prompts]
     try:
@@ -106,7 +116,7 @@ def sample(
                 for row, answer in zip(rows, answers, strict=True):
                     ids[row] = answer
     finally:
-        model.train(training)
+        model.train(was_training)
     return Completions(ids, [bool(row) and row[-1] in sampling.stop_ids for row in ids])
 
 
@@ -115,51 +125,56 @@ def _sample_batch(
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in pad(prompts, value=0, side="left"))
-    draws = torch.stack([_uniforms(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
+    draws = torch.stack([_uniform_draws(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
     stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
     answers: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
-    tokens, place, cache = ids, position_ids(mask), preallocated_cache(model.config)
+    active = list(range(len(prompts)))  # rows without a stop token so far
+    tokens, positions, cache = ids, position_ids(mask), preallocated_cache(model.config)
     for step in range(sampling.max_new_tokens):
         output = model(
-            input_ids=tokens, attention_mask=mask.long(), position_ids=place, past_key_values=cache, use_cache=True,
+            input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
         logits = output.logits[:, -1]
         if step < sampling.min_new_tokens:
             logits = logits.index_fill(-1, stops, -torch.inf)
-        chosen = _choose(logits, sampling, draws[:, step])
-        for row, token in zip(alive, chosen.tolist(), strict=True):
+        drawn = _draw_tokens(logits, sampling, draws[:, step])
+        for row, token in zip(active, drawn.tolist(), strict=True):
             answers[row].append(token)
-        going = ~torch.isin(chosen, stops)
-        if not bool(going.all()):  # rows that have stopped leave the batch, so they cost nothing more
-            kept = going.nonzero().squeeze(-1)
-            alive = [alive[index] for index in kept.tolist()]
-            if not alive:
+        unfinished = ~torch.isin(drawn, stops)
+        if not bool(unfinished.all()):  # finished rows leave the batch and cost nothing more
+            rows = unfinished.nonzero().squeeze(-1)
+            active = [active[index] for index in rows.tolist()]
+            if not active:
                 break
-            cache.batch_select_indices(kept)
-            chosen, mask, draws, place = chosen[kept], mask[kept], draws[kept], place[kept]
-        tokens, place = chosen[:, None], place[:, -1:] + 1
+            cache.batch_select_indices(rows)
+            drawn, mask, draws, positions = drawn[rows], mask[rows], draws[rows], positions[rows]
+        tokens, positions = drawn[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return answers
 
 
-def _uniforms(seed: int, count: int) -> Tensor:
+def _uniform_draws(seed: int, count: int) -> Tensor:
+    """Draw `count` float64 numbers in [0, 1), on the CPU so that they are the same on every device."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _choose(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:
-    """The next token of each row, by inverting the cumulative distribution at `draw`. (batch, vocabulary) -> (batch,)."""
+def _draw_tokens(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:
+    """Draw the next token of each row by inverting its cumulative distribution: (batch, vocabulary) -> (batch,).
+
+    draw: (batch,), in [0, 1).
+    """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = _cut(torch.softmax(logits.float() / sampling.temperature, dim=-1), sampling)
+    probabilities = _truncated(torch.softmax(logits.float() / sampling.temperature, dim=-1), sampling)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    # Scaled by the last sum, so that rounding can never lead past the last token that has any probability.
+    # Scaled by the last sum, so that rounding cannot lead past the last token with a probability.
     index = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
     return index.clamp(max=logits.shape[-1] - 1)
 
 
-def _cut(probabilities: Tensor, sampling: Sampling) -> Tensor:
+def _truncated(probabilities: Tensor, sampling: Sampling) -> Tensor:
+    """Set the probabilities that top_k, min_p and top_p leave out to 0, without normalizing: (batch, vocabulary)."""
     if sampling.top_k > 0:
         least = probabilities.topk(min(sampling.top_k, probabilities.shape[-1]), dim=-1).values[:, -1:]
         probabilities = probabilities.where(probabilities >= least, 0.0)
@@ -168,7 +183,7 @@ def _cut(probabilities: Tensor, sampling: Sampling) -> Tensor:
         probabilities = probabilities.where(probabilities >= least, 0.0)
     if sampling.top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        kept = ordered.where(before < sampling.top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
+        preceding = ordered.cumsum(dim=-1) - ordered
+        nucleus = ordered.where(preceding < sampling.top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, nucleus)
     return probabilities
