@@ -4,7 +4,7 @@ Our template ends every assistant turn with the EOS token, so a model that is tr
 generation markers tell TRL which tokens carry loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.errors import UserError
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 # For a vocabulary without role tokens, such as the released GPT-2's.
 ROLE_WORDS = {"system": "System: ", "user": "User: ", "assistant": "Assistant:"}
-
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message] | Sequence[int]
 
 
 def chat_template(roles: Mapping[str, str] = ROLE_TOKENS, separator: str = "") -> str:
