@@ -1,7 +1,6 @@
-"""What is measured: classification, language modelling, generated text, reward models, comparisons of models, divergence.
+"""Measuring models: perplexity, classification, preferences, samples, comparisons, divergence, reward models.
 
-Importing this package loads numpy only. torch arrives with the first call that needs it, and `evaluate` (seconds) with
-the first touch of a classification metric.
+The names that need the `evaluate` library (seconds to import) are imported when they are first used.
 """
 
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
         classification_metrics,
         compute_classification_metrics,
     )
+    from rlhf_recipes.evaluation.reward_models import measure_classifier, measure_ranking
 
 __getattr__ = lazy_names(
     __name__,
@@ -32,6 +32,7 @@ __getattr__ = lazy_names(
             "classification_metrics",
             "compute_classification_metrics",
         ],
+        "reward_models": ["measure_classifier", "measure_ranking"],
     },
 )
 
@@ -48,6 +49,8 @@ __all__ = [
     "completion_perplexity",
     "compute_classification_metrics",
     "evaluate_model",
+    "measure_classifier",
+    "measure_ranking",
     "perplexity",
     "preference_metrics",
 ]

@@ -1,4 +1,4 @@
-"""A model that answers, something that scores answers, and prompts -> a model that answers better."""
+"""Proximal policy optimisation: reinforce a chat model against rewards, on prompts."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,6 @@ from trl import ModelConfig
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import first_row, load_train_and_test, require_columns, require_held_out, write_rows
-from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
     build_lora_config,
@@ -25,17 +24,16 @@ from rlhf_recipes.models import (
     reward_label_count,
 )
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, check_prompts
-from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.scoring import check_reward
-from rlhf_recipes.system import choose_precision, configure_cpu_runtime_, load_unsharded
-from rlhf_recipes.training import open_run, save_model, select_logged_panels, train, under_way
+from rlhf_recipes.system import load_unsharded
+from rlhf_recipes.training import Measured, prepare_process_, run_training, training_inputs
 
-CURVES = [
+PANELS = [
     ("Score", ["objective/scores", "objective/rlhf_reward", "eval_objective/scores"]),
-    ("KL to the reference (nats an answer)", ["objective/kl", "eval_objective/kl"]),
+    ("KL to the reference (nats per answer)", ["objective/kl", "eval_objective/kl"]),
     ("Answer length (tokens)", ["completions/mean_length", "eval_completions/mean_length"]),
     ("Ended by a stop token", ["completions/eos_share", "eval_completions/eos_share"]),
-    ("Entropy (nats a token)", ["policy/entropy_avg"]),
+    ("Entropy (nats per token)", ["policy/entropy_avg"]),
     ("Losses", ["loss/policy_avg", "loss/value_avg"]),
     ("Ratio clipped", ["policy/clipfrac_avg"]),
     ("Variance the values explain", ["val/explained_variance"]),
@@ -44,7 +42,7 @@ CURVES = [
 
 @dataclass
 class PPOArguments(DatasetArguments, FrozenQuantizationArguments):
-    """Prompts (column `prompt`: text, messages or ids) and what scores their answers."""
+    """Prompts (column `prompt`: text, messages or ids) and the rewards of their answers."""
 
     reward: list[str] | None = field(
         default=None,
@@ -53,7 +51,7 @@ class PPOArguments(DatasetArguments, FrozenQuantizationArguments):
         },
     )
     reference_model: str | None = field(
-        default=None, metadata={"help": "What the KL penalty holds the policy near. Unset: the model as it starts."}
+        default=None, metadata={"help": "Reference model of the KL penalty. Unset: the model as it starts."}
     )
     value_model: str | None = field(
         default=None,
@@ -66,14 +64,12 @@ class PPOArguments(DatasetArguments, FrozenQuantizationArguments):
     )
     prompt_tokens: int | None = field(
         default=None,
-        metadata={"help": "Take the first so many tokens of the column `text` as the prompt, for plain-text data."},
+        metadata={"help": "Use this many first tokens of the column `text` as the prompt, for plain-text data."},
     )
 
 
 def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> PPOTrainer:
-    """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
-    from transformers import set_seed
-
+    """Build the trainer. Invalid options and rows raise a `UserError` before weights are loaded."""
     check_parallelism(training, getattr(training.distributed_state, "distributed_type", None))
     name = model_config.model_name_or_path
     if not name:
@@ -99,14 +95,11 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     for reward in rewards:
         check_reward(reward, [name for name in first_row(train) or {} if name != "prompt"])
     check_prompts(config, tokenizer, train, test, training)
-    hidden_size = config.get_text_config().hidden_size
-    training = choose_precision(training, hidden_size)
-    configure_cpu_runtime_(training, hidden_size)
-    frozen, name_of_reference = arguments.frozen(model_config), arguments.reference_model
-    set_seed(training.seed)  # a new adapter is drawn at random
+    frozen, reference_name = arguments.frozen(model_config), arguments.reference_model
+    training = prepare_process_(training, config.get_text_config().hidden_size)  # a new adapter is random
     with load_unsharded():
         policy = load_causal_lm(name, model_config, **code)
-        reference = load_causal_lm(name_of_reference, **frozen, **code) if name_of_reference else None
+        reference = load_causal_lm(reference_name, **frozen, **code) if reference_name else None
         value = load_value_model(arguments.value_model, model_config) if arguments.value_model else None
     return PPOTrainer(
         policy,
@@ -123,7 +116,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
 
 
 def load_value_model(name: str, model_config: ModelConfig) -> Any:
-    """A value model of its own. Where the policy gets an adapter in 4 or 8 bits so does this, unless it is one already."""
+    """Load a separate value model. It is quantized and gets an adapter where the policy does, unless it has one already."""
     adapter = build_lora_config(model_config, "SEQ_CLS")
     if adapter is None:
         return load_reward_model(name)
@@ -139,44 +132,38 @@ def load_value_model(name: str, model_config: ModelConfig) -> Any:
 
 
 def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> Path:
-    """Train and leave a folder with the policy, its value model, its tokenizer and what was measured."""
-    inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    inputs += [*(arguments.reward or []), arguments.reference_model, arguments.value_model]
-    run = open_run(training, arguments, model_config, inputs=inputs)
-    if run.finished:
-        return run.folder
-    trainer = build_ppo_trainer(arguments, model_config, training)
-    with under_way(trainer, run):
-        metrics = train(trainer, run)
-        save_model(trainer, run.folder)
-        held_out = trainer.evaluate() if trainer.eval_prompts is not None else {}
-        metrics |= ppo_metrics(trainer.state.log_history) | held_out
-        if trainer.is_world_process_zero():
-            write_rows(run.folder / "samples.jsonl", trainer.last_samples)
-            trainer.save_state()
-            log = trainer.state.log_history
-            plot_curves(log, run.folder / "curves.png", select_logged_panels(CURVES, log), title="PPO")
-            complete_output_folder(
-                run.folder,
-                stage="ppo",
-                title="A model that answers better",
-                parents={
-                    "model": model_config.model_name_or_path,
-                    "reward": ", ".join(arguments.reward or []),
-                    "prompts": arguments.dataset_name,
-                },
-                metrics=metrics,
-                arguments=[arguments, model_config, training],
-                images=["curves.png"],
-            )
-    return run.folder
+    """Train and leave a folder with the policy, its value model, its tokenizer and its metrics."""
+    models = [*(arguments.reward or []), arguments.reference_model, arguments.value_model]
+    return run_training(
+        "ppo",
+        [arguments, model_config, training],
+        lambda: build_ppo_trainer(arguments, model_config, training),
+        measure_ppo,
+        title="A model that answers better",
+        parents={
+            "model": model_config.model_name_or_path,
+            "reward": ", ".join(arguments.reward or []),
+            "prompts": arguments.dataset_name,
+        },
+        inputs=training_inputs(model_config, arguments, *models),
+        plot_title="PPO",
+        panels=PANELS,
+    )
+
+
+def measure_ppo(trainer: PPOTrainer, folder: Path) -> Measured:
+    """Return the metrics of the run and of the held-out prompts, and write samples.jsonl. All ranks must call it."""
+    held_out = trainer.evaluate() if trainer.eval_prompts is not None else {}
+    if trainer.is_world_process_zero():
+        write_rows(folder / "samples.jsonl", trainer.last_samples)
+    return Measured(ppo_metrics(trainer.state.log_history) | held_out)
 
 
 def with_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int | None) -> Any:
-    """The dataset as it is, or with the first `prompt_tokens` tokens of its column `text` as the column `prompt`.
+    """Return the dataset, or one whose column `prompt` is the first `prompt_tokens` tokens of the column `text`.
 
     Raises:
-        UserError: neither a prompt nor a text to take it from; names the columns there are.
+        UserError: the dataset has no column `text`; names its columns.
     """
     if dataset is None or prompt_tokens is None:
         return dataset
@@ -191,7 +178,7 @@ def with_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int | None) -> Any
 
 
 def ppo_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:
-    """Score, KL, length and EOS share of the first and of the last logged update."""
+    """Return score, KL, length and EOS share of the first and the last logged update."""
     updates = [entry for entry in log_history if "objective/scores" in entry]
     if not updates:
         return {}

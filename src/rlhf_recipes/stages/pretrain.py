@@ -1,4 +1,4 @@
-"""Text and a tokenizer -> a GPT-2 language model, from scratch by named size or continued from a checkpoint."""
+"""Pretraining: train a GPT-2 language model on text, from scratch by named size or from a checkpoint."""
 
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,7 +13,6 @@ from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import load_train_and_test, pack_documents, require_batch, require_text
 from rlhf_recipes.evaluation import perplexity
-from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.models import (
     SIZES,
     build_gpt2,
@@ -24,18 +23,16 @@ from rlhf_recipes.models import (
     load_tokenizer,
     will_be_quantized,
 )
-from rlhf_recipes.reports import plot_curves
-from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 from rlhf_recipes.training import (
+    Measured,
     PretrainTrainer,
     SampleContinuations,
     TrainingDefaults,
     collate_blocks,
-    measures,
-    open_run,
-    save_model,
-    train,
-    under_way,
+    measures_model,
+    prepare_process_,
+    run_training,
+    training_inputs,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +44,7 @@ NEW_MODEL_DROPOUT = 0.1  # as GPT-2 was trained
 
 @dataclass
 class PretrainArguments(DatasetArguments):
-    """What text is learnt, in which tokens, and by how large a model."""
+    """The text, the tokenizer and the size of the model."""
 
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer: a folder or Hub id. Unset: the one beside model_name_or_path."}
@@ -56,7 +53,7 @@ class PretrainArguments(DatasetArguments):
         default=None,
         metadata={
             "help": "Size of a new GPT-2: nano (0.5M parameters), tiny (1M), mini (10M), gpt2 (124M), medium, large "
-            "or xl. Leave it unset to go on from model_name_or_path."
+            "or xl. Unset: start from model_name_or_path."
         },
     )
     max_length: int | None = field(
@@ -67,14 +64,14 @@ class PretrainArguments(DatasetArguments):
         default=None, metadata={"help": "Dropout. Unset: 0.1 for a new model, the checkpoint's own otherwise."}
     )
     l1_penalty: float = field(
-        default=0.0, metadata={"help": "Adds to the loss this times the sum of |w| over the weights under decay."}
+        default=0.0, metadata={"help": "Weight of an L1 penalty: the sum of |w| over the weights under weight decay."}
     )
     sample_prompts: list[str] | None = field(
         default=None, metadata={"help": "Texts to continue at each evaluation and at the end (samples.md)."}
     )
     sample_tokens: int = field(default=48, metadata={"help": "Tokens of each continuation."})
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read and pack the rows as they come; needs max_steps."}
+        default=False, metadata={"help": "Read and pack rows while training; needs max_steps."}
     )
 
     def __post_init__(self) -> None:
@@ -94,21 +91,23 @@ class PretrainArguments(DatasetArguments):
 class PretrainConfig(TrainingDefaults, TrainingArguments):
     """`TrainingArguments` with the values GPT-2-sized models are pretrained with (Brown et al. 2020, table 2.1)."""
 
-    output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder to leave the model in."})
+    output_dir: str = field(default="runs/pretrain", metadata={"help": "Output folder for the model."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the text."})
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "cosine, linear, ... from the peak down."})
     warmup_steps: float = field(default=0.02, metadata={"help": "Steps, or a share of all steps, up to the peak."})
-    weight_decay: float = field(default=0.1, metadata={"help": "L2 pull on weights, not on biases and layer norms."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay, not applied to biases and layer norms."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Decay of Adam's second moment."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients longer than this are scaled down to it."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Maximum gradient norm; larger gradients are scaled down."}
+    )
     optim: str = field(default="adamw_torch_fused", metadata={"help": "adamw_torch_fused, sgd, adamw_8bit, ..."})
 
 
 def build_pretrain_trainer(
     arguments: PretrainArguments, model_config: ModelConfig, training: PretrainConfig
 ) -> PretrainTrainer:
-    """Assemble the trainer. Everything that the caller can get wrong is found before weights are read or made."""
+    """Build the trainer. Invalid options and text raise a `UserError` before weights are loaded or made."""
     tokenizer, context = _check_model(arguments, model_config, trust_remote_code=training.trust_remote_code)
     tokenizer.model_max_length = context
     train, test = _load_texts(arguments, training)
@@ -117,20 +116,18 @@ def build_pretrain_trainer(
     blocks = pack_documents(train, tokenizer, context, arguments.text_column)
     _require_one_step(blocks, training, context)
     texts = [text for text in test[arguments.text_column] if text] if test is not None else []
-    held_out = pack_documents(test, tokenizer, context, arguments.text_column) if texts else None
-    if training.eval_strategy != "no" and not held_out:
+    test_blocks = pack_documents(test, tokenizer, context, arguments.text_column) if texts else None
+    if training.eval_strategy != "no" and not test_blocks:
         raise UserError(
             f"eval_strategy is {training.eval_strategy.value}, but the dataset has no split "
             f"{arguments.dataset_test_split!r} of at least {context} tokens; add one or pass --eval_strategy no"
         )
     model = _make_model(arguments, model_config, tokenizer, context, training)
-    training = choose_precision(training, model.config.hidden_size)
-    configure_cpu_runtime_(training, model.config.hidden_size)
     return PretrainTrainer(
         model=model,
-        args=training,
+        args=prepare_process_(training, model.config.hidden_size),
         train_dataset=blocks,
-        eval_dataset=held_out or None,
+        eval_dataset=test_blocks or None,
         data_collator=collate_blocks,
         processing_class=tokenizer,
         callbacks=[samples] if prompts else [],
@@ -140,43 +137,48 @@ def build_pretrain_trainer(
 
 
 def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, training: PretrainConfig) -> Path:
-    """Pretrain and leave a folder with the model, its tokenizer and what was measured on the held-out text."""
-    sources = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    inputs = [*sources, arguments.tokenizer_name, model_config.model_name_or_path]
-    run = open_run(training, arguments, model_config, inputs=inputs)
-    if run.finished:
-        return run.folder
-    trainer = build_pretrain_trainer(arguments, model_config, training)
-    with under_way(trainer, run):
-        metrics = train(trainer, run)
-        save_model(trainer, run.folder)
-        metrics |= _held_out(trainer) if measures(trainer) else {}
-        if trainer.is_world_process_zero():
-            metrics["parameters"] = get_model_param_count(trainer.model)
-            plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Pretraining")
-            complete_output_folder(
-                run.folder,
-                stage="pretrain",
-                title="GPT-2 language model",
-                parents={
-                    "text": ", ".join(filter(None, sources)),
-                    "tokenizer": arguments.tokenizer_name,
-                    "model": model_config.model_name_or_path,
-                },
-                metrics=metrics,
-                arguments=[arguments, model_config, training],
-                images=["curves.png"],
-            )
-    return run.folder
+    """Pretrain and leave a folder with the model, its tokenizer and its metrics on the held-out text."""
+    texts = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
+    return run_training(
+        "pretrain",
+        [arguments, model_config, training],
+        lambda: build_pretrain_trainer(arguments, model_config, training),
+        measure_pretrain,
+        title="GPT-2 language model",
+        parents={
+            "text": ", ".join(filter(None, texts)),
+            "tokenizer": arguments.tokenizer_name,
+            "model": model_config.model_name_or_path,
+        },
+        inputs=training_inputs(model_config, arguments, arguments.tokenizer_name),
+        plot_title="Pretraining",
+    )
+
+
+def measure_pretrain(trainer: PretrainTrainer, folder: Path) -> Measured:
+    """Return the number of parameters, and perplexity and bits per byte of the held-out documents, if there are any.
+
+    They are measured in the precision of the weights. All ranks must call it.
+    """
+    metrics: dict[str, Any] = {}
+    if trainer.held_out_texts and measures_model(trainer):
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        batch = trainer.args.per_device_eval_batch_size
+        measured = perplexity(model, trainer.processing_class, trainer.held_out_texts, batch_size=batch, progress=True)
+        metrics = {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")}
+        metrics["held_out_tokens"] = measured["tokens"]
+    if trainer.is_world_process_zero():
+        metrics["parameters"] = get_model_param_count(trainer.model)
+    return Measured(metrics)
 
 
 def _check_model(
     arguments: PretrainArguments, model_config: ModelConfig, **code: Any
 ) -> "tuple[PreTrainedTokenizerBase, int]":
-    """The tokenizer and the context in tokens, from what is small to read."""
+    """Check model and tokenizer by their small files; return the tokenizer and the context in tokens."""
     checkpoint = model_config.model_name_or_path
     if (arguments.model_size is None) == (checkpoint is None):
-        raise UserError("give one of --model_size (a new model) and --model_name_or_path (go on from a checkpoint)")
+        raise UserError("give one of --model_size (a new model) and --model_name_or_path (start from a checkpoint)")
     if model_config.use_peft or model_config.load_in_4bit or model_config.load_in_8bit:
         raise UserError("pretrain trains all weights; for LoRA and quantized models use the sft stage")
     if checkpoint is None and model_config.dtype not in (None, "auto", "float32"):
@@ -188,11 +190,13 @@ def _check_model(
         return load_tokenizer(name, **code), arguments.max_length or SIZES[str(arguments.model_size)]["n_positions"]
     config = load_config(checkpoint, revision=model_config.model_revision, **code)
     if will_be_quantized(model_config, config):
-        raise UserError(f"model {checkpoint} was saved in 4 or 8 bits; pretrain trains all weights, so give it whole")
+        raise UserError(
+            f"model {checkpoint} was saved in 4 or 8 bits; pretrain trains all weights, so give one in full precision"
+        )
     if is_reward_model(checkpoint, **code):
-        raise UserError(f"model {checkpoint} is a reward model, which predicts no text; go on from a language model")
+        raise UserError(f"model {checkpoint} is a reward model, which predicts no text; start from a language model")
     tokenizer = load_tokenizer(name, **code)
-    if len(tokenizer) > config.vocab_size or _another_vocabulary(
+    if len(tokenizer) > config.vocab_size or _has_other_vocabulary(
         tokenizer, checkpoint, arguments.tokenizer_name, **code
     ):
         raise UserError(
@@ -208,13 +212,15 @@ def _check_model(
     return tokenizer, context
 
 
-def _another_vocabulary(tokenizer: "PreTrainedTokenizerBase", checkpoint: str, name: str | None, **code: Any) -> bool:
+def _has_other_vocabulary(
+    tokenizer: "PreTrainedTokenizerBase", checkpoint: str, name: str | None, **code: Any
+) -> bool:
     if name is None or name == checkpoint:
         return False
     try:
         own = load_tokenizer(checkpoint, **code)
     except UserError:
-        return False  # a checkpoint without tokenizer files: the number of tokens is all there is to compare
+        return False  # a checkpoint without tokenizer files: only the number of tokens can be compared
     return bool(own.get_vocab() != tokenizer.get_vocab())
 
 
@@ -230,8 +236,8 @@ def _load_texts(arguments: PretrainArguments, training: PretrainConfig) -> "tupl
 
 def _require_one_step(blocks: Any, training: PretrainConfig, context: int) -> None:
     needed = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    there = sum(1 for _ in islice(blocks, needed))  # a stream has no length
-    require_batch(there, training, f"the text, packed into blocks of {context} tokens,")
+    count = sum(1 for _ in islice(blocks, needed))  # a stream has no length
+    require_batch(count, training, f"the text, packed into blocks of {context} tokens,")
 
 
 def _make_model(
@@ -245,9 +251,9 @@ def _make_model(
 
     set_seed(training.seed)
     if model_config.model_name_or_path is not None:
-        reads: dict[str, Any] = {} if arguments.dropout is None else _dropout_rates(arguments.dropout)
-        reads["trust_remote_code"] = training.trust_remote_code
-        return load_causal_lm(model_config.model_name_or_path, model_config, **reads)
+        options: dict[str, Any] = {} if arguments.dropout is None else _dropout_rates(arguments.dropout)
+        options["trust_remote_code"] = training.trust_remote_code
+        return load_causal_lm(model_config.model_name_or_path, model_config, **options)
     dropout = NEW_MODEL_DROPOUT if arguments.dropout is None else arguments.dropout
     model = build_gpt2(str(arguments.model_size), tokenizer, positions=context, dropout=dropout)
     if model_config.attn_implementation:
@@ -257,15 +263,3 @@ def _make_model(
 
 def _dropout_rates(rate: float) -> dict[str, float]:
     return {"resid_pdrop": rate, "attn_pdrop": rate, "embd_pdrop": rate}
-
-
-def _held_out(trainer: PretrainTrainer) -> dict[str, float]:
-    """Perplexity and bits per byte on the held-out documents, in the weights' own precision; nothing without them."""
-    if not trainer.held_out_texts:
-        return {}
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    batch = trainer.args.per_device_eval_batch_size
-    measured = perplexity(model, trainer.processing_class, trainer.held_out_texts, batch_size=batch, progress=True)
-    return {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")} | {
-        "held_out_tokens": measured["tokens"]
-    }

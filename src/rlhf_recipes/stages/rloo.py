@@ -1,9 +1,10 @@
-"""A model that answers, something that scores answers, and prompts -> a model that answers better, by RLOO.
+"""REINFORCE leave-one-out (RLOO; Ahmadian et al. 2024): reinforce a chat model against rewards, without a value model.
 
-REINFORCE leave-one-out (Ahmadian et al. 2024) samples several answers to a prompt; what an answer is worth is its score
-less the mean score of the others. There is no value model, and the KL penalty is a part of the score, as in ppo.
+RLOO samples several answers to a prompt. The advantage of an answer is its score minus the mean score of the other answers. The
+KL penalty is part of the score, as in ppo.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,6 @@ from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import world_size
 from rlhf_recipes.data import Prompts, load_train_and_test, require_columns, require_held_out, require_texts
-from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.generation import stop_ids
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
@@ -25,33 +25,28 @@ from rlhf_recipes.models import (
     check_policy,
     context_length,
     count_positions_from_mask_,
-    is_quantized,
     load_causal_lm,
     prepare_for_lora,
-    trainable_to_float32_,
 )
-from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
-from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
 from rlhf_recipes.training import (
+    FineTuningDefaults,
+    Measured,
     SafeTrainer,
-    TrainingDefaults,
-    open_run,
-    save_model,
-    select_logged_panels,
-    train,
-    under_way,
+    prepare_process_,
+    run_training,
+    training_inputs,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CURVES = [
+PANELS = [
     ("Score", ["reward", "eval_reward"]),
-    ("KL to the reference (nats a token)", ["kl", "eval_kl"]),
+    ("KL to the reference (nats per token)", ["kl", "eval_kl"]),
     ("Answer length (tokens)", ["completions/mean_length", "eval_completions/mean_length"]),
     ("Not ended by a stop token", ["completions/clipped_ratio", "eval_completions/clipped_ratio"]),
-    ("Entropy (nats a token)", ["entropy"]),
+    ("Entropy (nats per token)", ["entropy"]),
     ("Ratio clipped", ["clip_ratio/region_mean"]),
     ("Prompts whose answers all score the same", ["frac_reward_zero_std"]),
     ("Learning rate", ["learning_rate"]),
@@ -60,7 +55,7 @@ CURVES = [
 
 @dataclass
 class RLOOArguments(DatasetArguments, FrozenQuantizationArguments):
-    """Prompts (column `prompt`: text or messages) and what scores their answers."""
+    """Prompts (column `prompt`: text or messages) and the rewards of their answers."""
 
     reward: list[str] | None = field(
         default=None,
@@ -71,14 +66,14 @@ class RLOOArguments(DatasetArguments, FrozenQuantizationArguments):
 
 
 @dataclass
-class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
-    """TRL's `RLOOConfig`, with the house's answer length and the ways of ppo with scores.
+class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
+    """TRL's `RLOOConfig` with the answer length and the reward options of ppo.
 
-    A batch holds ``per_device_train_batch_size x steps_per_generation x processes`` answers, ``num_generations`` to a
-    prompt; each is learnt from ``num_iterations`` times.
+    A batch has ``per_device_train_batch_size x steps_per_generation x world size`` answers, ``num_generations`` for each
+    prompt; each answer is trained on ``num_iterations`` times.
     """
 
-    output_dir: str = field(default="runs/rloo", metadata={"help": "Folder to leave the model in."})
+    output_dir: str = field(default="runs/rloo", metadata={"help": "Output folder for the model."})
     num_generations: int = field(
         default=4, metadata={"help": "Answers sampled to a prompt, each compared with the others; divides the batch."}
     )
@@ -87,7 +82,8 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
     )
     max_completion_length: int = field(default=53, metadata={"help": "Longest answer in tokens."})
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Answers are sampled and learnt from by the same probabilities."}
+        default=True,
+        metadata={"help": "Turn dropout off, so that answers are sampled and trained with the same probabilities."},
     )
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Subtract this from the score of an answer that no stop token ended."}
@@ -98,10 +94,6 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
             "help": "Shift and scale each reward model's scores to mean 0 and variance 1 over its own held-out rows."
         },
     )
-    pad_token: str | None = field(
-        default=None,
-        metadata={"help": "Token that pads, for a tokenizer without one (the released GPT-2: <|endoftext|>)."},
-    )
 
     def __post_init__(self) -> None:
         self.split_global_batch_(world_size())
@@ -109,7 +101,7 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
         compared = self.num_generations_eval or self.num_generations
         if self.num_generations < 2:
             raise UserError(
-                f"num_generations is {self.num_generations}; an answer is compared with others: give 2 or more"
+                f"num_generations is {self.num_generations}; an answer is compared with others; give 2 or more"
             )
         if self.answers % self.num_generations:
             raise UserError(
@@ -131,98 +123,85 @@ class RLOOConfig(TrainingDefaults, trl.RLOOConfig):
 
     @property
     def answers(self) -> int:
-        """Answers of all processes in one batch."""
+        """The number of answers in one batch, over all processes."""
         steps = self.steps_per_generation or self.gradient_accumulation_steps
         return self.generation_batch_size or self.per_device_train_batch_size * world_size() * steps
 
     def episodes(self, steps: int) -> int:
-        """Answers sampled in so many optimizer steps."""
+        """Return the number of answers sampled in this many optimizer steps."""
         uses = (self.steps_per_generation or 1) * self.num_iterations
         return math.ceil(steps * self.gradient_accumulation_steps / uses) * self.answers
 
 
 class SafeRLOOTrainer(SafeTrainer, RLOOTrainer):
-    """TRL's, whose runs lose nothing that was saved."""
+    """TRL's `RLOOTrainer` with the guarantees of `SafeTrainer`."""
 
 
 def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, training: RLOOConfig) -> RLOOTrainer:
-    """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
-    from transformers import set_seed
-
-    start = check_policy(
-        model_config, None, pad_token=training.pad_token, trust_remote_code=training.trust_remote_code
-    )
-    prompts, held_out = load_prompts(arguments, start, training)
-    require_held_out(held_out, training, arguments.dataset_test_split)
+    """Build the trainer. Invalid options and rows raise a `UserError` before weights are loaded."""
+    code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
+    start = check_policy(model_config, None, pad_token=training.pad_token, **code)
+    prompts, test_prompts = load_prompts(arguments, start, training)
+    require_held_out(test_prompts, training, arguments.dataset_test_split)
     sources = check_rewards(arguments, training, prompts.column_names)
-    training = choose_precision(training, start.config.hidden_size)
-    configure_cpu_runtime_(training, start.config.hidden_size)
     functions = load_trl_reward_functions(
         sources, start.tokenizer, training.device, training.normalize_rewards, **arguments.frozen(model_config)
     )
-    set_seed(training.seed)
-    model = load_causal_lm(start.name, model_config, trust_remote_code=training.trust_remote_code)
+    training = prepare_process_(training, start.config.hidden_size)
+    model = load_causal_lm(start.name, model_config, **code)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
     reset_generation_config_(model, stops)
     if training.missing_eos_penalty is not None:
         functions.append(missing_eos(training.missing_eos_penalty, stops))
-        training.reward_weights = training.reward_weights and [*training.reward_weights, 1.0]
+        if training.reward_weights is not None:
+            training = copy.copy(training)
+            training.reward_weights = [*training.reward_weights, 1.0]
     trainer = SafeRLOOTrainer(
         model=prepare_for_lora(model, training.gradient_checkpointing),
         reward_funcs=functions,
         args=training,
         train_dataset=prompts,
-        eval_dataset=held_out,
+        eval_dataset=test_prompts,
         processing_class=start.tokenizer,
         peft_config=build_lora_config(model_config),
     )
-    if is_quantized(model):
-        trainable_to_float32_(trainer.model)
     if trainer.ref_model is not None and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        # TRL has read the reference by the model's name, which for a LoRA folder is that of its base.
+        # TRL loads the reference by the model's name, which for a LoRA folder is the name of its base.
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
-    for reader in (trainer.model, trainer.ref_model):
-        count_positions_from_mask_(reader)
+    for module in (trainer.model, trainer.ref_model):
+        count_positions_from_mask_(module)
     return trainer
 
 
 def run_rloo(arguments: RLOOArguments, model_config: ModelConfig, training: RLOOConfig) -> Path:
-    """Train and leave a folder with the model (or its LoRA adapter), its tokenizer and what was measured."""
-    inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    inputs += arguments.reward or []
-    run = open_run(training, arguments, model_config, inputs=inputs)
-    if run.finished:
-        return run.folder
-    trainer = build_rloo_trainer(arguments, model_config, training)
-    with under_way(trainer, run):
-        metrics = train(trainer, run)
-        save_model(trainer, run.folder)
-        held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
-        if trainer.is_world_process_zero():
-            trainer.save_state()
-            log = trainer.state.log_history
-            metrics["episodes"] = trainer.args.episodes(trainer.state.global_step)
-            metrics |= rloo_metrics(log) | answer_metrics(held_out, "eval_")
-            metrics |= {name: value for name, value in held_out.items() if name.startswith("eval_rewards/")}
-            plot_curves(log, run.folder / "curves.png", select_logged_panels(CURVES, log), title="RLOO")
-            complete_output_folder(
-                run.folder,
-                stage="rloo",
-                title="A model that answers better",
-                parents={
-                    "model": model_config.model_name_or_path,
-                    "reward": ", ".join(arguments.reward or []),
-                    "prompts": arguments.dataset_name,
-                },
-                metrics=metrics,
-                arguments=[arguments, model_config, training],
-                images=["curves.png"],
-            )
-    return run.folder
+    """Train and leave a folder with the model (or its LoRA adapter), its tokenizer and its metrics."""
+    return run_training(
+        "rloo",
+        [arguments, model_config, training],
+        lambda: build_rloo_trainer(arguments, model_config, training),
+        measure_rloo,
+        title="A model that answers better",
+        parents={
+            "model": model_config.model_name_or_path,
+            "reward": ", ".join(arguments.reward or []),
+            "prompts": arguments.dataset_name,
+        },
+        inputs=training_inputs(model_config, arguments, *(arguments.reward or [])),
+        plot_title="RLOO",
+        panels=PANELS,
+    )
+
+
+def measure_rloo(trainer: Any, folder: Path) -> Measured:
+    """Return the metrics of the first and last batch of answers and of the held-out prompts. All ranks must call it."""
+    held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    metrics: dict[str, Any] = {"episodes": trainer.args.episodes(trainer.state.global_step)}
+    metrics |= rloo_metrics(trainer.state.log_history) | answer_metrics(held_out, "eval_")
+    return Measured(metrics | {name: value for name, value in held_out.items() if name.startswith("eval_rewards/")})
 
 
 def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOConfig) -> "tuple[Any, Any | None]":
-    """The training and held-out prompts; every one of them is text or messages and leaves room for an answer."""
+    """Load the training and test prompts, and check that each is text or messages and leaves room for an answer."""
 
     def checked(rows: Any, name: str) -> Any:
         if rows is None:
@@ -246,7 +225,7 @@ def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOC
 
 
 def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[str]) -> list[str]:
-    """What scores the answers, once it is known that it can. columns: those of the prompts."""
+    """Check every reward against the columns of the prompts, and return their sources."""
     sources = list(arguments.reward or [])
     if not sources:
         raise UserError(
@@ -260,19 +239,22 @@ def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[
     return sources
 
 
-def reset_generation_config_(model: "PreTrainedModel", stops: set[int]) -> None:
-    """Let the generation config say how answers end and nothing else: what cuts or bends the distribution that is
-    sampled from (no_repeat_ngram_size, suppress_tokens, ...) is not in the probabilities that are learnt from."""
+def reset_generation_config_(model: "PreTrainedModel", stop_ids: set[int]) -> None:
+    """Replace the model's generation config by one with special token ids only.
+
+    Settings such as no_repeat_ngram_size or suppress_tokens change the distribution that answers are sampled from, and the
+    trained log-probabilities do not know them.
+    """
     from transformers import GenerationConfig
 
-    said = model.generation_config
+    config = model.generation_config
     model.generation_config = GenerationConfig(
-        bos_token_id=said.bos_token_id, eos_token_id=sorted(stops), pad_token_id=said.pad_token_id
+        bos_token_id=config.bos_token_id, eos_token_id=sorted(stop_ids), pad_token_id=config.pad_token_id
     )
 
 
 def rloo_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:
-    """Score, KL, length and EOS share of the first and of the last logged batch of answers, under ppo's names."""
+    """Return score, KL, length and EOS share of the first and the last logged batch of answers, under ppo's names."""
     updates = [entry for entry in log_history if "reward" in entry]
     if not updates:
         return {}
@@ -281,7 +263,7 @@ def rloo_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def answer_metrics(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """What TRL logs of a batch of answers, in ppo's words: the KL in nats an answer, and how many ended."""
+    """Convert what TRL logs of a batch of answers to ppo's names and units: KL in nats per answer, share that ended."""
     if f"{prefix}reward" not in entry:
         return {}
     length = entry[f"{prefix}completions/mean_length"]

@@ -1,4 +1,4 @@
-"""A language model and demonstrations -> a model that answers, by supervised fine-tuning (Ouyang et al. 2022)."""
+"""Supervised fine-tuning (Ouyang et al. 2022): train a language model on demonstrations, so that it answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 import trl
 from trl import ModelConfig, SFTTrainer
 
-from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.arguments import LongPromptArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
     bos_prefix,
@@ -22,78 +22,71 @@ from rlhf_recipes.data import (
     require_texts,
 )
 from rlhf_recipes.evaluation import completion_perplexity
-from rlhf_recipes.folders import complete_output_folder
 from rlhf_recipes.models import (
     StartingModel,
     build_lora_config,
     check_policy,
-    is_quantized,
     load_causal_lm,
     prepare_for_lora,
-    trainable_to_float32_,
 )
-from rlhf_recipes.reports import plot_curves
-from rlhf_recipes.system import choose_precision, configure_cpu_runtime_
-from rlhf_recipes.training import SafeTrainer, TrainingDefaults, measures, open_run, save_model, train, under_way
+from rlhf_recipes.training import (
+    FineTuningDefaults,
+    Measured,
+    SafeTrainer,
+    measures_model,
+    prepare_process_,
+    run_training,
+    training_inputs,
+)
 
 PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
-IGNORED = -100  # the label of a token without loss
+IGNORED_LABEL = -100  # of a token without loss
 
 
 @dataclass
-class SFTArguments(DatasetArguments):
-    """What demonstrations are learnt from. Their columns say which tokens carry loss.
+class SFTArguments(LongPromptArguments):
+    """Demonstrations. Their columns decide which tokens have loss.
 
     prompt and completion (text or messages): the completion; messages: every assistant turn; text: every token.
     """
 
-    drop_long_prompts: bool = field(
-        default=False, metadata={"help": "Leave out rows whose prompt fills max_length, rather than stop."}
-    )
-
 
 @dataclass
-class SFTConfig(TrainingDefaults, trl.SFTConfig):
-    """TRL's `SFTConfig`; lengths default to the model's context and the loss to the assistant's words."""
+class SFTConfig(FineTuningDefaults, trl.SFTConfig):
+    """TRL's `SFTConfig`; the length defaults to the model's context, and messages have loss on assistant turns only."""
 
-    output_dir: str = field(default="runs/sft", metadata={"help": "Folder to leave the model in."})
+    output_dir: str = field(default="runs/sft", metadata={"help": "Output folder for the model."})
     max_length: int | None = field(
-        default=None, metadata={"help": "Longest row in tokens; more is cut off. Unset: the model's context."}
+        default=None, metadata={"help": "Longest row in tokens; longer rows are cut. Unset: the model's context."}
     )
     assistant_only_loss: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Loss on assistant turns only. Unset: on where the rows are messages."}
     )
     eval_packing: bool | None = field(default=False, metadata={"help": "Pack held-out rows as well."})
-    pad_token: str | None = field(
-        default=None,
-        metadata={"help": "Token that pads, for a tokenizer without one (the released GPT-2: <|endoftext|>)."},
-    )
 
 
 class SafeSFTTrainer(SafeTrainer, SFTTrainer):
-    """TRL's, whose runs lose nothing."""
+    """TRL's `SFTTrainer` with the guarantees of `SafeTrainer`."""
 
 
 def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, training: SFTConfig) -> SFTTrainer:
-    """Assemble the trainer. Everything that the caller can get wrong is found before weights are read."""
-    from transformers import set_seed
-
+    """Build the trainer. Invalid options and rows raise a `UserError` before weights are loaded."""
     tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
-    start = check_policy(model_config, training.max_length, **tokens, trust_remote_code=training.trust_remote_code)
+    code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
+    start = check_policy(model_config, training.max_length, **tokens, **code)
     train, test = load_demonstrations(arguments, start, training.dataset_text_field)
     require_batch(len(train), training)
     require_held_out(test, training, arguments.dataset_test_split)
     if training.assistant_only_loss and not is_conversation((first_row(train) or {})[train.column_names[-1]]):
-        raise UserError("assistant_only_loss is for rows of messages, and these are text; leave it out")
-    training = choose_precision(training, start.config.hidden_size)
-    configure_cpu_runtime_(training, start.config.hidden_size)
-    training.max_length = start.max_length
-    if training.assistant_only_loss is None:
-        training.assistant_only_loss = train.column_names == list(MESSAGES)
-    if training.assistant_only_loss:
-        _require_markers(start)
-    set_seed(training.seed)
-    model = load_causal_lm(start.name, model_config, trust_remote_code=training.trust_remote_code)
+        raise UserError("assistant_only_loss needs rows of messages, and these rows are text; leave it out")
+    assistant_only = training.assistant_only_loss
+    if assistant_only is None:
+        assistant_only = train.column_names == list(MESSAGES)
+    if assistant_only:
+        _require_generation_markers(start)
+    options = {"max_length": start.max_length, "assistant_only_loss": assistant_only}
+    training = prepare_process_(training, start.config.hidden_size, **options)
+    model = load_causal_lm(start.name, model_config, **code)
     trainer = SafeSFTTrainer(
         model=prepare_for_lora(model, training.gradient_checkpointing),
         args=training,
@@ -102,44 +95,46 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
         processing_class=start.tokenizer,
         peft_config=build_lora_config(model_config),
     )
-    if is_quantized(model):
-        trainable_to_float32_(trainer.model)
     require_batch(len(trainer.train_dataset), training, "after cutting and packing, the training split")
     return trainer
 
 
 def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTConfig) -> Path:
-    """Fine-tune and leave a folder with the model (or its LoRA adapter), its tokenizer and what was measured."""
-    inputs = [model_config.model_name_or_path, arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    run = open_run(training, arguments, model_config, inputs=inputs)
-    if run.finished:
-        return run.folder
-    trainer = build_sft_trainer(arguments, model_config, training)
-    with under_way(trainer, run):
-        metrics = train(trainer, run)
-        save_model(trainer, run.folder)
-        if trainer.eval_dataset is not None:
-            metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
-        metrics |= _held_out(trainer) if measures(trainer) else {}
-        if trainer.is_world_process_zero():
-            trainer.save_state()
-            plot_curves(trainer.state.log_history, run.folder / "curves.png", title="Supervised fine-tuning")
-            complete_output_folder(
-                run.folder,
-                stage="sft",
-                title="A model that answers",
-                parents={"model": model_config.model_name_or_path, "demonstrations": arguments.dataset_name},
-                metrics=metrics,
-                arguments=[arguments, model_config, training],
-                images=["curves.png"],
-            )
-    return run.folder
+    """Fine-tune and leave a folder with the model (or its LoRA adapter), its tokenizer and its metrics."""
+    return run_training(
+        "sft",
+        [arguments, model_config, training],
+        lambda: build_sft_trainer(arguments, model_config, training),
+        measure_sft,
+        title="A model that answers",
+        parents={"model": model_config.model_name_or_path, "demonstrations": arguments.dataset_name},
+        inputs=training_inputs(model_config, arguments),
+        plot_title="Supervised fine-tuning",
+    )
+
+
+def measure_sft(trainer: Any, folder: Path) -> Measured:
+    """Return the loss on the test split, and perplexity and bits per byte of its tokens with loss. All ranks must call it."""
+    if trainer.eval_dataset is None:
+        return Measured({})
+    metrics = {"eval_loss": trainer.evaluate()["eval_loss"]}
+    if not measures_model(trainer):
+        return Measured(metrics)
+    measured = completion_perplexity(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        loss_spans(trainer.eval_dataset, bos_prefix(trainer.processing_class)),
+        batch_size=trainer.args.per_device_eval_batch_size,
+        progress=True,
+    )
+    metrics |= {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")}
+    return Measured(metrics | {"held_out_tokens": measured["tokens"]})
 
 
 def load_demonstrations(
     arguments: SFTArguments, start: StartingModel, text_column: str = "text"
 ) -> "tuple[Any, Any | None]":
-    """The training and held-out rows, in the columns that are learnt from, each row checked."""
+    """Load the training and the test rows with the columns that are used, and check each row."""
     train, test = load_train_and_test(arguments)
     columns = list(require_columns(train, PROMPT_COMPLETION, MESSAGES, (text_column,), role="the training split"))
     splits: list[Any] = []
@@ -160,41 +155,27 @@ def load_demonstrations(
     return splits[0], splits[1]
 
 
-def loss_spans(dataset: Any, beginning: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
-    """(ids before, ids with loss) of every unbroken run of tokens with loss, in rows of `input_ids` and `labels`.
+def loss_spans(dataset: Any, prefix: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
+    """Return (ids before, ids with loss) of every unbroken span of tokens with loss.
 
-    beginning: what the tokenizer puts before a text, and no model is asked for.
+    Args:
+        dataset: rows of `input_ids` and `labels`, where the label -100 means no loss.
+        prefix: ids that the tokenizer puts before a text; they are never measured.
     """
-    runs = []
+    spans = []
     for row in dataset:
-        ids, learnt = row["input_ids"], [label != IGNORED for label in row["labels"]]
-        starts = [index for index in range(len(ids)) if learnt[index] and not (index and learnt[index - 1])]
+        ids, has_loss = row["input_ids"], [label != IGNORED_LABEL for label in row["labels"]]
+        starts = [index for index in range(len(ids)) if has_loss[index] and not (index and has_loss[index - 1])]
         for start in starts:
-            end = next((index for index in range(start, len(ids)) if not learnt[index]), len(ids))
-            if start == 0 and ids[: len(beginning)] == list(beginning):
-                start = len(beginning)
-            runs.append((ids[:start], ids[start:end]))
-    return runs
+            end = next((index for index in range(start, len(ids)) if not has_loss[index]), len(ids))
+            if start == 0 and ids[: len(prefix)] == list(prefix):
+                start = len(prefix)
+            spans.append((ids[:start], ids[start:end]))
+    return spans
 
 
-def _held_out(trainer: SFTTrainer) -> dict[str, float]:
-    """Perplexity of the held-out words that are answered, or of all of a text; nothing without a held-out split."""
-    if trainer.eval_dataset is None:
-        return {}
-    measured = completion_perplexity(
-        trainer.accelerator.unwrap_model(trainer.model),
-        trainer.processing_class,
-        loss_spans(trainer.eval_dataset, bos_prefix(trainer.processing_class)),
-        batch_size=trainer.args.per_device_eval_batch_size,
-        progress=True,
-    )
-    return {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")} | {
-        "held_out_tokens": measured["tokens"]
-    }
-
-
-def _require_markers(start: StartingModel) -> None:
-    """The chat template says which tokens are the assistant's, or is one for which TRL knows it."""
+def _require_generation_markers(start: StartingModel) -> None:
+    """Check that the chat template marks the assistant's tokens, or that TRL knows a marked version of it."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     try:
@@ -203,7 +184,7 @@ def _require_markers(start: StartingModel) -> None:
     except ValueError:
         raise UserError(
             f"the chat template of {start.name} does not mark what the assistant says with {{% generation %}}, "
-            "so loss cannot be kept to it; add the marks to the template, or pass --assistant_only_loss false"
+            "so loss cannot be limited to it; add the markers to the template, or pass --assistant_only_loss false"
         ) from None
 
 

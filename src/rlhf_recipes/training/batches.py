@@ -1,35 +1,44 @@
-"""Epochs of whole batches, so that a run is the same on any number of processes."""
+"""Epochs that drop their last incomplete batch, so that a run is the same on any number of processes.
 
+Each number of processes would share out an incomplete batch, and fill it up with rows of the next epoch, in another way.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader, RandomSampler
-from transformers import Trainer
+from torch.utils.data import RandomSampler
 
 
-class WholeBatchesTrainer(Trainer):
-    """With `global_batch_size`, an epoch leaves out what of the rows, in their new order, fills no batch.
+def complete_batch_size(args: Any, dataset: Any) -> int | None:
+    """Return the rows of an optimizer step if epochs are to hold complete batches only, else None.
 
-    Each number of processes would share such a rest out, and fill it up with rows from the beginning, in another way.
+    args: training arguments; `global_batch_size` turns it on. dataset: needs a length, and at least one batch of rows.
     """
+    batch_size = getattr(args, "global_batch_size", None)
+    return (
+        batch_size if batch_size is not None and hasattr(dataset, "__len__") and len(dataset) >= batch_size else None
+    )
 
-    def _batch(self) -> int | None:
-        """Rows of an optimizer step that an epoch is cut into; None where it is not."""
-        batch, rows = getattr(self.args, "global_batch_size", None), self.train_dataset
-        return batch if batch is not None and hasattr(rows, "__len__") and len(rows) >= batch else None
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler, batch = super()._get_train_sampler(*args, **kwargs), self._batch()
-        if batch is None or not isinstance(sampler, RandomSampler):
-            return sampler
-        whole = len(sampler) // batch * batch
-        return RandomSampler(sampler.data_source, num_samples=whole, generator=sampler.generator)
+def complete_batches_sampler(sampler: Any, batch_size: int) -> Any:
+    """Return a sampler that drops the rows, in their shuffled order, that do not fill a batch; others come back as they are."""
+    if not isinstance(sampler, RandomSampler):
+        return sampler
+    rows = len(sampler) // batch_size * batch_size
+    return RandomSampler(sampler.data_source, num_samples=rows, generator=sampler.generator)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Trainer's. It drops no batch but says so, since Accelerate else takes the dataset's length for the sampler's, and
-        leaves processes out of what is counted over the last batch of an epoch."""
-        asked = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = asked or self._batch() is not None
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.args.dataloader_drop_last = asked
+
+@contextmanager
+def drop_last(args: Any, enabled: bool) -> Iterator[None]:
+    """Within this block, `args.dataloader_drop_last` is True if `enabled`.
+
+    No batch is dropped by it here. Without it Accelerate takes the length of the dataset for that of the sampler, and leaves
+    processes out of what is gathered over the last batch of an epoch.
+    """
+    configured = args.dataloader_drop_last
+    args.dataloader_drop_last = configured or enabled
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = configured

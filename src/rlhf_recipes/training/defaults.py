@@ -98,3 +98,13 @@ class TrainingDefaults:
         most = min(self.per_device_train_batch_size or share, share)
         self.per_device_train_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
         self.gradient_accumulation_steps = share // self.per_device_train_batch_size
+
+
+@dataclass
+class FineTuningDefaults(TrainingDefaults):
+    """`TrainingDefaults` for stages that start from a model and its tokenizer."""
+
+    pad_token: str | None = field(
+        default=None,
+        metadata={"help": "Padding token, for a tokenizer without one (the released GPT-2: <|endoftext|>)."},
+    )

@@ -1,15 +1,20 @@
-"""What surrounds a trainer, whatever it trains: a folder that may be used, the run itself, the model it leaves."""
+"""A training run from its folder to its card: what all training stages share.
 
+`run_training` is the whole story; the functions below it are its steps, in order.
+"""
+
+import copy
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from transformers import TrainingArguments, set_seed
 
 from rlhf_recipes.core.arguments import requested_values
 from rlhf_recipes.core.errors import UserError
@@ -19,6 +24,7 @@ from rlhf_recipes.folders import (
     STAGING_FOLDER,
     check_output_folder,
     clear_output_folder,
+    complete_output_folder,
     disk_full_as_user_error,
     find_checkpoint,
     folder_lock,
@@ -26,10 +32,11 @@ from rlhf_recipes.folders import (
     require_unlocked,
 )
 from rlhf_recipes.hub import HubArguments, check_push, open_requested_repo, push_if_requested
-from rlhf_recipes.system import check_launch
+from rlhf_recipes.reports import plot_curves
+from rlhf_recipes.system import check_launch, choose_precision, configure_cpu_runtime_
 
-# Says nothing of what is learnt.
-HOW = {
+# Options that do not change what is trained.
+OPERATIONAL_OPTIONS = {
     "resume",
     "resume_from_checkpoint",
     "overwrite",
@@ -44,93 +51,150 @@ HOW = {
 
 logger = logging.getLogger(__name__)
 
+Panels = Sequence[tuple[str, Sequence[str]]]
+
+
+class Measured(NamedTuple):
+    """What a stage measures after training: numbers for metrics.json, and images for the card beside the curves."""
+
+    metrics: dict[str, Any]
+    images: tuple[str, ...] = ()
+
 
 class Run(NamedTuple):
-    """checkpoint: what to go on from, if anything; asked: all that says what is learnt; finished: `--resume auto` found
-    nothing left to do; continues: the checkpoint is of this folder, so that what is in it stays."""
+    """Where a run writes and begins.
+
+    checkpoint: the checkpoint to resume from, or None. requested: the options that decide what is trained. finished:
+    `--resume auto` found nothing left to do. resumes_here: the checkpoint lies in this folder, so its files are kept.
+    """
 
     folder: Path
     checkpoint: str | None
-    asked: dict[str, Any]
+    requested: dict[str, Any]
     finished: bool = False
-    continues: bool = False
+    resumes_here: bool = False
 
 
-def open_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
-    """The folder of a run and where in it to begin. All is checked, nothing is written; a finished run that was asked to
-    be pushed is pushed.
+def run_training(
+    stage: str,
+    arguments: Sequence[Any],
+    build: Callable[[], Any],
+    measure: Callable[[Any, Path], Measured],
+    *,
+    title: str,
+    parents: Mapping[str, str | None],
+    inputs: Sequence[str | None],
+    plot_title: str,
+    panels: Panels | None = None,
+) -> Path:
+    """Train, measure and leave the stage's folder; returns its path. All ranks must call it.
 
-    training, others: the stage's arguments, among them one with `overwrite`.
-    inputs: the models and datasets that are read, none of which may live in the folder.
+    Args:
+        arguments: the stage's dataclasses; one is a `TrainingArguments`.
+        build: makes the trainer; it raises `UserError` before anything is written.
+        measure: (trainer, folder) -> what was measured; every process calls it once the model is saved.
+        parents: what the card names as origin, by role.
+        inputs: the models and datasets that are read; none of them may lie in the output folder.
+        panels: the curves to plot; None plots every logged number.
+    """
+    training = next(each for each in arguments if isinstance(each, TrainingArguments))
+    run = plan_run(training, *(each for each in arguments if each is not training), inputs=inputs)
+    if run.finished:
+        if training.process_index == 0:
+            push_if_requested(run.folder, training)
+        return run.folder
+    trainer = build()
+    trainer.requested = run.requested  # each checkpoint holds it
+    if trainer.is_world_process_zero():
+        open_requested_repo(trainer.args)
+    with locked_run_folder(trainer, run):
+        metrics = train(trainer, run)
+        save_final_model(trainer, run.folder)
+        measured = measure(trainer, run.folder)
+        if trainer.is_world_process_zero():
+            trainer.save_state()
+            log = trainer.state.log_history
+            shown = None if panels is None else select_logged_panels(panels, log)
+            plot_curves(log, run.folder / "curves.png", shown, title=plot_title)
+            complete_output_folder(
+                run.folder,
+                stage=stage,
+                title=title,
+                parents=parents,
+                metrics=metrics | measured.metrics,
+                arguments=arguments,
+                images=["curves.png", *measured.images],
+            )
+            push_if_requested(run.folder, trainer.args)
+    return run.folder
+
+
+def plan_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
+    """Decide where a run writes and from which checkpoint it begins. Checks everything and writes nothing.
+
+    training, others: the stage's arguments, one of them with a field `overwrite`.
 
     Raises:
-        UserError: the folder holds something else, or somebody else's run; the launch is not what it asked for.
+        UserError: the folder holds something else or another process's run; the launch is not what was configured.
     """
     check_launch(training)
     check_push(training)
     folder = Path(training.output_dir)
     require_unlocked(folder)
-    auto, asked = training.resume == "auto", _asked(training, *others)
+    auto, requested = training.resume == "auto", _trained_options(training, *others)
     overwrite = any(getattr(each, "overwrite", False) for each in others)
     finished = auto and (folder / RECIPE_FILE).is_file()
     if finished and not overwrite:
-        changed = _changed(yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {}, asked)
-        if changed:
+        before = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")) or {}
+        if changed := _changed_options(before, requested):
             raise UserError(
-                f"output folder {folder} holds a finished run that was asked otherwise ({changed}); choose another "
+                f"output folder {folder} holds a finished run with other options ({changed}); choose another "
                 "--output_dir, or pass --overwrite true"
             )
         logger.warning("%s is finished; there is nothing to resume", folder)
-        if training.process_index == 0:
-            push_if_requested(folder, training)
-        return Run(folder, None, asked, finished=True)
-    # A finished run that may be replaced is begun anew, or its last weights would come out under another recipe.
-    own = find_checkpoint("auto", folder) if auto and not finished else None
-    checkpoint = own or find_checkpoint(training.resume_from_checkpoint, folder)
-    continues = checkpoint is not None and Path(checkpoint).parent.resolve() == folder.resolve()
-    read = [*inputs, None if continues else checkpoint]
-    check_output_folder(folder, overwrite, read, resuming=continues, restarting=auto)
-    if checkpoint is not None and (changed := _changed(_asked_then(checkpoint), asked)):
-        logger.warning("%s was asked otherwise than this run goes on: %s", checkpoint, changed)
-    training.distributed_state.wait_for_everyone()  # no process looks for another's lock once the first has one
-    return Run(folder, checkpoint, asked, continues=continues)
+        return Run(folder, None, requested, finished=True)
+    # A finished run that may be replaced starts from scratch, or its last weights would appear under another recipe.
+    checkpoint = find_checkpoint("auto", folder) if auto and not finished else None
+    checkpoint = checkpoint or find_checkpoint(training.resume_from_checkpoint, folder)
+    resumes_here = checkpoint is not None and Path(checkpoint).parent.resolve() == folder.resolve()
+    sources = [*inputs, None if resumes_here else checkpoint]
+    check_output_folder(folder, overwrite, sources, resuming=resumes_here, restarting=auto)
+    if checkpoint is not None and (changed := _changed_options(_checkpoint_options(checkpoint), requested)):
+        logger.warning("%s was saved with other options than this run: %s", checkpoint, changed)
+    training.distributed_state.wait_for_everyone()  # no process looks for a lock once the first one holds it
+    return Run(folder, checkpoint, requested, resumes_here=resumes_here)
 
 
-def _asked(*arguments: Any) -> dict[str, Any]:
-    asked = {name: value for name, value in requested_values(*arguments).items() if name not in HOW}
-    return json.loads(redact(json.dumps(asked)))  # as it is written down, and as a difference is told
+def _trained_options(*arguments: Any) -> dict[str, Any]:
+    options = {name: value for name, value in requested_values(*arguments).items() if name not in OPERATIONAL_OPTIONS}
+    return json.loads(redact(json.dumps(options)))  # as it is written to files and shown in messages
 
 
-def _asked_then(checkpoint: str) -> dict[str, Any]:
-    told = Path(checkpoint) / "progress_0.json"
-    return json.loads(told.read_text(encoding="utf-8")).get("asked") or {} if told.is_file() else {}
+def _checkpoint_options(checkpoint: str) -> dict[str, Any]:
+    progress = Path(checkpoint) / "progress_0.json"
+    return json.loads(progress.read_text(encoding="utf-8")).get("requested") or {} if progress.is_file() else {}
 
 
-def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """`name then -> now` of each that differs; nothing where it is not known what was asked then."""
-    names = sorted(name for name in {*then, *now} - HOW if then and then.get(name) != now.get(name))
-    return ", ".join(f"{name} {then.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names)
+def _changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return `name before -> now` of each option that differs; nothing where the earlier options are unknown."""
+    options = {*before, *now} - OPERATIONAL_OPTIONS
+    names = sorted(name for name in options if before and before.get(name) != now.get(name))
+    return ", ".join(f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}" for name in names)
 
 
 @contextmanager
-def under_way(trainer: Any, run: Run) -> Iterator[None]:
-    """For the time, no other process writes into the folder; it is emptied of what an earlier run left, if this one
-    begins; at the end it is pushed, if that is asked for."""
-    trainer.asked = run.asked
-    if trainer.is_world_process_zero():
-        open_requested_repo(trainer.args)
-    held = folder_lock(run.folder) if trainer.args.should_save else nullcontext()
-    with held, disk_full_as_user_error(run.folder):
-        if trainer.args.should_save and not run.continues:
+def locked_run_folder(trainer: Any, run: Run) -> Iterator[None]:
+    """Lock the run's folder within this block; deletes what an earlier run left there, unless this one resumes in it."""
+    lock = folder_lock(run.folder) if trainer.args.should_save else nullcontext()
+    with lock, disk_full_as_user_error(run.folder):
+        if trainer.args.should_save and not run.resumes_here:
             clear_output_folder(run.folder)
         trainer.accelerator.wait_for_everyone()
         yield
-        if trainer.is_world_process_zero():
-            push_if_requested(run.folder, trainer.args)
 
 
 def train(trainer: Any, run: Run) -> dict[str, Any]:
-    """Train, from the start or on from the checkpoint; returns loss, seconds and steps."""
+    """Train from the start or from the run's checkpoint; returns loss, seconds and steps."""
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=run.checkpoint)
     return {
@@ -140,10 +204,10 @@ def train(trainer: Any, run: Run) -> dict[str, Any]:
     }
 
 
-def save_model(trainer: Any, folder: Path) -> None:
-    """Leave the model (or its adapter), its tokenizer, how its answers end, and the log of its training.
+def save_final_model(trainer: Any, folder: Path) -> None:
+    """Leave the model (or its adapter), its tokenizer, its generation config and the training log in `folder`.
 
-    Every process calls it. The files come into the folder once all of them are whole.
+    All ranks must call it. The files are moved into the folder once all of them are complete.
 
     Raises:
         UserError: a weight is not finite.
@@ -153,26 +217,46 @@ def save_model(trainer: Any, folder: Path) -> None:
     trainer.save_model(str(staged), _internal_call=True)
     if not trainer.args.should_save:
         return
-    # An adapter is saved without it, and in the model's own Trainer has named the tokenizer's EOS.
+    # An adapter is saved without it, and Trainer has written the tokenizer's EOS into the model's own.
     generation_config = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
     if generation_config is not None:
         generation_config.save_pretrained(staged)
     trainer.state.save_to_json(str(staged / "trainer_state.json"))
-    (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same in the open
+    (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml holds the same as text
     move_files_into(staged, folder)
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
 
 
-def measures(trainer: Any) -> bool:
-    """Whether this process takes part in measuring the model: the first, or all of them where the weights are cut apart,
-    since each pass over such weights is a meeting of all."""
+def measures_model(trainer: Any) -> bool:
+    """Return whether this process runs the model when it is measured: rank 0, or all ranks where weights are sharded.
+
+    A forward pass over sharded weights is a collective operation, which all ranks must call.
+    """
     return bool(trainer.is_world_process_zero() or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
-def select_logged_panels(
-    panels: Sequence[tuple[str, Sequence[str]]], log_history: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, list[str]]]:
-    """Panels of curves, less the keys that this run did not log and the panels that are then empty."""
+def select_logged_panels(panels: Panels, log_history: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the panels of curves without the keys that this run did not log, and without empty panels."""
     logged = {key for entry in log_history for key, value in entry.items() if value is not None}
-    kept = [(title, [key for key in keys if key in logged]) for title, keys in panels]
-    return [(title, keys) for title, keys in kept if keys]
+    selected = [(title, [key for key in keys if key in logged]) for title, keys in panels]
+    return [(title, keys) for title, keys in selected if keys]
+
+
+def training_inputs(model_config: Any, arguments: Any, *others: str | None) -> list[str | None]:
+    """Return the sources that every training stage reads: model, dataset, extra datasets; `others` follow."""
+    extra = arguments.extra_dataset_names or []
+    return [model_config.model_name_or_path, arguments.dataset_name, *extra, *others]
+
+
+def prepare_process_(training: Any, width: int, **changes: Any) -> Any:
+    """Configure this process for a run, and return a copy of the training arguments for it.
+
+    Sets CPU threads and memory options for a model `width` units wide, and seeds all random generators with `training.seed`.
+    The copy has its precision chosen for this machine, and `changes` set.
+    """
+    prepared = copy.copy(choose_precision(training, width))
+    configure_cpu_runtime_(prepared, width)
+    for name, value in changes.items():
+        setattr(prepared, name, value)
+    set_seed(training.seed)
+    return prepared

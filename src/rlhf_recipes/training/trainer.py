@@ -1,4 +1,4 @@
-"""What every trainer here has beyond `transformers.Trainer`: nothing that was saved is lost, nothing broken is saved."""
+"""`transformers.Trainer` whose runs lose nothing that was saved and save nothing that is broken."""
 
 import json
 import logging
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.files import write_text
 from rlhf_recipes.core.secrets import redact
+from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.folders import (
     STAGING_FOLDER,
     STATE_FILE,
@@ -30,6 +31,7 @@ from rlhf_recipes.folders import (
     raise_if_out_of_memory,
 )
 from rlhf_recipes.hub import Repo, check_repo, push_checkpoint, push_folder
+from rlhf_recipes.models import is_quantized, trainable_to_float32_
 from rlhf_recipes.system import (
     apply_bitsandbytes_workarounds_,
     check_quantized_storage,
@@ -39,50 +41,54 @@ from rlhf_recipes.system import (
     restore_ties_,
     safe_deepspeed_loading,
 )
-from rlhf_recipes.training.batches import WholeBatchesTrainer
+from rlhf_recipes.training.batches import complete_batch_size, complete_batches_sampler, drop_last
+from rlhf_recipes.training.finite import all_finite
 from rlhf_recipes.training.sigterm import StoppedBySignal, on_sigterm
 
 logger = logging.getLogger(__name__)
 
 
-class SafeTrainer(WholeBatchesTrainer):
-    """Put it first among the bases of a trainer.
+class SafeTrainer(Trainer):
+    """`Trainer` with guarantees about what it leaves on the disk. Put it first among the bases of a trainer.
 
-    - A checkpoint is whole and sealed with checksums, or not there at all (see `checkpoints`); no pickle of arguments.
-    - A run that is resumed goes on bit for bit, and logs what the uninterrupted one would have.
-    - SIGTERM ends the run after the optimizer step, in all processes after the same one, with a checkpoint.
-    - A loss or a weight that is not finite ends the run; nothing of it is saved.
-    - No other process trains into the same folder meanwhile.
+    - A checkpoint is complete and has checksums, or it does not exist (see `folders`); it holds no pickled arguments.
+    - A resumed run continues bit for bit, and logs what the uninterrupted run would have logged.
+    - SIGTERM ends the run after the current optimizer step, the same one in all processes, with a checkpoint.
+    - A loss or a weight that is not finite ends the run, and nothing of it is saved.
+    - No other process can train into the same folder at the same time.
+    - With `global_batch_size` an epoch drops its last incomplete batch, so that a run is the same on any number of processes.
     """
 
-    stops_at_nan = True  # before the optimizer step; a trainer that leaves such a step out sets it to False
-    asked: dict[str, Any] | None = None  # what a stage was asked, remembered in each checkpoint
+    stop_at_nonfinite_loss = True  # False in a trainer that skips such an optimizer step itself
+    requested: dict[str, Any] | None = None  # the options a stage was run with; each checkpoint holds them
     _staging = False
     _resuming_from: str | None = None
-    _told_to_end = False  # this process
-    _agreed_to_end = False  # all processes
+    _stop_requested = False  # in this process
+    _stopping = False  # in all processes
     _loss_is_finite = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         apply_bitsandbytes_workarounds_(self.model)
+        if is_quantized(base_model(self.model)):
+            trainable_to_float32_(self.model)  # TRL rounds adapters to bfloat16, where small steps of Adam are lost
         check_quantized_storage(self.model, self.args)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's. `True` goes on from the last whole checkpoint in the folder; `"auto"` too, if there is one."""
+        """Train as `Trainer` does. `True` resumes from the last complete checkpoint in the folder, `"auto"` if there is one."""
         folder = str(self.args.output_dir)
         self._resuming_from = find_checkpoint(resume_from_checkpoint, folder)
-        self._told_to_end = self._agreed_to_end = False
+        self._stop_requested = self._stopping = False
         self._loss_is_finite = True
         check_sharding(self.accelerator)
         if self._resuming_from is not None and self.is_deepspeed_enabled:
             require_same_world_size(Path(self._resuming_from), self.args.world_size)
-        self.remove_callback(_Watch)
-        self.add_callback(_Watch(self))  # last, so that it sees what the others wish
+        self.remove_callback(_StepHooks)
+        self.add_callback(_StepHooks(self))  # last, so that it sees the decisions of the others
         unpickles = self.is_deepspeed_enabled and (self._resuming_from is not None or self.args.load_best_model_at_end)
-        read = safe_deepspeed_loading() if unpickles else nullcontext()
-        held = folder_lock(folder) if self.args.should_save else nullcontext()
-        with held, read, disk_full_as_user_error(Path(folder)), on_sigterm(self._hear):
+        loading = safe_deepspeed_loading() if unpickles else nullcontext()
+        lock = folder_lock(folder) if self.args.should_save else nullcontext()
+        with lock, loading, disk_full_as_user_error(Path(folder)), on_sigterm(self._request_stop):
             try:
                 return super().train(self._resuming_from, *args, **kwargs)
             except (MemoryError, RuntimeError) as error:
@@ -90,54 +96,63 @@ class SafeTrainer(WholeBatchesTrainer):
                 raise
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's, which would take one step too many where a checkpoint of the last step is resumed."""
+        """Run an epoch. Without this, `Trainer` takes one step too many when it resumes from the last step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().evaluation_loop(*args, **kwargs)
+        result = super().evaluation_loop(*args, **kwargs)
         reset_pending_forward_(self.model)
-        return found
+        return result
 
-    def _hear(self) -> None:
-        self._told_to_end = True
+    def _request_stop(self) -> None:
+        self._stop_requested = True
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        batch_size = complete_batch_size(self.args, self.train_dataset)
+        return sampler if batch_size is None else complete_batches_sampler(sampler, batch_size)
+
+    def get_train_dataloader(self) -> DataLoader:
+        with drop_last(self.args, complete_batch_size(self.args, self.train_dataset) is not None):
+            return super().get_train_dataloader()
 
     # What is saved and restored besides what Trainer does.
 
     def progress(self) -> dict[str, Any]:
-        """What has been summed up towards the next line of the log, in this process, as JSON takes it."""
+        """Return what this process has summed up towards the next line of the log, as JSON accepts it."""
         return {
-            "processes": self.args.world_size,
-            "asked": self.asked,
+            "world_size": self.args.world_size,
+            "requested": self.requested,
             "loss": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
             "metrics": getattr(self, "_metrics", {}).get("train", {}),  # of TRL's trainers
             "tokens": getattr(self, "_total_train_tokens", 0),
-            "training": self.model.training,  # after an evaluation it is not, and TRL's log goes by it
+            "training": self.model.training,  # False after an evaluation, and TRL's log depends on it
         }
 
     def save_progress(self, folder: Path) -> None:
-        """Called by every process, before the weights are saved."""
+        """Write `progress` into a checkpoint. All ranks must call it, before the weights are saved."""
         write_text(folder / f"progress_{self.args.process_index}.json", redact(json.dumps(self.progress())))
 
     def load_progress(self, folder: Path) -> None:
-        """Called by every process as training begins, with the checkpoint that it goes on from."""
-        told = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("progress_*.json"))]
-        if not told:
+        """Restore `progress` from a checkpoint as training begins. All ranks must call it."""
+        saved = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("progress_*.json"))]
+        if not saved:
             return
-        loss = sum(each["loss"] for each in told) / len(told)  # the log shows the mean over processes
-        if len(told) == self.args.world_size:
-            loss = told[self.args.process_index]["loss"]
+        loss = sum(each["loss"] for each in saved) / len(saved)  # the log shows the mean over processes
+        if len(saved) == self.args.world_size:
+            loss = saved[self.args.process_index]["loss"]
         self._tr_loss += loss
-        self._total_loss_scalar = -loss  # `train_loss` is of the steps of this call, as Trainer has it
-        self._globalstep_last_logged = told[0]["last_logged"]
-        if told[0]["metrics"] and hasattr(self, "_metrics"):
-            self._metrics["train"].update(told[0]["metrics"])  # the same in every process
-        self.model.train(told[0]["training"])
+        self._total_loss_scalar = -loss  # `train_loss` covers the steps of this call only, as in Trainer
+        self._globalstep_last_logged = saved[0]["last_logged"]
+        if saved[0]["metrics"] and hasattr(self, "_metrics"):
+            self._metrics["train"].update(saved[0]["metrics"])  # the same in every process
+        self.model.train(saved[0]["training"])
         if hasattr(self, "_total_train_tokens"):
-            self._total_train_tokens = told[0]["tokens"]
+            self._total_train_tokens = saved[0]["tokens"]
 
     # Checkpoints.
 
@@ -157,7 +172,7 @@ class SafeTrainer(WholeBatchesTrainer):
             self.save_progress(staged)
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            self._name_best(run)
+            self._correct_best_checkpoint(run)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / STATE_FILE))
                 (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same
@@ -174,17 +189,16 @@ class SafeTrainer(WholeBatchesTrainer):
             self._push_from_checkpoint(str(place))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Trainer's, which is given a tied weight twice where weights are cut apart."""
+        """Save as `Trainer` does; it receives a tied weight twice where weights are sharded."""
         super()._save(output_dir, state_dict and restore_ties_(self.model, state_dict))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's, but not beside a checkpoint, where TRL writes one: in a folder with nothing else of a run in it yet,
-        that would be somebody's. A stage writes its own at the end."""
+        """Write a card, but never into a checkpoint, as TRL does; a stage writes its own at the end of the run."""
         if not self._staging:
             super().create_model_card(*args, **kwargs)
 
-    def _name_best(self, run: Path) -> None:
-        """Of a checkpoint that is being saved, Trainer knows the place where it is for the moment."""
+    def _correct_best_checkpoint(self, run: Path) -> None:
+        """Name the final place of the best checkpoint; `Trainer` knows only the folder it is saved in first."""
         best = self.state.best_global_step
         if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
@@ -192,7 +206,7 @@ class SafeTrainer(WholeBatchesTrainer):
     # The Hub.
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing yet: a stage opens the repo once nothing else can fail, `push_to_hub` as it pushes."""
+        """Set the repo's name only. A stage creates the repo once nothing else can fail, `push_to_hub` when it pushes."""
         self.hub_model_id = self.args.hub_model_id
 
     def push_to_hub(
@@ -204,8 +218,8 @@ class SafeTrainer(WholeBatchesTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Trainer's, as one commit that is read back before this returns its address (see `hub`)."""
-        repo = Repo.asked(self.args)
+        """Save and push the model as one commit, read it back, and return its address (see `hub`)."""
+        repo = Repo.from_arguments(self.args)
         repo = repo._replace(
             token=token or repo.token,
             revision=revision or repo.revision,
@@ -220,14 +234,14 @@ class SafeTrainer(WholeBatchesTrainer):
         folder = Path(str(self.args.output_dir))
         if not (folder / "README.md").is_file():
             self.create_model_card(**kwargs)
-        return push_folder(folder, repo, commit_message or "Left by rlhf-recipes")
+        return push_folder(folder, repo, commit_message or "Pushed by rlhf-recipes")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._staging and self.is_world_process_zero():
             push_checkpoint(Path(checkpoint_folder), self.state.global_step, self.args)
 
     def _send_telemetry(self) -> None:
-        """TRL's, where somebody has asked for it: its own switch is read when its library is first imported."""
+        """Send TRL's telemetry only where somebody has turned it on; TRL reads its own switch at import."""
         if os.environ.get("HF_HUB_DISABLE_TELEMETRY", "1").lower() in ("0", "false", "no", "off"):
             super()._send_telemetry()
 
@@ -235,54 +249,41 @@ class SafeTrainer(WholeBatchesTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self.stops_at_nan:
+        if self.stop_at_nonfinite_loss:
             self._loss_is_finite &= bool(torch.isfinite(loss))
         return loss
 
-    def agree(self) -> None:
-        """Before each optimizer step: all processes learn what one of them knows.
+    def synchronize_stop(self) -> None:
+        """Let all processes know what one of them knows. All ranks must call it, before each optimizer step.
 
         Raises:
-            UserError: the loss is not finite, in one of them.
+            UserError: the loss is not finite in one of them.
         """
-        known = torch.tensor([float(self._told_to_end), float(not self._loss_is_finite)], device=self.args.device)
-        told, broken = known.tolist() if self.args.world_size == 1 else self.accelerator.reduce(known, "sum").tolist()
-        self._agreed_to_end, self._loss_is_finite = told > 0, True
+        flags = torch.tensor([float(self._stop_requested), float(not self._loss_is_finite)], device=self.args.device)
+        stop, broken = flags.tolist() if self.args.world_size == 1 else self.accelerator.reduce(flags, "sum").tolist()
+        self._stopping, self._loss_is_finite = stop > 0, True
         if broken > 0:
             self._refuse(self.state.global_step + 1, "the loss is not finite")
 
     def require_finite_weights(self) -> None:
-        """Every process calls it.
+        """Refuse to continue with broken weights: a gradient can overflow where the loss did not. All ranks must call it.
 
         Raises:
-            UserError: a weight that is learnt is not finite, in one of them. A gradient can overflow where the loss did not.
+            UserError: a trained weight is not finite in one of the processes.
         """
-        learnt = [
-            _held_here(each) for each in self.model.parameters() if each.requires_grad and each.is_floating_point()
-        ]
-        broken = torch.tensor(float(not all(torch.isfinite(each).all() for each in learnt)), device=self.args.device)
+        broken = torch.tensor(float(not all_finite(self.model.parameters())), device=self.args.device)
         if (broken if self.args.world_size == 1 else self.accelerator.reduce(broken, "sum")) > 0:
             self._refuse(self.state.global_step, "a weight is not finite")
 
-    def _refuse(self, step: int, what: str) -> None:
+    def _refuse(self, step: int, problem: str) -> None:
         raise UserError(
-            f"step {step}: {what}, and nothing of it is saved{last_checkpoint_note(self.args.output_dir)}; lower "
-            "learning_rate or max_grad_norm, or look for the rows that it comes from"
+            f"step {step}: {problem}, and nothing of it is saved{last_checkpoint_note(self.args.output_dir)}; lower "
+            "learning_rate or max_grad_norm, or look for the rows that cause it"
         )
 
 
-def _held_here(parameter: Any) -> Tensor:
-    """The part of a weight that this process holds: all of it, or its shard under FSDP2 or ZeRO-3."""
-    weight: Any = parameter.detach()
-    if hasattr(parameter, "ds_tensor"):
-        # As long in every process; past the weight's end there is memory as it was found.
-        shard: Any = parameter.ds_tensor.detach().flatten()
-        weight = shard[: max(0, parameter.ds_numel - parameter.ds_zero_partition_rank * shard.numel())]
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-class _Watch(TrainerCallback):
-    """Calls the trainer where only a callback is called."""
+class _StepHooks(TrainerCallback):
+    """Calls the trainer at the points where `Trainer` calls callbacks only."""
 
     def __init__(self, trainer: SafeTrainer) -> None:
         self.trainer = trainer
@@ -292,11 +293,11 @@ class _Watch(TrainerCallback):
             self.trainer.load_progress(Path(self.trainer._resuming_from))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.agree()
+        self.trainer.synchronize_stop()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save |= self.trainer._agreed_to_end
+        control.should_save |= self.trainer._stopping
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._agreed_to_end:
-            raise StoppedBySignal(f"ended by SIGTERM; saved at step {state.global_step}: go on with --resume auto")
+        if self.trainer._stopping:
+            raise StoppedBySignal(f"stopped by SIGTERM; saved at step {state.global_step}: resume with --resume auto")
