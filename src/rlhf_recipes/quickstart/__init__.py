@@ -1,21 +1,17 @@
-"""What only the quickstart needs: its world with a gold judge, the summary and the report of a whole run."""
+"""What only the quickstart needs: its world with a gold judge, and the report of a whole run."""
 
 from rlhf_recipes.quickstart.report import write_report
-from rlhf_recipes.quickstart.summary import Exchange, Reply, Summary
-from rlhf_recipes.quickstart.world.facts import Fact, World, make_world
+from rlhf_recipes.quickstart.summarize import CONFIGS, Answers, summarize_run
 from rlhf_recipes.quickstart.world.gold import Verdict, gold_score, gold_verdicts
 from rlhf_recipes.quickstart.world.writing import write_world
 
 __all__ = [
-    "Exchange",
-    "Fact",
-    "Reply",
-    "Summary",
+    "CONFIGS",
+    "Answers",
     "Verdict",
-    "World",
     "gold_score",
     "gold_verdicts",
-    "make_world",
+    "summarize_run",
     "write_report",
     "write_world",
 ]

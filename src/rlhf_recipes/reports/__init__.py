@@ -1,25 +1,36 @@
-"""What a run shows to people: pages, charts, plots, numbers as text."""
+"""What a run shows to people: pages of sections, charts as SVG and PNG, numbers as text."""
 
-from rlhf_recipes.reports.chart import SMOOTHED_FROM, chart_of, finite_points, reliability_chart, smooth, ticks
-from rlhf_recipes.reports.comparison import plot_ladder, plot_reliability
+from rlhf_recipes.reports.chart import Chart, Series, chart_from_log, reliability_chart
 from rlhf_recipes.reports.curves import plot_curves
-from rlhf_recipes.reports.numbers import decimal, duration, percent
-from rlhf_recipes.reports.series import Curve, beside, curve_of
+from rlhf_recipes.reports.figure import write_figure
+from rlhf_recipes.reports.html import render_html
+from rlhf_recipes.reports.page import Page, Reproduction, Section, Table, TableRow
+from rlhf_recipes.reports.plots import draw_chart, plot_bars, plot_reliability
+from rlhf_recipes.reports.report import write_page
+from rlhf_recipes.reports.style import LIGHT, SANS, SERIF
+from rlhf_recipes.reports.text import decimal, duration, percent
 
 __all__ = [
-    "SMOOTHED_FROM",
-    "Curve",
-    "beside",
-    "chart_of",
-    "curve_of",
+    "LIGHT",
+    "SANS",
+    "SERIF",
+    "Chart",
+    "Page",
+    "Reproduction",
+    "Section",
+    "Series",
+    "Table",
+    "TableRow",
+    "chart_from_log",
     "decimal",
+    "draw_chart",
     "duration",
-    "finite_points",
     "percent",
+    "plot_bars",
     "plot_curves",
-    "plot_ladder",
     "plot_reliability",
     "reliability_chart",
-    "smooth",
-    "ticks",
+    "render_html",
+    "write_figure",
+    "write_page",
 ]

@@ -1,4 +1,4 @@
-"""Training curves from a Trainer's log."""
+"""Training curves from a Trainer's log: which logged keys are drawn, and which share a panel."""
 
 from __future__ import annotations
 
@@ -8,27 +8,17 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.reports.canvas import (
-    LABELS,
-    colours,
-    draw_series,
-    finish_curves,
-    grid_inches,
-    grid_of_axes,
-    label_of,
-    write_figure,
-)
+from rlhf_recipes.reports.chart import chart_from_log
+from rlhf_recipes.reports.labels import label_of
+from rlhf_recipes.reports.plots import plot_charts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Panel = tuple[str, Sequence[str]]
+Panel = tuple[str, Sequence[str]]  # title, logged keys
 
-# Which logged keys share a panel; the first panel that claims a key has it. `*` stands for any text, and a key claimed
-# by none gets a panel of its own.
+# The first panel with a matching pattern takes a key; a key that matches none gets a panel of its own.
 KNOWN_PANELS: tuple[Panel, ...] = (
     ("Loss (nats)", ("loss", "eval_loss", "eval_*_loss")),
     ("Perplexity", ("perplexity", "eval_perplexity")),
@@ -45,8 +35,8 @@ KNOWN_PANELS: tuple[Panel, ...] = (
     ("Learning rate", ("learning_rate", "lr")),
     ("Gradient norm", ("grad_norm",)),
 )
-# Counters and clocks: a Trainer logs them, nobody reads them as a curve.
-BOOKKEEPING = (
+# Counters and timings that a Trainer logs; nobody reads them as a curve.
+NOT_DRAWN = (
     "step", "epoch", "eps", "episode", "total_flos", "train_loss", "*num_tokens", "num_input_tokens_seen",
     "*_runtime", "*_per_second", "time/*",
 )  # fmt: skip
@@ -55,50 +45,42 @@ BOOKKEEPING = (
 def plot_curves(
     log_history: Sequence[Mapping[str, Any]], path: str | Path, panels: Sequence[Panel] | None = None, title: str = ""
 ) -> Figure:
-    """Curves of a Trainer's `state.log_history` against the optimizer step, written to `path` as PNG.
+    """Draw a Trainer's `state.log_history` against the optimizer step and write it to `path` as PNG.
 
-    `panels` is `[(title, [key, ...]), ...]`; without it every logged number is shown, related ones together. A long,
-    noisy series is drawn faint under its trend (a centred Gaussian, so it does not lag).
+    panels: which logged keys share a panel; by default every logged number is drawn, related ones together.
+    Raises UserError for a key that was never logged, or if the log holds nothing to draw.
     """
-    series = _series(log_history)
-    chosen = list(panels) if panels is not None else _automatic_panels(list(series))
-    unknown = [key for _, keys in chosen for key in keys if key not in series]
+    logged = _logged_keys(log_history)
+    panels = _default_panels(logged) if panels is None else panels
+    unknown = [key for _, keys in panels for key in keys if key not in logged]
     if unknown:
         raise UserError(
-            f"nothing was logged as {', '.join(unknown)}; logged are {', '.join(sorted(series)) or 'none'}"
+            f"nothing was logged as {', '.join(unknown)}; logged are {', '.join(sorted(logged)) or 'none'}"
         )
-    if not chosen:
+    if not panels:
         raise UserError("the log holds no curve to draw; train with a smaller logging_steps")
-
-    def draw(figure: Figure) -> None:
-        for axes, (name, keys) in zip(grid_of_axes(figure, len(chosen)), chosen, strict=True):
-            axes.set_title(name)
-            for colour, key in zip(colours(len(keys)), keys, strict=True):
-                draw_series(axes, *series[key], key, colour)
-            finish_curves(axes, "optimizer step", legend=len(keys) > 1 or keys[0] in LABELS)
-
-    return write_figure(draw, path, title, grid_inches(len(chosen)))
+    charts = [
+        chart_from_log(name, log_history, {key: label_of(key) for key in keys}, x="optimizer step")
+        for name, keys in panels
+    ]
+    return plot_charts(charts, path, title)
 
 
-def _series(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`{key: (steps, values)}` of all numbers logged with a step, in the order in which keys first appear."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for entry in log_history:
-        for key, value in entry.items():
-            if "step" in entry and isinstance(value, Real):
-                points.setdefault(key, []).append((float(entry["step"]), float(value)))
-    return {key: (np.array(rows)[:, 0], np.array(rows)[:, 1]) for key, rows in points.items()}
+def _logged_keys(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of all numbers logged with a step, in the order of their first appearance."""
+    rows = [entry for entry in log_history if "step" in entry]
+    return list(dict.fromkeys(key for entry in rows for key, value in entry.items() if isinstance(value, Real)))
 
 
-def _automatic_panels(keys: Sequence[str]) -> list[Panel]:
-    left = [key for key in keys if not _matches(key, BOOKKEEPING)]
+def _default_panels(keys: Sequence[str]) -> list[Panel]:
+    remaining = [key for key in keys if not _matches(key, NOT_DRAWN)]
     panels: list[Panel] = []
     for title, patterns in KNOWN_PANELS:
-        claimed = [key for key in left if _matches(key, patterns)]
-        left = [key for key in left if key not in claimed]
-        if claimed:
-            panels.append((title, claimed))
-    return panels + [(label_of(key).capitalize(), [key]) for key in left]
+        matching = [key for key in remaining if _matches(key, patterns)]
+        remaining = [key for key in remaining if key not in matching]
+        if matching:
+            panels.append((title, matching))
+    return panels + [(label_of(key).capitalize(), [key]) for key in remaining]
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:

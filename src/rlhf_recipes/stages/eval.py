@@ -36,7 +36,7 @@ from rlhf_recipes.models import (
     load_config,
     load_tokenizer,
 )
-from rlhf_recipes.reports import plot_ladder
+from rlhf_recipes.reports import plot_bars
 from rlhf_recipes.scoring import check_reward, load_reward
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def run_eval(arguments: EvalArguments) -> Path:
     rows = [{"model": name} | row for name in names for row in evaluations[name].rows]
     write_rows(folder / "completions.jsonl", rows)
     keys = [key for key in IN_PICTURE if any(key in metrics for metrics in measured.values())]
-    plot_ladder(measured, keys, folder / "models.png", title="Models side by side")
+    plot_bars(measured, keys, folder / "models.png", title="Models side by side")
     facts = {"prompts": len(questions.prompts), "seconds": round(time.perf_counter() - start, 1)}
     return complete_output_folder(
         folder,

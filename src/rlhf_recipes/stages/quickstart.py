@@ -1,6 +1,6 @@
-"""The whole pipeline on a world of its own: a language is learnt, then answering, then what people prefer, then PPO.
+"""The whole pipeline on a small world: tokenizer, pretraining, fine-tuning, reward model, PPO, then a report.
 
-The one stage that chains others. Each of them runs as its door would run it, with its YAML and the flags printed here.
+The one stage that chains others. Each runs as its recipe would run it, with its YAML file and the flags printed below.
 """
 
 import json
@@ -8,7 +8,6 @@ import shlex
 import time
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -23,16 +22,21 @@ from rlhf_recipes.evaluation import Evaluation, compare, evaluate_model
 from rlhf_recipes.folders import RECIPE_FILE, check_output_folder, clear_output_folder, complete_output_folder
 from rlhf_recipes.generation import Sampling, generate, stop_ids
 from rlhf_recipes.models import load_causal_lm, load_tokenizer
-from rlhf_recipes.quickstart import Exchange, Reply, Summary, Verdict, gold_verdicts, write_report, write_world
-from rlhf_recipes.reports import Curve, beside, curve_of
+from rlhf_recipes.quickstart import (
+    CONFIGS,
+    Answers,
+    Verdict,
+    gold_verdicts,
+    summarize_run,
+    write_report,
+    write_world,
+)
 from rlhf_recipes.scoring import load_reward
 from rlhf_recipes.system import describe_hardware
 
-CONFIGS = Path(__file__).parent.parent / "quickstart" / "configs" / "quickstart"
-OVEROPTIMIZED = CONFIGS.parent / "overoptimized" / "measured.json"  # a recorded run of the setting beside it
+STAGE_CONFIGS = CONFIGS / "quickstart"
 GOLD = "rlhf_recipes.quickstart:gold_score"
-ANSWERING = ("pretrain", "sft", "ppo")  # the stages that leave a model that can be asked
-SHOWN_PROMPTS = 10
+ANSWERING = ("pretrain", "sft", "ppo")  # the stages whose models answer questions
 ANSWER_TOKENS, TEMPERATURE = 40, 0.7  # as ppo samples
 
 
@@ -40,26 +44,29 @@ ANSWER_TOKENS, TEMPERATURE = 40, 0.7  # as ppo samples
 class QuickstartArguments(OutputArguments):
     """One world, one seed, one folder."""
 
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder to leave everything in."})
-    seed: int = field(default=0, metadata={"help": "Another seed is another world, and another run."})
-    num_prompts: int = field(default=300, metadata={"help": "Held-out prompts that each model is asked."})
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for all stages and the report."})
+    seed: int = field(default=0, metadata={"help": "Seed of the world and of every stage."})
+    num_prompts: int = field(default=300, metadata={"help": "Number of held-out prompts that each model answers."})
 
 
 def run_quickstart(arguments: QuickstartArguments) -> Path:
-    """Run tokenizer, pretrain, sft, reward and ppo in order, measure the models; leave metrics.json and a report."""
+    """Run tokenizer, pretrain, sft, reward and ppo, evaluate the models, and leave metrics.json and a report.
+
+    Returns the output folder. Raises UserError if more than one process runs.
+    """
     if world_size() > 1:
-        raise UserError("the quickstart is one process; start it with python -m rlhf_recipes quickstart")
+        raise UserError("the quickstart runs in one process; start it with python -m rlhf_recipes quickstart")
     folder = clear_output_folder(check_output_folder(arguments.output_dir, arguments.overwrite))
-    write_text(folder / RECIPE_FILE, "# This run was cut short. Start it again with --overwrite true.\n")
+    write_text(folder / RECIPE_FILE, "# This run did not finish. Start it again with --overwrite true.\n")
     started = time.perf_counter()
     write_world(folder / "world", arguments.seed)
     seconds = {}
-    for number, (stage, flags) in enumerate(_chain(folder).items(), start=1):
+    for number, (stage, flags) in enumerate(_stage_flags(folder).items(), start=1):
         seconds[stage] = _run_stage(f"[{number}/5]", stage, flags, arguments.seed)
         if stage in ANSWERING:
-            _show_answers(folder, stage)
-    asked = _measure(folder, arguments)
-    metrics = {"seed": arguments.seed, "stages": _metrics(folder, asked, seconds)}
+            _print_answers(folder, stage)
+    evaluated = _evaluate_models(folder, arguments)
+    metrics = {"seed": arguments.seed, "stages": _stage_metrics(folder, evaluated, seconds)}
     metrics |= {"seconds": time.perf_counter() - started, "hardware": describe_hardware()}
     complete_output_folder(
         folder,
@@ -70,13 +77,14 @@ def run_quickstart(arguments: QuickstartArguments) -> Path:
         arguments=[arguments],
         notes="The report is in [report.html](report.html) and [report.md](report.md).",
     )
-    report = write_report(folder, _summary(folder, metrics, asked, arguments.seed))
-    print(f"\n{_ladder(metrics)}\n\nreport: {report}")
+    answers = {stage: model.answers for stage, model in evaluated.items()}
+    report = write_report(folder, summarize_run(folder, metrics, answers))
+    print(f"\n{_result_lines(metrics)}\n\nreport: {report}")
     return folder
 
 
-def _chain(folder: Path) -> dict[str, list[str]]:
-    """What each stage eats, as flags; everything else is in its YAML."""
+def _stage_flags(folder: Path) -> dict[str, list[str]]:
+    """Return the inputs of each stage as flags; everything else is in its YAML file."""
     world = folder / "world"
     return {
         "tokenizer": ["--dataset_name", f"{world}/corpus"],
@@ -91,24 +99,20 @@ def _chain(folder: Path) -> dict[str, list[str]]:
 
 
 def _run_stage(number: str, stage: str, flags: list[str], seed: int) -> float:
-    """Run a stage as its door would; returns the seconds it took."""
+    """Run a stage as its recipe would; return the seconds it took."""
     run = getattr(import_module(f"rlhf_recipes.stages.{stage}"), f"run_{stage}")
-    types = [hint for name, hint in get_type_hints(run).items() if name != "return"]
-    argv = ["--config", str(CONFIGS / f"{stage}.yaml"), *flags, "--output_dir", _output(flags, stage)]
-    argv += ["--seed", str(seed)] if any("seed" in kind.__dataclass_fields__ for kind in types) else []
+    argument_types = [hint for name, hint in get_type_hints(run).items() if name != "return"]
+    world = Path(flags[flags.index("--dataset_name") + 1]).parent
+    argv = ["--config", str(STAGE_CONFIGS / f"{stage}.yaml"), *flags, "--output_dir", str(world.parent / stage)]
+    argv += ["--seed", str(seed)] if any("seed" in each.__dataclass_fields__ for each in argument_types) else []
     print(f"\n{number} {stage}: python -m rlhf_recipes {stage} {shlex.join(argv)}", flush=True)
     started = time.perf_counter()
-    run(*parse_arguments(*types, argv=argv))
+    run(*parse_arguments(*argument_types, argv=argv))
     return time.perf_counter() - started
 
 
-def _output(flags: list[str], stage: str) -> str:
-    world = Path(flags[flags.index("--dataset_name") + 1]).parent
-    return str(world.parent / stage)
-
-
-def _show_answers(folder: Path, stage: str) -> None:
-    """Two held-out questions answered, so that whoever watches sees what was learnt."""
+def _print_answers(folder: Path, stage: str) -> None:
+    """Print the model's answers to two held-out prompts, so that a reader sees what it learned."""
     model, tokenizer = load_causal_lm(str(folder / stage)), load_tokenizer(str(folder / stage))
     prompts = list(load_split(f"{folder}/world/prompts", "test", max_samples=2)["prompt"])
     for prompt, answer in zip(prompts, generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS), strict=True):
@@ -116,23 +120,22 @@ def _show_answers(folder: Path, stage: str) -> None:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One model, asked the held-out prompts, and those on facts that only the corpus states."""
+class EvaluatedModel:
+    """One model: its evaluation on the held-out prompts, and its answers with the gold judge's verdicts."""
 
-    held_out: Evaluation
-    verdicts: list[Verdict]  # gold's parts, one an answer to the held-out prompts
-    corpus_only_right: float
+    evaluation: Evaluation
+    answers: Answers
 
 
-def _measure(folder: Path, arguments: QuickstartArguments) -> dict[str, Asked]:
-    """Ask every model the same prompts with the same random numbers, and score the answers by reward model and gold."""
+def _evaluate_models(folder: Path, arguments: QuickstartArguments) -> dict[str, EvaluatedModel]:
+    """Sample answers of every model to the same prompts with the same seed; score them by reward model and gold judge."""
     prompts = load_split(f"{folder}/world/prompts", "test", max_samples=arguments.num_prompts)
     corpus_only = load_split(f"{folder}/world/prompts", "corpus_only")
     texts = list(load_split(f"{folder}/world/corpus", "test")["text"])
     reference, tokenizer = load_causal_lm(f"{folder}/sft"), load_tokenizer(f"{folder}/sft")
     reward_model, gold = load_reward(f"{folder}/reward", tokenizer), load_reward(GOLD, tokenizer)
-    asked = {}
-    for stage in tqdm(ANSWERING, desc="measuring"):
+    evaluated = {}
+    for stage in tqdm(ANSWERING, desc="evaluating"):
         model = load_causal_lm(str(folder / stage))
         sampling = Sampling(ANSWER_TOKENS, TEMPERATURE, stop_ids=stop_ids(model, tokenizer))
         shared: dict[str, Any] = {"sampling": sampling, "seed": arguments.seed, "gold": gold}
@@ -140,11 +143,17 @@ def _measure(folder: Path, arguments: QuickstartArguments) -> dict[str, Asked]:
             model, tokenizer, list(prompts["prompt"]), columns=_columns(prompts), reward_model=reward_model,
             reference=None if stage == "pretrain" else reference, texts=texts, **shared,
         )  # fmt: skip
-        verdicts = _verdicts(held_out, prompts)
-        apart = evaluate_model(model, tokenizer, list(corpus_only["prompt"]), columns=_columns(corpus_only), **shared)
-        right = [verdict.right for verdict in _verdicts(apart, corpus_only)]
-        asked[stage] = Asked(held_out, verdicts, sum(right) / len(right))
-    return asked
+        on_corpus_only = evaluate_model(
+            model, tokenizer, list(corpus_only["prompt"]), columns=_columns(corpus_only), **shared
+        )
+        right = [verdict.right for verdict in _verdicts(on_corpus_only, corpus_only)]
+        answers = Answers(
+            texts=[row["completion"] for row in held_out.rows],
+            verdicts=_verdicts(held_out, prompts),
+            corpus_only_right=sum(right) / len(right),
+        )
+        evaluated[stage] = EvaluatedModel(held_out, answers)
+    return evaluated
 
 
 def _columns(rows: Any) -> dict[str, list[Any]]:
@@ -156,110 +165,36 @@ def _verdicts(evaluation: Evaluation, prompts: Any) -> list[Verdict]:
     return gold_verdicts(list(prompts["prompt"]), completions, **_columns(prompts))
 
 
-def _metrics(folder: Path, asked: dict[str, Asked], seconds: dict[str, float]) -> dict[str, dict[str, Any]]:
+def _stage_metrics(
+    folder: Path, evaluated: dict[str, EvaluatedModel], seconds: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Return the numbers of each stage: of its model's answers, or those that the stage itself measured."""
     stages: dict[str, dict[str, Any]] = {}
     for stage in ("pretrain", "sft", "reward", "ppo"):
         stages[stage] = {"seconds": seconds[stage]}
-        if stage in asked:
-            one = asked[stage]
+        if stage in evaluated:
+            answers = evaluated[stage].answers
             parts = {
-                part: sum(getattr(verdict, part) for verdict in one.verdicts) / len(one.verdicts)
+                part: sum(getattr(verdict, part) for verdict in answers.verdicts) / len(answers.verdicts)
                 for part in ("right", "polite", "concise")
             }
-            stages[stage] |= one.held_out.metrics | parts | {"corpus_only_right": one.corpus_only_right}
+            stages[stage] |= evaluated[stage].evaluation.metrics | parts
+            stages[stage]["corpus_only_right"] = answers.corpus_only_right
         else:
-            stages[stage] = _read(folder / stage / "metrics.json") | stages[stage]
-    stages["ppo"] |= compare(asked["ppo"].held_out, asked["sft"].held_out)
+            measured = json.loads((folder / stage / "metrics.json").read_text(encoding="utf-8"))
+            stages[stage] = measured | stages[stage]
+    stages["ppo"] |= compare(evaluated["ppo"].evaluation, evaluated["sft"].evaluation)
     return stages
 
 
-def _summary(folder: Path, metrics: dict[str, Any], asked: dict[str, Asked], seed: int) -> Summary:
-    """What the report shows, in the report's own terms."""
-    apart = load_split(f"{folder}/world/prompts", "corpus_only")
-    summary: Summary = {
-        "stages": metrics["stages"],
-        "seconds": metrics["seconds"],
-        "parameters": _read(folder / "pretrain" / "metrics.json")["parameters"],
-        "curves": {stage: _curves(stage, _log(folder / stage)) for stage in ("pretrain", "sft", "reward", "ppo")},
-        "reliability": metrics["stages"]["reward"]["calibration_table"],
-        "exchanges": _exchanges(folder, asked),
-        "corpus_only": {
-            "facts": len({(row["person"], row["relation"]) for row in apart}),
-            "questions": len(apart),
-            "right": {stage: one.corpus_only_right for stage, one in asked.items()},
-        },
-        "reproduction": {
-            "command": f"make quickstart SEED={seed}",
-            "seed": seed,
-            "versions": {name: _version(name) for name in ("rlhf-recipes", "torch", "transformers", "trl")},
-            "hardware": metrics["hardware"],
-            "date": time.strftime("%Y-%m-%d"),
-        },
-    }
-    if OVEROPTIMIZED.is_file():
-        recorded = _read(OVEROPTIMIZED)
-        pairs = zip(summary["curves"]["ppo"][:3], _curves("ppo", recorded["log_history"]), strict=False)
-        curves = [beside(good, bad, ("this run", recorded["name"])) for good, bad in pairs]
-        summary["overoptimization"] = {"note": recorded["note"], "curves": curves}
-    return summary
-
-
-def _curves(stage: str, log: list[dict[str, Any]]) -> list[Curve]:
-    if stage != "ppo":
-        curves = [curve_of("Loss", log, {"loss": "training", "eval_loss": "held out"})]
-        return curves + ([curve_of("Pairs judged right", log, {"accuracy": "training"})] if stage == "reward" else [])
-    return [
-        curve_of("Score", log, {"objective/scores": "reward_model"}, x="episode", by="episode"),
-        curve_of("Gold score", log, {"rewards/gold_score": "gold"}, x="episode", by="episode"),
-        curve_of("KL to the model before PPO (nats)", log, {"objective/kl": "KL"}, x="episode", by="episode"),
-        curve_of("Length (tokens)", log, {"completions/mean_length": "length"}, x="episode", by="episode"),
-    ]
-
-
-def _exchanges(folder: Path, asked: dict[str, Asked]) -> list[Exchange]:
-    """The same held-out prompts after each stage, spread evenly over the split."""
-    prompts = load_split(f"{folder}/world/prompts", "test")
-    count = len(asked["ppo"].verdicts)
-    rows = [index * count // SHOWN_PROMPTS for index in range(min(SHOWN_PROMPTS, count))]
-    return [
-        {
-            "prompt": plain_text(prompts[row]["prompt"]),
-            "answer": prompts[row]["answer"],
-            "replies": {stage: _reply(one, row) for stage, one in asked.items()},
-        }
-        for row in rows
-    ]
-
-
-def _reply(asked: Asked, row: int) -> Reply:
-    verdict = asked.verdicts[row]
-    text = asked.held_out.rows[row]["completion"].strip()
-    return {"text": text, "right": verdict.right, "polite": verdict.polite, "concise": verdict.concise}
-
-
-def _log(stage_folder: Path) -> list[dict[str, Any]]:
-    history: list[dict[str, Any]] = _read(stage_folder / "trainer_state.json")["log_history"]
-    return history
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "from source"
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _ladder(metrics: dict[str, Any]) -> str:
-    """The run in four lines."""
+def _result_lines(metrics: dict[str, Any]) -> str:
+    """Return the run in four lines for the terminal."""
     stages = metrics["stages"]
     lines = [
         f"{stage:<9} gold {stages[stage]['gold_score']:.2f}   right {stages[stage]['right']:.0%}   "
         f"perplexity {stages[stage]['perplexity']:.1f}"
         for stage in ANSWERING
     ]
-    lines.insert(2, f"{'reward':<9} agrees with gold on {stages['reward']['reward_accuracy']:.0%} of held-out pairs")
+    accuracy = f"{stages['reward']['reward_accuracy']:.0%}"
+    lines.insert(2, f"{'reward':<9} ranks {accuracy} of held-out pairs as the gold judge does")
     return "\n".join(lines)

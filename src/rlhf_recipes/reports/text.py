@@ -1,18 +1,18 @@
-"""Numbers as a report writes them."""
+"""Numbers as text, the way people read them."""
 
 
 def decimal(value: float) -> str:
-    """Three digits that matter, never an exponent for everyday sizes."""
+    """Return a number with about three significant digits and without an exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def percent(value: float) -> str:
-    """A share in percent, with a tenth only where it says something."""
+    """Return a share in percent; close to 0 and to 1 with one decimal."""
     return f"{100 * value:.1f} %" if 0.99 <= value < 1 or 0 < value <= 0.01 else f"{100 * value:.0f} %"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Return seconds as seconds, minutes or hours: `88 s`, `4 min 14 s`, `2 h 02 min`."""
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"
