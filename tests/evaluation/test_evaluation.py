@@ -12,9 +12,14 @@ from sklearn.metrics import brier_score_loss
 from torch import Tensor
 from transformers import EvalPrediction
 
-from rlhf_recipes import metrics
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.evaluation.classification import classification_metrics, compute_classification_metrics
+from rlhf_recipes.evaluation.comparison import mean_with_interval, win_rate
+from rlhf_recipes.evaluation.divergence import sequence_kl
+from rlhf_recipes.evaluation.language_model import completion_perplexity, perplexity
 from rlhf_recipes.evaluation.models import METRICS, Evaluation, compare, completion_log_probs, evaluate_model
+from rlhf_recipes.evaluation.preference import calibration_table, preference_metrics
+from rlhf_recipes.evaluation.text import distinct_n, eos_share, length_statistics
 from rlhf_recipes.generation.sampling import Sampling
 from rlhf_recipes.scoring.reward import load_reward
 
@@ -24,28 +29,28 @@ TEXTS = ["the mill stands by the river, where it always stood", "", "é", "nobod
 
 def test_distinct_n_counts_over_the_whole_set_and_never_across_texts() -> None:
     texts = ["a b a b", "b  a\n", "", "c"]
-    assert metrics.distinct_n(texts, 1) == 3 / 7  # a b a b | b a | c
-    assert metrics.distinct_n(texts, 2) == 2 / 4  # ab ba ab | ba; neither "b b" nor "a c"
-    assert metrics.distinct_n(texts, 3) == 1.0  # aba, bab
-    assert metrics.distinct_n(texts, 5) == metrics.distinct_n([""], 1) == 0.0
-    assert metrics.distinct_n(texts[::-1]) == 0.5 and metrics.distinct_n(texts * 2, 1) == 3 / 14
+    assert distinct_n(texts, 1) == 3 / 7  # a b a b | b a | c
+    assert distinct_n(texts, 2) == 2 / 4  # ab ba ab | ba; neither "b b" nor "a c"
+    assert distinct_n(texts, 3) == 1.0  # aba, bab
+    assert distinct_n(texts, 5) == distinct_n([""], 1) == 0.0
+    assert distinct_n(texts[::-1]) == 0.5 and distinct_n(texts * 2, 1) == 3 / 14
 
 
 def test_lengths_and_eos_share_by_hand() -> None:
     """The 90th percentile of 1 to 6 lies 0.9 * 5 = 4.5 steps above the lowest."""
-    assert metrics.length_statistics([6, 1, 3, 2, 5, 4]) == {"mean": 3.5, "median": 3.5, "p90": pytest.approx(5.5)}
-    assert metrics.length_statistics([7]) == {"mean": 7.0, "median": 7.0, "p90": 7.0}
-    assert metrics.length_statistics([0, 0, 9]) == {"mean": 3.0, "median": 0.0, "p90": pytest.approx(7.2)}
-    assert metrics.eos_share([True, False, False, True, True]) == 0.6 and metrics.eos_share([False]) == 0.0
+    assert length_statistics([6, 1, 3, 2, 5, 4]) == {"mean": 3.5, "median": 3.5, "p90": pytest.approx(5.5)}
+    assert length_statistics([7]) == {"mean": 7.0, "median": 7.0, "p90": 7.0}
+    assert length_statistics([0, 0, 9]) == {"mean": 3.0, "median": 0.0, "p90": pytest.approx(7.2)}
+    assert eos_share([True, False, False, True, True]) == 0.6 and eos_share([False]) == 0.0
 
 
 def test_wins_ties_and_losses_by_hand() -> None:
-    result = metrics.win_rate([2.0, 1.0, -1.0, 0.0], [1.0, 1.0, -3.0, 5.0])
+    result = win_rate([2.0, 1.0, -1.0, 0.0], [1.0, 1.0, -3.0, 5.0])
     assert (result["win_rate"], result["wins"], result["ties"], result["losses"]) == (0.625, 2, 1, 1)
-    swapped = metrics.win_rate([1.0, 1.0, -3.0, 5.0], [2.0, 1.0, -1.0, 0.0])
+    swapped = win_rate([1.0, 1.0, -3.0, 5.0], [2.0, 1.0, -1.0, 0.0])
     assert swapped["win_rate"] == 0.375 and (swapped["wins"], swapped["losses"]) == (1, 2)
     assert (swapped["low"], swapped["high"]) == pytest.approx((1 - result["high"], 1 - result["low"]))
-    textbook = metrics.win_rate([1.0] * 8 + [0.0] * 2, [0.5] * 10)
+    textbook = win_rate([1.0] * 8 + [0.0] * 2, [0.5] * 10)
     assert (textbook["low"], textbook["high"]) == pytest.approx((0.4902, 0.9433), abs=5e-5)
 
 
@@ -53,7 +58,7 @@ def test_wins_ties_and_losses_by_hand() -> None:
 @pytest.mark.parametrize(("wins", "count"), [(0, 1), (1, 1), (3, 7), (40, 40), (199, 400)])
 def test_each_end_is_where_a_score_test_just_fails(wins: int, count: int, confidence: float, z: float) -> None:
     """Wilson's ends p solve (share - p)^2 = z^2 p (1 - p) / count, one on each side of the share."""
-    result = metrics.win_rate([1.0] * wins + [0.0] * (count - wins), [0.5] * count, confidence=confidence)
+    result = win_rate([1.0] * wins + [0.0] * (count - wins), [0.5] * count, confidence=confidence)
     share = wins / count
     assert 0 <= result["low"] <= share <= result["high"] <= 1 and result["low"] < result["high"]
     for end in (result["low"], result["high"]):
@@ -62,15 +67,15 @@ def test_each_end_is_where_a_score_test_just_fails(wins: int, count: int, confid
 
 def test_the_bootstrap_of_two_values_by_hand() -> None:
     """Resamples of (0, 1) have the mean 0, 1/2 or 1 with probability 1/4, 1/2, 1/4."""
-    assert metrics.mean_with_interval([0, 1], confidence=0.4) == {"mean": 0.5, "low": 0.5, "high": 0.5, "count": 2}
-    assert metrics.mean_with_interval([1, 0], confidence=0.6) == {"mean": 0.5, "low": 0.0, "high": 1.0, "count": 2}
-    assert metrics.mean_with_interval([3.5]) == {"mean": 3.5, "low": 3.5, "high": 3.5, "count": 1}
+    assert mean_with_interval([0, 1], confidence=0.4) == {"mean": 0.5, "low": 0.5, "high": 0.5, "count": 2}
+    assert mean_with_interval([1, 0], confidence=0.6) == {"mean": 0.5, "low": 0.0, "high": 1.0, "count": 2}
+    assert mean_with_interval([3.5]) == {"mean": 3.5, "low": 3.5, "high": 3.5, "count": 1}
 
 
 def test_the_bootstrap_of_many_values_is_the_normal_interval() -> None:
     values = np.random.default_rng(1).normal(5, 2, size=400)
     first, again, other = (
-        metrics.mean_with_interval(values.tolist(), confidence=0.9, resamples=4000, seed=seed) for seed in (0, 0, 1)
+        mean_with_interval(values.tolist(), confidence=0.9, resamples=4000, seed=seed) for seed in (0, 0, 1)
     )
     half_width = 1.6448536 * values.std() / 20
     assert first["mean"] == pytest.approx(values.mean(), rel=1e-12)
@@ -82,10 +87,10 @@ def test_the_bootstrap_of_many_values_is_the_normal_interval() -> None:
 def test_pairs_by_hand() -> None:
     """Probabilities of the chosen answer: 2/3, 1/3 and a tie. Confidences: 2/3 twice, right once; 1/2 once."""
     chosen, rejected = [math.log(2), 1.0, 7.0], [0.0, 1.0 + math.log(2), 7.0]
-    found = metrics.preference_metrics(chosen, rejected, [3, 5, 6], [2, 5, 4])
+    found = preference_metrics(chosen, rejected, [3, 5, 6], [2, 5, 4])
     by_hand = {"accuracy": 0.5, "margin": 0, "longer_accuracy": 5 / 6, "calibration_error": 1 / 9, "brier": 29 / 108}
     assert found == pytest.approx(by_hand, abs=1e-12)
-    undecided, leaning = metrics.calibration_table(chosen, rejected)
+    undecided, leaning = calibration_table(chosen, rejected)
     assert undecided == pytest.approx({"low": 0.5, "high": 0.55, "confidence": 0.5, "accuracy": 0.5, "count": 1})
     assert leaning == pytest.approx({"low": 0.65, "high": 0.7, "confidence": 2 / 3, "accuracy": 0.5, "count": 2})
 
@@ -95,7 +100,7 @@ def test_calibration_is_that_of_each_pair_shown_in_both_orders(bins: int) -> Non
     """Both orders, labels 1 and 0, twice as many bins of [0, 1]: the plain calibration error of a classifier."""
     chance = np.random.default_rng(0)
     chosen, rejected = chance.normal(0.4, 2, 500), chance.normal(0, 2, 500)
-    found = metrics.preference_metrics(chosen.tolist(), rejected.tolist(), [1] * 500, [1] * 500, bins)
+    found = preference_metrics(chosen.tolist(), rejected.tolist(), [1] * 500, [1] * 500, bins)
     probability = 1 / (1 + np.exp(np.concatenate([rejected - chosen, chosen - rejected])))
     label = np.repeat([1.0, 0.0], 500)
     place = np.digitize(probability, np.linspace(0, 1, 2 * bins + 1)[1:-1])
@@ -103,17 +108,17 @@ def test_calibration_is_that_of_each_pair_shown_in_both_orders(bins: int) -> Non
     assert found["calibration_error"] == pytest.approx(sum(gaps) / 1000, abs=1e-12)
     assert found["brier"] == pytest.approx(brier_score_loss(label, probability))
     assert found["accuracy"] == (probability[:500] > 0.5).mean()
-    table = metrics.calibration_table(chosen.tolist(), rejected.tolist(), bins)
+    table = calibration_table(chosen.tolist(), rejected.tolist(), bins)
     inside = sum(row["count"] for row in table if row["low"] <= row["confidence"] <= row["high"])
     assert inside == 500, "every pair stands in the bin of its confidence"
 
 
 def test_a_reward_model_that_is_sure_of_everything() -> None:
-    right = metrics.preference_metrics([1e4, 9e3], [0.0, -1e4], [1, 1], [1, 1])
+    right = preference_metrics([1e4, 9e3], [0.0, -1e4], [1, 1], [1, 1])
     assert right == {"accuracy": 1, "margin": 14500, "longer_accuracy": 0.5, "calibration_error": 0, "brier": 0}
-    wrong = metrics.preference_metrics([0.0], [1e4], [1], [2])
+    wrong = preference_metrics([0.0], [1e4], [1], [2])
     assert wrong == {"accuracy": 0, "margin": -1e4, "longer_accuracy": 0, "calibration_error": 1, "brier": 1}
-    assert [(row["low"], row["high"]) for row in metrics.calibration_table([1e4, 2e4], [0, 0])] == [(0.95, 1)]
+    assert [(row["low"], row["high"]) for row in calibration_table([1e4, 2e4], [0, 0])] == [(0.95, 1)]
 
 
 def counted(predicted: Sequence[int], expected: Sequence[int], average: str) -> Any:
@@ -139,15 +144,15 @@ def counted(predicted: Sequence[int], expected: Sequence[int], average: str) -> 
 def test_labels_are_scored_as_counted_by_hand(predicted: str, expected: str, average: str) -> None:
     """A constant label, one row, and a label that nobody gives are among them."""
     given, right = [int(one) for one in predicted], [int(one) for one in expected]
-    assert metrics.classification_metrics(given, right, average) == counted(given, right, average)
-    assert metrics.classification_metrics(given, right) == counted(given, right, "binary")
+    assert classification_metrics(given, right, average) == counted(given, right, average)
+    assert classification_metrics(given, right) == counted(given, right, "binary")
 
 
 def test_several_labels_are_averaged_with_equal_weight() -> None:
     predicted, expected = [0, 2, 2, 1, 0, 0, 5], [0, 2, 1, 1, 0, 2, 0]
-    assert metrics.classification_metrics(predicted, expected) == counted(predicted, expected, "macro")
-    assert metrics.classification_metrics([0, 2], [0, 1]) == counted([0, 2], [0, 1], "macro")
-    micro = metrics.classification_metrics(predicted[::-1], expected[::-1], "micro")
+    assert classification_metrics(predicted, expected) == counted(predicted, expected, "macro")
+    assert classification_metrics([0, 2], [0, 1]) == counted([0, 2], [0, 1], "macro")
+    micro = classification_metrics(predicted[::-1], expected[::-1], "micro")
     assert list(micro.values()) == pytest.approx([4 / 7] * 4), "where each row has one label, all are the accuracy"
 
 
@@ -155,7 +160,7 @@ def test_logits_become_labels() -> None:
     """Two logits and one logit of the same reward model score alike; the number of logits decides between averages."""
     two = np.array([[0.2, 1.0], [3.0, -1.0], [-2.0, -3.0], [0.0, 0.5]])
     given, right = [1, 0, 0, 1], [1, 0, 1, 1]
-    measure: Callable[..., Any] = metrics.compute_classification_metrics
+    measure: Callable[..., Any] = compute_classification_metrics
     for logits in (two, two[:, 1] - two[:, 0], two[:, 1:] - two[:, :1], (two, "hidden states")):
         for labels in (np.array(right), np.array(right)[:, None]):
             assert measure(EvalPrediction(logits, labels)) == counted(given, right, "binary")
@@ -187,15 +192,15 @@ def history_of(result: dict[str, float]) -> Any:
 
 def test_the_mean_is_over_tokens_not_texts(tokenizer: Any) -> None:
     """Texts of 3, 0 and 1 tokens, each behind a start token: 1 + 2 + 3, and 1."""
-    result = metrics.perplexity(COUNTING, tokenizer, ["abc", "", "<|user|>"])
+    result = perplexity(COUNTING, tokenizer, ["abc", "", "<|user|>"])
     nats = 7 + 4 * math.log(VOCABULARY)
     assert (result["tokens"], result["bytes"]) == (4, 3 + 8)
     assert result["loss"] == pytest.approx(nats / 4, rel=1e-6)
     assert result["perplexity"] == pytest.approx(VOCABULARY * math.exp(7 / 4), rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / 11, rel=1e-6)
-    assert metrics.perplexity(COUNTING, tokenizer, ["é"])["bytes"] == 2
+    assert perplexity(COUNTING, tokenizer, ["é"])["bytes"] == 2
     endless: Any = CountingModel(context=None)
-    assert metrics.perplexity(endless, tokenizer, ["a" * 1500], max_length=1501)["perplexity"] == math.inf
+    assert perplexity(endless, tokenizer, ["a" * 1500], max_length=1501)["perplexity"] == math.inf
 
 
 def test_windows_of_a_long_text_by_hand(tokenizer: Any, make_model: Callable[..., Any]) -> None:
@@ -204,35 +209,35 @@ def test_windows_of_a_long_text_by_hand(tokenizer: Any, make_model: Callable[...
     for begin, end, first in [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 10, 8), (7, 11, 10)]:
         log_probs = model(ids[None, begin:end]).logits[0].detach().double().log_softmax(dim=-1)
         nats -= sum(float(log_probs[place - 1 - begin, ids[place]]) for place in range(first, end))
-    result = metrics.perplexity(model, tokenizer, ["abcdefghij"], max_length=4)
+    result = perplexity(model, tokenizer, ["abcdefghij"], max_length=4)
     assert result["perplexity"] == pytest.approx(math.exp(nats / 10), rel=1e-5)
     for length, history in ((None, 55), (4, 1 + 2 + 3 + 3 * (2 + 3) + 3), (2, 10)):
-        result = metrics.perplexity(COUNTING, tokenizer, ["abcdefghij"], max_length=length)
+        result = perplexity(COUNTING, tokenizer, ["abcdefghij"], max_length=length)
         assert result["tokens"] == 10 and history_of(result) == history
 
 
 def test_padding_batches_order_and_dropout_change_nothing(tokenizer: Any, make_model: Callable[..., Any]) -> None:
     model = make_model(0, initializer_range=0.2, resid_pdrop=0.5)
     for length in (None, 9):
-        alone = metrics.perplexity(model, tokenizer, TEXTS, batch_size=1, max_length=length)
+        alone = perplexity(model, tokenizer, TEXTS, batch_size=1, max_length=length)
         for texts, size in ((TEXTS, 2), (TEXTS[::-1], 3), (TEXTS, 64)):
-            together = metrics.perplexity(model.train(), tokenizer, texts, batch_size=size, max_length=length)
+            together = perplexity(model.train(), tokenizer, texts, batch_size=size, max_length=length)
             assert together == pytest.approx(alone, rel=1e-5) and model.training
     pairs = [(list(prompt.encode()), list(text.encode())) for prompt, text in zip(TEXTS, TEXTS[::-1], strict=True)]
-    alone = metrics.completion_perplexity(model, tokenizer, pairs, batch_size=1)
-    assert metrics.completion_perplexity(model, tokenizer, pairs[::-1]) == pytest.approx(alone, rel=1e-5)
+    alone = completion_perplexity(model, tokenizer, pairs, batch_size=1)
+    assert completion_perplexity(model, tokenizer, pairs[::-1]) == pytest.approx(alone, rel=1e-5)
     pairs = [pair for pair in pairs if pair[0]]
     prompts, answers = zip(*pairs, strict=True)
     log_probs, mask = completion_log_probs(model.eval(), prompts, answers)  # prompts are padded on the left here
-    loss = metrics.completion_perplexity(model, tokenizer, pairs)["loss"]
+    loss = completion_perplexity(model, tokenizer, pairs)["loss"]
     assert -float(log_probs[mask].mean()) == pytest.approx(loss, rel=1e-5)
 
 
 def test_completions_are_scored_behind_their_prompts(tokenizer: Any) -> None:
     """Histories 3, 4; then 1 behind a start token; EOS counts as a token and not as a byte; windows of 4 at the end."""
-    result = metrics.completion_perplexity(COUNTING, tokenizer, [([1, 2, 3], [97, 256]), ([], [98]), ([5, 6], [])])
+    result = completion_perplexity(COUNTING, tokenizer, [([1, 2, 3], [97, 256]), ([], [98]), ([5, 6], [])])
     assert (result["tokens"], result["bytes"]) == (3, 2) and history_of(result) == 3 + 4 + 1
-    long = metrics.completion_perplexity(COUNTING, tokenizer, [(range(1, 7), [97, 98, 99])], max_length=4)
+    long = completion_perplexity(COUNTING, tokenizer, [(range(1, 7), [97, 98, 99])], max_length=4)
     assert history_of(long) == 2 + 3 + 3
 
 
@@ -242,22 +247,22 @@ def test_kl_of_a_sample_in_the_policys_own_proportions() -> None:
     padding = torch.full((4, 1), torch.nan)
     rows = [torch.hstack([torch.tensor(np.log(side[[0, 0, 1, 2]]))[:, None], padding]) for side in (policy, reference)]
     exact = float((policy * np.log(policy / reference)).sum())
-    found = metrics.sequence_kl(rows[0], rows[1], torch.tensor([[True, False]] * 4))
+    found = sequence_kl(rows[0], rows[1], torch.tensor([[True, False]] * 4))
     assert found == pytest.approx({"kl": exact, "kl_per_token_k3": exact}, rel=1e-6)
-    folded = metrics.sequence_kl(rows[0][:, :1].view(2, 2), rows[1][:, :1].view(2, 2), torch.ones(2, 2))
+    folded = sequence_kl(rows[0][:, :1].view(2, 2), rows[1][:, :1].view(2, 2), torch.ones(2, 2))
     assert folded == pytest.approx({"kl": 2 * exact, "kl_per_token_k3": exact}, rel=1e-6), "two tokens an answer"
 
 
 def test_a_prompt_counts_once_however_many_answers_it_has() -> None:
     """Two prompts are won by the mean (though by few answers), one is a tie, one is lost; one side alone has gold."""
     one, other = (
-        Evaluation({}, [{"index": place, "reward_model": value} for place, row in enumerate(side) for value in row])
+        Evaluation({}, [{"index": place, "reward": value} for place, row in enumerate(side) for value in row])
         for side in ([[9, 0, 0], [1, 2, 3], [0, 0, 0], [3, 0, 0]], [[1, 1, 1], [3, 2, 1], [1, 0, 0], [0, 0, 1]])
     )
     one.rows[0]["gold"] = 1.0
-    interval = metrics.win_rate([1, 0, -1, 1], [0, 0, 0, 0])
-    names = {"win_rate_reward": "win_rate", "win_rate_reward_model_low": "low", "win_rate_reward_model_high": "high"}
-    assert one.by_prompt("reward_model") == [3, 2, 0, 1]
+    interval = win_rate([1, 0, -1, 1], [0, 0, 0, 0])
+    names = {"win_rate_reward": "win_rate", "win_rate_reward_low": "low", "win_rate_reward_high": "high"}
+    assert one.by_prompt("reward") == [3, 2, 0, 1]
     assert compare(one, other) == {name: interval[key] for name, key in names.items()}
 
 
@@ -277,7 +282,7 @@ def test_an_evaluation_follows_its_rows(
     found, columns = result.metrics, {name: [row[name] for row in result.rows] for name in result.rows[0]}
     assert [found[f"gold_score{end}"] for end in ("", "_low", "_high")] == [0.5, 0.0, 1.0]
     assert columns["gold"] == [0.0] * 10 + [1.0] * 10
-    for name, key in (("reward_score", "reward_model"), ("kl", "kl"), ("length", "tokens"), ("eos_share", "stopped")):
+    for name, key in (("reward_score", "reward"), ("kl", "kl"), ("length", "tokens"), ("eos_share", "stopped")):
         assert found[name] == pytest.approx(np.mean(columns[key]), rel=1e-5)
     other.train()
     again = evaluate_model(model.train(), tokenizer, ["A?", "Longer?"], batch_size=3, **asked)
@@ -288,15 +293,15 @@ def test_an_evaluation_follows_its_rows(
 
 MUTE = SimpleNamespace(bos_token_id=None, eos_token_id=None)
 REFUSED: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]] = [
-    (metrics.distinct_n, ([],), {}, "at least one text"),
-    (metrics.win_rate, ([1.0], [1.0, 2.0]), {}, "same prompts"),
-    (metrics.mean_with_interval, ([1.0, math.nan],), {}, "1 of 2 values are not finite"),
-    (metrics.mean_with_interval, ([1.0],), {"confidence": 1.0}, "between 0 and 1"),
-    (metrics.preference_metrics, ([1.0], [math.inf], [1], [1]), {}, "not finite"),
-    (metrics.preference_metrics, ([1.0], [0.0], [1], [1, 2]), {}, "differ in number"),
-    (metrics.classification_metrics, ([1], [1, 0]), {}, "1 predictions against 2 labels"),
-    (metrics.perplexity, (COUNTING, MUTE, ["a"]), {}, "neither BOS nor EOS"),
-    (metrics.perplexity, (COUNTING, MUTE, ["a"]), {"max_length": 65}, "set it to 64 or less"),
+    (distinct_n, ([],), {}, "at least one text"),
+    (win_rate, ([1.0], [1.0, 2.0]), {}, "same prompts"),
+    (mean_with_interval, ([1.0, math.nan],), {}, "1 of 2 values are not finite"),
+    (mean_with_interval, ([1.0],), {"confidence": 1.0}, "between 0 and 1"),
+    (preference_metrics, ([1.0], [math.inf], [1], [1]), {}, "not finite"),
+    (preference_metrics, ([1.0], [0.0], [1], [1, 2]), {}, "differ in number"),
+    (classification_metrics, ([1], [1, 0]), {}, "1 predictions against 2 labels"),
+    (perplexity, (COUNTING, MUTE, ["a"]), {}, "neither BOS nor EOS"),
+    (perplexity, (COUNTING, MUTE, ["a"]), {"max_length": 65}, "set it to 64 or less"),
 ]
 
 

@@ -147,7 +147,7 @@ def test_the_numbers_equal_those_computed_by_hand(world: Path, pair_report: Path
         k3 += [math.exp(-ratio) - 1 + ratio for ratio in ratios]
         odds = reward_model(ids).logits[0].double()
         positive.append(float(odds.softmax(dim=0)[1]))
-        assert row["reward_model"] == pytest.approx(float(odds[1] - odds[0]), abs=1e-4)
+        assert row["reward"] == pytest.approx(float(odds[1] - odds[0]), abs=1e-4)
         assert row["gold"] == row["completion"].count(PROMPTS[row["index"]]["answer"]) / 10
         lengths.append(len(answer))
         stops.append(answer[-1] in STOPS)
@@ -163,19 +163,13 @@ def test_a_prompt_is_won_by_the_mean_over_its_answers(pair_report: Path) -> None
     wins = 0.0
     for index in range(len(PROMPTS)):
         first, second = (
-            sum(row["reward_model"] for row in rows_of(pair_report, name) if row["index"] == index)
+            sum(row["reward"] for row in rows_of(pair_report, name) if row["index"] == index)
             for name in ("first", "second")
         )
         wins += 0.5 if first == second else float(second > first)
     result = measured(pair_report)["second"]
     assert result["win_rate_reward"] == wins / len(PROMPTS)
-    assert (
-        0
-        <= result["win_rate_reward_model_low"]
-        <= result["win_rate_reward"]
-        <= result["win_rate_reward_model_high"]
-        <= 1
-    )
+    assert 0 <= result["win_rate_reward_low"] <= result["win_rate_reward"] <= result["win_rate_reward_high"] <= 1
     assert "win_rate_reward" not in measured(pair_report)["first"]
 
 
@@ -221,7 +215,7 @@ def test_the_folder_tells_what_was_asked(pair_report: Path) -> None:
     card = (pair_report / "README.md").read_text(encoding="utf-8")
     table = card.split("```yaml")[0]
     numbers = measured(pair_report)
-    for key in ("gold\\_score", "perplexity", "win\\_rate\\_reward_model", "eos\\_share", "kl"):
+    for key in ("gold\\_score", "perplexity", "win\\_rate\\_reward", "eos\\_share", "kl"):
         assert f"| {key} |" in table
     assert f"{numbers['second']['perplexity']:.4g}" in table
     assert "What \\<b\\>now\\</b\\> \\| then?" not in table, "only three prompts stand on the card"
@@ -314,7 +308,7 @@ def by_token(completion_ids: list[list[int]], **columns: Any) -> list[list[float
 def test_rewards_of_tokens_are_summed(ask: Callable[..., EvalArguments]) -> None:
     folder = run_eval(ask("first", reward_model="test_eval:by_token", gold=None))
     rows = rows_of(folder, "first")
-    assert len({row["tokens"] for row in rows}) > 1 and all(row["reward_model"] == row["tokens"] / 2 for row in rows)
+    assert len({row["tokens"] for row in rows}) > 1 and all(row["reward"] == row["tokens"] / 2 for row in rows)
 
 
 def test_columns_with_names_that_rewards_are_called_with_are_left_out(

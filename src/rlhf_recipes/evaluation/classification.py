@@ -1,7 +1,7 @@
-"""Accuracy, precision, recall and F1 as `evaluate` metrics that work offline.
+"""Accuracy, precision, recall and F1 as metrics of `evaluate` that work offline.
 
-`evaluate.load("accuracy")` fetches a script from the Hub; these subclasses ship with the package and leave the
-arithmetic to scikit-learn.
+`evaluate.load("accuracy")` downloads a script from the Hub. These subclasses are part of the package and call
+scikit-learn.
 """
 
 from collections.abc import Sequence
@@ -29,28 +29,36 @@ class _LabelMetric(evaluate.Metric):
 
 
 class Accuracy(_LabelMetric):
+    """Share of correct labels."""
+
     description = "Share of predicted labels that equal the reference."
 
     def _compute(self, predictions: Any, references: Any, average: str = "binary") -> dict[str, float]:
-        # `average` is accepted because `evaluate.combine` hands the same options to every metric.
+        # `average` is accepted because `evaluate.combine` gives the same options to every metric.
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
 class Precision(_LabelMetric):
-    description = "Of the examples given a label, the share that carries it; 0 where the label was never given."
+    """Share of correct labels among the predicted ones."""
+
+    description = "Share of examples predicted to have a label that have it; 0 if the label was never predicted."
 
     def _compute(self, predictions: Any, references: Any, average: str = "binary") -> dict[str, float]:
         return {"precision": float(precision_score(references, predictions, average=average, zero_division=0))}
 
 
 class Recall(_LabelMetric):
-    description = "Of the examples that carry a label, the share that was given it; 0 where none carries it."
+    """Share of the true labels that were predicted."""
+
+    description = "Share of examples with a label for which it was predicted; 0 if no example has it."
 
     def _compute(self, predictions: Any, references: Any, average: str = "binary") -> dict[str, float]:
         return {"recall": float(recall_score(references, predictions, average=average, zero_division=0))}
 
 
 class F1(_LabelMetric):
+    """Harmonic mean of precision and recall."""
+
     description = "Harmonic mean of precision and recall."
 
     def _compute(self, predictions: Any, references: Any, average: str = "binary") -> dict[str, float]:
@@ -60,10 +68,15 @@ class F1(_LabelMetric):
 def classification_metrics(
     predictions: Sequence[int] | np.ndarray, references: Sequence[int] | np.ndarray, average: str = "auto"
 ) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of integer labels, each in [0, 1].
+    """Compute accuracy, precision, recall and F1 of integer labels, each in [0, 1].
 
-    `average` says how precision, recall and F1 of the labels become one number: `binary` is label 1 alone, `macro` the
-    plain mean over labels, `auto` takes `binary` when no label but 0 and 1 occurs and `macro` otherwise.
+    Args:
+        predictions, references: labels, (examples,).
+        average: how precision, recall and F1 of the labels become one number: `binary` (label 1 alone), `macro` (plain
+            mean over labels), `micro`, `weighted`, or `auto`: `binary` if the only labels are 0 and 1, else `macro`.
+
+    Raises:
+        UserError: no labels, unequal lengths, or an unknown `average`.
     """
     predicted, expected = np.asarray(predictions), np.asarray(references)
     if predicted.size == 0 or predicted.shape != expected.shape:
@@ -74,15 +87,16 @@ def classification_metrics(
         raise UserError(f"unknown average {average!r}; choose one of {', '.join(AVERAGES)}")
     if average == "auto":
         average = "binary" if np.isin(np.concatenate([predicted, expected]), (0, 1)).all() else "macro"
-    # In memory: the default goes through a locked file in the user's cache, where parallel processes would meet.
+    # In memory: the default is a file in the user's cache, which parallel processes would share.
     metrics = evaluate.combine([metric(keep_in_memory=True) for metric in (Accuracy, Precision, Recall, F1)])
     return metrics.compute(predictions=predicted, references=expected, average=average)
 
 
 def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a Trainer whose model gives logits `(examples, labels)`; a single logit is cut at 0.
+    """Compute the metrics of a classifier, as the `compute_metrics` of a Trainer; one logit predicts label 1 above 0.
 
-    The number of logits, not the labels that happen to occur, decides between `binary` and `macro`.
+    Logits are (examples, labels). Their number, not the labels that happen to occur, decides between `binary` and
+    `macro`.
     """
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     logits = np.asarray(logits)

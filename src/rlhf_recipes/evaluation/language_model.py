@@ -1,42 +1,54 @@
-"""Perplexity and bits per byte, each token predicted exactly once."""
-
-from __future__ import annotations
+"""Perplexity and bits per byte; each token is predicted exactly once."""
 
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class _Window(NamedTuple):
-    """`ids` is what the model sees; tokens from position `first_scored` on are predicted."""
+    """`ids` is the model's input; tokens from position `first_scored` on are predicted."""
 
     ids: list[int]
     first_scored: int
 
 
 def perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
     *,
     batch_size: int = 8,
     max_length: int | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Perplexity of whole texts.
+    """Compute the perplexity of whole texts.
 
-    Every text starts from the BOS token (EOS where there is no BOS), which is context and is not itself predicted; no
-    special token is added at the end. A text longer than the context is cut into windows that overlap by half: each
-    token is predicted once, with at least half a context of history (or all there is, near the start). `max_length`
-    is that context in tokens; by default the model's own.
+    Every text begins with the BOS token (EOS if there is no BOS), which is context and is not predicted; no special
+    token is added at the end. A text longer than the context is split into windows that overlap by half: each token is
+    predicted once, after at least half a context of history (or all there is, near the start).
 
-    Returns `perplexity` (exp of `loss`), `bits_per_byte` (comparable between tokenizers), `loss` (nats per token),
-    `tokens` (predicted) and `bytes` (UTF-8, of the texts as given).
+    Args:
+        batch_size: windows in one forward pass.
+        max_length: context in tokens; None: the model's.
+        progress: show a progress bar.
+
+    Returns:
+        `perplexity` (exp of `loss`), `bits_per_byte` (comparable between tokenizers), `loss` (nats per token),
+        `tokens` (predicted) and `bytes` (UTF-8, of the given texts).
+
+    Raises:
+        UserError: no tokens, an unknown or too short context, or a tokenizer with neither BOS nor EOS.
     """
     context = _context_length(model, max_length)
     start = _start_token(tokenizer)
@@ -47,20 +59,27 @@ def perplexity(
 
 
 def completion_perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     batch_size: int = 8,
     max_length: int | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Perplexity of completions given their prompts; `pairs` holds `(prompt_ids, completion_ids)`.
+    """Compute the perplexity of completions given their prompts.
 
-    The ids are taken as they are: a chat template has already been applied, and an EOS at the end of a completion is
-    predicted like any token. An empty prompt becomes the BOS (or EOS) token. Rows longer than the context are windowed
-    as in `perplexity`, whose keys are returned. `bytes` are those of the decoded completions without special tokens,
-    so a predicted EOS adds to the bits and not to the bytes.
+    Args:
+        pairs: `(prompt_ids, completion_ids)`, used as they are: a chat template has already been applied, and an EOS
+            at the end of a completion is predicted like any token. An empty prompt becomes the BOS (or EOS) token.
+        batch_size, max_length, progress: as in `perplexity`; longer rows are split into windows as there.
+
+    Returns:
+        The keys of `perplexity`. `bytes` are those of the decoded completions without special tokens, so a predicted
+        EOS adds to the bits and not to the bytes.
+
+    Raises:
+        UserError: as in `perplexity`.
     """
     context = _context_length(model, max_length)
     rows = [(list(prompt) or [_start_token(tokenizer)], list(completion)) for prompt, completion in pairs]
@@ -73,7 +92,7 @@ def completion_perplexity(
 
 
 def _windows(ids: list[int], first_scored: int, context: int) -> list[_Window]:
-    """Cut `ids` so that each token from `first_scored` on is scored once, behind at least half a context."""
+    """Split `ids` so that each token from `first_scored` on is scored once, after at least half a context."""
     windows: list[_Window] = []
     scored = first_scored
     while scored < len(ids):
@@ -86,12 +105,13 @@ def _windows(ids: list[int], first_scored: int, context: int) -> list[_Window]:
 
 
 def _summary(
-    model: PreTrainedModel, windows: list[_Window], size: int, batch_size: int, progress: bool
+    model: "PreTrainedModel", windows: list[_Window], size: int, batch_size: int, progress: bool
 ) -> dict[str, float]:
+    """Score the windows; `size` is the number of bytes."""
     if not windows:
         raise UserError("perplexity of no tokens; give at least one text that is not empty")
     if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"batch_size is {batch_size}; give at least 1")
     tokens = sum(len(window.ids) - window.first_scored for window in windows)
     nats = _negative_log_likelihood(model, windows, batch_size, progress)
     loss = nats / tokens
@@ -104,13 +124,10 @@ def _summary(
     }
 
 
-def _negative_log_likelihood(model: PreTrainedModel, windows: list[_Window], batch_size: int, progress: bool) -> float:
-    """Sum of -log p over all scored tokens, in nats. Windows of like length share a batch, so little is padding."""
-    import torch
-    from tqdm.auto import tqdm
-
-    from rlhf_recipes.system import apply_bitsandbytes_workarounds_
-
+def _negative_log_likelihood(
+    model: "PreTrainedModel", windows: list[_Window], batch_size: int, progress: bool
+) -> float:
+    """Sum -log p over all scored tokens, in nats. Windows of similar length share a batch, to save padding."""
     ordered = sorted(windows, key=lambda window: len(window.ids), reverse=True)
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     was_training = model.training
@@ -122,14 +139,10 @@ def _negative_log_likelihood(model: PreTrainedModel, windows: list[_Window], bat
         model.train(was_training)
 
 
-def _batch_nats(model: PreTrainedModel, batch: list[_Window]) -> float:
-    import torch
-    from torch.nn.functional import cross_entropy
-    from torch.nn.utils.rnn import pad_sequence
-
+def _batch_nats(model: "PreTrainedModel", batch: list[_Window]) -> float:
     rows = [torch.tensor(window.ids) for window in batch]
     lengths = torch.tensor([len(row) for row in rows])
-    # Padding stands on the right and behind the mask, so its id is never seen: 0 serves any tokenizer.
+    # Padding is on the right and masked, so its id does not matter: 0 works for any tokenizer.
     ids = pad_sequence(rows, batch_first=True).to(model.device)
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -141,19 +154,20 @@ def _batch_nats(model: PreTrainedModel, batch: list[_Window]) -> float:
     return nats
 
 
-def _context_length(model: PreTrainedModel, max_length: int | None) -> int:
+def _context_length(model: "PreTrainedModel", max_length: int | None) -> int:
+    """Return the context to use; `max_length` may not exceed the model's."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     if max_length is None and limit is None:
-        raise UserError("the model states no context length; set max_length")
+        raise UserError("the model's config has no context length; set max_length")
     context = min(length for length in (max_length, limit) if length is not None)
     if context < 2:
         raise UserError(f"a context of {context} tokens predicts nothing; set max_length to at least 2")
     if max_length is not None and context < max_length:
-        raise UserError(f"max_length {max_length} is beyond the model's context; set it to {context} or less")
+        raise UserError(f"max_length {max_length} exceeds the model's context; set it to {context} or less")
     return context
 
 
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def _start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise UserError("the tokenizer has neither BOS nor EOS, so a first token has no context; give it an EOS token")

@@ -1,10 +1,8 @@
-"""A language model measured by what it writes: one call, one row of numbers, and the answers behind them.
+"""Evaluate a language model by its answers: metrics from one call, and the answers they were computed on.
 
-The same prompt draws the same random numbers whatever the model, so two models differ by what they learnt and not by
-luck, and a model compared with itself ties on every prompt.
+Every model draws the same random numbers for the same prompt. So two models do not differ by luck, and a model
+compared with itself ties on every prompt.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,45 +25,51 @@ from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Every number a model can be given; those whose reward model, reference or texts are missing are left out. `<name>_low` and
-# `<name>_high`, where they stand beside a number, are its 95 % interval over prompts.
+# Every metric and its meaning. Metrics without their reward model, reference or texts are left out.
+# `<name>_low` and `<name>_high` are the 95 % interval over prompts.
 METRICS = {
     "gold_score": "mean gold score",
     "reward_score": "mean score of the reward model",
-    "reward_positive": "mean probability of label 1, for a reward model of two labels",
-    "kl": "KL(model || reference) in nats per answer, estimated on the answers, at the sampling temperature; not at 0",
-    "kl_per_token": "the same per token, by the k3 estimator",
+    "reward_positive": "mean probability of label 1, for a reward model with two labels",
+    "kl": "KL(model || reference) in nats per answer, estimated on the answers at the sampling temperature (not at 0)",
+    "kl_per_token": "KL per token, by the k3 estimator",
     "perplexity": "perplexity of the texts",
     "bits_per_byte": "bits per byte of the texts",
-    "length": "mean tokens of an answer, the stop token included",
-    "length_p90": "90th percentile of that",
-    "eos_share": "share of answers that ended by a stop token",
-    "distinct_1": "different words among all words of the answers",
-    "distinct_2": "different pairs of neighbouring words among all pairs",
-    "win_rate_reward": "share of prompts on which the reward model scores the answer above the first model's; ties count half",
-    "win_rate_gold": "share of prompts on which gold does",
+    "length": "mean tokens of an answer, with the stop token",
+    "length_p90": "90th percentile of the tokens of an answer",
+    "eos_share": "share of answers that a stop token ended",
+    "distinct_1": "share of different words among all words of the answers",
+    "distinct_2": "share of different pairs of neighbouring words among all pairs",
+    "win_rate_reward": "share of prompts with a higher reward model score than the first model's; ties count half",
+    "win_rate_gold": "share of prompts with a higher gold score than the first model's; ties count half",
 }
-PERPLEXITY_BATCH = 8  # whole contexts, all their logits: the one place where memory, not speed, sets the batch
+PERPLEXITY_BATCH = 8  # at most: the logits of whole contexts take much memory
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: numbers by name. rows: one a completion, prompts in order and the completions of a prompt together."""
+    """The result of `evaluate_model`.
+
+    metrics: numbers by name, see `METRICS`.
+    rows: one for each completion, in the order of the prompts: `index` of the prompt, `prompt`, `completion`,
+        `tokens`, `stopped`, and where they were measured `reward`, `gold` and `kl`.
+    """
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
 
     def by_prompt(self, column: str) -> list[float]:
-        """The mean of a numeric column over the completions of each prompt."""
+        """Return the mean of a numeric column over the completions of each prompt, (prompts,)."""
         values: dict[int, list[float]] = {}
         for row in self.rows:
             values.setdefault(row["index"], []).append(float(row[column]))
-        return [math.fsum(of_prompt) / len(of_prompt) for of_prompt in values.values()]  # ties stay ties
+        # `fsum` does not depend on the order, so equal scores give equal means and ties stay ties.
+        return [math.fsum(prompt_values) / len(prompt_values) for prompt_values in values.values()]
 
 
 def evaluate_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Any],
     *,
     sampling: Sampling,
@@ -74,21 +78,28 @@ def evaluate_model(
     columns: Mapping[str, Sequence[Any]] | None = None,
     reward_model: Reward | None = None,
     gold: Reward | None = None,
-    reference: PreTrainedModel | None = None,
+    reference: "PreTrainedModel | None" = None,
     texts: Sequence[str] | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Evaluation:
-    """Sample answers to `prompts` (text, messages or ids) and measure them; measure the model itself on `texts`.
+    """Sample answers to `prompts` (text, messages or ids) and measure them; measure the model's perplexity on `texts`.
 
-    columns: the other columns of the prompts, one value a prompt, for `gold` and `reward_model`.
-    reference: a model that reads the same token ids. The metrics are listed in `METRICS`.
+    Args:
+        completions_per_prompt: answers to each prompt.
+        columns: the other columns of the prompts, one value for each prompt, for `gold` and `reward_model`.
+        reward_model, gold: rewards that score the answers.
+        reference: a model with the same token ids, for the KL.
+        batch_size: rows in one forward pass.
+
+    Raises:
+        UserError: no prompts.
     """
     if not prompts:
         raise UserError("no prompts to answer; give at least one")
     repeated = [index for index in range(len(prompts)) for _ in range(completions_per_prompt)]
     ids = [prompt_ids(prompts[index], tokenizer) for index in repeated]
-    answers = _answer(model, ids, sampling, seed, batch_size, progress)
+    answers = _sample_answers(model, ids, sampling, seed, batch_size, progress)
     rows: list[dict[str, Any]] = [
         {"index": index, "prompt": prompts[index], "completion": text, "tokens": len(answer), "stopped": stopped}
         for index, text, answer, stopped in zip(
@@ -98,13 +109,15 @@ def evaluate_model(
     aligned = {name: [values[index] for index in repeated] for name, values in (columns or {}).items()}
     metrics = _text_metrics(rows)
     if reward_model is not None:
-        _add_scores(rows, "reward", reward_model, ids, answers.ids, aligned)
+        _add_scores_(rows, "reward", reward_model, ids, answers.ids, aligned)
         metrics |= _reward_model_metrics(rows, reward_model)
     if gold is not None:
-        _add_scores(rows, "gold", gold, ids, answers.ids, aligned)
+        _add_scores_(rows, "gold", gold, ids, answers.ids, aligned)
         metrics |= _gold_metrics(Evaluation({}, rows))
     if reference is not None and sampling.temperature > 0:
-        metrics |= _divergence(model, reference, rows, ids, answers.ids, sampling.temperature, batch_size, progress)
+        metrics |= _add_divergence_(
+            rows, model, reference, ids, answers.ids, sampling.temperature, batch_size, progress
+        )
     if texts:
         measured = perplexity(model, tokenizer, texts, batch_size=min(batch_size, PERPLEXITY_BATCH), progress=progress)
         metrics |= {key: measured[key] for key in ("perplexity", "bits_per_byte")}
@@ -112,14 +125,14 @@ def evaluate_model(
 
 
 def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, float]:
-    """`win_rate_reward` and `win_rate_gold` over `baseline`, each with `_low` and `_high`, where both were scored.
+    """Compute `win_rate_reward` and `win_rate_gold` over `baseline` where both were scored, each with `_low` and `_high`.
 
-    A prompt is won by the higher mean score over its completions, so that the interval counts prompts: completions of
-    one prompt are no independent evidence.
+    A prompt is won by the higher mean score over its completions. So the interval counts prompts: completions of one
+    prompt are not independent.
     """
     metrics: dict[str, float] = {}
     for name in ("reward", "gold"):
-        if all(name in side.rows[0] for side in (evaluation, baseline)):
+        if all(name in scored.rows[0] for scored in (evaluation, baseline)):
             result = win_rate(evaluation.by_prompt(name), baseline.by_prompt(name))
             metrics |= {f"win_rate_{name}": result["win_rate"]}
             metrics |= {f"win_rate_{name}_{end}": result[end] for end in ("low", "high")}
@@ -128,36 +141,39 @@ def compare(evaluation: Evaluation, baseline: Evaluation) -> dict[str, float]:
 
 @torch.no_grad()
 def completion_log_probs(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 log-probabilities of the tokens of completions, and the mask of those that are real.
+    """Compute the log-probabilities of completions in one batch; the model should be in eval mode.
 
-    One batch: prompts and completions are rows of ids; both results are (batch, longest completion), on the CPU.
-    The model should be in eval mode.
+    prompts, completions: rows of token ids.
+
+    Returns:
+        float32 log-probabilities and the mask of real tokens, both (batch, longest completion), on the CPU.
     """
     device = next(apply_bitsandbytes_workarounds_(model).parameters()).device
-    before, before_mask = pad(prompts, value=0, side="left")
-    after, after_mask = pad(completions, value=0)
-    width = after.shape[1]
-    mask = torch.cat([before_mask, after_mask], dim=1)
-    # Prompts end in the same column, so the logits that predict a completion are the last ones, whatever the prompt.
+    padded_prompts, prompt_mask = pad(prompts, value=0, side="left")
+    padded_completions, completion_mask = pad(completions, value=0)
+    width = padded_completions.shape[1]
+    mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    # All prompts end in the same column, so the last logits predict the completions.
     logits = model(
-        input_ids=torch.cat([before, after], dim=1).to(device),
+        input_ids=torch.cat([padded_prompts, padded_completions], dim=1).to(device),
         attention_mask=mask.long().to(device),
         position_ids=position_ids(mask).to(device),
         use_cache=False,
         logits_to_keep=width + 1,
     ).logits[:, -width - 1 : -1]
-    return log_probs_and_entropies(logits, after.to(device), temperature)[0].cpu(), after_mask
+    return log_probs_and_entropies(logits, padded_completions.to(device), temperature)[0].cpu(), completion_mask
 
 
-def _answer(
-    model: PreTrainedModel, ids: list[list[int]], sampling: Sampling, seed: int, batch_size: int, progress: bool
+def _sample_answers(
+    model: "PreTrainedModel", ids: list[list[int]], sampling: Sampling, seed: int, batch_size: int, progress: bool
 ) -> Completions:
-    seeds = [row_seed(seed, place) for place in range(len(ids))]
+    """Sample an answer to each row of prompt ids, with a progress bar."""
+    seeds = [row_seed(seed, index) for index in range(len(ids))]
     result = Completions([[] for _ in ids], [False] * len(ids))
     for batch in _batches(ids, batch_size, "answers", progress):
         answers = sample(model, [ids[row] for row in batch], sampling, [seeds[row] for row in batch], batch_size)
@@ -167,7 +183,7 @@ def _answer(
 
 
 def _batches(rows: Sequence[Sequence[int]], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:
-    """Places of rows in batches of like length, with a progress bar."""
+    """Yield indices of rows in batches of similar length, with a progress bar."""
     from tqdm.auto import tqdm
 
     with tqdm(total=len(rows), desc=label, disable=not progress) as bar:
@@ -188,7 +204,7 @@ def _text_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _add_scores(
+def _add_scores_(
     rows: list[dict[str, Any]],
     name: str,
     reward: Reward,
@@ -196,6 +212,7 @@ def _add_scores(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
 ) -> None:
+    """Add the reward of each row's completion to the row, under `name`. Rewards of tokens are added up."""
     scores = score(
         reward,
         [row["prompt"] for row in rows],
@@ -205,9 +222,7 @@ def _add_scores(
         columns=columns,
     )
     for row, value in zip(rows, scores, strict=True):
-        row[name] = (
-            math.fsum(value) if isinstance(value, list) else value
-        )  # of one number a token, what they add up to
+        row[name] = math.fsum(value) if isinstance(value, list) else value
 
 
 def _reward_model_metrics(rows: list[dict[str, Any]], reward_model: Reward) -> dict[str, float]:
@@ -224,34 +239,35 @@ def _gold_metrics(evaluation: Evaluation) -> dict[str, float]:
     return {"gold_score": interval["mean"], "gold_score_low": interval["low"], "gold_score_high": interval["high"]}
 
 
-def _divergence(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
+def _add_divergence_(
     rows: list[dict[str, Any]],
+    model: "PreTrainedModel",
+    reference: "PreTrainedModel",
     ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     temperature: float,
     batch_size: int,
     progress: bool,
 ) -> dict[str, float]:
-    modes = [(each, each.training) for each in (model, reference)]
+    """Add each row's log ratio to the row, as `kl`, and return the metrics `kl` and `kl_per_token`."""
+    modes = [(module, module.training) for module in (model, reference)]
     nats, per_token, tokens = 0.0, 0.0, 0
     try:
-        for each, _ in modes:
-            each.eval()
-        whole = [[*prompt, *answer] for prompt, answer in zip(ids, completion_ids, strict=True)]
-        for batch in _batches(whole, batch_size, "KL", progress):
-            asked, answered = [ids[row] for row in batch], [completion_ids[row] for row in batch]
-            log_probs, mask = completion_log_probs(model, asked, answered, temperature)
-            reference_log_probs, _ = completion_log_probs(reference, asked, answered, temperature)
-            measured, count = sequence_kl(log_probs, reference_log_probs, mask), int(mask.sum())
-            nats += measured["kl"] * len(batch)
-            per_token += measured["kl_per_token_k3"] * count
+        for module, _ in modes:
+            module.eval()
+        texts = [[*prompt, *answer] for prompt, answer in zip(ids, completion_ids, strict=True)]
+        for batch in _batches(texts, batch_size, "KL", progress):
+            prompts, answers = [ids[row] for row in batch], [completion_ids[row] for row in batch]
+            log_probs, mask = completion_log_probs(model, prompts, answers, temperature)
+            reference_log_probs, _ = completion_log_probs(reference, prompts, answers, temperature)
+            estimates, count = sequence_kl(log_probs, reference_log_probs, mask), int(mask.sum())
+            nats += estimates["kl"] * len(batch)
+            per_token += estimates["kl_per_token_k3"] * count
             tokens += count
             ratios = torch.where(mask, log_probs - reference_log_probs, 0.0).sum(dim=1)
             for row, ratio in zip(batch, ratios.tolist(), strict=True):
                 rows[row]["kl"] = ratio
     finally:
-        for each, mode in modes:
-            each.train(mode)
+        for module, was_training in modes:
+            module.train(was_training)
     return {"kl": nats / len(rows), "kl_per_token": per_token / tokens}

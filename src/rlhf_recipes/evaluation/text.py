@@ -1,4 +1,4 @@
-"""Measures of generated text that need no model."""
+"""Metrics of generated text that need no model."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,29 @@ from rlhf_recipes.core.errors import UserError
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """Share of different n-grams among all n-grams of the whole set, in [0, 1] (after Li et al. 2016, arXiv:1510.03055).
+    """Compute the share of different n-grams among all n-grams of the texts, in [0, 1].
 
-    Words are split at whitespace and no n-gram crosses from one text to the next. Texts too short to hold an n-gram
-    leave nothing to count; if none holds one the result is 0. The measure falls as a set grows, so compare sets of
-    about equal size only.
+    Words are split at whitespace, and no n-gram spans two texts. Without any n-gram the result is 0. The share falls as
+    the number of texts grows, so compare sets of equal size only. After Li et al. 2016, arXiv:1510.03055.
+
+    Raises:
+        UserError: no texts, or n below 1.
     """
     if not texts:
         raise UserError("distinct-n of no texts; give at least one text")
     if n < 1:
-        raise UserError(f"distinct-n needs n of at least 1, got {n}")
+        raise UserError(f"n of distinct-n is {n}; give at least 1")
     words = [text.split() for text in texts]
     ngrams = [tuple(row[start : start + n]) for row in words for start in range(len(row) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def length_statistics(lengths: Sequence[int]) -> dict[str, float]:
-    """Mean, median and 90th percentile, in the unit that came in."""
+    """Compute the `mean`, `median` and 90th percentile (`p90`), in the unit of `lengths`.
+
+    Raises:
+        UserError: no lengths.
+    """
     if len(lengths) == 0:
         raise UserError("length statistics of no texts; give at least one length")
     median, p90 = np.percentile(lengths, [50, 90])
@@ -32,7 +38,11 @@ def length_statistics(lengths: Sequence[int]) -> dict[str, float]:
 
 
 def eos_share(flags: Sequence[bool]) -> float:
-    """Share of generations that stopped by themselves; `flags` holds one truth value per generation."""
+    """Compute the share of generations that a stop token ended; `flags` has one truth value for each generation.
+
+    Raises:
+        UserError: no flags.
+    """
     if len(flags) == 0:
         raise UserError("EOS share of no generations; give at least one flag")
     return float(np.mean(np.asarray(flags, dtype=bool)))
