@@ -53,8 +53,8 @@ def _sections(summary: Summary) -> Iterator[Section]:
         yield Section(
             name="ppo",
             title="Practice: PPO, update by update",
-            text="PPO raises the reward model's score and pays a penalty for its distance (KL) from the fine-tuned "
-            "model. It never sees the gold score, which shows whether the answers really improve.",
+            text="PPO maximizes the reward model's score minus a penalty for moving away from the fine-tuned model (KL). "
+            "It never sees the gold score, which shows whether the answers really improve.",
             charts=charts["ppo"],
         )
     if "overoptimization" in summary:

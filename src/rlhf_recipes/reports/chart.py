@@ -78,13 +78,13 @@ def reliability_chart(rows: Sequence[Mapping[str, float]]) -> Chart:
 
     rows: what `evaluation.calibration_table` returns: `low`, `high`, `confidence`, `accuracy`, `count` of each bin.
     """
-    accuracy = Series("share of pairs ranked correctly", [(row["confidence"], row["accuracy"]) for row in rows])
+    accuracy = Series("accuracy", [(row["confidence"], row["accuracy"]) for row in rows])
     diagonal = Series("perfectly calibrated", [(0.5, 0.5), (1.0, 1.0)], "soft", dotted=True)
     return Chart(
-        title="Calibration",
-        x="confidence of the reward model in the answer it prefers",
+        title="Calibration: accuracy by confidence",
+        x="confidence of the reward model",
         series=[accuracy, diagonal],
         bars=[Bar(row["low"], row["high"], row["count"]) for row in rows],
-        bars_name=f"pairs per bin, at most {max(row['count'] for row in rows):,.0f}",
+        bars_name=f"pairs per bin (at most {max(row['count'] for row in rows):,.0f})",
         show_last=False,
     )

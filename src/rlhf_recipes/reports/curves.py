@@ -80,7 +80,8 @@ def _default_panels(keys: Sequence[str]) -> list[Panel]:
         remaining = [key for key in remaining if key not in matching]
         if matching:
             panels.append((title, matching))
-    return panels + [(label_of(key).capitalize(), [key]) for key in remaining]
+    labels = {key: label_of(key) for key in remaining}
+    return panels + [(label[0].upper() + label[1:], [key]) for key, label in labels.items()]
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_recipes.reports.chart import Chart, Series
 
-SMOOTHED_FROM = 40  # points; a shorter line is drawn as it is
+SMOOTHED_FROM = 60  # points; a shorter line is drawn as it is
 DOTTED_UP_TO = 12  # points; so few are also drawn as dots, and a single point is visible
 BAR_SHARE = 0.2  # height of the highest bar as a share of the chart
 
@@ -101,8 +101,9 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[Tick]
 
 def _range(values: Sequence[float], margin: float = 0.0) -> Range:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if margin and 0 <= low < 0.4 * high:
-        low = 0.0  # a measure that comes near zero is shown from zero
+    if 0 <= low < 0.4 * high:
+        low = 0.0  # an axis that comes near zero starts at zero
     space = (high - low) * margin
     low, high = low - space if low else low, high + space
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    widening = 0.0 if high > low else abs(low) / 10 or 0.5  # a single value is drawn in the middle
+    return low - widening, high + widening

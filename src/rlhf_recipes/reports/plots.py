@@ -96,7 +96,7 @@ def plot_bars(
         for axes, key in zip(add_panels(figure, len(keys)), keys, strict=True):
             values = [models[name].get(key) for name in names]
             heights = [0.0 if value is None else float(value) for value in values]
-            colours = [LIGHT[colour] for colour in series_colours(len(names))]
+            colours = [LIGHT[colour] for colour in series_colours(len(names) + 1)[1:]]  # ink is too heavy for bars
             bars = axes.bar(names, heights, width=0.66, color=colours, gid=key)
             labels = ["–" if value is None else decimal(float(value)) for value in values]
             axes.bar_label(bars, labels, padding=3, fontsize=9)
