@@ -467,7 +467,7 @@ def test_what_was_packed_before_it_came_to_us_is_unpacked_and_said(
     logits(model)
     with caplog.at_level(logging.WARNING):
         generate(model, tokenizer, ["ab"], max_new_tokens=1)
-    assert packed(model) == 0 and "8 layers in 4 bits had been packed" in caplog.text
+    assert packed(model) == 0 and "had packed 8 4-bit layers" in caplog.text
     for name, weight in hand(model).items():
         assert ((weight - exact[name]).abs() <= exact[name].abs() * 2**-8 + 1e-9).all()
     model.save_pretrained(tmp_path / "again")

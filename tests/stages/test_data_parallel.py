@@ -251,6 +251,6 @@ def test_processes_that_would_each_train_by_themselves_are_refused(monkeypatch: 
     from rlhf_recipes.system.launch import check_launch
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="started 2 processes, but each would train by itself"):
+    with pytest.raises(UserError, match="started 2 processes, but each would train alone"):
         check_launch(SimpleNamespace(use_cpu=False, world_size=1))
     check_launch(SimpleNamespace(use_cpu=False, world_size=2))

@@ -299,7 +299,7 @@ def test_the_pad_token_can_be_named(ask: Any, model_folder: Path, tmp_path: Path
 
 def test_an_output_folder_with_files_is_kept(ask: Any, weightless: Path, tmp_path: Path) -> None:
     write(tmp_path / "out", mine=[{"a": 1}])
-    for changes, message in (({}, "is not empty"), ({"overwrite": True}, "no stage left")):
+    for changes, message in (({}, "is not empty"), ({"overwrite": True}, "no stage wrote")):
         with pytest.raises(UserError, match=message):
             run_dpo(*ask(CHAT, model_name_or_path=weightless, **changes))
     assert (tmp_path / "out" / "mine.jsonl").is_file()

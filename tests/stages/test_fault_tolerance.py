@@ -28,10 +28,10 @@ from programs.small_runs import STAGES
 from tqdm import tqdm
 from transformers import Trainer
 
-from rlhf_recipes import terminating
 from rlhf_recipes.core.errors import UserError, one_line_errors
 from rlhf_recipes.folders.checkpoints import CHECKSUMS_FILE, find_damage, list_checkpoints, write_checksums
 from rlhf_recipes.folders.lock import LOCK_FILE, folder_lock, require_unlocked
+from rlhf_recipes.training import sigterm
 from rlhf_recipes.training.finite import local_shard
 from rlhf_recipes.training.trainer import SafeTrainer
 
@@ -92,7 +92,7 @@ def whole(world: Path) -> Callable[[str], dict[str, Any]]:
 
 
 @pytest.fixture
-def retry_command(world: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str, str], None]:
+def again(world: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str, str], None]:
     """(case, folder) -> resume the run there, and it must end as the whole one."""
 
     def check(case: str, out: str) -> None:
@@ -132,7 +132,7 @@ def test_killed_at_random_moments(
             draw.uniform(0.0, SECONDS[case] * (1 + (kills - before) / 10)),
         ):
             kills += 1
-        retry_command(case, out)  # finished: nothing is left to do, and nothing is undone
+        again(case, out)  # finished: nothing is left to do, and nothing is undone
         if kills >= max(1, wanted):
             break
     record_property("tries", kills)
@@ -178,7 +178,7 @@ def test_killed_at_a_byte_of_a_save(
     kept = list_checkpoints(world / out)
     assert [path.name for path in kept] == {"first": [], "second": ["checkpoint-2"]}[which]
     assert [find_damage(path) for path in kept] == [None] * len(kept)
-    retry_command(stage, out)
+    again(stage, out)
 
 
 @pytest.mark.fault("the disk takes no more of a checkpoint")
@@ -193,9 +193,9 @@ def test_a_full_disk_ends_the_run_in_one_line(stage: str, world: Path, again: Ca
     code, said = told(act, world)
     assert code == 2 and "Traceback" not in said
     line = said.strip().splitlines()[-1]
-    assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 is whole" in line
+    assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 with --resume auto" in line
     assert not (world / out / ".saving").exists()  # what was half written makes room
-    retry_command(stage, out)
+    again(stage, out)
 
 
 @pytest.mark.fault("told to end (SIGTERM)")
@@ -222,7 +222,7 @@ def test_told_to_end_it_saves_and_goes_on_later(stage: str, world: Path, again: 
     assert code == 128 + signal.SIGTERM and "Traceback" not in said
     assert said.strip().splitlines()[-1] == "stopped by SIGTERM; saved at step 3: resume with --resume auto"
     assert [path.name for path in list_checkpoints(world / out)] == ["checkpoint-3"]
-    retry_command(stage, out)
+    again(stage, out)
 
 
 def test_told_to_end_once_more_later_it_ends_at_once(world: Path) -> None:
@@ -232,7 +232,7 @@ def test_told_to_end_once_more_later_it_ends_at_once(world: Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.01)
 
-        terminating.ONE_REQUEST = 0.0
+        sigterm.REPEAT_SECONDS = 0.0
         SafeTrainer.training_step = impatient  # type: ignore[method-assign]
         small_runs.run("sft", world, "told twice", save_strategy="no")
 
@@ -266,8 +266,8 @@ def test_a_disk_that_is_full_at_the_end_ends_the_run_in_one_line(
     code, said = told(act, world)
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {world}")
-    assert "is whole, go on from it with --resume auto" in line and not (world / out / ".saving").exists()
-    retry_command(stage, out)
+    assert "with --resume auto" in line and not (world / out / ".saving").exists()
+    again(stage, out)
 
 
 @pytest.mark.fault("the disk takes no more answers", stage="ppo")
@@ -281,8 +281,8 @@ def test_a_disk_that_is_full_between_checkpoints_ends_the_run_in_one_line(
     code, said = told(act, world)
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {world}")
-    assert line.endswith("make room there: no checkpoint is there yet")
-    retry_command("ppo", "full of answers")
+    assert line.endswith("free space there: there is no checkpoint yet")
+    again("ppo", "full of answers")
 
 
 def as_anybody() -> None:
@@ -306,9 +306,9 @@ def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(
     (world / out).chmod(0o755)
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said
-    assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 is whole" in line
+    assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 with --resume auto" in line
     assert find_damage(world / out / "checkpoint-2") is None
-    retry_command(stage, out)
+    again(stage, out)
 
 
 @pytest.mark.fault("the folder is read-only from the start")
@@ -352,7 +352,7 @@ def test_out_of_memory_ends_the_run_in_one_line(stage: str, world: Path, again: 
     assert code == 2 and "Traceback" not in said
     assert line.startswith("error: step 3: out of memory (") and "checkpoint-2 is the last checkpoint" in line
     assert "--per_device_train_batch_size" in line
-    retry_command(stage, out)
+    again(stage, out)
 
 
 def unfinished(world: Path, whole: Callable[[str], dict[str, Any]], stage: str, out: str) -> Path:
@@ -396,8 +396,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     last = unfinished(world, whole, stage, out)
     DAMAGES[how](last / ("optimizer.pt" if how == "a bit flips" else "model.safetensors"))
     code, said = told(lambda: small_runs.run(stage, world, out, resume="auto"), world)
-    assert code == 0 and f"{last.name} is damaged and is passed over" in said
-    retry_command(stage, out)
+    assert code == 0 and f"{last.name} is damaged and is skipped" in said
+    again(stage, out)
 
 
 @pytest.mark.fault("no checkpoint is whole", stage="sft")
@@ -409,7 +409,7 @@ def test_no_whole_checkpoint_is_said_and_a_damaged_one_is_not_taken_by_name(
         (point / CHECKSUMS_FILE).write_text("0  model.safetensors\n")
     with pytest.raises(UserError, match=r"none of the 2 checkpoints in .* is whole"):
         small_runs.run("sft", world, "none whole", resume="auto")
-    with pytest.raises(UserError, match=r"is damaged: model.safetensors is not what was saved"):
+    with pytest.raises(UserError, match=r"is damaged: model.safetensors differs from the saved file"):
         small_runs.run("sft", world, "none whole", resume_from_checkpoint=last)
 
 
@@ -450,7 +450,7 @@ def test_going_on_from_elsewhere_replaces_nothing_that_it_may_not(
     assert {path: path.read_bytes() for path in (world / "theirs").rglob("*") if path.is_file()} == before
     small_runs.run("sft", world, "theirs", resume_from_checkpoint=point, overwrite=True)
     assert point.is_dir()
-    retry_command("sft", "theirs")
+    again("sft", "theirs")
 
 
 def test_a_checkpoint_that_lies_on_another_disk_is_the_run_s_own(
@@ -461,7 +461,7 @@ def test_a_checkpoint_that_lies_on_another_disk_is_the_run_s_own(
     last.symlink_to(world / "elsewhere")
     shutil.rmtree(list_checkpoints(world / "linked")[-1])
     (world / "linked" / "model.safetensors").write_text("spoilt")
-    retry_command("sft", "linked")
+    again("sft", "linked")
     with pytest.raises(UserError, match="holds the input"):
         small_runs.run("sft", world, ".", resume_from_checkpoint=last, overwrite=True)
 
@@ -488,7 +488,7 @@ def test_a_run_from_elsewhere_that_is_cut_off_goes_on_from_its_own(
 
     assert told(act, world)[0] == 9
     assert list_checkpoints(world / "from elsewhere")[0].name == "checkpoint-4"
-    retry_command("sft", "from elsewhere")
+    again("sft", "from elsewhere")
 
 
 @pytest.mark.parametrize("asked", [{}, {"resume": "auto"}, {"overwrite": True}, {"resume": "auto", "overwrite": True}])
@@ -503,7 +503,7 @@ def test_what_only_looks_like_a_run_is_left_alone(asked: dict[str, Any], world: 
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=r"is not empty|that no stage left|none of the 1 checkpoints"):
+    with pytest.raises(UserError, match=r"is not empty|that no stage wrote|none of the 1 checkpoints"):
         small_runs.run("sft", world, str(tmp_path), **asked)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == sorted(
         files
@@ -538,7 +538,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
     line = said.strip().splitlines()[-1]
     assert code == 2 and line.startswith("error: step 5: the loss is not finite, and nothing of it is saved; ")
     assert line.endswith("look for the rows that cause it") and "checkpoint-4 is the last checkpoint" in line
-    retry_command(stage, out)
+    again(stage, out)
 
 
 @pytest.mark.fault("a weight is not finite")
@@ -561,7 +561,7 @@ def test_weights_that_are_not_finite_are_not_saved(stage: str, world: Path, agai
     code, said = told(act, world)
     assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
     assert [path.name for path in list_checkpoints(world / out)] == ["checkpoint-2"]
-    retry_command(stage, out)
+    again(stage, out)
 
 
 @pytest.mark.fault("a weight is not finite at the end, and no checkpoint was asked for")
@@ -581,7 +581,7 @@ def test_weights_that_are_not_finite_are_not_left_at_the_end(
     code, said = told(act, world)
     assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
     assert not list((world / out).rglob("*.safetensors"))
-    retry_command(stage, out)
+    again(stage, out)
 
 
 @pytest.mark.fault("a weight is not finite from some step on", stage="ppo")
@@ -603,7 +603,7 @@ def test_ppo_does_not_go_on_with_weights_that_are_not_finite(world: Path, again:
     line = said.strip().splitlines()[-1]
     assert code == 2 and line.startswith("error: step 5: a weight is not finite, and nothing of it is saved; ")
     assert "checkpoint-4 is the last checkpoint" in line
-    retry_command("ppo", "inf on the way")
+    again("ppo", "inf on the way")
 
 
 @pytest.mark.parametrize(("rank", "part", "finite"), [
@@ -661,7 +661,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
                 small_runs.run("sft", world, "shared folder", **asked)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    retry_command("sft", "shared folder")
+    again("sft", "shared folder")
 
 
 @pytest.mark.fault("the reward model crashes", stage="ppo")
@@ -684,7 +684,7 @@ def test_a_reward_model_that_crashes_loses_nothing(world: Path, again: Callable[
     code, said = told(act, world)
     assert code == 1 and "the reward model is gone" in said
     assert list_checkpoints(world / "crashed reward model")
-    retry_command("ppo", "crashed reward model")
+    again("ppo", "crashed reward model")
 
 
 @pytest.mark.fault("a data file is cut in a line")

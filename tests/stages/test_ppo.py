@@ -172,7 +172,7 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
     (_long_prompt, {}, "does not fit the model's context of 128"),
     (_other_column, {}, "but has question, wanted"),
     (_full_folder, {}, "not empty"),
-    (_full_folder, {"overwrite": "true"}, "no stage left"),
+    (_full_folder, {"overwrite": "true"}, "no stage wrote"),
 ]
 
 

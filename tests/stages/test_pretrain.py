@@ -357,7 +357,7 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({**FROM, "model_name_or_path": "{others}/model", "max_length": 129}, "beyond the 128 tokens"),
     ({"output_dir": "{place}/text"}, "holds the input"),
     ({"output_dir": "{place}/text/train.jsonl"}, "is a file"),
-    ({"output_dir": "{others}/few", "overwrite": True}, "no stage left"),
+    ({"output_dir": "{others}/few", "overwrite": True}, "no stage wrote"),
     ({"resume_from_checkpoint": "true"}, "no checkpoint to resume from"),
     ({"resume_from_checkpoint": "{others}"}, "is no checkpoint folder"),
 ]

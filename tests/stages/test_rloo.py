@@ -384,7 +384,7 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
     (_prompts({"prompt": "a"}, {"prompt": ""}), {}, "row 1: the prompt is empty"),
     (_prompts(), {}, "no rows"),
     (_full_folder, {}, "not empty"),
-    (_full_folder, {"overwrite": "true"}, "no stage left"),
+    (_full_folder, {"overwrite": "true"}, "no stage wrote"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""One run in a folder: a lock that ends with the process that holds it, however that ends."""
+"""Lock an output folder for one run. The operating system releases the lock when its process ends for any reason."""
 
 import fcntl
 import os
@@ -12,50 +12,55 @@ from typing import IO
 from rlhf_recipes.core.errors import UserError
 
 LOCK_FILE = ".lock"
-_held: dict[Path, tuple[IO[str], int]] = {}  # of this process: the open file, and how many ask for it
+_locks: dict[Path, tuple[IO[str], int]] = {}  # this process's locks: open file, number of nested users
 
 
 @contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
-    """For the time, no other process runs in the folder. One process may ask for the same folder again.
+    """Within this block, no other process can lock the folder. The same process may lock it again.
 
     Raises:
-        UserError: another process is at it; names it.
+        UserError: another process holds the lock; the message names that process.
     """
     path = Path(folder).absolute()
-    stream, count = _held.get(path, (None, 0))
+    stream, count = _locks.get(path, (None, 0))
     if stream is None:
         path.mkdir(parents=True, exist_ok=True)
-        stream = _locked(path / LOCK_FILE)
-    _held[path] = (stream, count + 1)
+        stream = _open_locked(path / LOCK_FILE)
+    _locks[path] = (stream, count + 1)
     try:
         yield
     finally:
-        stream, count = _held.pop(path)
+        stream, count = _locks.pop(path)
         if count > 1:
-            _held[path] = (stream, count - 1)
+            _locks[path] = (stream, count - 1)
         else:
-            with suppress(OSError):  # a file that must stay where nothing can be written locks nobody out
-                (path / LOCK_FILE).unlink()  # while it is held, so that nobody's new one is taken away
+            with suppress(OSError):  # on a read-only disk the file stays; an unlocked file is harmless
+                (path / LOCK_FILE).unlink()  # before the release, so as not to delete another process's new file
             stream.close()
 
 
 def require_unlocked(folder: str | Path) -> None:
-    """Refuse a folder that another process runs in. Writes nothing."""
+    """Refuse a folder that another process has locked. Nothing is written.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
     path = Path(folder).absolute()
-    if path in _held or not (path / LOCK_FILE).is_file():
+    if path in _locks or not (path / LOCK_FILE).is_file():
         return
     with (path / LOCK_FILE).open("r", encoding="utf-8") as stream:
-        # Shared, so that processes of one run that look at the same time see no other run in one another, and since a file
-        # that is open for reading alone cannot be locked in another way on every disk (flock(2), on NFS).
+        # A shared lock: processes of one run may check at the same time, and on NFS a file that is open for
+        # reading only cannot be locked exclusively (flock(2)).
         _lock(stream, path, fcntl.LOCK_SH)
 
 
-def _locked(path: Path) -> IO[str]:
+def _open_locked(path: Path) -> IO[str]:
+    """Create and lock the lock file, and write the process into it."""
     while True:
         stream = path.open("a+", encoding="utf-8")
-        _lock(stream, path.parent, fcntl.LOCK_EX, patience=1.0)  # somebody may just look
-        # The one before may have taken the file away between its opening and its locking.
+        _lock(stream, path.parent, fcntl.LOCK_EX, timeout=1.0)  # `require_unlocked` holds it for a moment
+        # The previous holder may have deleted the file between open and lock.
         if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
             break
         stream.close()
@@ -65,17 +70,17 @@ def _locked(path: Path) -> IO[str]:
     return stream
 
 
-def _lock(stream: IO[str], folder: Path, kind: int, patience: float = 0.0) -> None:
-    end = time.monotonic() + patience
+def _lock(stream: IO[str], folder: Path, operation: int, timeout: float = 0.0) -> None:
+    deadline = time.monotonic() + timeout
     while True:
         try:
-            return fcntl.flock(stream, kind | fcntl.LOCK_NB)
+            return fcntl.flock(stream, operation | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() < end:
+            if time.monotonic() < deadline:
                 time.sleep(0.05)
                 continue
         stream.seek(0)
         owner = stream.read().strip() or "another process"
         raise UserError(
-            f"output folder {folder} is in use by {owner}; choose another --output_dir, or wait until it has ended"
+            f"output folder {folder} is in use by {owner}; choose another --output_dir, or wait until it ends"
         )

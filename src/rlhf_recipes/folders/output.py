@@ -1,6 +1,6 @@
-"""Every stage leaves a folder of the same anatomy: weights or rows, README.md, recipe.yaml, metrics.json.
+"""Check, clear and complete a stage's output folder: weights or rows, README.md, recipe.yaml, metrics.json.
 
-Files are written beside their final name and then renamed, so a reader never meets half a file.
+Files are written under a temporary name and then renamed, so a reader never sees part of a file.
 """
 
 import json
@@ -18,9 +18,9 @@ from rlhf_recipes.folders.card import model_card
 from rlhf_recipes.folders.checkpoints import CHECKSUMS_FILE, STAGING_FOLDER, STATE_FILE, list_checkpoints
 from rlhf_recipes.folders.lock import LOCK_FILE
 
-RECIPE_FILE = "recipe.yaml"  # a folder that holds it was left by a stage
-EARLY_FILES = {"completions.jsonl", "samples.md"}  # what a run that is cut off may leave before its first checkpoint
-LEFTOVERS = {LOCK_FILE, STAGING_FOLDER}  # and what it may leave at any time
+RECIPE_FILE = "recipe.yaml"  # every finished stage writes it
+EARLY_FILES = {"completions.jsonl", "samples.md"}  # files that a run writes before its first checkpoint
+LEFTOVERS = {LOCK_FILE, STAGING_FOLDER}  # temporary files of a run that was killed
 
 
 def check_output_folder(
@@ -30,12 +30,20 @@ def check_output_folder(
     resuming: bool = False,
     restarting: bool = False,
 ) -> Path:
-    """Refuse, before anything is loaded or written, a folder that would lose someone's files.
+    """Refuse an output folder in which the stage would overwrite other files. Nothing is deleted or written.
 
-    An empty or missing folder is fine. A folder that a stage left is fine with `overwrite`, and a run that resumes
-    goes on in its own; one that is `restarting` may have been cut off before its first checkpoint. Nothing is deleted here.
-    `inputs` are the models and datasets the stage reads: none of them, nor the base of an adapter among them, may live in
-    the folder it is about to replace.
+    An empty or missing folder is accepted.
+
+    Args:
+        folder: the output folder.
+        overwrite: accept a folder that an earlier stage wrote.
+        inputs: the models and datasets that the stage reads. Neither they nor the base models of adapters among them
+            may be inside the folder.
+        resuming: the run resumes from a checkpoint in the folder, which may then have any content.
+        restarting: accept the files of a run that was interrupted before its first checkpoint.
+
+    Raises:
+        UserError: the folder cannot be used; the message names the reason and the flag to change.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -47,52 +55,58 @@ def check_output_folder(
         if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
             raise UserError(f"output folder {path} holds the input {source}; choose another --output_dir")
     names = [] if resuming or not path.is_dir() else [item.name for item in path.iterdir()]
-    held = [name for name in names if not _remains(name) and not (restarting and name in EARLY_FILES)]
-    if held and not overwrite:
+    content = [name for name in names if not _is_leftover(name) and not (restarting and name in EARLY_FILES)]
+    if content and not overwrite:
         raise UserError(f"output folder {path} is not empty; choose another --output_dir or pass --overwrite true")
-    if held and not _left_by_a_stage(path):
+    if content and not _is_stage_output(path):
         raise UserError(
-            f"output folder {path} holds files that no stage left ({held[0]}, ...); choose another --output_dir"
+            f"output folder {path} holds files that no stage wrote ({content[0]}, ...); choose another --output_dir"
         )
     return path
 
 
 def _with_bases(names: Sequence[str | None]) -> Iterator[str]:
-    """The sources, and of each local adapter the base that it names, and that one's."""
+    """Yield the sources, and for each local adapter its base model, recursively."""
     seen: set[str] = set()
     for name in names:
         while name and name not in seen:
             seen.add(name)
             yield name
-            name = _base_of(Path(name) / "adapter_config.json")
+            name = _base_model_of(Path(name) / "adapter_config.json")
 
 
-def _base_of(config: Path) -> str | None:
-    """None too of a file that says nothing: the loader says what is wrong with it."""
+def _base_model_of(config: Path) -> str | None:
+    """Return the base model in an adapter_config.json, or None; a broken file is reported when it is loaded."""
     try:
-        told = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except (OSError, ValueError):
         return None
-    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     return base if isinstance(base, str) else None
 
 
-def _left_by_a_stage(path: Path) -> bool:
+def _is_stage_output(path: Path) -> bool:
+    """Return whether a stage wrote the folder: a finished run, one with a checkpoint, or one that just started."""
     names = {item.name for item in path.iterdir()}
+    checkpoints = list_checkpoints(path)
     if RECIPE_FILE in names or any(
-        (point / STATE_FILE).is_file() or (point / CHECKSUMS_FILE).is_file() for point in list_checkpoints(path)
+        (folder / STATE_FILE).is_file() or (folder / CHECKSUMS_FILE).is_file() for folder in checkpoints
     ):
         return True
-    return all(name in EARLY_FILES or _remains(name) for name in names)
+    return all(name in EARLY_FILES or _is_leftover(name) for name in names)
 
 
-def _remains(name: str) -> bool:
-    """What a run leaves that was killed: its lock, a checkpoint that was being saved, a file that was being written."""
+def _is_leftover(name: str) -> bool:
+    """Return whether a killed run leaves such a file: its lock, a partial checkpoint, or a partial file."""
     return name in LEFTOVERS or any(name.startswith(f".{early}.") for early in EARLY_FILES)
 
 
 def clear_output_folder(folder: str | Path) -> Path:
-    """Empty the folder of what an earlier stage left, and create it. Call it once nothing can fail any more."""
+    """Create the folder and delete the files of an earlier stage in it. Call it after all other checks.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -117,7 +131,13 @@ def complete_output_folder(
     images: Sequence[str] = (),
     notes: str = "",
 ) -> Path:
-    """Complete a stage's output folder: metrics.json, recipe.yaml (what was asked) and a README.md card."""
+    """Write metrics.json, the model card README.md and recipe.yaml (the requested values); return the folder.
+
+    Args:
+        folder: the output folder, which holds the weights or rows already.
+        stage, title, parents, metrics, images, notes: see `model_card`.
+        arguments: the stage's dataclass instances, from which recipe.yaml is written.
+    """
     import yaml
 
     path = Path(folder)

@@ -182,7 +182,7 @@ def safe_deepspeed_loading() -> Iterator[None]:
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise RankError(
-            f"the checkpoint contains a pickle that would run code ({match[1] if match else 'unknown object'}); "
+            f"the checkpoint holds a pickle that would run code ({match[1] if match else 'unknown object'}); "
             "resume from a checkpoint that one of your own runs saved"
         ) from None
     finally:

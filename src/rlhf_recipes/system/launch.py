@@ -113,6 +113,6 @@ def require_same_world_size(checkpoint: Path, processes: int) -> None:
     saved = json.loads(progress.read_text(encoding="utf-8"))["world_size"] if progress.is_file() else processes
     if saved != processes:
         raise UserError(
-            f"{saved} processes saved {checkpoint} under DeepSpeed, whose states are sharded for that number; launch "
-            f"{saved} processes"
+            f"{checkpoint} was saved by {saved} processes under DeepSpeed, whose states are sharded for that number; "
+            f"launch {saved} processes"
         )
