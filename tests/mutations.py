@@ -138,14 +138,14 @@ MUTATIONS = [
             ("packed rows spread one off", "(real.cumsum(0) - 1)", "real.cumsum(0)"),
             (
                 "gradient of packed rows lost",
-                "_put(gradient, ctx.places, ctx.total)",
-                "_put(gradient * 0, ctx.places, ctx.total)",
+                "_put(grad, ctx.indices, ctx.total)",
+                "_put(grad * 0, ctx.indices, ctx.total)",
             ),
-            ("last layer not spared", 'told.layout = named.get("packed")', "told.layout = None"),
+            ("last layer not spared", 'current.layout = options.get("packed")', "current.layout = None"),
             (
                 "last states put back in order of asking",
-                "_put(values, places, total)",
-                "_put(values, places * 0, total)",
+                "_put(values, indices, total)",
+                "_put(values, indices * 0, total)",
             ),
         )
     ),
@@ -177,7 +177,7 @@ MUTATIONS = [
     Mutation(
         "the lower layers learn",
         "optimizations/frozen_trunk.py",
-        "each.requires_grad_(False)",
+        "weight.requires_grad_(False)",
         "pass",
         "changes_nothing",
         ("tests/ppo/test_frozen_layers.py",),

@@ -1,4 +1,4 @@
-"""How a classifier is taught to reward model: labelled texts to rows, rows to batches, and the loss of a whole step."""
+"""Training a classifier as a reward model: labelled texts to rows, rows to batches, and the loss of a whole step."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,20 @@ if TYPE_CHECKING:
 def encode_labelled_texts(
     batch: Mapping[str, Sequence[Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
 ) -> dict[str, list[Any]]:
-    """Rows of ids, cut to `max_length`; one that was not cut ends with EOS, as an answer that is complete does."""
+    """Tokenize the column `text` and append EOS, truncated to `max_length` tokens; `label` becomes an int.
+
+    A truncated row has no EOS, as an incomplete answer has none.
+    """
     rows = tokenizer(list(batch["text"]), add_special_tokens=False, verbose=False)["input_ids"]
-    ended = [[*row, tokenizer.eos_token_id][:max_length] for row in rows]
-    return {"input_ids": ended, "labels": [int(label) for label in batch["label"]]}
+    truncated = [[*row, tokenizer.eos_token_id][:max_length] for row in rows]
+    return {"input_ids": truncated, "labels": [int(label) for label in batch["label"]]}
 
 
 def collate_labelled_texts(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad to the longest row of the batch, on the right, where the model looks for the last token."""
+    """Pad rows on the right to the longest: ids and mask (batch, width), labels (batch,).
+
+    On the right, because the model looks for the last token before the padding.
+    """
     ids, mask = pad([row["input_ids"] for row in rows], value=pad_id)
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([row["labels"] for row in rows])}
 
@@ -29,10 +35,10 @@ def collate_labelled_texts(rows: Sequence[Mapping[str, Any]], pad_id: int) -> di
 def mean_cross_entropy(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Mean over the rows of a whole optimizer step, accumulated and over all processes.
+    """Compute this batch's part of the mean loss over an optimizer step, with all its micro-batches and processes.
 
-    The classifiers of transformers accept `num_items_in_batch` and ignore it, so their own loss would be summed over
-    the accumulated batches rather than averaged.
+    transformers' classifiers accept `num_items_in_batch` and ignore it: Trainer would add up the means of the
+    micro-batches instead of averaging them.
     """
     loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)

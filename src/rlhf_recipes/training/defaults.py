@@ -1,4 +1,4 @@
-"""What every training stage means unless it is told otherwise, over transformers' own defaults."""
+"""Defaults of every training stage, in place of transformers'."""
 
 from dataclasses import dataclass, field
 
@@ -8,18 +8,21 @@ from rlhf_recipes.core.processes import world_size
 
 @dataclass
 class TrainingDefaults:
-    """House defaults over a `TrainingArguments` child; put it first among the bases.
+    """Our defaults over a `TrainingArguments` child; put it first among the bases.
 
-    A machine without an accelerator is used as such (`use_cpu`), which also makes two launched CPU processes two ranks
-    of one run; bf16 is on where the GPU has it; gradient checkpointing is off until asked for.
+    Without an accelerator `use_cpu` is set, so that several launched CPU processes are ranks of one run, too. bf16 is
+    on if the GPU supports it. Gradient checkpointing is off.
+
+    Raises:
+        UserError: an unknown `resume`, or a `global_batch_size` that the number of processes does not divide.
     """
 
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bfloat16 autocast. Unset: on where the hardware gains by it, for the model's size."},
+        metadata={"help": "bfloat16 autocast. Unset: on if it is faster for the model's size on this hardware."},
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps from one log entry to the next."})
     logging_first_step: bool = field(
         default=True, metadata={"help": "Log the first step, so that every run has a curve."}
     )
@@ -28,46 +31,47 @@ class TrainingDefaults:
     )
     save_total_limit: int | None = field(
         default=2,
-        metadata={"help": "Checkpoints kept beside the final model: the last, and one should that be damaged."},
+        metadata={"help": "Checkpoints to keep beside the final model: the last one, and an older one as a backup."},
     )
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows in one optimizer step (ppo: episodes in one update), of all processes together. With it a run is "
-            "the same on any number of them: gradient_accumulation_steps follows from it, and an epoch is whole batches."
+            "help": "Rows in one optimizer step (ppo: episodes in one update), in all processes together. With it a run "
+            "is the same for any number of processes: gradient_accumulation_steps follows from it, and an epoch drops "
+            "the last incomplete batch."
         },
     )
     per_device_train_batch_size: int = field(
-        default=None,  # type: ignore[assignment]  # until `split_global_batch_`
+        default=None,  # type: ignore[assignment]  # `split_global_batch_` sets it
         metadata={
-            "help": "Rows at once in each process. Unset: 8; with global_batch_size, as many as it leaves to a process."
+            "help": "Rows of one micro-batch in each process. Unset: 8, or with global_batch_size its whole share."
         },
     )
     hub_private_repo: bool | None = field(
         default=True,
-        metadata={"help": "A new repo on the Hub is private, and a public one is refused; false: a public one."},
+        metadata={"help": "Push to a private repo and refuse an existing public one; false: a new repo is public."},
     )
     hub_strategy: str = field(
         default="end",
         metadata={
-            "help": "When push_to_hub sends: end, or at each checkpoint too: every_save (the model), checkpoint (and the "
-            "checkpoint, to last-checkpoint/) or all_checkpoints (to a folder each)."
+            "help": "When push_to_hub pushes: end, or also at each checkpoint: every_save (the model), checkpoint (and "
+            "the checkpoint, to last-checkpoint/) or all_checkpoints (each one to its own folder)."
         },
     )
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run the Python code that the model's folder or repo brings along. Read it first."},
+        metadata={"help": "Run the Python code in the model's folder or repo. Read it first."},
     )
     resume: str | None = field(
         default=None,
-        metadata={"help": "auto: go on from the last whole checkpoint in output_dir; begin where there is none."},
+        metadata={"help": "auto: continue from the last complete checkpoint in output_dir; without one, start."},
     )
 
     def __post_init__(self) -> None:
         import torch
 
         if self.resume not in (None, "auto"):
-            raise UserError(f"resume is {self.resume!r}; give auto, or name a checkpoint in resume_from_checkpoint")
+            raise UserError(f"resume is {self.resume!r}; give auto, or a checkpoint as resume_from_checkpoint")
         self.split_global_batch_(world_size())
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -77,14 +81,18 @@ class TrainingDefaults:
             )
             self.__dict__["_bf16_by_hardware"] = True
         if getattr(self, "activation_checkpointing", None) is None:
-            self.activation_checkpointing = self.gradient_checkpointing  # transformers' newer name of the same
-        pad_token = self.__dict__.pop("pad_token", None)  # ours names the tokenizer's; TRL warns of its own
+            self.activation_checkpointing = self.gradient_checkpointing  # transformers' newer name
+        pad_token = self.__dict__.pop("pad_token", None)  # TRL warns about its field of this name
         super().__post_init__()  # type: ignore[misc]
         if pad_token is not None:
             self.pad_token = pad_token
 
     def split_global_batch_(self, processes: int) -> None:
-        """Rows at once, and how often, so that all processes together come to `global_batch_size` an optimizer step."""
+        """Set the batch size and accumulation steps of a process so that all `processes` make up `global_batch_size`.
+
+        Raises:
+            UserError: `processes` does not divide it.
+        """
         rows = self.global_batch_size
         if rows is None:
             self.per_device_train_batch_size = self.per_device_train_batch_size or 8
@@ -92,11 +100,11 @@ class TrainingDefaults:
         share = rows // processes
         if share < 1 or rows % processes:
             raise UserError(
-                f"global_batch_size {rows} does not divide among {processes} processes; launch a number of them that "
-                "divides it, or set another global_batch_size"
+                f"global_batch_size {rows} does not divide among {processes} processes; launch a number of processes "
+                "that divides it, or set another global_batch_size"
             )
-        most = min(self.per_device_train_batch_size or share, share)
-        self.per_device_train_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
+        largest = min(self.per_device_train_batch_size or share, share)
+        self.per_device_train_batch_size = next(size for size in range(largest, 0, -1) if share % size == 0)
         self.gradient_accumulation_steps = share // self.per_device_train_batch_size
 
 

@@ -1,4 +1,4 @@
-"""What pretraining adds to `Trainer`: an L1 penalty, a collator for packed blocks, continuations while it trains."""
+"""Pretraining with `Trainer`: an L1 penalty, a collator for packed blocks, and sample continuations."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,22 +19,24 @@ from rlhf_recipes.training.trainer import SafeTrainer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAMPLES = "samples.md"
+SAMPLES_FILE = "samples.md"
 
 
 def collate_blocks(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-    """Blocks of equal length -> ids and labels, both (batch, block). The labels are the ids; the model shifts them."""
+    """Stack blocks of equal length to ids and labels, both (batch, block). Labels equal ids; the model shifts them."""
     ids = torch.tensor([list(row["input_ids"]) for row in rows], dtype=torch.long)
     return {"input_ids": ids, "labels": ids.clone()}
 
 
 class PretrainTrainer(SafeTrainer):
-    """`Trainer` with `l1_penalty` times the sum of |w| over the weights that weight decay also shrinks.
+    """A `Trainer` that adds `l1_penalty` times the sum of |w| over the weights with weight decay to the loss.
 
-    The penalty is part of the training loss and of its gradient once per optimizer step, however many micro-batches or
-    processes the step is made of; the evaluation loss is the language model's alone.
+    The penalty is in the training loss and its gradient once per optimizer step, for any number of micro-batches and
+    processes. The evaluation loss has no penalty.
 
-    `held_out_texts` are whole documents to measure at the end; `eval_dataset` holds the same ones, packed.
+    Args:
+        l1_penalty: its coefficient; 0: none.
+        held_out_texts: documents for the perplexity at the end; `eval_dataset` holds the same ones, packed.
     """
 
     def __init__(self, *args: Any, l1_penalty: float = 0.0, held_out_texts: Sequence[str] = (), **kwargs: Any) -> None:
@@ -42,29 +44,37 @@ class PretrainTrainer(SafeTrainer):
         fuse_kernels_(self.model, self.args.device)
         self.l1_penalty, self.held_out_texts = l1_penalty, list(held_out_texts)
         decayed = set(self.get_decay_parameter_names(self.model))
-        self._penalised = [weight for name, weight in self.model.named_parameters() if name in decayed]
+        self._penalized = [weight for name, weight in self.model.named_parameters() if name in decayed]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Compute the language model's loss and, in training, this micro-batch's part of the penalty."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.l1_penalty and model.training:
-            # With a count of items the loss is a share of the whole step's, and the shares are summed: so is this one.
-            # Without it Trainer divides by the number of micro-batches itself.
-            shares = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.l1_penalty / shares * self.absolute_weights()
+            # With `num_items_in_batch` Trainer adds up the micro-batches' losses, each a part of the
+            # step's; without it Trainer divides by their number itself.
+            parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.l1_penalty / parts * self.absolute_weights()
         return (loss, outputs) if return_outputs else loss
 
     def absolute_weights(self) -> Tensor:
-        """Sum of |w| over the decayed weights, biases and layer norms left out. A tied weight counts once."""
-        return torch.stack([weight.abs().sum(dtype=torch.float32) for weight in self._penalised]).sum()
+        """Sum |w| over the weights with weight decay, so without biases and layer norms. A tied weight counts once."""
+        return torch.stack([weight.abs().sum(dtype=torch.float32) for weight in self._penalized]).sum()
 
 
 class SampleContinuations(TrainerCallback):
-    """Continues the same prompts at every evaluation and at the end, and keeps the texts in samples.md.
+    """Continues the same prompts at every evaluation and at the end, and writes the texts to samples.md.
 
-    The random numbers are the same each time, so that what changes between two samples is the model. Like a document
-    of the training stream, every prompt follows an EOS; an empty prompt starts a document.
+    The random numbers are the same each time, so two samples differ by the model alone. Every prompt follows an EOS,
+    like a document of the training data; an empty prompt starts a document.
+
+    Args:
+        tokens: length of a continuation.
+        context: the model's context in tokens.
+
+    Raises:
+        UserError: a prompt and its continuation exceed the context.
     """
 
     def __init__(
@@ -83,15 +93,15 @@ class SampleContinuations(TrainerCallback):
                 )
 
     def continuations(self, model: "PreTrainedModel") -> list[str]:
-        """One continuation a prompt."""
+        """Sample one continuation of each prompt."""
         sampling = Sampling(self.tokens, stop_ids=stop_ids(model, self.tokenizer))
         seeds = [row_seed(self.seed, index) for index in range(len(self.rows))]
         return sample(model, self.rows, sampling, seeds).texts(self.tokenizer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = Path(args.output_dir) / SAMPLES
-        if state.global_step and kept.is_file():  # a resumed run goes on in the same file
-            self.sections = [kept.read_text(encoding="utf-8").split("\n\n", 1)[-1].rstrip()]
+        file = Path(args.output_dir) / SAMPLES_FILE
+        if state.global_step and file.is_file():  # a resumed run appends to the file
+            self.sections = [file.read_text(encoding="utf-8").split("\n\n", 1)[-1].rstrip()]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(Path(args.output_dir), state, kwargs["model"])
@@ -103,20 +113,20 @@ class SampleContinuations(TrainerCallback):
         if not self.rows or state.global_step == self.last_step:
             return
         self.last_step = state.global_step
-        # By every process, in step: each pass over weights that are cut apart is a meeting of all.
+        # All processes must sample: a forward pass over sharded weights is a collective.
         pairs = list(zip(self.prompts, self.continuations(model), strict=True))
         if not state.is_world_process_zero:
             return
         lines = [f"- {_continued(prompt, text)}" for prompt, text in pairs]
         self.sections.append("\n".join([f"## Step {state.global_step}", "", *lines]))
-        write_text(folder / SAMPLES, "\n\n".join(["# Continuations", *self.sections]) + "\n")
+        write_text(folder / SAMPLES_FILE, "\n\n".join(["# Continuations", *self.sections]) + "\n")
         print(f"\nstep {state.global_step}: " + " | ".join(prompt + text for prompt, text in pairs[:2]), flush=True)
 
 
 def _continued(prompt: str, text: str) -> str:
-    """Markdown of one line; nothing in the texts is read as marks."""
-    start, rest = (escape_markdown(each).replace("_", "\\_") for each in (prompt, text))
+    """Format a prompt (bold) and its continuation as one line of Markdown, with all markup in the texts escaped."""
+    start, rest = (escape_markdown(part).replace("_", "\\_") for part in (prompt, text))
     if start:
         gap = " " if prompt[-1:].isspace() or text[:1].isspace() else ""
         return f"**{start}**{gap}{rest}"
-    return re.sub(r"^(\d*)([#+=.)-])", r"\1\\\2", rest)  # what makes a heading or a list at the start of a line
+    return re.sub(r"^(\d*)([#+=.)-])", r"\1\\\2", rest)  # would make a heading or a list at the start of a line

@@ -1,4 +1,4 @@
-"""SIGTERM: a process that is told to end finishes what it is at, and saves it."""
+"""SIGTERM: request a stop, so that the run ends after the current optimizer step, with a checkpoint."""
 
 import logging
 import os
@@ -11,13 +11,13 @@ from typing import Any
 
 from rlhf_recipes.core.processes import is_main_process
 
-ONE_REQUEST = 5.0  # seconds after a SIGTERM, within which another says nothing new
+REPEAT_SECONDS = 5.0  # a SIGTERM within this time of the first one is the same request
 
 logger = logging.getLogger(__name__)
 
 
 class StoppedBySignal(SystemExit):
-    """The process was told to end (SIGTERM), and has saved what it had. Its exit code is the signal's, 143."""
+    """Raised after a run was stopped by SIGTERM and saved. The exit code is the signal's, 143; `line` is printed."""
 
     def __init__(self, line: str) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -25,30 +25,30 @@ class StoppedBySignal(SystemExit):
 
 
 @contextmanager
-def on_sigterm(hear: Callable[[], None]) -> Iterator[None]:
-    """For the time, the first SIGTERM calls `hear`, and a later one ends the process as ever.
+def on_sigterm(request_stop: Callable[[], None]) -> Iterator[None]:
+    """Within this block the first SIGTERM calls `request_stop`, and a later one ends the process as usual.
 
-    One that follows within seconds is the same request: a scheduler often tells every process of a job, and a launcher
-    among them tells its workers once more.
+    Signals within `REPEAT_SECONDS` of the first are ignored: a scheduler often signals every process of a job, and a
+    launcher among them passes the signal on to its workers. Outside the main thread the block does nothing.
     """
-    first: float | None = None
+    first_time: float | None = None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def heard(number: int, frame: Any) -> None:
-        nonlocal first
-        if first is None:
-            first = time.monotonic()
+    def handle(number: int, frame: Any) -> None:
+        nonlocal first_time
+        if first_time is None:
+            first_time = time.monotonic()
             if is_main_process():
                 logger.warning("SIGTERM: the run ends after this optimizer step, with a checkpoint")
-            hear()
-        elif time.monotonic() - first > ONE_REQUEST:
-            signal.signal(signal.SIGTERM, before)
+            request_stop()
+        elif time.monotonic() - first_time > REPEAT_SECONDS:
+            signal.signal(signal.SIGTERM, previous_handler)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, heard)
+    previous_handler = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
