@@ -407,7 +407,7 @@ def test_no_whole_checkpoint_is_said_and_a_damaged_one_is_not_taken_by_name(
     last = unfinished(world, whole, "sft", "none whole")
     for point in list_checkpoints(world / "none whole"):
         (point / CHECKSUMS_FILE).write_text("0  model.safetensors\n")
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints in .* is whole"):
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints in .* is intact"):
         small_runs.run("sft", world, "none whole", resume="auto")
     with pytest.raises(UserError, match=r"is damaged: model.safetensors differs from the saved file"):
         small_runs.run("sft", world, "none whole", resume_from_checkpoint=last)
