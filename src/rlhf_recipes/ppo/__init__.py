@@ -7,7 +7,8 @@ from rlhf_recipes.core.lazy import lazy_names
 if TYPE_CHECKING:
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.parallelism import check_parallelism
-    from rlhf_recipes.ppo.roles.build import check_prompts, disable_dropout_
+    from rlhf_recipes.ppo.roles.build import disable_dropout_
+    from rlhf_recipes.ppo.roles.checks import check_prompts
     from rlhf_recipes.ppo.roles.value import PolicyAndValue
     from rlhf_recipes.ppo.rollout.rollout import pack_episodes, trim_padding
     from rlhf_recipes.ppo.trainer import PPOTrainer
@@ -19,7 +20,8 @@ __getattr__ = lazy_names(
         "trainer": ["PPOTrainer"],
         "roles.value": ["PolicyAndValue"],
         "parallelism": ["check_parallelism"],
-        "roles.build": ["check_prompts", "disable_dropout_"],
+        "roles.build": ["disable_dropout_"],
+        "roles.checks": ["check_prompts"],
         "rollout.rollout": ["pack_episodes", "trim_padding"],
     },
 )

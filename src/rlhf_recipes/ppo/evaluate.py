@@ -1,60 +1,53 @@
-"""Held-out prompts, answered: what that measures, and how it reads."""
+"""Answers held-out prompts, and measures the answers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.tensors import identity
+from rlhf_recipes.core.tensors import Reduce, identity
 from rlhf_recipes.data import Prompts
-from rlhf_recipes.generation import row_seed
+from rlhf_recipes.generation import Completions, row_seed
+from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.rollout.collect import Generate, RolloutCollector, Score
 from rlhf_recipes.ppo.rollout.rollout import as_samples
 
 
-def evaluate_prompts(trainer: Any, prompts: Prompts | None, prefix: str) -> dict[str, float]:
-    """Means of score, KL, length and EOS share over all processes; logged, and told to the callbacks.
+class HeldOutEvaluator:
+    """Answers held-out prompts with the same seeds each time; each process takes its share of the prompts."""
 
-    Raises:
-        UserError: fewer prompts than processes.
-    """
-    args = trainer.args
-    if prompts is None or len(prompts) < args.world_size:
-        raise UserError("there are too few held-out prompts to evaluate on; pass eval_dataset")
-    asked, completions, scores = _answered(trainer, prompts, len(prompts))
-    rollout = trainer.experience.rollout(
-        asked["prompt_ids"], completions, scores, args.reward_weights, identity, learn=False
-    )
-    means = trainer.experience.metrics(rollout, scores, trainer.reduce)
-    trainer.experience.prior.forget()  # these answers are none that are learnt from
-    metrics = {f"{prefix}_{name}": value for name, value in means.items()}
-    trainer.log(dict(metrics))
-    trainer.control = trainer.callback_handler.on_evaluate(args, trainer.state, trainer.control, metrics)
-    return metrics
+    def __init__(self, collector: RolloutCollector, generate: Generate, score: Score, args: PPOConfig) -> None:
+        self.collector, self.generate, self.score, self.args = collector, generate, score, args
 
+    def metrics(self, prompts: Prompts | None, reduce: Reduce) -> dict[str, float]:
+        """Return means of score, KL, length and EOS share over all processes.
 
-def show_completions(trainer: Any, count: int | None, lines: int = 8) -> list[dict[str, Any]]:
-    """This process's answers to so many prompts (None: all) of the held-out sets; the first are printed."""
-    sets = trainer.eval_prompts if isinstance(trainer.eval_prompts, dict) else {"": trainer.eval_prompts}
-    rows: list[dict[str, Any]] = []
-    for prompts in sets.values():
-        if prompts is None:
-            raise UserError("there are no held-out prompts to answer; pass eval_dataset")
-        asked, completions, scores = _answered(trainer, prompts, min(len(prompts), count or len(prompts)))
-        trainer.experience.prior.forget()
-        texts = completions.texts(trainer.processing_class)
-        words = [
-            trainer.processing_class.decode(each)
-            if isinstance(prompt, list) and isinstance(prompt[0], int)
-            else prompt
-            for prompt, each in zip(asked["prompts"], asked["prompt_ids"], strict=True)
-        ]
-        rows += as_samples(words, texts, scores, completions)
-    if trainer.is_world_process_zero():
-        print("\n".join(f"{row['prompt']} -> {row['completion']}" for row in rows[:lines]))
-    return rows
+        Raises:
+            UserError: fewer prompts than processes.
+        """
+        if prompts is None or len(prompts) < self.args.world_size:
+            raise UserError("there are too few held-out prompts to evaluate on; pass eval_dataset")
+        rows, completions, scores = self._answer(prompts, len(prompts))
+        weights = self.args.reward_weights
+        rollout = self.collector.rollout(rows["prompt_ids"], completions, scores, weights, identity, train=False)
+        return self.collector.metrics(rollout, scores, reduce)
 
+    def samples(self, sets: Sequence[Prompts | None], tokenizer: Any, count: int | None) -> list[dict[str, Any]]:
+        """Return this process's answers to the first `count` prompts (None: all) of each set."""
+        samples: list[dict[str, Any]] = []
+        for prompts in sets:
+            if prompts is None:
+                raise UserError("there are no held-out prompts to answer; pass eval_dataset")
+            rows, completions, scores = self._answer(prompts, min(len(prompts), count or len(prompts)))
+            texts = [
+                tokenizer.decode(ids) if isinstance(prompt, list) and isinstance(prompt[0], int) else prompt
+                for prompt, ids in zip(rows["prompts"], rows["prompt_ids"], strict=True)
+            ]
+            samples += as_samples(texts, completions.texts(tokenizer), scores, completions)
+        return samples
 
-def _answered(trainer: Any, prompts: Prompts, count: int) -> Any:
-    indices = range(trainer.args.process_index, count, trainer.args.world_size)
-    asked = prompts.rows(indices)
-    completions, scores = trainer.answer(asked, [row_seed(trainer.args.seed + 1, row) for row in indices])
-    trainer.clock.read()
-    return asked, completions, scores
+    def _answer(self, prompts: Prompts, count: int) -> tuple[dict[str, Any], Completions, dict[str, Any]]:
+        indices = range(self.args.process_index, count, self.args.world_size)
+        rows, seeds = prompts.rows(indices), [row_seed(self.args.seed + 1, index) for index in indices]
+        completions, scores = self.collector.answer(rows, seeds, self.generate, self.score)
+        self.collector.timer.read()  # these seconds belong to no update
+        return rows, completions, scores

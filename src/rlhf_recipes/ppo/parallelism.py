@@ -1,6 +1,8 @@
-"""In which ways of running on several devices PPO learns, and what DeepSpeed wants to know of it."""
+"""Which ways of running on several devices PPO supports, and what DeepSpeed needs to know."""
 
 from typing import Any
+
+from torch import nn
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.ppo.config import PPOConfig
@@ -13,28 +15,28 @@ from rlhf_recipes.system import (
 )
 
 
-def check_parallelism(args: PPOConfig, kind: Any) -> None:
-    """Whether PPO can train in the way that it was launched. kind: the `DistributedType`, as far as it is known.
+def check_parallelism(args: PPOConfig, distributed_type: Any) -> None:
+    """Check that PPO can train the way it was launched. distributed_type: the `DistributedType`, or None while unknown.
 
     Raises:
-        UserError: Megatron, which rollouts cannot read whole; DataParallel, which trains in another precision than it plays;
-            DeepSpeed without ZeRO-2 or ZeRO-3, or with what it cannot do, or that would save no weights.
+        UserError: Megatron, whose weights a rollout cannot gather; DataParallel, which trains in another precision than it
+            samples; DeepSpeed without ZeRO-2 or ZeRO-3, with an option it does not support, or that would save no weights.
     """
     if args.n_gpu > 1:
         raise UserError(
-            f"one process sees {args.n_gpu} GPUs; launch one for each with accelerate launch, or set CUDA_VISIBLE_DEVICES "
-            "to one"
+            f"one process sees {args.n_gpu} GPUs; launch one process for each with accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES to one"
         )
-    if str(kind).endswith("MEGATRON_LM"):
+    if str(distributed_type).endswith("MEGATRON_LM"):
         raise UserError(
-            "PPOTrainer does not run under Megatron, which cannot answer with whole weights; launch "
+            "PPOTrainer does not run under Megatron, which cannot gather its weights for generation; launch "
             "accelerate_configs/fsdp2.yaml, deepspeed_zero3.yaml or ddp.yaml"
         )
     stage = zero_stage(args)
     if stage is None:
-        if str(kind).endswith("DEEPSPEED"):
+        if str(distributed_type).endswith("DEEPSPEED"):
             raise UserError(
-                "DeepSpeed is on in an Accelerator that PPOConfig knows nothing of; pass its configuration as deepspeed, or "
+                "DeepSpeed is on in an Accelerator that PPOConfig does not know; pass its configuration as deepspeed, or "
                 "launch accelerate_configs/deepspeed_zero2.yaml"
             )
         return
@@ -45,20 +47,21 @@ def check_parallelism(args: PPOConfig, kind: Any) -> None:
         )
     if args.value_warmup_updates:
         raise UserError(
-            "under DeepSpeed, whose moments are one for policy and value, neither can stand still; set value_warmup_updates to "
-            "0, or launch accelerate_configs/fsdp2.yaml"
+            "DeepSpeed has one set of moments for policy and value, so the policy cannot be frozen first; set "
+            "value_warmup_updates to 0, or launch accelerate_configs/fsdp2.yaml"
         )
     if args.value_learning_rate is not None and configures_optimizer(args):
         raise UserError(
-            "the optimizer that DeepSpeed's configuration names has one learning rate; leave it out there, or leave "
+            "the optimizer in DeepSpeed's configuration has one learning rate; remove it there, or leave "
             "value_learning_rate out"
         )
 
 
-def settle(trainer: Any, width: int) -> None:
-    """Once there is an Accelerator: whether PPO can train under it, and what DeepSpeed wants to know. width: the policy's."""
-    check_parallelism(trainer.args, trainer.accelerator.distributed_type)
-    if trainer.is_deepspeed_enabled:
-        fill_bucket_sizes_(trainer.accelerator, width)
-        trainer.model.to(trainer.args.device)  # this, and casting, it does as training begins; it may be read before
-        cast_like_engine_(trainer.model, trainer.args)
+def prepare_deepspeed_(model: nn.Module, accelerator: Any, args: PPOConfig, hidden_size: int) -> None:
+    """Set DeepSpeed's bucket sizes, and bring the model to its device and precision, as the engine will do later.
+
+    The model is run before training begins, so it cannot wait for the engine. hidden_size: the policy's.
+    """
+    fill_bucket_sizes_(accelerator, hidden_size)
+    model.to(args.device)
+    cast_like_engine_(model, args)

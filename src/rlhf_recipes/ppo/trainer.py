@@ -1,15 +1,20 @@
-"""PPO on Trainer's own loop: a rollout is a data source, and the loss is the only other thing that differs."""
+"""PPO on the loop of `transformers.Trainer`: a rollout is a data source, and the loss is overridden."""
 
 import copy
+import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
+from accelerate.utils.deepspeed import DummyScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_init
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model
@@ -17,62 +22,83 @@ from rlhf_recipes.generation import Completions, row_seed, sample
 from rlhf_recipes.models import has_adapter
 from rlhf_recipes.optimizations import cached_casts, fuse_kernels_
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.evaluate import evaluate_prompts, show_completions
-from rlhf_recipes.ppo.logging.callbacks import Answers, SampleTable, UpdateBoundaries, UpdateProgress
+from rlhf_recipes.ppo.evaluate import HeldOutEvaluator
+from rlhf_recipes.ppo.logging.callbacks import CompletionsFile, SampleTable, UpdateBoundaries, UpdateProgress
 from rlhf_recipes.ppo.logging.hints import Hints
-from rlhf_recipes.ppo.logging.metrics import Clock, UpdateMetrics
-from rlhf_recipes.ppo.manual import checked_episodes, take_update
-from rlhf_recipes.ppo.parallelism import check_parallelism, settle
+from rlhf_recipes.ppo.logging.metrics import UpdateMetrics
+from rlhf_recipes.ppo.manual import accumulate, check_episodes, schedule_steps
+from rlhf_recipes.ppo.parallelism import check_parallelism, prepare_deepspeed_
+from rlhf_recipes.ppo.resume import (
+    load_named_optimizer,
+    load_rollout,
+    needs_named_optimizer,
+    process_of,
+    process_share,
+    save_rollout,
+    save_sharded_optimizer,
+    write_short_card,
+)
 from rlhf_recipes.ppo.roles.adapter import build_trainable_policy
 from rlhf_recipes.ppo.roles.build import (
     build_policy_and_value,
     build_reference,
     build_sampling,
-    check_prompts,
     disable_dropout_,
-    evaluation_prompts,
     load_policy,
-    load_rewards,
-    unweighted_reward_names,
 )
+from rlhf_recipes.ppo.roles.checks import check_prompts, evaluation_prompts
+from rlhf_recipes.ppo.roles.rewards import load_rewards, unweighted_reward_names
 from rlhf_recipes.ppo.roles.value import TokenOutputs
 from rlhf_recipes.ppo.rollout.collect import RolloutCollector
 from rlhf_recipes.ppo.rollout.rollout import Rollout, as_samples
-from rlhf_recipes.ppo.step import MinimizingTrainer
-from rlhf_recipes.ppo.update.guard import StepGuard
+from rlhf_recipes.ppo.rollout.timer import PhaseTimer
+from rlhf_recipes.ppo.step import PieceRunner
+from rlhf_recipes.ppo.update.guard import StepGuard, split_parameter_groups_
 from rlhf_recipes.ppo.update.minibatches import RolloutLoader
-from rlhf_recipes.ppo.update.objective import objective
+from rlhf_recipes.ppo.update.objective import LossShape, objective
 from rlhf_recipes.scoring import RewardSource, Scores, score_with_each
-from rlhf_recipes.system import choose_precision, configure_cpu_runtime_, is_sharded, unsharded_weights
+from rlhf_recipes.system import (
+    DeferredStepEngine,
+    choose_precision,
+    configure_cpu_runtime_,
+    deepspeed_engine,
+    exclude_frozen_weights_,
+    full_state_dict,
+    is_sharded,
+    restore_ties_,
+)
+from rlhf_recipes.training import SafeTrainer
 
 
-class PPOTrainer(MinimizingTrainer):
-    """Reinforce a causal language model against rewards, with `transformers.Trainer`'s loop, flags and callbacks.
+class PPOTrainer(SafeTrainer):
+    """Reinforce a causal language model against rewards, with the loop, flags and callbacks of `transformers.Trainer`.
 
     Args:
-        model: the policy, or the folder or Hub id of one.
-        reward_funcs: what scores an answer, or a list whose scores are added up by `args.reward_weights`: a sequence
-            classifier, the path of one, a function ``f(prompts, completions, **columns) -> list[float]`` (plain or
-            async, of answers or of tokens), or its name as ``package.module:function``. `reward_model` is the older
-            name of the same argument.
-        train_dataset: rows with a `prompt` (text, messages or ids) or `input_ids`; other columns reach the functions.
+        model: the policy, or its folder or Hub id.
+        reward_funcs: a reward, or a list of rewards whose scores are summed with `args.reward_weights`. A reward is a sequence
+            classifier, the folder or Hub id of one, a function ``f(prompts, completions, **columns) -> list[float]`` (plain or
+            async; one number per answer, or one per token), or its name as ``package.module:function``. `reward_model` is the
+            older name of this argument.
+        train_dataset: rows with a `prompt` (text, messages or ids) or `input_ids`; reward functions get the other columns.
         processing_class: the policy's tokenizer.
-        ref_model: what the KL penalty holds the policy near; by default the policy as it arrived: a frozen copy, its
-            base where the adapter is new, or a frozen twin of the adapter that it arrived with.
-        value_model: a sequence classifier with one label; None puts a value head on the policy's own trunk, with an
-            adapter of its own where the policy has one (`args.value_adapter`).
-        reward_processing_classes: the reward models' tokenizers, where they are not the policy's.
+        ref_model: the reference model of the KL penalty. By default it is the policy as it is passed: a frozen copy, the base
+            where the adapter is new, or a frozen copy of the adapter that the policy has.
+        value_model: a sequence classifier with one label. None puts a value head on the policy's transformer, with its own
+            adapter where the policy has one (`args.value_adapter`).
+        reward_processing_classes: the tokenizers of the reward models, where they are not the policy's.
         peft_config: train an adapter on the policy instead of all its weights.
-        quantization_config, reward_quantization_config: read the policy, or the reward models, in 8 or 4 bits where a name is given.
+        quantization_config, reward_quantization_config: quantize the policy, or the reward models, that are given by name.
 
     Raises:
-        UserError: anything about data, tokenizer, reward model or arithmetic that can be known before training.
-        TypeError: a value model or reward of a kind that cannot serve.
+        UserError: a problem with data, tokenizer, rewards or options that can be known before training.
+        TypeError: a value model or reward of an unsupported type.
     """
 
+    args: PPOConfig
     control: Any
+    lr_scheduler: Any
     prompts: Any
-    _met = False
+    stop_at_nonfinite_loss = False  # `StepGuard` skips such a step
 
     def __init__(
         self,
@@ -101,15 +127,15 @@ class PPOTrainer(MinimizingTrainer):
         hidden_size = config.get_text_config().hidden_size
         args = choose_precision(args, hidden_size)
         configure_cpu_runtime_(args, hidden_size)
-        sources = reward_funcs if reward_funcs is not None else reward_model
-        plays = train_dataset is not None or sources is not None  # neither: the caller plays, and calls step()
+        rewards = reward_funcs if reward_funcs is not None else reward_model
+        trains = train_dataset is not None or rewards is not None  # without both, only step() is called
         data = (train_dataset, eval_dataset)
-        self.prompts, self.eval_prompts = check_prompts(config, processing_class, *data, args, plays)
-        arrived = peft_config is None and has_adapter(model)
+        self.prompts, self.eval_prompts = check_prompts(config, processing_class, *data, args, trains)
+        came_with_adapter = peft_config is None and has_adapter(model)
         both = build_policy_and_value(build_trainable_policy(model, peft_config, args), value_model, args)
-        reference = build_reference(both, arrived, ref_model, args)
-        reward_models = (sources, processing_class, reward_processing_classes)
-        self.rewards = load_rewards(both.policy, *reward_models, args, plays, reward_quantization_config)
+        reference = build_reference(both, came_with_adapter, ref_model, args)
+        tokenizers = (processing_class, reward_processing_classes)
+        self.rewards = load_rewards(both, rewards, *tokenizers, args, trains, reward_quantization_config)
         super().__init__(
             model=both,
             args=args,
@@ -120,80 +146,69 @@ class PPOTrainer(MinimizingTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        settle(self, config.get_text_config().hidden_size)
-        self.add_callback(UpdateBoundaries(self.begin, self._end_update))
-        self.add_callback(SampleTable(lambda: self.last_samples, lambda: self.callback_handler.callbacks))
-        if args.hints:
-            self.add_callback(Hints(lambda: unweighted_reward_names(self.rewards, args.reward_weights)))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(UpdateProgress)
+        check_parallelism(args, self.accelerator.distributed_type)
+        if self.is_deepspeed_enabled:
+            prepare_deepspeed_(self.model, self.accelerator, args, hidden_size)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
         disable_dropout_(self.model)
         self.sampling = build_sampling(model, processing_class, args)
-        self.experience = RolloutCollector(self.model, reference, self.accelerator, args, self.rewards)
-        self.guard, self.clock = StepGuard(self.model, args), Clock()
-        self.updates = UpdateMetrics(args.episodes_per_update)
-        self.answers = Answers(Path(str(args.output_dir)) / "completions.jsonl") if args.log_completions else None
+        self.collector = RolloutCollector(self.model, reference, self.accelerator, args, PhaseTimer())
+        sizes = (self.collector.max_tokens, self.collector.width_multiple)
+        self.pieces = PieceRunner(self.accelerator, args.device, *sizes, not args.activation_checkpointing)
+        self.guard = StepGuard(self.model, args.target_kl, args.value_warmup_updates * args.steps_per_update)
+        self.loss_shape = LossShape(args.cliprange, args.cliprange_value, args.vf_coef, args.entropy_coef)
+        self.update_metrics = UpdateMetrics(args.episodes_per_update)
+        path = Path(str(args.output_dir)) / "completions.jsonl"
+        self.completions_file = CompletionsFile(path) if args.log_completions else None
         self.last_samples: list[dict[str, Any]] = []
-        self.underway: Rollout | None = None  # the rollout of the update that is being learnt from
+        self.current_rollout: Rollout | None = None  # of the update that is being trained on
+        self._add_callbacks()
 
-    # What a subclass may replace.
+    def _add_callbacks(self) -> None:
+        self.add_callback(UpdateBoundaries(self._begin_training, self._end_update))
+        self.add_callback(SampleTable(lambda: self.last_samples, lambda: self.callback_handler.callbacks))
+        if self.args.hints:
+            self.add_callback(Hints(lambda: unweighted_reward_names(self.rewards, self.args.reward_weights)))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(UpdateProgress)
+
+    # What a subclass may override.
 
     def generate(self, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Completions:
-        """Answer rows of prompt ids with the current policy; seeds: one a row."""
+        """Sample answers to rows of prompt ids from the current policy; seeds: one a row."""
         with cached_casts(self.model.policy), self.accelerator.autocast():
             return sample(self.model.policy, queries, self.sampling, seeds, self.args.local_rollout_forward_batch_size)
 
     def score(self, rows: Mapping[str, Any], completions: Completions) -> dict[str, Scores]:
-        """Score answers by each reward: a number an answer, or a list of one a token. rows: what `Prompts.rows` gives."""
+        """Score answers with each reward: a number per answer, or a list with one per token. rows: from `Prompts.rows`."""
         texts = completions.texts(self.processing_class)
-        asked = {"prompt_ids": rows["prompt_ids"], "completion_ids": completions.ids, "columns": rows["columns"]}
-        return score_with_each(self.rewards, rows["prompts"], texts, **asked)
+        ids = {"prompt_ids": rows["prompt_ids"], "completion_ids": completions.ids}
+        return score_with_each(self.rewards, rows["prompts"], texts, **ids, columns=rows["columns"])
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The PPO loss of one micro-batch: its share of the mean over the tokens of the minibatch."""
-        args, mask = self.args, inputs["response_mask"]
+        """Return the PPO loss of one micro-batch: its share of the mean over the tokens of the minibatch."""
+        mask = inputs["response_mask"]
         lower = {"lower_states": inputs["lower_states"]} if "lower_states" in inputs else {}
-        shape = {"temperature": args.temperature, "entropy_gradient": args.entropy_coef != 0}
+        shape = {"temperature": self.args.temperature, "entropy_gradient": self.args.entropy_coef != 0}
         outputs: TokenOutputs = model(inputs["input_ids"], inputs["attention_mask"], mask, **shape, **lower)
         if "prior" in inputs:
             outputs = outputs._replace(values=outputs.values + inputs["prior"])
-        loss, metrics = objective(outputs, inputs, args, num_items_in_batch)
-        self.updates.steps.add(metrics, mask & torch.isfinite(loss.detach()))
-        self.guard.saw_divergence(metrics["policy/approxkl_avg"], mask)
+        loss, metrics = objective(*outputs, inputs, self.loss_shape, num_items_in_batch, self.args.world_size)
+        self.update_metrics.steps.add(metrics, mask & torch.isfinite(loss.detach()))
+        self.guard.record_divergence(metrics["policy/approxkl_avg"], mask)
         return (loss, outputs) if return_outputs else loss
-
-    def step(
-        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Scores
-    ) -> dict[str, float]:
-        """One training update on episodes that the caller played: for a loop of one's own, as TRL had up to 0.11.
-
-        queries, responses: this process's token ids, lists or tensors, a response's stop token included; scores: what
-        each earned. There must be `args.episodes_per_process` of them. Returns the metrics of the update.
-
-        Raises:
-            UserError: another number of episodes.
-        """
-        ids = checked_episodes(queries, responses, scores, self.args.episodes_per_process)
-        stopped = [bool(row) and row[-1] in self.sampling.stop_ids for row in ids[1]]
-        given = {"step": [value if isinstance(value, list) else float(value) for value in scores]}
-        number = self.state.global_step // self.args.steps_per_update
-        rollout = self._begin_update(number, ids[0], Completions(ids[1], stopped), given, None)
-        take_update(self, rollout, number)
-        self._end_update()
-        return self.updates.drain()
 
     # The rollout as a data source.
 
     def get_train_dataloader(self) -> Any:
         if self.prompts is None or not self.rewards:
-            raise UserError("train() needs train_dataset and reward_funcs; without them there is step() alone")
-        return self.rollouts()
+            raise UserError("train() needs train_dataset and reward_funcs; without them only step() can be called")
+        return self.rollout_loader()
 
-    def rollouts(self) -> RolloutLoader:
-        """The loader that collects rollouts as training goes on."""
+    def rollout_loader(self) -> RolloutLoader:
+        """Return the loader that collects rollouts while training goes on."""
         return RolloutLoader.of(
             self.args,
             len(self.prompts or ()),
@@ -203,7 +218,7 @@ class PPOTrainer(MinimizingTrainer):
         )
 
     def set_initial_training_values(self, args: PPOConfig, dataloader: Any) -> Any:
-        """Trainer's own arithmetic; `total_episodes`, where given, stands for max_steps."""
+        """Compute the length of the run as `Trainer` does; `total_episodes`, where given, replaces max_steps."""
         if args.total_episodes is not None and args.max_steps <= 0:
             updates = math.ceil(args.total_episodes / args.episodes_per_update)
             args = copy.copy(args)
@@ -212,64 +227,173 @@ class PPOTrainer(MinimizingTrainer):
 
     def _collect(self, rows: list[int], first_episode: int) -> Rollout:
         """Collect this process's share of an update; `rows` are the prompts of all processes."""
-        if self.underway is not None:  # out of a checkpoint in the middle of an update
-            return self.underway
+        if self.current_rollout is not None:  # from a checkpoint in the middle of an update
+            return self.current_rollout
         args, share, number = self.args, self.args.episodes_per_process, first_episode // self.args.episodes_per_update
         offset = args.process_index * share
-        asked = self.prompts.rows(rows[offset : offset + share])
+        prompts = self.prompts.rows(rows[offset : offset + share])
         seeds = [row_seed(args.seed, first_episode + offset + index) for index in range(share)]
-        completions, scores = self.answer(asked, seeds)
-        rollout = self._begin_update(number, asked["prompt_ids"], completions, scores, args.reward_weights)
+        completions, scores = self.collector.answer(prompts, seeds, self.generate, self.score)
+        rollout = self._begin_update(number, prompts["prompt_ids"], completions, scores, args.reward_weights)
         texts = completions.texts(self.processing_class)
-        self.last_samples = as_samples(asked["prompts"], texts, scores, completions)
-        if self.answers is not None:
-            everyone = gather_object(self.last_samples) if args.world_size > 1 else self.last_samples
+        self.last_samples = as_samples(prompts["prompts"], texts, scores, completions)
+        if self.completions_file is not None:
+            samples = gather_object(self.last_samples) if args.world_size > 1 else self.last_samples
             if args.should_save:
-                self.answers.add(number, everyone)
+                self.completions_file.add(number, samples)
         return rollout
 
-    def answer(self, asked: Mapping[str, Any], seeds: Sequence[int]) -> tuple[Completions, dict[str, Scores]]:
-        """Generate and score. asked: what `Prompts.rows` gives; seeds: one a row."""
-        self.meet()
-        self.experience.prior.forget()
-        with unsharded_weights(self.model, self.accelerator):
-            with self.clock.time("generate"):
-                completions = self.generate(asked["prompt_ids"], seeds)
-            with self.clock.time("score"):
-                return completions, self.score(asked, completions)
+    # One update.
 
-    @torch.no_grad()
-    def meet(self) -> None:
-        """Sharded weights want the whole module to be run before any part of it: once, on an episode of two tokens."""
-        if self._met or not is_sharded(self.model):
-            return
-        self._met = True
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.args.device)
-        self.model(ids, torch.ones_like(ids), torch.ones(1, 1, dtype=torch.bool, device=self.args.device))
+    def _begin_training(self) -> None:
+        self.current_rollout = None
+        if self.completions_file is not None and self.args.should_save:
+            self.completions_file.begin(math.ceil(self.state.global_step / self.args.steps_per_update))
 
     def _begin_update(self, number: int, queries: Any, completions: Completions, scores: Any, weights: Any) -> Rollout:
-        with self.clock.time("forward"):
-            rollout = self.experience.rollout(queries, completions, scores, weights, self.reduce)
-        metrics = self.experience.metrics(rollout, scores, self.reduce)
+        with self.collector.timer.time("forward"):
+            rollout = self.collector.rollout(queries, completions, scores, weights, self.reduce)
+        metrics = self.collector.metrics(rollout, scores, self.reduce)
         metrics["val/num_eos_tokens"] = round(metrics["completions/eos_share"] * self.args.episodes_per_update)
         metrics["val/explained_variance"] = rollout.explained_variance(self.reduce)
         metrics["episode"] = float((number + 1) * self.args.episodes_per_update)
-        seconds = self.clock.read()
-        self.updates.begin(metrics | seconds | {"time/rollout": sum(seconds.values())})
-        self.underway, self.guard.over = rollout, False
+        seconds = self.collector.timer.read()
+        self.update_metrics.begin(metrics | seconds | {"time/rollout": sum(seconds.values())})
+        self.current_rollout, self.guard.over = rollout, False
         return rollout
 
     def _end_update(self) -> None:
-        ended = self.updates.end(self.reduce)
-        if self.state.global_step % self.args.steps_per_update == 0:  # and not stopped in its middle
-            self.experience.kl_coef.update(ended["objective/kl"], self.args.episodes_per_update)
-            self.underway = None
+        metrics = self.update_metrics.end(self.reduce)
+        if self.state.global_step % self.args.steps_per_update == 0:  # and not stopped in the middle of an update
+            self.collector.kl_coef.update(metrics["objective/kl"], self.args.episodes_per_update)
+            self.current_rollout = None
 
-    # What is logged.
+    # One optimizer step.
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer as `Trainer` does; `value_learning_rate`, where given, is the value's own."""
+        passed = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not passed and self.args.value_learning_rate is not None:
+            split_parameter_groups_(optimizer, self.model.value_parameters(), self.args.value_learning_rate)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the schedule. It is the last call of `Trainer` before a checkpoint is read into DeepSpeed's engine."""
+        engine = deepspeed_engine(self.accelerator)
+        if engine is not None and has_adapter(self.model.policy):
+            exclude_frozen_weights_(engine)
+        return super().create_scheduler(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Return the micro-batches of one optimizer step, and the number of their generated tokens over all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        tokens = sum(int(batch["response_mask"].sum()) for batch in batches if batch)
+        return batches, self.reduce(torch.tensor(float(tokens), device=device)).clamp(min=1) if batches else None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run a micro-batch piece by piece; after the last one of a step, `StepGuard` drops what must not be used."""
+        trainer_step = super().training_step
+        losses = self.pieces.run(
+            model, inputs, self.current_rollout, lambda piece: trainer_step(model, piece, num_items_in_batch)
+        )
+        total = torch.zeros((), device=self.args.device)
+        for loss in losses:
+            self.guard.record_loss(loss)
+            total = total + loss
+        if self.accelerator.sync_gradients:
+            self.pieces.release_casts()
+            self._guard_step(has_episodes=bool(inputs))
+        return total
+
+    def _guard_step(self, has_episodes: bool) -> None:
+        """Drop gradients that must not be used. has_episodes: False in an update that is over."""
+        used, skipped = False, self.guard.skipped
+        if has_episodes:
+            used = self.guard.drop_gradients_(self.state.global_step, self.reduce, self.args.device)
+        engine = DeferredStepEngine.install_(self.accelerator)
+        if engine is not None:
+            engine.step() if used else engine.skip_step()
+        if self.guard.skipped > skipped:
+            self.require_finite_weights()  # otherwise every later step would be skipped too
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs: they are on the device, in float32. `Trainer` would cast them to DeepSpeed's precision."""
+        return inputs
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes."""
+        return tensor if self.args.world_size == 1 else self.accelerator.reduce(tensor, reduction="sum")
+
+    # One update on the caller's episodes.
+
+    def step(
+        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Scores
+    ) -> dict[str, float]:
+        """Train one update on episodes of the caller, for a loop of one's own, as TRL had up to 0.11.
+
+        Args:
+            queries, responses: this process's token ids, lists or tensors, `args.episodes_per_process` of them. A response
+                includes its stop token.
+            scores: a number for each response, or one per token.
+
+        Returns:
+            The metrics of the update.
+
+        Raises:
+            UserError: another number of episodes.
+        """
+        query_ids, response_ids = check_episodes(queries, responses, scores, self.args.episodes_per_process)
+        stopped = [bool(row) and row[-1] in self.sampling.stop_ids for row in response_ids]
+        named = {"step": [value if isinstance(value, list) else float(value) for value in scores]}
+        number = self.state.global_step // self.args.steps_per_update
+        rollout = self._begin_update(number, query_ids, Completions(response_ids, stopped), named, None)
+        if not isinstance(self.optimizer, AcceleratedOptimizer) or self.lr_scheduler is None:
+            self._prepare_for_steps()
+        model, args = self.model_wrapped, self.args
+        model.train()
+        for batches in self.rollout_loader().optimizer_steps(rollout, number):
+            _, tokens = self.get_batch_samples(iter(batches), len(batches), args.device)
+            accumulate(model, self.accelerator, batches, partial(self.training_step, num_items_in_batch=tokens))
+            if args.max_grad_norm > 0:
+                self.accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            self.optimizer.step()
+            self.lr_scheduler.step()
+            model.zero_grad()
+            self.state.global_step += 1
+        self._end_update()
+        return self.update_metrics.drain()
+
+    def _prepare_for_steps(self) -> None:
+        """Make optimizer, schedule and wrapper for a loop of `step`.
+
+        Raises:
+            UserError: the schedule needs to know the number of steps, and no option says it.
+        """
+        args, steps = self.args, schedule_steps(self.args, self.lr_scheduler is not None)
+        if args.activation_checkpointing:
+            options = dict(args.activation_checkpointing_kwargs or {})
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None)
+        self.model.to(args.device)
+        if self.is_deepspeed_enabled:
+            self.optimizer, self.lr_scheduler = deepspeed_init(self, num_training_steps=steps)
+        else:
+            self.create_optimizer()
+        if isinstance(self.lr_scheduler, DummyScheduler):  # of an optimizer in DeepSpeed's configuration
+            prepared = self.accelerator.prepare(self.model, self.optimizer, self.lr_scheduler)
+            self.model_wrapped, self.optimizer, self.lr_scheduler = prepared
+        else:
+            self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.create_scheduler(num_training_steps=steps)  # if there is none yet
+        if self.is_deepspeed_enabled:
+            self.deepspeed = self.model_wrapped  # which Trainer saves
+        torch.manual_seed(args.seed)
+
+    # Logging and evaluation.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with the mean of each metric over the updates that ended since the last one."""
-        updates = self.updates.drain() if "loss" in logs else {}
+        """Log as `Trainer` does, with the mean of each metric over the updates that ended since the last line."""
+        updates = self.update_metrics.drain() if "loss" in logs else {}
         if updates:
             logs |= updates | {"lr": logs["learning_rate"], "val/skipped_steps": float(self.guard.skipped)}
         super().log(logs, start_time)
@@ -277,23 +401,97 @@ class PPOTrainer(MinimizingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Answer each held-out prompt once; returns means of score, KL, length and EOS share over all processes.
+        """Answer each held-out prompt once; return means of score, KL, length and EOS share over all processes.
 
-        Of several held-out sets, given as a dict, each has its name in the metrics: ``eval_<name>_objective/scores``.
+        Several sets are given as a dict; metrics then have the name of the set: ``eval_<name>_objective/scores``.
         """
         prompts, config = self.eval_prompts, base_model(self.model.policy).config
         if eval_dataset is not None:
             prompts = evaluation_prompts(config, self.processing_class, eval_dataset, self.args)
-        sets = prompts if isinstance(prompts, dict) else {"": prompts}
+        evaluator = HeldOutEvaluator(self.collector, self.generate, self.score, self.args)
         metrics: dict[str, float] = {}
-        for name, each in sets.items():
-            metrics |= evaluate_prompts(self, each, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
+        for name, each in (prompts if isinstance(prompts, dict) else {"": prompts}).items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            means = {f"{prefix}_{key}": value for key, value in evaluator.metrics(each, self.reduce).items()}
+            self.log(dict(means))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
+            metrics |= means
         return metrics
 
     def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
-        """Answer the held-out prompts, show some and return all; `sampling`: a few prompts are enough. TRL's name."""
-        return show_completions(self, 8 if sampling else None)
+        """Answer the held-out prompts, print some and return all. sampling: answer the first eight only (TRL's name)."""
+        evaluator = HeldOutEvaluator(self.collector, self.generate, self.score, self.args)
+        sets = self.eval_prompts if isinstance(self.eval_prompts, dict) else {"": self.eval_prompts}
+        samples = evaluator.samples(list(sets.values()), self.processing_class, 8 if sampling else None)
+        if self.is_world_process_zero():
+            print("\n".join(f"{row['prompt']} -> {row['completion']}" for row in samples[:8]))
+        return samples
 
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes."""
-        return tensor if self.args.world_size == 1 else self.accelerator.reduce(tensor, reduction="sum")
+    # What a checkpoint holds.
+
+    def progress(self) -> dict[str, Any]:
+        return super().progress() | {
+            "updates": self.update_metrics.state(),
+            "collector": self.collector.state(),
+            "guard": self.guard.state(),
+            "samples": self.last_samples,
+        }
+
+    def save_progress(self, folder: Path) -> None:
+        super().save_progress(folder)
+        if self.current_rollout is not None:
+            save_rollout(self.current_rollout, folder, self.args.process_index)
+
+    def load_progress(self, folder: Path) -> None:
+        super().load_progress(folder)
+        paths = sorted(folder.glob("progress_*.json"), key=process_of)
+        saved = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        if not saved or "updates" not in saved[0]:
+            return  # a checkpoint with weights only
+        process, world_size = self.args.process_index, self.args.world_size
+        same_processes = len(saved) == world_size
+        updates = [saved[process]["updates"]] if same_processes else [each["updates"] for each in saved]
+        self.update_metrics.restore(updates, self.args.device, counts=same_processes or process == 0)
+        self.collector.restore(saved[0]["collector"])  # the same in every process
+        self.guard.restore(saved[0]["guard"])
+        self.last_samples = process_share([row for each in saved for row in each["samples"]], process, world_size)
+        self.current_rollout = load_rollout(folder, process, world_size, same_processes, self.args.device)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = restore_ties_(self.model, state_dict)
+        elif is_sharded(self.model):
+            state_dict = full_state_dict(self.model)
+        if not self.args.should_save:  # Trainer calls this in every process
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        in_checkpoint = folder.name.startswith("checkpoint-")
+        self.model.save_pretrained(folder, state_dict, value=self.args.save_value_model or in_checkpoint)
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.load_pretrained(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self.model.load_pretrained(self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):
+            optimizer, writes = self.optimizer.optimizer, self.args.should_save
+            save_sharded_optimizer(self.model, optimizer, self.lr_scheduler, Path(output_dir), writes)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and needs_named_optimizer(self.model, checkpoint):
+            load_named_optimizer(self.model, self.optimizer.optimizer, self.lr_scheduler, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
+        if self.args.should_save:
+            base = base_model(self.model.policy).name_or_path
+            write_short_card(Path(str(self.args.output_dir)), base, dataset_name)

@@ -153,9 +153,9 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     reset_generation_config_(model, stops)
     if training.missing_eos_penalty is not None:
         functions.append(missing_eos(training.missing_eos_penalty, stops))
-        if training.reward_weights is not None:
+        if (weights := training.reward_weights) is not None:
             training = copy.copy(training)
-            training.reward_weights = [*training.reward_weights, 1.0]
+            training.reward_weights = [*weights, 1.0]
     trainer = SafeRLOOTrainer(
         model=prepare_for_lora(model, training.gradient_checkpointing),
         reward_funcs=functions,

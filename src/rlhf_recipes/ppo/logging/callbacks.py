@@ -99,7 +99,7 @@ def _show(reporter: Any, rows: list[dict[str, Any]], step: int) -> None:
         trackio.log({"completions": trackio.Table(dataframe=pandas.DataFrame(rows).astype(str))})
 
 
-class Answers:
+class CompletionsFile:
     """A file with one line an episode: what was asked, what was answered, and what it was worth."""
 
     def __init__(self, path: str | Path) -> None:

@@ -1,8 +1,7 @@
 """Sums and counts of an update, so that its metrics are exact for any number of minibatches and processes."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,23 +53,3 @@ class UpdateMetrics:
         self.steps.restore([state["steps"] for state in states], device, counts)
         self._rollout, self._ended = dict(states[0]["rollout"]), list(states[0]["ended"])
         self._started = time.perf_counter()
-
-
-class Clock:
-    """Seconds that each phase of an update took."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - started
-
-    def read(self) -> dict[str, float]:
-        """``time/<phase>`` of each phase since the last reading."""
-        read, self._seconds = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}, {}
-        return read

@@ -112,7 +112,7 @@ class PolicyAndValue(nn.Module):
         """Log-probabilities, entropies and values of the generated tokens.
 
         input_ids, attention_mask: (batch, width), each row a query, its answer, and padding.
-        response_mask: (batch, tokens). lower_states: (batch, width, hidden_size), what `read_lower` gave for them.
+        response_mask: (batch, tokens). lower_states: (batch, width, hidden_size), what `lower_outputs` gave for them.
         """
         episodes = (input_ids, attention_mask, response_mask)
         read = self.policy if lower_states is None else self.upper
@@ -127,7 +127,7 @@ class PolicyAndValue(nn.Module):
             values = head_in_own_precision(self.value_model.score, states)
         return TokenOutputs(log_probs, entropies, scatter(values, response_mask))
 
-    def read_lower(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor]:
+    def lower_outputs(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor]:
         """What the layers that stand still leave: (batch, width, hidden_size), in a tuple."""
         return (hidden_states_of(self.lower, attention_mask, input_ids=input_ids),)
 

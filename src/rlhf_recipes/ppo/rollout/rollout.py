@@ -95,7 +95,7 @@ class RewardShape:
         return cls(**{item.name: getattr(config, item.name) for item in fields(cls)} | moved)
 
 
-def joined(parts: Sequence[Rollout]) -> Rollout:
+def concatenate_rollouts(parts: Sequence[Rollout]) -> Rollout:
     """The episodes of several rollouts in one, as wide as the widest."""
     widths = {name: max(getattr(part, name).shape[-1 if name != "lower_states" else 1] for part in parts)
               for name, tensor in parts[0].tensors().items() if tensor.dim() > 1}  # fmt: skip

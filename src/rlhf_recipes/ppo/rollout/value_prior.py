@@ -1,9 +1,9 @@
 """The scores that a reward model gives to the prefixes of an answer, as a baseline of the value.
 
-A reward model on a causal transformer scores every prefix of an answer in the same pass that scores the answer. Papers start the
-value model from the reward model's weights, which carries the same information but costs a model of its own (Stiennon et al. 2020;
-Ouyang et al. 2022). Here the prefix scores are added to the value head's output instead. A function of the state that is added to
-the value shapes the reward by its differences, which does not change the optimal policy (Ng et al. 1999; Wiewiora 2003).
+A reward model on a causal transformer scores every prefix of an answer in the same pass that scores the answer. Papers start
+the value model from the reward model's weights, which carries the same information but needs a separate model (Stiennon et
+al. 2020; Ouyang et al. 2022). Here the prefix scores are added to the output of the value head instead. Adding a function of
+the state to the value shapes the reward by its differences and keeps the optimal policy (Ng et al. 1999; Wiewiora 2003).
 
 How well prefix scores predict the final score is not assumed. The prior is the straight line that least squares fits through both,
 over all episodes so far, and it is constant where they are unrelated.
@@ -21,7 +21,9 @@ class ValuePrior:
     """A least-squares line from the prefix score of a state to the final score of its answer."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64)  # of 1, x, x^2, y, x y over tokens: x prefix score, y final score
+        self.sums = torch.zeros(
+            5, dtype=torch.float64
+        )  # of 1, x, x^2, y, x y over tokens: x prefix score, y final score
 
     def fit(self, prefix_scores: Tensor, scores: Tensor, mask: Tensor, reduce: Reduce) -> None:
         """Add episodes of all processes to the fit. prefix_scores, mask: (batch, tokens); scores: (batch,) final scores."""
