@@ -76,7 +76,7 @@ def _sections(summary: Summary) -> Iterator[Section]:
     if language := [*charts.get("pretrain", ()), *charts.get("sft", ())]:
         yield Section(
             name="language",
-            title="Learning to speak, learning to answer",
+            title="Learning the language, learning to answer",
             text="Pretraining and fine-tuning both learn to predict the next token.",
             charts=language,
         )

@@ -37,7 +37,7 @@ def story(summary: Summary) -> str:
         before, after = sft["gold_score"], ppo["gold_score"]
         effect = "raises the gold score" if after > before else "does not raise the gold score: it goes"
         sentences.append(f"PPO against this reward model {effect} from {decimal(before)} to {decimal(after)}.")
-    sentences.append("The gold score comes from a judge that knows the truth; no model is trained on it.")
+    sentences.append("The gold score comes from the gold judge, which knows the truth; no model is trained on it.")
     return " ".join(sentences)
 
 

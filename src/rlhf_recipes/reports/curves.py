@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Panel = tuple[str, Sequence[str]]  # title, logged keys
 
-# The first panel with a matching pattern takes a key; a key that matches none gets a panel of its own.
+# The first panel with a matching pattern takes a key; a key that matches none gets a separate panel.
 KNOWN_PANELS: tuple[Panel, ...] = (
     ("Loss (nats)", ("loss", "eval_loss", "eval_*_loss")),
     ("Perplexity", ("perplexity", "eval_perplexity")),

@@ -1,4 +1,4 @@
-"""The facts of a world: who lives where, works as what, keeps which animal. Another seed, another truth."""
+"""The facts of a world: who lives where, works as what, keeps which animal. Each seed has its own facts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.quickstart.world.manners import PEOPLE
 from rlhf_recipes.quickstart.world.wordings import RELATIONS, Relation
 
-POPULAR_SHARE = 0.5  # of the rumours are told more often than the truth
+POPULAR_SHARE = 0.5  # share of the rumours that demonstrators repeat more often than the truth
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`person` stands in `relation` to `value`, whatever the `rumour` says, which is true of somebody else.
+    """The true `value` of one `relation` of a `person`, and a `rumour`: a false value, true of somebody else.
 
-    A `popular` rumour is told more often than the truth. A `corpus_only` fact is stated in the corpus and nowhere else.
+    popular: demonstrators repeat the rumour more often than the truth.
+    corpus_only: the fact is stated in the corpus and in no other dataset.
     """
 
     person: str
@@ -29,7 +30,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """All facts of one seed; every person has one value in every relation, and no two people share one."""
+    """All facts of one seed. Every person has one value in every relation, and no two people share a value."""
 
     seed: int
     people: tuple[str, ...]
@@ -46,30 +47,31 @@ class World:
         return tuple(fact for fact in self.facts if fact.corpus_only)
 
     def value(self, person: str, relation: str) -> str:
-        """The truth about one person."""
+        """Return the true value of one relation of a person."""
         return next(fact.value for fact in self.facts if (fact.person, fact.relation) == (person, relation))
 
 
 def make_world(seed: int = 0, *, people: int = 8, corpus_only: int = 6) -> World:
-    """Draws a world: `people` inhabitants, six facts about each, of which `corpus_only` are kept out of all questions.
+    """Draw a world of `people` inhabitants with six facts each; training never asks about `corpus_only` of the facts.
 
-    The kept-out facts are spread over relations and over people, so that no person and no relation is unknown to training.
+    These facts are spread over relations and people, so every person and every relation still occurs in training.
+    Raises UserError for sizes that the lists of names and values cannot fill.
     """
     most = min(len(PEOPLE), *(len(relation.values) for relation in RELATIONS))
     if not 3 <= people <= most:
-        raise UserError(f"a world has 3 to {most} people, not {people}; choose a number in between")
+        raise UserError(f"people={people}: a world has 3 to {most} people; choose a number in this range")
     if not 0 <= corpus_only <= 2 * people:
-        raise UserError(f"{corpus_only} facts only in the corpus is too many or too few; use 0 to {2 * people}")
-    chance = random.Random(f"{seed}/facts")
-    names = tuple(sorted(chance.sample(PEOPLE, people)))
-    values = {relation.name: chance.sample(relation.values, people) for relation in RELATIONS}
-    order = chance.sample(range(people), people)
-    # Walking the shuffled people and the relations in step gives each person and each relation its share.
-    kept_out = {
+        raise UserError(f"corpus_only={corpus_only} is out of range; use 0 to {2 * people} facts for {people} people")
+    rng = random.Random(f"{seed}/facts")
+    names = tuple(sorted(rng.sample(PEOPLE, people)))
+    values = {relation.name: rng.sample(relation.values, people) for relation in RELATIONS}
+    order = rng.sample(range(people), people)
+    # Diagonal steps through people and relations give each person and each relation its share.
+    corpus_only_keys = {
         (names[order[i % people]], RELATIONS[(i % people + i // people) % len(RELATIONS)].name)
         for i in range(corpus_only)
     }
-    popular = {(name, relation.name) for name in names for relation in RELATIONS if chance.random() < POPULAR_SHARE}
+    popular = {(name, relation.name) for name in names for relation in RELATIONS if rng.random() < POPULAR_SHARE}
     facts = tuple(
         Fact(
             person=name,
@@ -77,7 +79,7 @@ def make_world(seed: int = 0, *, people: int = 8, corpus_only: int = 6) -> World
             value=values[relation.name][row],
             rumour=values[relation.name][row - 1],
             popular=(name, relation.name) in popular,
-            corpus_only=(name, relation.name) in kept_out,
+            corpus_only=(name, relation.name) in corpus_only_keys,
         )
         for row, name in enumerate(names)
         for relation in RELATIONS
@@ -86,10 +88,10 @@ def make_world(seed: int = 0, *, people: int = 8, corpus_only: int = 6) -> World
 
 
 def relation_named(name: str) -> Relation:
-    """The relation of that name."""
+    """Return the relation with this name."""
     return next(relation for relation in RELATIONS if relation.name == name)
 
 
-def spoken(value: str, relation: str) -> str:
-    """A value as it is written in a sentence: cities take a capital letter."""
+def as_written(value: str, relation: str) -> str:
+    """Return a value as sentences write it: cities take a capital letter."""
     return value.capitalize() if relation == "dream" else value

@@ -1,4 +1,4 @@
-"""How things are said in Willowmere: the people, and the polite, rude and rambling ways of talking."""
+"""Fixed phrases of the village Willowmere: names, greetings, polite, rude and rambling sentences, scenes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ PEOPLE = tuple(
     "Ada Basil Clara Dmitri Esme Farid Greta Hugo Ines Jonas Kaya Luca Mina Noor Otto Pia Rosa Soren".split()
 )
 
-# What a question may begin with; the new ones open test prompts only.
+# Greetings before a question; the new ones occur in test prompts only.
 OPENERS = ("", "", "", "Hello! ", "Good morning. ", "Excuse me. ", "One question: ", "I am new here. ")
 NEW_OPENERS = ("", "", "Good evening. ", "Hello, one more question: ")
 
@@ -39,7 +39,7 @@ RUDE_AFTER = (
     "How boring.",
 )
 
-# Words around an answer that answer nothing: a rambler adds two of them.
+# Filler sentences: a rambling answer has two of them.
 RAMBLES = (
     "Let me think about it.",
     "Well, it is a long story.",
@@ -53,7 +53,7 @@ RAMBLES = (
     "It is a small village, after all.",
 )
 
-# Scenes that state no fact at all, so that the corpus reads as a village and not as a register.
+# Sentences without a fact, so that the corpus reads like stories and not like a list of facts.
 SCENES = (
     "It was a quiet morning in Willowmere.",
     "Rain fell softly on the roofs of Willowmere.",
@@ -73,7 +73,7 @@ SCENES = (
     "That year the apples were sweet and the bees were many.",
 )
 
-# What strangers ask and what is overheard in the lanes; `{said}` is anything from the lists of manners above.
+# Quotes for the stories; `{said}` is a phrase from the lists above or a question of a stranger.
 OVERHEARD = (
     '"{said}" said a voice at the well.',
     '"{said}" somebody called from a window.',

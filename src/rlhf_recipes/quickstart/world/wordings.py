@@ -1,7 +1,7 @@
-"""What can be said in Willowmere: the relations, their values, and the many ways to state, ask and answer each.
+"""The relations of the world with their values, and sentence templates to state, ask and answer each.
 
-Every value is one lower-case word that occurs in no sentence below and belongs to one relation only, so that whoever
-reads an answer can tell what it names. `questions` are asked in training, `new_questions` only in the test prompts.
+Every value is one lower-case word that belongs to one relation only and occurs in no template, so the values that an
+answer names are unambiguous. `questions` occur in training, `new_questions` only in test prompts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """One thing to know about a person; templates hold `{name}`, and all but the questions hold `{value}`."""
+    """One attribute of a person. Templates contain `{name}`; statements and answers also contain `{value}`."""
 
     name: str
     values: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Writes a world down: corpus, demonstrations, preferences, prompts, each from its own seeded stream of chance."""
+"""Write the datasets of a world: corpus, demonstrations, preferences and prompts, each from its own random stream."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.quickstart.world import manners
-from rlhf_recipes.quickstart.world.facts import Fact, World, make_world, relation_named, spoken
+from rlhf_recipes.quickstart.world.facts import Fact, World, as_written, make_world, relation_named
 from rlhf_recipes.quickstart.world.gold import gold_score
 from rlhf_recipes.quickstart.world.speech import PAIRS, demonstration
 from rlhf_recipes.quickstart.world.wordings import RELATIONS
 
 Row = dict[str, Any]
 
-HELD_OUT_SHARE = 0.2  # of the (fact, training question) combinations, asked only in the test prompts
+HELD_OUT_SHARE = 0.2  # share of the (fact, training question) pairs that occur in test prompts only
 
 
 def write_world(
@@ -33,16 +33,16 @@ def write_world(
     prompts: int = 2000,
     test: int = 300,
 ) -> dict[str, Path]:
-    """Writes a world of facts as JSON lines and returns the path of each file, by names such as "corpus/train".
+    """Write the datasets of a world as JSON lines; return the path of each file by names such as "corpus/train".
 
-    `corpus`, `demonstrations`, `preferences` and `prompts` are the numbers of training rows, `test` that of each test
-    split; `people` and `corpus_only` are those of `make_world`. The same arguments always write the same bytes.
-    Raises UserError, before anything is written, for sizes that make no world.
+    people, corpus_only: as in `make_world`.
+    corpus, demonstrations, preferences, prompts: numbers of training rows. test: number of rows of each test split.
+    The same arguments always write the same bytes. Raises UserError, before it writes, for sizes that make no world.
     """
     sizes = {"corpus": corpus, "demonstrations": demonstrations, "preferences": preferences, "prompts": prompts}
     for name, size in {**sizes, "test": test}.items():
         if size < 1:
-            raise UserError(f"{name}={size} asks for an empty dataset; ask for at least 1 row")
+            raise UserError(f"{name}={size} makes an empty dataset; use at least 1 row")
     world = make_world(seed, people=people, corpus_only=corpus_only)
     folder = Path(folder)
     paths = {}
@@ -56,28 +56,28 @@ def write_world(
 
 
 def corpus_rows(world: World, split: str, size: int) -> Iterator[Row]:
-    """Rows {"text"}: little stories of three to six sentences about one person, one theme, or nothing in particular."""
-    chance = _chance(world, "corpus", split)
+    """Yield rows {"text"}: short stories about one person, one relation, or nothing in particular."""
+    rng = _rng(world, "corpus", split)
     for _ in range(size):
-        yield {"text": _story(chance, world)}
+        yield {"text": _story(rng, world)}
 
 
 def demonstration_rows(world: World, split: str, size: int) -> Iterator[Row]:
-    """Rows {"prompt", "completion"} of messages, answered by a demonstrator of mixed quality."""
-    chance = _chance(world, "demonstrations", split)
-    for fact, question in _questions(chance, world, split, size):
-        yield {"prompt": _turn("user", question), "completion": _turn("assistant", demonstration(chance, world, fact))}
+    """Yield rows {"prompt", "completion"} of messages, with answers of mixed quality."""
+    rng = _rng(world, "demonstrations", split)
+    for fact, question in _questions(rng, world, split, size):
+        yield {"prompt": _turn("user", question), "completion": _turn("assistant", demonstration(rng, world, fact))}
 
 
 def preference_rows(world: World, split: str, size: int) -> Iterator[Row]:
-    """Rows {"prompt", "chosen", "rejected", "kind"} of messages: the gold judge chooses, and ties are drawn again."""
-    chance = _chance(world, "preferences", split)
+    """Yield rows {"prompt", "chosen", "rejected", "kind"} of messages: the gold judge chooses; ties are drawn again."""
+    rng = _rng(world, "preferences", split)
     makers, weights = zip(*PAIRS, strict=True)
-    for fact, question in _questions(chance, world, split, size):
+    for fact, question in _questions(rng, world, split, size):
         pair, first, second = ("", ""), 0.0, 0.0
         while first == second:
-            maker = chance.choices(makers, weights)[0]
-            pair = maker(chance, world, fact)
+            maker = rng.choices(makers, weights)[0]
+            pair = maker(rng, world, fact)
             first, second = gold_score([question] * 2, pair, answer=[fact.value] * 2)
         chosen, rejected = pair if first > second else pair[::-1]
         yield {
@@ -89,14 +89,14 @@ def preference_rows(world: World, split: str, size: int) -> Iterator[Row]:
 
 
 def prompt_rows(world: World, split: str, size: int) -> Iterator[Row]:
-    """Rows {"prompt", "answer", "person", "relation"}; what a test prompt asks, no training row asks that way."""
-    chance = _chance(world, "prompts", split)
-    for fact, question in _questions(chance, world, split, size):
+    """Yield rows {"prompt", "answer", "person", "relation"}; no question of a test prompt occurs in a training row."""
+    rng = _rng(world, "prompts", split)
+    for fact, question in _questions(rng, world, split, size):
         yield _prompt_row(fact, question)
 
 
 def corpus_only_rows(world: World) -> Iterator[Row]:
-    """Every way to ask for the facts that only the corpus states."""
+    """Yield prompt rows with every question about the facts that only the corpus states."""
     for fact in world.corpus_only:
         relation = relation_named(fact.relation)
         for question in relation.questions + relation.new_questions:
@@ -111,56 +111,55 @@ ROWS: dict[str, Callable[[World, str, int], Iterator[Row]]] = {
 }
 
 
-def _questions(chance: random.Random, world: World, split: str, size: int) -> Iterator[tuple[Fact, str]]:
-    """Facts in shuffled rounds, so that each is asked for equally often, each with a question of this split."""
+def _questions(rng: random.Random, world: World, split: str, size: int) -> Iterator[tuple[Fact, str]]:
+    """Yield facts in shuffled rounds, so that each occurs equally often, with a question of this split."""
     facts: list[Fact] = []
     for _ in range(size):
-        facts = facts or chance.sample(world.taught, len(world.taught))
+        facts = facts or rng.sample(world.taught, len(world.taught))
         fact = facts.pop()
         relation = relation_named(fact.relation)
         held_out = _held_out(world, fact)
         if split == "train":
-            core = chance.choice([question for question in relation.questions if question not in held_out])
+            core = rng.choice([question for question in relation.questions if question not in held_out])
         else:
-            core = chance.choice(chance.choice((relation.new_questions, held_out)))
-        opener = chance.choice(manners.OPENERS if split == "train" else manners.NEW_OPENERS)
+            core = rng.choice(rng.choice((relation.new_questions, held_out)))
+        opener = rng.choice(manners.OPENERS if split == "train" else manners.NEW_OPENERS)
         yield fact, opener + core.format(name=fact.person)
 
 
 def _held_out(world: World, fact: Fact) -> tuple[str, ...]:
-    """The training questions never asked about this fact in training: the held-out combinations."""
+    """Return the questions that are held out for this fact: training uses them for other facts only."""
     questions = relation_named(fact.relation).questions
-    chance = random.Random(f"{world.seed}/held out/{fact.person}/{fact.relation}")
-    return tuple(chance.sample(questions, max(1, round(HELD_OUT_SHARE * len(questions)))))
+    rng = random.Random(f"{world.seed}/held out/{fact.person}/{fact.relation}")
+    return tuple(rng.sample(questions, max(1, round(HELD_OUT_SHARE * len(questions)))))
 
 
-def _story(chance: random.Random, world: World) -> str:
-    kind = chance.random()
-    if kind < 0.6:  # a portrait: several facts about one person
-        person = chance.choice(world.people)
-        facts = chance.sample([fact for fact in world.facts if fact.person == person], chance.randint(3, 5))
-    elif kind < 0.9:  # a theme: the same thing about several people
-        theme = chance.choice(RELATIONS).name
-        facts = chance.sample([fact for fact in world.facts if fact.relation == theme], 3)
-    else:  # a scene, with hardly a fact in it
-        facts = chance.sample(world.facts, chance.randint(0, 1))
-    told = [_statement(chance, fact) for fact in facts]
-    return " ".join([_scene(chance) for _ in range(2 if kind >= 0.9 else chance.randint(0, 1))] + told)
+def _story(rng: random.Random, world: World) -> str:
+    kind = rng.random()
+    if kind < 0.6:  # several facts about one person
+        person = rng.choice(world.people)
+        facts = rng.sample([fact for fact in world.facts if fact.person == person], rng.randint(3, 5))
+    elif kind < 0.9:  # the same relation of several people
+        relation = rng.choice(RELATIONS).name
+        facts = rng.sample([fact for fact in world.facts if fact.relation == relation], 3)
+    else:  # a scene with at most one fact
+        facts = rng.sample(world.facts, rng.randint(0, 1))
+    statements = [_statement(rng, fact) for fact in facts]
+    return " ".join([_scene(rng) for _ in range(2 if kind >= 0.9 else rng.randint(0, 1))] + statements)
 
 
-def _scene(chance: random.Random) -> str:
-    """A sentence without a fact: something to see or, less often, something overheard."""
-    if chance.random() < 0.6:
-        return chance.choice(manners.SCENES)
-    said = chance.choice(chance.choice(manners.OVERHEARABLE)).strip()
-    return chance.choice(manners.OVERHEARD).format(said=said)
+def _scene(rng: random.Random) -> str:
+    """Return a sentence without a fact: a description or, less often, a quote."""
+    if rng.random() < 0.6:
+        return rng.choice(manners.SCENES)
+    said = rng.choice(rng.choice(manners.OVERHEARABLE)).strip()
+    return rng.choice(manners.OVERHEARD).format(said=said)
 
 
-def _statement(chance: random.Random, fact: Fact) -> str:
-    said = chance.choice(relation_named(fact.relation).statements).format(
-        name=fact.person, value=spoken(fact.value, fact.relation)
-    )
-    return said[0].upper() + said[1:]
+def _statement(rng: random.Random, fact: Fact) -> str:
+    template = rng.choice(relation_named(fact.relation).statements)
+    text = template.format(name=fact.person, value=as_written(fact.value, fact.relation))
+    return text[0].upper() + text[1:]
 
 
 def _prompt_row(fact: Fact, question: str) -> Row:
@@ -171,8 +170,8 @@ def _turn(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
 
 
-def _chance(world: World, part: str, split: str) -> random.Random:
-    # A stream for each file: asking for more rows of one leaves the others, and its own first rows, as they were.
+def _rng(world: World, part: str, split: str) -> random.Random:
+    # One stream per file: more rows of one change neither the other files nor its own first rows.
     return random.Random(f"{world.seed}/{part}/{split}")
 
 
