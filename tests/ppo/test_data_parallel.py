@@ -1,9 +1,6 @@
 """Two processes joined by gloo, against one that does the work of both."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
+from programs import forks
 from programs import train_ppo_ddp as program
 from safetensors.torch import load_file
 
 from rlhf_recipes.ppo.parallelism import check_parallelism
 
 Make = Callable[..., Any]
-PROGRAM = Path(str(program.__file__))
-SOURCE = Path(__file__).resolve().parents[2] / "src"
 STOP_IDS = list(range(200, 256))
 
 
@@ -27,19 +23,15 @@ STOP_IDS = list(range(200, 256))
 def folder(
     tmp_path_factory: pytest.TempPathFactory, make_model: Make, make_reward_model: Make, tokenizer: Any
 ) -> Path:
-    """What two processes left, started as a user starts them."""
+    """The folder with the runs of two processes."""
     folder = tmp_path_factory.mktemp("processes")
     model = make_model(0, initializer_range=0.1)
     model.generation_config.eos_token_id = STOP_IDS
     for name, module in (("policy", model), ("reward_model", make_reward_model(3, initializer_range=0.2))):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
-    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(
-        [*launch, str(folder), "4"], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    result = forks.launch(2, lambda: program.main(folder, 4))
+    assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
 

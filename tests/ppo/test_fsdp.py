@@ -4,23 +4,19 @@ Accelerate reaches FSDP2 on GPUs alone, so `fully_shard` is applied natively her
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import forks
 from programs import train_ppo_fsdp as program
 from programs.small_runs import farthest
 from safetensors.torch import load_file
 
 Make = Callable[..., Any]
-PROGRAM = Path(str(program.__file__))
-SOURCE = Path(__file__).resolve().parents[2] / "src"
 CASES = ["full", "lora", "upper"]
 
 
@@ -28,7 +24,7 @@ CASES = ["full", "lora", "upper"]
 def folder(
     tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_reward_model: Make, tokenizer: Any
 ) -> Path:
-    """What two processes left, each with a half of the weights."""
+    """The folder with the runs of two processes, each with a half of the weights."""
     folder = tmp_path_factory.mktemp("sharded")
     for name, module in (
         ("policy", make_policy(0, initializer_range=0.1)),
@@ -36,19 +32,13 @@ def folder(
     ):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
-    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    answer = subprocess.run(
-        [*launch, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    # What the processes said, before torchrun tells of their end.
-    said = answer.stderr.partition("torch/distributed/elastic")[0]
-    assert answer.returncode == 0, said[-8000:]
+    result = forks.launch(2, lambda: program.main(folder))
+    assert result.returncode == 0, result.stderr[-8000:]
     return folder
 
 
 @pytest.fixture(scope="module")
-def identity(folder: Path) -> Callable[[str], Any]:
+def run_alone(folder: Path) -> Callable[[str], Any]:
     """(case) -> the trainer of the same run by one process, which has saved its model."""
     trainers: dict[str, Any] = {}
 
@@ -75,9 +65,11 @@ def test_point_20_each_process_keeps_a_half(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_point_07_sharded_weights_end_as_whole_ones_do(folder: Path, alone: Callable[[str], Any], case: str) -> None:
+def test_point_07_sharded_weights_end_as_whole_ones_do(
+    folder: Path, run_alone: Callable[[str], Any], case: str
+) -> None:
     """Policy and value, with answers of unequal length and pieces of unequal number, and what was logged."""
-    expected = identity(case).state.log_history
+    expected = run_alone(case).state.log_history
     one, two = weights_in(folder / f"{case} alone"), weights_in(folder / f"{case} sharded")
     assert farthest(one, two) < 2e-5
     found = json.loads((folder / f"{case} sharded" / "log.json").read_text())
@@ -91,11 +83,11 @@ def test_point_07_sharded_weights_end_as_whole_ones_do(folder: Path, alone: Call
 
 @pytest.mark.parametrize("case", CASES)
 def test_point_13_a_sharded_run_goes_on_with_any_number_of_processes(
-    folder: Path, alone: Callable[[str], Any], case: str
+    folder: Path, run_alone: Callable[[str], Any], case: str
 ) -> None:
     """In the middle of an update: by as many processes bit for bit, and by one with whole weights."""
     assert farthest(weights_in(folder / f"{case} sharded"), weights_in(folder / f"{case} resumed")) == 0
-    identity(case)
+    run_alone(case)
     shutil.copytree(folder / f"{case} sharded" / "checkpoint-3", folder / f"{case} gathered" / "checkpoint-3")
     trainer = program.made(folder, f"{case} gathered", case)
     trainer.train(resume_from_checkpoint="auto")

@@ -6,7 +6,7 @@ small_runs.py FOLDER JOBS       run the stages that the JSON file JOBS lists, on
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -132,21 +132,22 @@ def die_at(step: int, how: str) -> None:
         if self.state.global_step == step and self.args.process_index == self.args.world_size - 1:
             SafeTrainer.training_step = take  # type: ignore[method-assign]
             if how == "error":
-                raise RuntimeError("this process has had enough")
+                raise RuntimeError("this process fails on purpose")
             os.kill(os.getpid(), int(how))
         return take(self, *args, **kwargs)
 
     SafeTrainer.training_step = deadly  # type: ignore[method-assign]
 
 
-def main(folder: Path, jobs: Path) -> None:
-    """jobs: `stage`, `out`, `dies` ([step, how]) where one is to, and what else the run is asked."""
-    for job in json.loads(jobs.read_text()):
-        if "dies" in job:
-            die_at(*job.pop("dies"))
-        run(job.pop("stage"), folder, job.pop("out"), **job)
+def run_jobs(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> None:
+    """Run one after the other, as a recipe does. A job has `stage`, `out`, further flags and, to die, `dies`: [step, how]."""
+    with one_line_errors():
+        for job in jobs:
+            changes = dict(job)
+            if "dies" in changes:
+                die_at(*changes.pop("dies"))
+            run(changes.pop("stage"), folder, changes.pop("out"), **changes)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_jobs(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
