@@ -351,7 +351,7 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer_name": "somebody/some-tokenizer"}, "HF_HUB_OFFLINE"),
     ({"use_peft": True}, "sft stage"),
     ({"dtype": "bfloat16"}, "--bf16"),
-    ({**FROM, "model_name_or_path": "{others}/reward model"}, "is a reward model"),
+    ({**FROM, "model_name_or_path": "{others}/reward_model"}, "is a reward model"),
     ({**FROM, "model_name_or_path": "{others}/small"}, "another vocabulary"),
     ({**FROM, "model_name_or_path": "{others}/model", "tokenizer_name": "{others}/swapped"}, "another vocabulary"),
     ({**FROM, "model_name_or_path": "{others}/model", "max_length": 129}, "beyond the 128 tokens"),
