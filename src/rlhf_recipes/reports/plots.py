@@ -52,7 +52,7 @@ def draw_chart(axes: Axes, chart: Chart) -> None:
     axes.grid(axis="y")
     names = [line.series.name for line in layout.lines]
     if len(names) > 1 or (names and names[0].casefold() not in chart.title.casefold()):
-        axes.legend(loc="best", handlelength=1.4)
+        axes.legend(loc="best", handlelength=1.4).set_in_layout(False)  # a long name must not shrink the axes
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
