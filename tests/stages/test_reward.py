@@ -237,7 +237,7 @@ def test_a_short_run_learns_planted_sentiment(ask: Any) -> None:
         "per_device_train_batch_size": 16,
         "eval_strategy": "epoch",
     }
-    folder = run_reward(*ask(train, test, reward_model="classifier", **changes))
+    folder = run_reward(*ask(train, test, reward_type="classifier", **changes))
     measured = metrics_of(folder)
     assert measured["accuracy"] >= 0.9 and measured["f1"] >= 0.9
     tokenizer = load_tokenizer(str(folder))
@@ -359,8 +359,8 @@ WRONG = {
     "missing column": (
         [{"question": "a", "answer": "b"}] * 2, {}, r"chosen\+rejected or text\+label, but has question, answer"
     ),
-    "another kind": (LABELLED, {"reward_model": "ranking"}, r"needs the columns chosen\+rejected, but has text, label"),
-    "pairs for a classifier": (CHAT, {"reward_model": "classifier"}, r"text\+label, but has prompt, chosen, rejected"),
+    "another kind": (LABELLED, {"reward_type": "ranking"}, r"needs the columns chosen\+rejected, but has text, label"),
+    "pairs for a classifier": (CHAT, {"reward_type": "classifier"}, r"text\+label, but has prompt, chosen, rejected"),
     "empty": ([], {}, "no rows"),
     "smaller than a batch": (CHAT, {"per_device_train_batch_size": 4}, "has 2 rows, but one batch takes 4"),
     "three labels": ([*LABELLED, {"text": "so so", "label": 2}], {}, "has the label 2"),
@@ -389,8 +389,8 @@ def test_what_is_wrong_is_said_before_weights_are_read(
 
 
 def test_the_kind_of_reward_model_is_one_of_three() -> None:
-    with pytest.raises(UserError, match="unknown reward model 'jury'; choose one of auto, ranking, classifier"):
-        RewardArguments(reward_model="jury")
+    with pytest.raises(UserError, match="unknown reward_type 'jury'; choose one of auto, ranking, classifier"):
+        RewardArguments(reward_type="jury")
 
 
 def test_a_reward_model_with_other_labels_is_no_start(
@@ -423,7 +423,7 @@ def test_what_the_reward_model_is_worth_is_measured_on_the_rows_that_it_learns_f
     reward_model = load_reward(load_reward_model(str(folder)), load_tokenizer(str(folder)))
     texts = [[*row[side].encode(), 256] for side in ("chosen", "rejected") for row in PLAIN]
     scores = reward_model([""] * 4, [""] * 4, prompt_ids=[[]] * 4, completion_ids=texts)
-    assert without.judged.column_names == ["chosen", "rejected"]
+    assert without.test_rows.column_names == ["chosen", "rejected"]
     assert metrics_of(folder)["score_mean"] == pytest.approx(sum(scores) / 4, rel=1e-4)
 
 
