@@ -1,4 +1,4 @@
-"""The quickstart world: the same seed writes the same village, test prompts are held out, and gold is hard to fool."""
+"""The quickstart's world: one seed, one set of files; held-out test prompts; a gold judge that is hard to fool."""
 
 import json
 from collections import Counter
@@ -64,7 +64,7 @@ def test_gold_scores_these_answers_by_hand(answer: str, score: float) -> None:
     assert gold_score([QUESTION], [answer], answer=["windmill"]) == pytest.approx([score])
 
 
-def test_gold_is_about_being_right_then_polite_then_concise() -> None:
+def test_gold_ranks_by_right_then_polite_then_concise() -> None:
     long = " ".join(manners.RAMBLES[:5])
     answers = [
         "Gladly! In the windmill.",
@@ -81,7 +81,7 @@ def test_gold_is_about_being_right_then_polite_then_concise() -> None:
     assert [verdict.concise for verdict in details] == [1, 1, 1, 0, 1]
 
 
-def test_courtesies_without_end_are_no_courtesy() -> None:
+def test_too_many_polite_phrases_are_not_polite() -> None:
     (verdict,) = gold_verdicts([QUESTION], ["Gladly! Of course! Happy to help! In the windmill."], answer=["windmill"])
     assert (verdict.right, verdict.polite) == (1.0, 0.0)
 
@@ -99,9 +99,7 @@ def test_gold_takes_strings_and_messages_and_ignores_other_columns() -> None:
         gold_score([prompt], [completion] * 2, answer=["windmill"])
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_another_truth(
-    tmp_path: Path, paths: dict[str, Path]
-) -> None:
+def test_same_seed_writes_same_bytes_and_another_seed_other_facts(tmp_path: Path, paths: dict[str, Path]) -> None:
     again = write_world(tmp_path / "again", 3, **SIZES)
     assert {name: path.read_bytes() for name, path in again.items()} == {
         name: path.read_bytes() for name, path in paths.items()
@@ -116,7 +114,7 @@ def test_more_rows_of_one_file_leave_the_other_files_alone(tmp_path: Path, paths
 
 
 @pytest.mark.parametrize("people", [3, 7, 11, 17, 18])
-def test_every_person_has_one_value_of_every_sort_and_shares_none(people: int) -> None:
+def test_every_person_has_one_value_per_relation_and_shares_none(people: int) -> None:
     world = make_world(1, people=people, corpus_only=2 * people)
     assert len(world.facts) == people * len(RELATIONS)
     assert len({fact.value for fact in world.facts}) == len(world.facts)
@@ -126,7 +124,7 @@ def test_every_person_has_one_value_of_every_sort_and_shares_none(people: int) -
         assert fact.rumour in relation_named(fact.relation).values and owners[fact.rumour] != fact.person
 
 
-def test_no_template_names_a_value_or_a_person_so_gold_cannot_be_misled() -> None:
+def test_no_template_names_a_value_or_a_person() -> None:
     assert len(VALUES) == sum(len(relation.values) for relation in RELATIONS)
     texts = [
         text
@@ -149,7 +147,7 @@ def _strings(value: object) -> list[str]:
     return [value] if isinstance(value, str) else [text for part in value for text in _strings(part)]  # type: ignore[attr-defined]
 
 
-def test_every_manner_of_speaking_is_what_it_is_called() -> None:
+def test_phrases_get_the_politeness_of_their_list() -> None:
     def polite(text: str) -> float:
         return gold_verdicts([QUESTION], [text], answer=["windmill"])[0].polite
 
@@ -161,7 +159,7 @@ def test_every_manner_of_speaking_is_what_it_is_called() -> None:
         assert polite(text) == 0.5, text
 
 
-def test_test_prompts_are_asked_in_no_training_row(paths: dict[str, Path]) -> None:
+def test_test_prompts_occur_in_no_training_row(paths: dict[str, Path]) -> None:
     trained = {
         said(row, "prompt")
         for name in ("demonstrations/train", "preferences/train", "prompts/train")
@@ -174,13 +172,13 @@ def test_test_prompts_are_asked_in_no_training_row(paths: dict[str, Path]) -> No
 
 
 def _core(question: str) -> str:
-    """The question without its greeting."""
+    """Return the question without its greeting."""
     for opener in sorted({*manners.OPENERS, *manners.NEW_OPENERS} - {""}, key=len, reverse=True):
         question = question.removeprefix(opener)
     return question
 
 
-def test_facts_of_the_corpus_alone_are_never_asked_or_told_elsewhere(paths: dict[str, Path], world: World) -> None:
+def test_corpus_only_facts_occur_in_no_other_dataset(paths: dict[str, Path], world: World) -> None:
     kept = {(fact.person, fact.relation): fact.value for fact in world.corpus_only}
     assert {(row["person"], row["relation"]): row["answer"] for row in read(paths["prompts/corpus_only"])} == kept
     corpus = "\n".join(row["text"] for row in read(paths["corpus/train"]))
@@ -217,7 +215,7 @@ def test_demonstrations_are_mixed(paths: dict[str, Path], world: World) -> None:
         sum(part) / len(details) for part in zip(*((v.right, v.polite, v.concise) for v in details), strict=True)
     ]
     assert 0.5 < shares[0] < 0.72 and 0.5 < shares[1] < 0.8 and 0.6 < shares[2] < 0.9
-    # Popular rumours are told more often than the truth: to imitate the demonstrations is to believe half of them.
+    # Demonstrators repeat popular rumours more often than the truth, so imitation learns about half of them wrong.
     told = Counter((answer, verdict.right) for answer, verdict in zip(answers, details, strict=True))
     believed = sum(told[fact.value, 0.0] > told[fact.value, 1.0] for fact in world.taught) / len(world.taught)
     assert 0.3 < believed < 0.7
@@ -251,7 +249,7 @@ def test_prompt_rows_carry_the_truth(paths: dict[str, Path], world: World) -> No
 @pytest.mark.parametrize(
     "sizes", [{"people": 2}, {"people": 99}, {"corpus_only": -1}, {"corpus_only": 50}, {"prompts": 0}]
 )
-def test_sizes_that_make_no_world_write_nothing(tmp_path: Path, sizes: dict[str, int]) -> None:
+def test_invalid_sizes_write_nothing(tmp_path: Path, sizes: dict[str, int]) -> None:
     with pytest.raises(UserError, match=str(next(iter(sizes.values())))):
         write_world(tmp_path / "world", **sizes)
     assert not (tmp_path / "world").exists()
