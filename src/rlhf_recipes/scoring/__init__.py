@@ -1,4 +1,4 @@
-""""""
+"""Rewards: reward models and Python functions that score answers."""
 
 from rlhf_recipes.scoring.functions import FunctionReward, Scores, import_function
 from rlhf_recipes.scoring.reward import Reward, RewardSource, check_reward, load_reward, score, score_with_each

@@ -18,14 +18,14 @@ from rlhf_recipes.core.conversion import to_python
 from rlhf_recipes.core.errors import RankError, UserError
 from rlhf_recipes.data import plain_text
 
-Scores = list[Any]  # for each completion one float, or a list with one float a token
+Scores = list[Any]  # for each completion one float, or a list with one float for each token
 
 
 class ScoresWithPrefixes(list[float]):
     """The scores of a reward model, and what it gives for every prefix of each row.
 
-    prefix_scores: for each completion a float64 tensor (tokens of prompt and completion,): the score of the row up to and
-        including each token. Empty where the model's head was not evaluated at every token.
+    prefix_scores: for each completion a float64 tensor (tokens of prompt and completion,): the score of the row up to
+        and including each token. Empty if the model's head was not evaluated at every token.
     """
 
     def __init__(self, scores: Sequence[float], prefix_scores: Sequence[torch.Tensor]) -> None:
@@ -34,7 +34,7 @@ class ScoresWithPrefixes(list[float]):
 
 
 class FunctionReward:
-    """A Python function, plain or async, its answer checked."""
+    """A plain or async Python function as a reward; what it returns is checked."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -50,13 +50,18 @@ class FunctionReward:
         completion_ids: Sequence[Sequence[int]],
         **columns: Sequence[Any],
     ) -> Scores:
-        """Raises RankError naming the sample, if the function raises or returns what is not a score of each."""
+        """Call the function, without `prompt_ids`, and return its scores as floats.
+
+        Raises:
+            RankError: the function raises, or does not return one finite number (or a list with one for each token)
+                for each completion; names the sample.
+        """
         rows = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-        given = {name: list(values) for name, values in rows.items()}
+        arguments = {name: list(values) for name, values in rows.items()}
         try:
-            scores = self._call(given)
+            scores = self._call(arguments)
         except Exception as error:
-            raise RankError(self._blame(error, given)) from error
+            raise RankError(self._describe_error(error, arguments)) from error
         if not isinstance(scores, list):
             raise RankError(
                 f"reward function {self.name} returned {scores!r} for {len(completions)} completions; return a list with "
@@ -69,12 +74,13 @@ class FunctionReward:
             )
         return [self._checked(*row) for row in zip(scores, prompts, completions, completion_ids, strict=True)]
 
-    def _call(self, given: Mapping[str, list[Any]]) -> Any:
-        answer = self.function(**given)
-        answer = to_python(wait_for(answer) if inspect.isawaitable(answer) else answer)
-        return list(answer) if isinstance(answer, Iterable) else answer  # a generator works, and may fail, here
+    def _call(self, arguments: Mapping[str, list[Any]]) -> Any:
+        result = self.function(**arguments)
+        result = to_python(wait_for(result) if inspect.isawaitable(result) else result)
+        return list(result) if isinstance(result, Iterable) else result  # a generator runs, and may raise, here
 
     def _checked(self, score: Any, prompt: Any, completion: Any, ids: Sequence[int]) -> float | list[float]:
+        """Return the score of one completion, or the rewards of its tokens, as floats."""
         sample = f"for the completion {plain_text(completion)!r} of the prompt {plain_text(prompt)[:200]!r}"
         score = to_python(score)
         if isinstance(score, (list, tuple)):
@@ -83,7 +89,7 @@ class FunctionReward:
                     f"reward function {self.name} returned {len(score)} token rewards {sample}, which has {len(ids)} "
                     "tokens (completion_ids); return one each"
                 )
-            return [self._number(to_python(each), sample) for each in score]
+            return [self._number(to_python(token_reward), sample) for token_reward in score]
         return self._number(score, sample)
 
     def _number(self, score: Any, sample: str) -> float:
@@ -91,34 +97,33 @@ class FunctionReward:
             raise RankError(f"reward function {self.name} returned {score!r} {sample}; return a finite number")
         return float(score)
 
-    def _blame(self, error: Exception, given: Mapping[str, list[Any]]) -> str:
-        """What went wrong, where, and on which sample: the first on which the function fails alone."""
-        raised = traceback.extract_tb(error.__traceback__)[-1]
-        told = (
-            f"reward function {self.name} raised {type(error).__name__}: {error} ({raised.filename}:{raised.lineno})"
+    def _describe_error(self, error: Exception, arguments: Mapping[str, list[Any]]) -> str:
+        """Say what was raised, where, and for which sample: the first one for which the function raises alone."""
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        message = (
+            f"reward function {self.name} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
         )
-        for index, (prompt, completion) in enumerate(zip(given["prompts"], given["completions"], strict=True)):
+        samples = zip(arguments["prompts"], arguments["completions"], strict=True)
+        for index, (prompt, completion) in enumerate(samples):
             try:
-                self._call({name: values[index : index + 1] for name, values in given.items()})
+                self._call({name: values[index : index + 1] for name, values in arguments.items()})
             except Exception:
-                return (
-                    f"{told} for the completion {plain_text(completion)!r} of the prompt {plain_text(prompt)[:200]!r}"
-                )
-        return f"{told} for {len(given['prompts'])} samples at once, though for none of them alone"
+                return f"{message} for the completion {plain_text(completion)!r} of the prompt {plain_text(prompt)[:200]!r}"
+        return f"{message} for {len(arguments['prompts'])} samples together, but for none of them alone"
 
 
-def wait_for(answer: Awaitable[Any]) -> Any:
-    """What an awaitable gives, with or without an event loop running already (as in a notebook)."""
+def wait_for(awaitable: Awaitable[Any]) -> Any:
+    """Return the result of an awaitable, also if an event loop is already running (as in a notebook)."""
 
-    async def come() -> Any:
-        return await answer
+    async def result() -> Any:
+        return await awaitable
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(come())
+        return asyncio.run(result())
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, come()).result()
+        return pool.submit(asyncio.run, result()).result()
 
 
 def is_function_name(source: str) -> bool:
@@ -128,11 +133,15 @@ def is_function_name(source: str) -> bool:
 
 
 def import_function(source: str) -> Callable[..., Any]:
-    """Import ``package.module:function``; modules beside the caller (the working directory) count."""
+    """Import ``package.module:function``; the working directory is put on ``sys.path``, so its modules are found.
+
+    Raises:
+        UserError: no such module or function.
+    """
     module, _, function = source.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"reward function {source} cannot be imported: {error}") from None
+        raise UserError(f"reward function {source} cannot be imported: {error}; check the name") from None

@@ -1,9 +1,10 @@
-"""Completions to rewards. A reward is a model, the path of one, a Python function, or ``package.module:function``.
+"""Load rewards and score completions with them.
 
-Functions are called as TRL calls them: ``f(prompts=..., completions=..., completion_ids=..., **columns)``
-with every other column of the dataset as a list, and return one number a completion, or for each completion a list of
-one number a token. They may be async. For conversational prompts a completion is a list with one assistant message,
-otherwise it is text.
+A reward is a model, the folder or Hub id of one, a Python function, or ``package.module:function``. Functions are
+called as TRL calls them, ``f(prompts=..., completions=..., completion_ids=..., **columns)``, with every other column of
+the dataset as a list. They return one number for each completion, or for each completion a list with one number for
+each token, and may be async. For a conversational prompt a completion is a list with one assistant message, otherwise
+text.
 """
 
 import inspect
@@ -18,31 +19,17 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import is_conversation
 from rlhf_recipes.models import load_reward_model, load_tokenizer, reward_label_count
 from rlhf_recipes.scoring.functions import FunctionReward, Scores, import_function, is_function_name
-from rlhf_recipes.scoring.reward_models import ModelReward, classify
+from rlhf_recipes.scoring.reward_models import ModelReward
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "FunctionReward",
-    "ModelReward",
-    "Reward",
-    "RewardSource",
-    "Scores",
-    "check_reward",
-    "classify",
-    "import_function",
-    "load_reward",
-    "score",
-    "score_with_each",
-]
-
 RewardSource = Any  # nn.Module | str | Callable
 
 
 class Reward(Protocol):
-    """What scores a batch of completions. `name` is how it appears in logs."""
+    """Scores a batch of completions. `name` is its name in logs."""
 
     name: str
 
@@ -67,11 +54,17 @@ def load_reward(
     quantization_config: Any = None,
     prefix_scores: bool = False,
 ) -> Reward:
-    """Make a `Reward` of a model, a folder or Hub id, ``package.module:function``, or a function.
+    """Load a `Reward` from a model, a folder or Hub id, ``package.module:function``, or a function.
 
-    tokenizer: the reward model's own; by default the one in its folder, or the policy's for a model object.
-    quantization_config: quantize the reward model as it is loaded; used for a folder or Hub id only.
-    prefix_scores: let a model also return the score of every prefix of its rows (see `ModelReward`).
+    Args:
+        tokenizer: the reward model's; by default the one in its folder, or the policy's for a model object.
+        batch_size: rows in one forward pass of a reward model.
+        quantization_config: quantize the reward model as it is loaded; used for a folder or Hub id only.
+        prefix_scores: let a model also return the score of every prefix of its rows (see `ModelReward`).
+
+    Raises:
+        UserError: no such model or function, or a model that cannot score (see `ModelReward`).
+        TypeError: `source` is something else.
     """
     if isinstance(source, str) and is_function_name(source):
         source = import_function(source)
@@ -92,26 +85,28 @@ def load_reward(
 
 
 def check_reward(source: str, columns: Sequence[str] = (), role: str = "reward model") -> None:
-    """Refuse a folder, Hub id or ``package.module:function`` that cannot score rows with these columns; loads no weights.
+    """Check, without loading weights, that a folder, Hub id or function name can score rows with these columns.
+
+    role: what messages call the reward.
 
     Raises:
-        UserError: no such model or function, a wrong number of labels, no tokenizer, or a function that asks for a
-            column that the dataset lacks.
+        UserError: no such model or function, a wrong number of labels, no tokenizer, or a function that needs a column
+            that the dataset lacks.
     """
     if not is_function_name(source):
         reward_label_count(source)
         load_tokenizer(source, role)
         return
     function = import_function(source)
-    given = dict.fromkeys({"prompts", "completions", "completion_ids", *columns})
+    arguments = dict.fromkeys({"prompts", "completions", "completion_ids", *columns})
     try:
-        inspect.signature(function).bind(**given)
+        inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise UserError(
-            f"{role} {source} does not fit the dataset, whose further columns are {', '.join(columns) or 'none'}: {error}; "
+            f"{role} {source} does not fit the dataset, whose other columns are {', '.join(columns) or 'none'}: {error}; "
             "give a dataset with the column, or let the function take **columns"
         ) from None
-    except ValueError:  # a function without a signature, such as one written in C: it is its own reward model of that
+    except ValueError:  # without a signature, such as a function written in C, it cannot be checked
         return
 
 
@@ -124,28 +119,35 @@ def score(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Scores:
-    """Score completions, given as text, in the form their prompts have: as assistant messages for conversations."""
-    shaped = [
+    """Score completions given as text. For a conversational prompt the reward gets an assistant message.
+
+    columns: the other columns of the dataset, one value for each completion.
+    """
+    formatted = [
         [{"role": "assistant", "content": completion}] if is_conversation(prompt) else completion
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    return reward(prompts, shaped, prompt_ids=prompt_ids, completion_ids=completion_ids, **(columns or {}))
+    return reward(prompts, formatted, prompt_ids=prompt_ids, completion_ids=completion_ids, **(columns or {}))
 
 
 def score_with_each(
-    rewards: Sequence[Reward], prompts: Sequence[Any], completions: Sequence[str], **asked: Any
+    rewards: Sequence[Reward], prompts: Sequence[Any], completions: Sequence[str], **inputs: Any
 ) -> dict[str, Scores]:
-    """`score` by every reward, by its name. Async functions wait at the same time, while the others work."""
-    waiting = {reward.name for reward in rewards if getattr(reward, "is_async", False)}
-    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
-        coming = {
-            reward.name: pool.submit(score, reward, prompts, completions, **asked)
+    """Call `score` with every reward and return the scores by name; `inputs` are its other arguments.
+
+    Async functions wait together, while the other rewards compute.
+    """
+    async_names = {reward.name for reward in rewards if getattr(reward, "is_async", False)}
+    with ThreadPoolExecutor(max(1, len(async_names))) as pool:
+        futures = {
+            reward.name: pool.submit(score, reward, prompts, completions, **inputs)
             for reward in rewards
-            if reward.name in waiting
+            if reward.name in async_names
         }
-        there = {
-            reward.name: score(reward, prompts, completions, **asked)
+        scores = {
+            reward.name: score(reward, prompts, completions, **inputs)
             for reward in rewards
-            if reward.name not in waiting
+            if reward.name not in async_names
         }
-        return {each.name: coming[each.name].result() if each.name in coming else there[each.name] for each in rewards}
+        scores |= {name: future.result() for name, future in futures.items()}
+        return {reward.name: scores[reward.name] for reward in rewards}

@@ -21,8 +21,15 @@ if TYPE_CHECKING:
 class ModelReward:
     """A sequence classifier as a reward: one label is the score itself, two labels give the log-odds of label 1.
 
-    prefix_scores: also return the score of every prefix of each row, as `ScoresWithPrefixes`. It costs no further pass, and
-        is left out where the model reads other token ids than the policy or has no head named ``score``.
+    Args:
+        tokenizer: the reward model's. With the policy's vocabulary the model reads the policy's ids, otherwise text.
+        name: the reward's name in logs and messages.
+        batch_size: rows in one forward pass.
+        prefix_scores: also return the score of every prefix of each row, as `ScoresWithPrefixes`. It costs no further
+            pass, and is left out if the model has another vocabulary than the policy or no head named ``score``.
+
+    Raises:
+        UserError: more than two labels, an encoder that reads a row at its first token, or too few token embeddings.
     """
 
     def __init__(
@@ -36,24 +43,24 @@ class ModelReward:
     ) -> None:
         if getattr(model.config, "num_labels", 1) not in (1, 2):
             raise UserError(
-                f"reward model {name} has {model.config.num_labels} labels; a reward model has one (a score) or two (bad, good)"
+                f"reward model {name} has {model.config.num_labels} labels; give a model with one (a score) or two (bad, good)"
             )
         if not hasattr(base_model(model), "score") and getattr(tokenizer, "cls_token_id", None) is not None:
             raise UserError(
-                f"reward model {name} is a {type(base_model(model)).__name__}, which reads a row at its first token; give one on a "
-                "causal model, which reads it at its last (as the reward stage leaves it), or wrap it in a function"
+                f"reward model {name} is a {type(base_model(model)).__name__}, which reads a row at its first token; give "
+                "one on a causal model, which reads it at its last (the reward stage trains one), or wrap it in a function"
             )
         self.model, self.name, self.batch_size = apply_bitsandbytes_workarounds_(model).eval(), name, batch_size
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
-        # The same vocabulary reads the policy's ids as they are; another one reads the text.
+        # With the policy's vocabulary the model reads the policy's ids; otherwise it reads text.
         self.shares_ids = tokenizer is policy_tokenizer or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
         vocabulary = getattr(model.config, "vocab_size", None)
-        # A pad token that was added without a row in the embedding is never looked up: padding is masked.
+        # A pad token added without a row in the embedding is never looked up: padding is masked.
         ids = [index for index in tokenizer.get_vocab().values() if index != tokenizer.pad_token_id]
         if vocabulary is not None and vocabulary <= max(ids):
             raise UserError(
                 f"reward model {name} has {vocabulary} token embeddings, but its tokenizer has the id {max(ids)}; "
-                "give the reward model its own tokenizer (reward_processing_classes)"
+                "give the tokenizer that belongs to the reward model (reward_processing_classes)"
             )
         if not self.shares_ids:
             ensure_chat_template_(tokenizer)
@@ -61,15 +68,18 @@ class ModelReward:
         self.prefix_scores = prefix_scores and self.shares_ids and hasattr(base_model(model), "score")
 
     def normalize(self) -> None:
-        """From now on give scores of mean 0 and variance 1 over the reward model's held-out rows (Ziegler et al. 2019, 2.1).
+        """Scale all later scores to mean 0 and variance 1 over the model's held-out rows (Ziegler et al. 2019, 2.1).
 
-        Two reward models of one thing may differ tenfold in scale; a KL coefficient only means something against a known one.
+        Reward models of the same preferences may differ tenfold in scale; a KL coefficient is relative to that scale.
+
+        Raises:
+            UserError: the model's config has no `score_mean` and `score_std`.
         """
         mean, deviation = (getattr(self.model.config, name, None) for name in ("score_mean", "score_std"))
         if mean is None or not deviation:
             raise UserError(
-                f"reward model {self.name} does not know the mean and spread of its scores (score_mean, score_std in config.json); "
-                "train it with a held-out split, or leave normalize_rewards off"
+                f"reward model {self.name} does not know the mean and spread of its scores (config.json has no score_mean "
+                "and score_std); train it with a held-out split, or leave normalize_rewards off"
             )
         self.shift, self.scale = float(mean), float(deviation)
 
@@ -90,20 +100,20 @@ class ModelReward:
         if self.shares_ids:
             scores = self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
         else:
-            ended = [bool(ids) and ids[-1] == self.policy_tokenizer.eos_token_id for ids in completion_ids]
-            texts = [self._text(*row) for row in zip(prompts, completions, ended, strict=True)]
+            finished = [bool(ids) and ids[-1] == self.policy_tokenizer.eos_token_id for ids in completion_ids]
+            texts = [self._text(*row) for row in zip(prompts, completions, finished, strict=True)]
             rows = zip(texts, prompts, strict=True)
             scores = self.score_ids([self._ids(text, is_conversation(prompt)) for text, prompt in rows])
         for score, prompt, completion in zip(scores, prompts, completions, strict=True):
             if not math.isfinite(score):
                 raise RankError(
                     f"reward model {self.name} gives {score} for the completion {plain_text(completion)!r} of the prompt "
-                    f"{plain_text(prompt)[:200]!r}; look at its weights"
+                    f"{plain_text(prompt)[:200]!r}; check its weights"
                 )
         return scores
 
-    def _text(self, prompt: Any, completion: Any, ended: bool) -> str:
-        """Prompt and completion as the reward model learnt to read them, its own EOS last if the policy's stood there."""
+    def _text(self, prompt: Any, completion: Any, finished: bool) -> str:
+        """Return prompt and completion in the form the model was trained on, with its EOS if the policy's ended it."""
         if is_conversation(prompt):
             messages = [*prompt, {"role": "assistant", "content": plain_text(completion)}]
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
@@ -111,12 +121,12 @@ class ModelReward:
             if isinstance(prompt, (list, tuple)):  # token ids
                 prompt = self.policy_tokenizer.decode(prompt, skip_special_tokens=True)
             text = prompt_text(prompt, self.tokenizer) + plain_text(completion) + self.tokenizer.eos_token
-        unended, _, after = text.rpartition(self.tokenizer.eos_token)
-        return unended if not ended and not after.strip() else text  # some templates break the line after their EOS
+        without_eos, _, rest = text.rpartition(self.tokenizer.eos_token)
+        return without_eos if not finished and not rest.strip() else text  # a template may add a newline after EOS
 
-    def _ids(self, text: str, of_template: bool) -> list[int]:
-        """A template writes BOS itself."""
-        if of_template:
+    def _ids(self, text: str, from_template: bool) -> list[int]:
+        """Tokenize a text. Only plain text needs BOS; a template writes it."""
+        if from_template:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return text_ids(text, self.tokenizer)
 
@@ -142,44 +152,48 @@ class ModelReward:
         return ScoresWithPrefixes(scores, prefix_scores) if self.prefix_scores else scores
 
     def _values(self, logits: torch.Tensor) -> torch.Tensor:
-        """(..., labels) -> (...): the one label, or the log-odds of the second, normalised."""
+        """Return the score from logits, normalized, on the CPU: (..., labels) -> (...), float64."""
         values = logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
         return ((values.double() - self.shift) / self.scale).cpu()
 
 
 def classify(model: "PreTrainedModel", rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits (batch, labels) in float32 of rows of ids, padded on the right with the model's own pad id.
+    """Compute the logits of rows of ids: (batch, labels), float32.
 
-    The models of transformers read a row at its last token that is not the pad id. So where pad and EOS are one token,
-    an EOS at the end of a row is not looked at: in training as here, alone or in a batch.
+    Rows are padded on the right with the model's pad id. transformers' models read a row at its last token that is not
+    the pad id. So if pad and EOS are one token, an EOS at the end of a row is not read: in training as here, alone or
+    in a batch.
     """
-    if _one_by_one(model) and len(rows) > 1:
+    if _needs_single_rows(model) and len(rows) > 1:
         return torch.cat([classify(model, [row]) for row in rows])
     output = model(**_padded(model, rows))
     return torch.as_tensor(output.logits).float()
 
 
 def classify_prefixes(model: Any, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What `classify` gives, and of each row the logits (width, labels) as if it ended at each of its tokens.
+    """Compute what `classify` does and, for each row, the logits as if it ended at each of its tokens.
 
-    One pass gives both, where the model's head is asked at every token, as transformers does; else there is nothing of
-    the second.
+    One forward pass gives both, because transformers evaluates the head at every token.
+
+    Returns:
+        Logits (batch, labels), and for each row logits (width, labels). The latter are (0, labels) for a model that
+        does not evaluate its head at every token.
     """
-    found: list[torch.Tensor] = []
-    hook = base_model(model).score.register_forward_hook(lambda module, given, logits: found.append(logits.float()))
+    outputs: list[torch.Tensor] = []
+    hook = base_model(model).score.register_forward_hook(lambda module, inputs, logits: outputs.append(logits.float()))
     try:
         logits = classify(model, rows)
     finally:
         hook.remove()
-    everywhere = [row for batch in found if batch.dim() == 3 for row in batch]
-    whole = len(everywhere) == len(rows) and all(
-        len(each) >= len(row) for each, row in zip(everywhere, rows, strict=True)
+    prefix_logits = [row_logits for batch in outputs if batch.dim() == 3 for row_logits in batch]
+    complete = len(prefix_logits) == len(rows) and all(
+        len(row_logits) >= len(row) for row_logits, row in zip(prefix_logits, rows, strict=True)
     )
-    return logits, everywhere if whole else [logits.new_empty(0, logits.shape[-1])] * len(rows)
+    return logits, prefix_logits if complete else [logits.new_empty(0, logits.shape[-1])] * len(rows)
 
 
-def _one_by_one(model: Any) -> bool:
-    """Without a pad id, or with one beyond its embedding, such a model takes one row at a time."""
+def _needs_single_rows(model: Any) -> bool:
+    """Whether the model reads one row at a time: it has no pad id, or one beyond its embedding."""
     pad_id = model.config.pad_token_id
     return pad_id is None or pad_id >= getattr(model.config, "vocab_size", math.inf)
 

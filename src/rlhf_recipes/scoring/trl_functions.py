@@ -1,6 +1,6 @@
-"""Our rewards as the functions that TRL's online trainers call, so that a reward model scores there exactly as it does in ppo.
+"""Rewards as functions for TRL's online trainers, so that a reward model gives the same scores there as in PPO.
 
-TRL can load a reward model by itself, but reads it otherwise: two labels as one, an answer without its EOS, the scores raw.
+TRL loads a reward model differently: it reads two labels as one, drops an answer's EOS, and does not normalize scores.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RewardFunction = Callable[..., list[float]]
-TRAINERS_OWN = ("trainer_state", "log_extra", "log_metric")  # what TRL hands over beside the columns
+TRAINER_ARGUMENTS = ("trainer_state", "log_extra", "log_metric")  # passed by TRL among the columns
 
 
 def load_trl_reward_functions(
@@ -24,10 +24,14 @@ def load_trl_reward_functions(
     normalize: bool = False,
     quantization_config: Any = None,
 ) -> list[RewardFunction]:
-    """One function for each reward model's folder, Hub id or ``package.module:function``, each under a name of its own.
+    """Load one function for each source, each with a different name.
 
-    tokenizer: the policy's. normalize: shift and scale reward models' scores to mean 0 and variance 1 on their held-out rows.
-    quantization_config: in how many bits reward models are read.
+    Args:
+        sources: folders or Hub ids of reward models, or ``package.module:function``.
+        tokenizer: the policy's.
+        device: where reward models run.
+        normalize: shift and scale the scores of reward models to mean 0 and variance 1 on their held-out rows.
+        quantization_config: quantize reward models as they are loaded.
     """
     functions: list[RewardFunction] = []
     for index, source in enumerate(sources):
@@ -41,17 +45,17 @@ def load_trl_reward_functions(
 
 
 def as_trl_function(reward: Reward, tokenizer: "PreTrainedTokenizerBase") -> RewardFunction:
-    """The reward with TRL's signature: the prompts' ids, which it does not pass, are made as they are for ppo.
+    """Return the reward with TRL's signature. TRL passes no prompt ids, so they are tokenized as for PPO.
 
-    Rewards that a function gives token by token are added up, since TRL weighs whole answers.
+    Rewards of tokens are added up, since TRL expects one number for each answer.
     """
 
     def function(
         prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float]:
         ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
-        kept = {name: values for name, values in columns.items() if name not in TRAINERS_OWN}
-        scores = reward(prompts, completions, prompt_ids=ids, completion_ids=completion_ids, **kept)
+        others = {name: values for name, values in columns.items() if name not in TRAINER_ARGUMENTS}
+        scores = reward(prompts, completions, prompt_ids=ids, completion_ids=completion_ids, **others)
         return [sum(score) if isinstance(score, list) else score for score in scores]
 
     function.__name__ = reward.name
@@ -59,7 +63,7 @@ def as_trl_function(reward: Reward, tokenizer: "PreTrainedTokenizerBase") -> Rew
 
 
 def missing_eos(penalty: float, stop_ids: Collection[int]) -> RewardFunction:
-    """A reward of minus `penalty` for each answer that none of the stop tokens ended, 0 for the others."""
+    """Return a reward function: minus `penalty` for an answer that no stop token ended, 0 for the others."""
 
     def missing_eos(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         return [0.0 if ids and ids[-1] in stop_ids else -penalty for ids in completion_ids]
