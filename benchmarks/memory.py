@@ -81,7 +81,7 @@ def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, floa
         base, [reward_model], args, [{"prompt": f"prompt {row}"} for row in range(2 * episodes)], **options
     )
     trainer.train()
-    modules = [trainer.model, trainer.experience.reference.module, *(reward.model for reward in trainer.rewards)]
+    modules = [trainer.model, trainer.collector.reference.module, *(reward.model for reward in trainer.rewards)]
     held = {
         weight.data_ptr(): weight.numel() * weight.element_size() for each in modules for weight in each.parameters()
     }

@@ -146,21 +146,21 @@ def ours(asked: Any, folder: str, turns: Turns) -> Any:
     )
     trainer.add_callback(turns)  # after the trainer's own, which end the update and its clock
     told: dict[str, float] = {}
-    inner = trainer.experience.rollout
+    inner = trainer.collector.rollout
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         rollout = inner(*args, **kwargs)
         told.update(tokens=int(rollout.attention_mask.sum()), answers=int(rollout.response_mask.sum()))
         return rollout
 
-    trainer.experience.rollout = counted  # type: ignore[method-assign]
+    trainer.collector.rollout = counted  # type: ignore[method-assign]
     turns.phases = lambda: phases_of(trainer) | told | {"bf16": args.bf16}  # type: ignore[attr-defined]
     return trainer
 
 
 def phases_of(trainer: Any) -> dict[str, float]:
     names = ("time/generate", "time/score", "time/forward", "time/update", "completions/mean_length")
-    last = trainer.updates.drain()
+    last = trainer.update_metrics.drain()
     return {name: last[name] for name in names if name in last}
 
 

@@ -591,7 +591,7 @@ def test_ppo_goes_on_with_an_adapter_on_a_quantized_base(
     assert torch.equal(logits(trainer.model.policy), logits(model))
     trainer.train()
     assert not torch.equal(logits(trainer.model.policy.eval()), logits(model))
-    with trainer.experience.reference.asked() as reference:
+    with trainer.collector.reference.active() as reference:
         assert torch.equal(logits(reference), logits(model))
     trainer.save_model()
     again = fuse_kernels_(ours(Path(str(trainer.args.output_dir)), kind), torch.device("cpu"))

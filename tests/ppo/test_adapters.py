@@ -71,7 +71,7 @@ def told_of(trainer: PPOTrainer) -> Any:
     """A rollout of the policy as it is, on four prompts."""
     asked = trainer.prompts.rows(range(4))
     answers = Completions([[5, 6, 7], [8, 9], [10], [11, 12, 200]], [False, False, False, True])
-    return trainer.experience.rollout(asked["prompt_ids"], answers, {"none": [0.0] * 4}, None, identity)
+    return trainer.collector.rollout(asked["prompt_ids"], answers, {"none": [0.0] * 4}, None, identity)
 
 
 def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -84,7 +84,7 @@ def test_point_17_one_copy_of_the_base_serves_all_four(
     size = sum(weight.numel() for weight in policy.parameters())
     trainer = make_trainer(policy, [str(reward_model_on_base)], peft_config=lora())
     (reward,) = trainer.rewards
-    modules = [trainer.model, trainer.experience.reference.module, reward.model]
+    modules = [trainer.model, trainer.collector.reference.module, reward.model]
     held = {weight.data_ptr(): weight for module in modules for weight in module.parameters()}
     adapters = sum(weight.numel() for name, weight in trainer.model.named_parameters() if "lora_" in name)
     heads = sum(

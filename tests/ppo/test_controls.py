@@ -99,7 +99,7 @@ def test_point_21_scores_are_scaled_by_all_that_was_seen(shift: bool) -> None:
         told = scale(torch.tensor(batch, dtype=torch.float64))
         np.testing.assert_allclose(told.numpy(), expected.clip(-1.0, 1.5), rtol=1e-10)
     before = scale.state()
-    scale(torch.tensor([100.0]), learn=False)
+    scale(torch.tensor([100.0]), update=False)
     assert scale.state() == before, "held-out answers teach it nothing"
 
 
@@ -190,7 +190,7 @@ def test_point_21_the_policy_stands_still_while_the_value_warms_up(
         ({"reward_clip_range": [1.0]}, "give the lower and the upper bound"),
         ({"reward_clip_range": [1.0, -1.0]}, "give the lower and the upper bound"),
         ({"use_score_norm": True}, "use_score_norm needs use_score_scaling"),
-        ({"fp16": True}, "take bf16"),
+        ({"fp16": True}, "use bf16"),
         ({"value_warmup_updates": -1}, "it must be at least 0"),
         ({"generation_kwargs": {"num_beams": 4}}, "does not know num_beams; it knows top_k, top_p, min_p"),
     ],
@@ -265,7 +265,7 @@ def test_point_22_step_is_one_training_update(
 
 def test_point_22_a_loop_of_steps_says_how_long_it_is_or_keeps_its_rate(make_trainer: Make) -> None:
     episodes: Any = [[1]] * 8, [[5, 200]] * 8, [float(row) for row in range(8)]
-    with pytest.raises(ValueError, match="has to know how long a loop of step\\(\\) goes on"):
+    with pytest.raises(ValueError, match="needs the number of steps of your loop"):
         make_trainer(None, None, None, lr_scheduler_type="linear").step(*episodes)
     trainer = make_trainer(None, None, None, num_train_epochs=1)
     rates = [trainer.step(*episodes) and trainer.lr_scheduler.get_last_lr()[0] for _ in range(4)]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.ppo.logging.callbacks import Answers
+from rlhf_recipes.ppo.logging.callbacks import CompletionsFile
 
 Make = Callable[..., Any]
 SHORT = [{"prompt": f"held {row}"} for row in range(3)]
@@ -187,7 +187,7 @@ def test_point_24_the_file_may_be_left_out(make_trainer: Make, tmp_path: Path) -
 def test_point_24_a_resumed_run_keeps_the_lines_of_finished_updates(make_trainer: Make, tmp_path: Path) -> None:
     """Whatever stands in an answer: some characters end a line for Python, and none of JSON Lines."""
     texts = ["one\ntwo", "a\u2028b\u2029c", "d\x85e\x0bf\x1cg", '"quoted" \\ é 漢']
-    answers = Answers(tmp_path / "deep" / "completions.jsonl")
+    answers = CompletionsFile(tmp_path / "deep" / "completions.jsonl")
     for update in range(3):
         answers.add(update, [{"prompt": "p", "completion": text} for text in texts])
     with answers.path.open("a", encoding="utf-8") as stream:

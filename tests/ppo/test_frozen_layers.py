@@ -81,7 +81,7 @@ def test_the_reference_is_the_policy_as_it_was_and_no_copy_of_what_stands_still(
     make_trainer: Make, make_policy: Make
 ) -> None:
     trainer = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, learning_rate=0.0)
-    copied = sum(each.numel() for each in trainer.experience.reference.module.trunk.h.parameters())
+    copied = sum(each.numel() for each in trainer.collector.reference.module.trunk.h.parameters())
     assert copied == sum(each.numel() for each in trainer.model.policy.transformer.h[1].parameters())
     trainer.train()
     assert all(entry["objective/kl"] == pytest.approx(0, abs=1e-6) for entry in logged(trainer))
@@ -114,7 +114,7 @@ def test_pieces_of_a_minibatch_change_nothing(make_trainer: Make, make_policy: M
     found, pieces = [], []
     for tokens in (10_000, 1):
         trainer = make_trainer(make_policy(initializer_range=0.2), max_steps=8, optim="sgd", learning_rate=0.05)
-        trainer.experience.at_once = tokens
+        trainer.collector.max_tokens = trainer.pieces.max_tokens = tokens
         inner, rows = trainer.compute_loss, []
 
         def counted(model: Any, inputs: Any, inner: Any = inner, rows: Any = rows, **told: Any) -> Any:

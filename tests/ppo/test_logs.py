@@ -136,7 +136,7 @@ CASES: dict[str, Case] = {
     "ratio off 1 above": ({"val/ratio": 1.12}, {"val/ratio": 1.08}, "ratio is 1.12"),
     "clipping": ({"policy/clipfrac_avg": 0.33}, {"policy/clipfrac_avg": 0.27}, "33% of the tokens"),
     "value loss exploding": ({"loss/value_avg": 2.1}, {"loss/value_avg": 1.9}, "ten times what it was"),
-    "value knows nothing": ({"val/explained_variance": -0.55}, {"val/explained_variance": -0.45}, "variance -0.55"),
+    "uninformative value": ({"val/explained_variance": -0.55}, {"val/explained_variance": -0.45}, "variance -0.55"),
     "entropy collapse": ({"policy/entropy_avg": 0.55}, {"policy/entropy_avg": 0.65}, "fallen to 0.55"),
     "length drift": ({"completions/mean_length": 62.0}, {"completions/mean_length": 58.0}, "come to 62 tokens"),
     "length drift below": ({"completions/mean_length": 14.0}, {"completions/mean_length": 16.0}, "come to 14 tokens"),

@@ -82,7 +82,7 @@ def test_point_02_tiles_of_bfloat16_stay_within_the_context(
     model = make_policy(n_positions=context, pad_token_id=0)
     trainer = make_trainer(model, rows=rows, bf16=True, learning_rate=0.0, num_mini_batches=2, response_length=6)
     trainer.train()
-    assert trainer.experience.multiple == (16 if context == 32 else 1)
+    assert trainer.collector.width_multiple == (16 if context == 32 else 1)
     assert logged(trainer, "objective/kl") == pytest.approx([0.0], abs=1e-6)
 
 

@@ -77,7 +77,7 @@ def places() -> dict[str, tuple[Any, str, int, bool]]:
         "as the optimizer is saved": (torch, "save", 16, True),
         "as the state is saved": (TrainerState, "save_to_json", 7, True),
         "as an old checkpoint goes": (safe_trainer, "rotate_checkpoints", 7, False),
-        "as answers are written": (callbacks.Answers, "add", 3, False),
+        "as answers are written": (callbacks.CompletionsFile, "add", 3, False),
     }
 
 

@@ -42,11 +42,11 @@ BUSY = "Cannot create repo: another conflicting operation is in progress"
 STEPS = ("info", "create", "preupload", "tree", "validate", "batch", "put", "verify", "commit")
 CASES = [
     Case("no token", token=None, says="no token for the Hub; log in with `hf auth login`"),
-    Case("a token that the Hub does not know (401)", token=WRONG, says="does not know the token; log in anew"),
-    Case("a token that may only read (403)", token=READ, says="the token may not write there"),
-    Case("a token that may only read, and no repo yet (403)", token=READ, new=True, says="the token may not write there"),
+    Case("a token that the Hub does not know (401)", token=WRONG, says="rejects the token; log in again"),
+    Case("a token that may only read (403)", token=READ, says="the token has no write access there"),
+    Case("a token that may only read, and no repo yet (403)", token=READ, new=True, says="the token has no write access there"),
     Case("409 twice while the repo is made", [Fault("create", status=409, times=2, text=BUSY)], pushed=True, new=True),
-    Case("409 at every commit", [Fault("commit", status=409)], says="somebody else changes it at the same time"),
+    Case("409 at every commit", [Fault("commit", status=409)], says="another process changes the repo at the same time"),
     Case(
         "429 with Retry-After: 7, twice", [Fault("commit", status=429, headers={"Retry-After": "7"}, times=2)],
         pushed=True, waits=[7.0, 7.0],
@@ -55,7 +55,7 @@ CASES = [
         "429 with Retry-After: 7 as the repo is made",
         [Fault("create", status=429, headers={"Retry-After": "7"}, times=1)], pushed=True, waits=[7.0], new=True,
     ),
-    Case("429 without end", [Fault("commit", status=429)], says="the Hub asks for patience (too many requests)"),
+    Case("429 without end", [Fault("commit", status=429)], says="too many requests; wait and try again"),
     Case("500 twice at each step", [Fault(step, times=2) for step in STEPS], pushed=True, new=True, waits=[1.0, 2.0]),
     Case("500 without end, before anything is sent", [Fault("preupload", status=503)], says="the Hub answers 503"),
     Case("500 without end, as the weights are sent", [Fault("put")], says="the Hub answers 500; wait and try again"),
@@ -69,7 +69,7 @@ CASES = [
     Case("a link that goes dead, once", [Fault("put", "hang", times=1)], pushed=True, waits=[1.0], stalled=0.4),
     Case("killed while the weights are sent", [Fault("put", "hang", amount=50_000)], killed=True),
     Case("killed while the commit is made", [Fault("commit", "hang")], killed=True),
-    Case("the Hub keeps something else than it was given", [Fault("commit", "spoil")], says="is not the file", spoils=True),
+    Case("the Hub keeps something else than it was given", [Fault("commit", "spoil")], says="differs from the file", spoils=True),
 ]  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
         peft_config=adapter if lora else None,
     )
     trainer.log_of_updates = []
-    trainer.experience.at_once = 24  # tokens: of each micro-batch some processes make more pieces than others
+    trainer.collector.max_tokens = trainer.pieces.max_tokens = 24  # tokens: of each micro-batch some processes make more pieces than others
     return trainer
 
 

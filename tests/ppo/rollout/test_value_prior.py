@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from rlhf_recipes.core.tensors import identity, length_mask
-from rlhf_recipes.ppo.rollout.value_prior import ValuePrior
+from rlhf_recipes.ppo.rollout.value_prior import ValuePrior, state_prefix_scores
+from rlhf_recipes.scoring.functions import ScoresWithPrefixes
 from rlhf_recipes.scoring.reward_models import ModelReward
 
 Make = Callable[..., Any]
@@ -20,42 +20,47 @@ MASK = length_mask(torch.tensor([len(answer) for answer in ANSWERS]), 4)
 
 @pytest.fixture(params=[1, 2], ids=["one label", "two labels"])
 def reward_model(request: pytest.FixtureRequest, make_reward_model: Make, tokenizer: Any) -> ModelReward:
-    reward = ModelReward(
-        make_reward_model(5, request.param, initializer_range=0.3), tokenizer, tokenizer, "reward_model", 2
-    )
+    model = make_reward_model(5, request.param, initializer_range=0.3)
+    reward = ModelReward(model, tokenizer, tokenizer, "reward_model", 2, prefix_scores=True)
     reward.shift, reward.scale = 0.3, 1.7
     return reward
 
 
-def asked(reward_model: ModelReward) -> list[float]:
+def scores_of(reward_model: ModelReward) -> list[float]:
     return reward_model([""] * 3, [""] * 3, prompt_ids=PROMPTS, completion_ids=ANSWERS)
 
 
-def test_a_reading_is_the_score_that_the_reward_model_gives_to_the_answer_so_far(reward_model: ModelReward) -> None:
-    """Each beginning of an answer, scored by itself; and reading along changes no score."""
-    plain = asked(reward_model)
-    prior = ValuePrior([reward_model], [0.5], on=True)
-    assert asked(reward_model) == pytest.approx(plain, abs=1e-6)
-    readings = prior.readings(MASK)
-    assert readings is not None and readings.shape == MASK.shape
-    reward_model.reads_along = False
+def test_prefix_scores_are_the_scores_of_the_prefixes(reward_model: ModelReward) -> None:
+    """Each prefix of an answer, scored by itself, gives its prefix score; asking for them changes no score."""
+    scores = scores_of(reward_model)
+    prefix_scores = state_prefix_scores({"reward": scores}, [0.5], MASK)
+    assert prefix_scores is not None and prefix_scores.shape == MASK.shape
+    reward_model.prefix_scores = False
+    assert scores_of(reward_model) == pytest.approx(scores, abs=1e-6)
     for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         for place in range(len(answer)):
-            (so_far,) = reward_model.score_ids([[*prompt, *answer[:place]]])
-            assert readings[row, place].item() == pytest.approx(0.5 * so_far, abs=1e-5)
+            (score,) = reward_model.score_ids([[*prompt, *answer[:place]]])
+            assert prefix_scores[row, place].item() == pytest.approx(0.5 * score, abs=1e-5)
+
+
+def test_prefix_scores_of_several_rewards_are_summed_by_weight(reward_model: ModelReward) -> None:
+    scores = scores_of(reward_model)
+    one = state_prefix_scores({"a": scores}, None, MASK)
+    both = state_prefix_scores({"a": scores, "function": [0.0] * 3, "b": scores}, [2.0, 1.0, -0.5], MASK)
+    assert one is not None and both is not None and torch.allclose(both, 1.5 * one)
+    assert state_prefix_scores({"a": scores, "b": [0.0] * 3}, [0.0, 1.0], MASK) is None, "a reward of weight 0"
 
 
 def test_the_line_is_that_of_least_squares_over_all_tokens_so_far() -> None:
     generator = torch.Generator().manual_seed(0)
-    prior = ValuePrior([], None, on=True)
+    prior = ValuePrior()
     rows = []
     for batch in (5, 7):
-        readings, scores = torch.randn(batch, 6, generator=generator), torch.randn(batch, generator=generator)
+        prefix_scores, noise = torch.randn(batch, 6, generator=generator), torch.randn(batch, generator=generator)
         mask = length_mask(torch.randint(1, 7, (batch,), generator=generator), 6)
-        prior.learn(readings, scores + readings.mean(1), mask, identity)
-        rows += [
-            (readings[row, place].item(), (scores + readings.mean(1))[row].item()) for row, place in mask.nonzero()
-        ]
+        scores = noise + prefix_scores.mean(1)
+        prior.fit(prefix_scores, scores, mask, identity)
+        rows += [(prefix_scores[row, place].item(), scores[row].item()) for row, place in mask.nonzero()]
     points = torch.tensor(rows, dtype=torch.float64)
     design = torch.stack([torch.ones(len(points), dtype=torch.float64), points[:, 0]], dim=1)
     offset, slope = torch.linalg.lstsq(design, points[:, 1:]).solution.flatten()
@@ -63,22 +68,21 @@ def test_the_line_is_that_of_least_squares_over_all_tokens_so_far() -> None:
     assert torch.allclose(prior(x).double(), offset + slope * x.double(), atol=1e-6)
 
 
-@pytest.mark.parametrize("readings", ["the wrong way round", "all alike"])
-def test_readings_that_do_not_tell_the_score_give_a_flat_line(readings: str) -> None:
-    scores, prior = torch.tensor([1.0, 2.0, 4.0, 5.0]), ValuePrior([], None, on=True)
-    read = -scores[:, None] if readings != "all alike" else torch.full((4, 1), 0.7)
-    prior.learn(read, scores, torch.ones(4, 1, dtype=torch.bool), identity)
+@pytest.mark.parametrize("case", ["the wrong way round", "all equal"])
+def test_prefix_scores_that_do_not_predict_the_score_give_a_constant(case: str) -> None:
+    scores, prior = torch.tensor([1.0, 2.0, 4.0, 5.0]), ValuePrior()
+    prefix_scores = -scores[:, None] if case != "all equal" else torch.full((4, 1), 0.7)
+    prior.fit(prefix_scores, scores, torch.ones(4, 1, dtype=torch.bool), identity)
     assert torch.allclose(prior(torch.tensor([[-9.0, 0.0, 9.0]])), torch.full((1, 3), 3.0))
 
 
 def test_sums_of_all_processes_make_one_line() -> None:
-    whole, here = ValuePrior([], None, on=True), ValuePrior([], None, on=True)
-    read, scores, mask = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2.0, 2.5, 9.0]), torch.ones(3, 1).bool()
-    whole.learn(read, scores, mask, identity)
-    elsewhere = ValuePrior([], None, on=True)
-    elsewhere.learn(read[1:], scores[1:], mask[1:], identity)
-    here.learn(read[:1], scores[:1], mask[:1], lambda sums: sums + elsewhere.sums)
-    assert torch.equal(here.sums, whole.sums)
+    x, scores, mask = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2.0, 2.5, 9.0]), torch.ones(3, 1).bool()
+    whole, first, second = ValuePrior(), ValuePrior(), ValuePrior()
+    whole.fit(x, scores, mask, identity)
+    second.fit(x[1:], scores[1:], mask[1:], identity)
+    first.fit(x[:1], scores[:1], mask[:1], lambda sums: sums + second.sums)
+    assert torch.equal(first.sums, whole.sums)
 
 
 def test_a_first_update_values_each_token_on_that_line(make_trainer: Make, make_reward_model: Make) -> None:
@@ -129,30 +133,28 @@ def test_scores_that_a_subclass_makes_by_itself_have_no_prior(make_trainer: Make
             return {"own": [float(len(ids)) for ids in completions.ids]}
 
     trainer, rollouts = make_trainer(kind=Own, reward_funcs=make_reward_model(5), rows=8, num_ppo_epochs=1), []
-    asked(trainer.rewards[0])  # three rows, of something else
     begin = trainer._begin_update
     trainer._begin_update = lambda *args: rollouts.append(begin(*args)) or rollouts[-1]
     trainer.train()
     assert rollouts and all(rollout.prior is None for rollout in rollouts)
 
 
-def test_a_row_that_was_cut_keeps_the_readings_that_are_left() -> None:
-    reward_model = SimpleNamespace(can_read_along=True, readings=[torch.tensor([1.0, 2.0, 3.0])])
-    prior = ValuePrior([reward_model], None, on=True)
-    readings: Tensor | None = prior.readings(torch.ones(1, 4, dtype=torch.bool))
-    assert readings is not None and readings.tolist() == [[0.0, 0.0, 1.0, 2.0]]
+def test_a_row_that_was_truncated_keeps_the_prefix_scores_it_has() -> None:
+    scores = ScoresWithPrefixes([3.0], [torch.tensor([1.0, 2.0, 3.0])])
+    prefix_scores = state_prefix_scores({"reward": scores}, None, torch.ones(1, 4, dtype=torch.bool))
+    assert prefix_scores is not None and prefix_scores.tolist() == [[0.0, 0.0, 1.0, 2.0]]
 
 
-def test_a_reward_model_whose_head_sees_only_the_end_has_no_readings(make_reward_model: Make, tokenizer: Any) -> None:
+def test_a_reward_model_whose_head_runs_at_the_last_token_only_has_no_prefix_scores(
+    make_reward_model: Make, tokenizer: Any
+) -> None:
     model = make_reward_model(5)
     model.score.register_forward_hook(lambda module, given, logits: logits[:, -1])
-    reward_model = ModelReward(model, tokenizer, tokenizer)
-    prior = ValuePrior([reward_model], None, on=True)
+    reward_model = ModelReward(model, tokenizer, tokenizer, prefix_scores=True)
     reward_model.model.forward = lambda input_ids, attention_mask: SimpleNamespace(
         logits=model.score(model.transformer(input_ids).last_hidden_state)
     )
-    asked(reward_model)
-    assert prior.readings(MASK) is None
+    assert state_prefix_scores({"reward": scores_of(reward_model)}, None, MASK) is None
 
 
 def test_what_a_reward_model_read_of_held_out_answers_is_no_reading_of_others(
@@ -173,7 +175,7 @@ def test_what_a_reward_model_read_of_the_last_answers_is_no_reading_of_the_calle
     begin = trainer._begin_update
     trainer._begin_update = lambda *args: rollouts.append(begin(*args)) or rollouts[-1]
     trainer.train()
-    seen = trainer.experience.prior.sums.clone()
+    seen = trainer.collector.prior.sums.clone()
     trainer.step([[5, 6]] * 8, [[7, 8, 9]] * 8, [1.0] * 8)
     assert [rollout.prior is None for rollout in rollouts] == [False, True]
-    assert torch.equal(trainer.experience.prior.sums, seen)
+    assert torch.equal(trainer.collector.prior.sums, seen)

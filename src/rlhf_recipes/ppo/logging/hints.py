@@ -1,4 +1,4 @@
-"""One line about what may be wrong, when a metric leaves its healthy range."""
+"""Hints: one line about what may be wrong when a metric leaves its healthy range."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -9,20 +9,20 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-History = list[dict[str, float]]  # what was logged of each update, the newest last
+History = list[dict[str, float]]  # the logged metrics of each update, the newest last
 
 
 @dataclass(frozen=True)
 class Hint:
-    """name: for the docs; off: whether the newest update is out of range, given all; text: what to try."""
+    """name: as in docs/ppo.md. triggered: whether the newest update is out of range. text: what to try."""
 
     name: str
-    off: Callable[[History], bool]
+    triggered: Callable[[History], bool]
     text: str
 
 
 def _moved(name: str, history: History, factor: float) -> bool:
-    """Whether a metric has come to more than `factor` times what the first update had (less than, for factors below 1)."""
+    """Return whether a metric is above `factor` times its first value (below, for factors under 1)."""
     first, last = history[0].get(name), history[-1].get(name)
     if first is None or last is None or len(history) < 3 or first <= 0:
         return False
@@ -34,7 +34,7 @@ def _value(name: str, history: History, default: float = 0.0) -> float:
 
 
 def _trend(name: str, history: History) -> float:
-    """The mean of the newest third less that of the oldest; 0 before there are six updates."""
+    """Return the mean of the newest third minus that of the oldest; 0 before there are six updates."""
     values = [update[name] for update in history if name in update]
     third = len(values) // 3
     return sum(values[-third:]) / third - sum(values[:third]) / third if third >= 2 else 0.0
@@ -48,13 +48,13 @@ HINTS = [
     Hint(
         "KL runaway",
         lambda h: _value("objective/kl", h) > max(20.0, 0.5 * _tokens(h)),
-        "the policy is {objective/kl:.1f} nats an answer from its reference, so the reward model reads text it never learnt to "
-        "reward model; raise kl_coef, lower learning_rate, or set adaptive_kl_target",
+        "the policy is {objective/kl:.1f} nats per answer from its reference, so the reward model reads text unlike its "
+        "training data; raise kl_coef, lower learning_rate, or set adaptive_kl_target",
     ),
     Hint(
         "negative KL",
         lambda h: _value("objective/kl", h) < -0.05 * _tokens(h),
-        "the KL to the reference is {objective/kl:.1f}: tokens are drawn from another distribution than the one measured; "
+        "the KL to the reference is {objective/kl:.1f}: tokens are sampled from another distribution than the measured one; "
         "look at generation_kwargs, and at a generate() of your own",
     ),
     Hint(
@@ -66,7 +66,7 @@ HINTS = [
     Hint(
         "clipping",
         lambda h: _value("policy/clipfrac_avg", h) > 0.3,
-        "{policy/clipfrac_avg:.0%} of the tokens are clipped and teach nothing; lower learning_rate or num_ppo_epochs",
+        "{policy/clipfrac_avg:.0%} of the tokens are clipped and give no gradient; lower learning_rate or num_ppo_epochs",
     ),
     Hint(
         "value loss exploding",
@@ -75,15 +75,15 @@ HINTS = [
         "(use_score_scaling, reward_clip_range)",
     ),
     Hint(
-        "value knows nothing",
+        "uninformative value",
         lambda h: len(h) >= 20 and _value("val/explained_variance", h, 1.0) < -0.5,
         "the values are worse than a constant (explained variance {val/explained_variance:.2f}); raise "
-        "value_learning_rate, or give value_warmup_updates a few",
+        "value_learning_rate, or set value_warmup_updates to a few",
     ),
     Hint(
         "entropy collapse",
         lambda h: _moved("policy/entropy_avg", h, 0.3),
-        "entropy has fallen to {policy/entropy_avg:.2f} nats a token, a third of what it was: answers become one answer; "
+        "entropy has fallen to {policy/entropy_avg:.2f} nats per token, below a third of its first value: answers become alike; "
         "raise kl_coef or entropy_coef, and look at the samples",
     ),
     Hint(
@@ -107,11 +107,14 @@ HINTS = [
 ]
 
 
-def overoptimized_reward(history: History, watched: Collection[str] | None = None) -> str | None:
-    """A reward that is only watched (weight 0; None: any) and falls while the score rises; its name in the log."""
+def overoptimized_reward(history: History, unweighted: Collection[str] | None = None) -> str | None:
+    """Return the logged name of a reward that falls while the score rises, or None.
+
+    unweighted: the names of the rewards of weight 0, which are looked at; None: all rewards.
+    """
     names = [name for name in history[-1] if name.startswith("rewards/")]
-    if watched is not None:
-        names = [name for name in names if name.removeprefix("rewards/") in watched]
+    if unweighted is not None:
+        names = [name for name in names if name.removeprefix("rewards/") in unweighted]
     if _trend("objective/scores", history) <= 0:
         return None
     return next(
@@ -124,18 +127,18 @@ def _numbers(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Hints(TrainerCallback):
-    """Says each hint once, and again only after its metric has been healthy in between.
+    """Logs each hint once, and again only after its metric has been healthy in between.
 
-    watched: gives the names of the rewards that have weight 0; without it every reward is taken to be one.
+    unweighted: returns the names of the rewards of weight 0; without it every reward is taken for one.
     """
 
-    def __init__(self, watched: Callable[[], Collection[str]] | None = None) -> None:
-        self.watched = watched
+    def __init__(self, unweighted: Callable[[], Collection[str]] | None = None) -> None:
+        self.unweighted = unweighted
         self.history: History = []
-        self._said: set[str] = set()
+        self._active: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run is judged by all of its updates."""
+        """Read the earlier updates of a resumed run."""
         self.history = [_numbers(logs) for logs in state.log_history if "objective/kl" in logs]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -146,15 +149,15 @@ class Hints(TrainerCallback):
             logger.warning("%s: %s (docs/ppo.md)", name, text)
 
     def hints(self) -> list[tuple[str, str]]:
-        """Name and text of what has gone out of range since the last time it was asked."""
-        off = {hint.name: hint.text.format_map(self.history[-1]) for hint in HINTS if hint.off(self.history)}
-        watched = None if self.watched is None else self.watched()
-        falling = overoptimized_reward(self.history, watched)
+        """Return name and text of each hint that has been triggered since the last call."""
+        active = {hint.name: hint.text.format_map(self.history[-1]) for hint in HINTS if hint.triggered(self.history)}
+        unweighted = None if self.unweighted is None else self.unweighted()
+        falling = overoptimized_reward(self.history, unweighted)
         if falling is not None:
-            off["over-optimisation"] = (
-                f"the score rises while {falling} falls: the policy learns what the reward model likes, not what is better; stop "
+            active["over-optimisation"] = (
+                f"the score rises while {falling} falls: the policy exploits the reward model instead of improving; stop "
                 "at an earlier checkpoint, raise kl_coef, or train the reward model on such answers"
             )
-        new = [(name, text) for name, text in off.items() if name not in self._said]
-        self._said = set(off)
+        new = [(name, text) for name, text in active.items() if name not in self._active]
+        self._active = set(active)
         return new

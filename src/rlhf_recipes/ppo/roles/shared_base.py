@@ -1,4 +1,4 @@
-"""A reward model that was trained as an adapter on the policy's own base, and needs no second copy of it."""
+"""A reward model that was trained as an adapter on the policy's base, and uses that base without a second copy."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from rlhf_recipes.models import add_adapter_from, has_adapter, is_adapter, load_
 
 
 def shares_base(reward_model: str, policy: Any) -> bool:
-    """Whether a reward model's folder is an adapter on the base that the policy has an adapter on."""
+    """Return whether a reward model's folder is an adapter on the base of the policy's adapter."""
     if not is_adapter(reward_model) or not has_adapter(policy):
         return False
     from peft import PeftConfig
@@ -25,56 +25,57 @@ def shares_base(reward_model: str, policy: Any) -> bool:
         str(base_model(policy).name_or_path),
     ]
     same = len({os.path.realpath(base) if os.path.isdir(base) else base for base in bases}) == 1
-    return same and _as_saved(policy, Path(bases[0]) / "model.safetensors")
+    return same and _base_is_unchanged(policy, Path(bases[0]) / "model.safetensors")
 
 
-def _as_saved(policy: Any, path: Path) -> bool:
-    """Whether the layers under the policy's adapter are those of the file still, and nothing was merged into them.
+def _base_is_unchanged(policy: Any, path: Path) -> bool:
+    """Return whether the layers under the policy's adapter still equal the file, so that nothing was merged into them.
 
-    True where it cannot be told: the file is elsewhere, or the weights were quantized as they were read.
+    True where it cannot be checked: there is no such file, or the weights are quantized.
     """
     if not path.is_file():
         return True
-    live = base_model(policy).state_dict()
+    current = base_model(policy).state_dict()
     with safe_open(path, framework="pt") as saved:
         for name in saved.keys():  # noqa: SIM118  not a mapping
             head, _, leaf = name.rpartition(".")
-            weight = live.get(f"{head}.base_layer.{leaf}")
+            weight = current.get(f"{head}.base_layer.{leaf}")
             if weight is None or not weight.is_floating_point():
                 continue
-            kept = saved.get_tensor(name).to(weight.dtype)
-            if weight.shape == kept.shape and not torch.equal(weight.cpu(), kept):
+            original = saved.get_tensor(name).to(weight.dtype)
+            if weight.shape == original.shape and not torch.equal(weight.cpu(), original):
                 return False
     return True
 
 
 class SharedBaseRewardModel(nn.Module):
-    """A sequence classifier made of the policy's base, an adapter of its own on it, and a head.
+    """A sequence classifier made of the policy's base, its own adapter on that base, and its head.
 
-    Only the head belongs to this module; the policy keeps base and adapter.
+    The module owns the head only; base and adapter belong to the policy.
 
     Raises:
-        UserError: the folder's weights do not fit the base.
+        UserError: the weights in the folder do not fit the base.
     """
 
     def __init__(self, policy: Any, folder: str, adapter: str) -> None:
         super().__init__()
         self.config = load_config(folder, "reward model")
         self.config._name_or_path = folder
-        rest = add_adapter_from(policy, folder, adapter)
-        heads = [value for key, value in rest.items() if key.endswith("score.weight")]
-        if len(heads) != 1 or len(rest) != 1:
+        other_weights = add_adapter_from(policy, folder, adapter)
+        heads = [value for key, value in other_weights.items() if key.endswith("score.weight")]
+        if len(heads) != 1 or len(other_weights) != 1:
+            names = ", ".join(other_weights) or "no head"
             raise UserError(
-                f"reward model {folder} trained more of its base than an adapter and a head ({', '.join(rest) or 'no head'}); "
-                "merge it into a model of its own"
+                f"reward model {folder} has more weights than an adapter and a head ({names}); merge the adapter into its "
+                "base, and save that as a model"
             )
         self.score = nn.Linear(heads[0].shape[1], heads[0].shape[0], bias=False)
         self.score.weight = nn.Parameter(heads[0].clone(), requires_grad=False)
-        self.__dict__["_ridden"] = (policy, adapter)  # not a submodule: it is the policy's to save and to move
+        self.__dict__["_shared"] = (policy, adapter)  # not a submodule, since the policy saves and moves it
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        """logits (batch, labels), read at the last token of each row that is not the pad id, as transformers does."""
-        policy, adapter = self.__dict__["_ridden"]
+        """Return logits (batch, labels), read at the last token of each row that is not the pad id, as transformers does."""
+        policy, adapter = self.__dict__["_shared"]
         with use_adapter(policy, adapter):
             states = trunk_of(policy)(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False

@@ -1,4 +1,4 @@
-"""Policy and value as one module, so that one optimizer, one wrapper and one backward pass serve both."""
+"""Policy and value as one module, so that they share an optimizer, a wrapper and a backward pass."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ class TokenOutputs(NamedTuple):
 
 
 class ValueHead(nn.Module):
-    """One number a state, read from the policy's last hidden state. It starts at zero: no opinion yet."""
+    """A linear head that reads the value of a state from the last hidden state. It is initialised to zero."""
 
     FILE = "value_head.safetensors"
 
@@ -67,15 +67,16 @@ class ValueHead(nn.Module):
 
 
 class PolicyAndValue(nn.Module):
-    """A causal language model and its value: a head on the policy's trunk, or a model of its own.
+    """A causal language model and its value: a head on the policy's transformer, or a separate model.
 
-    value_adapter: the policy's adapter that the value head reads through, where it has one of its own on the same
-    base; None reads the policy's states.
-    upper_layers: only so many of the policy's layers learn; those below may be read once for many passes.
+    Args:
+        value_model: a sequence classifier with one label; None makes a `ValueHead`.
+        value_adapter: the name of the value's own adapter on the policy's base; None reads the policy's hidden states.
+        upper_layers: train only this many upper layers; the output of the frozen layers can be reused for many passes.
 
     Raises:
-        TypeError: value_model is no sequence classifier with one label.
-        UserError: a policy that cannot be cut in two there.
+        TypeError: value_model is not a sequence classifier with one label.
+        UserError: the policy cannot be split at this layer.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class PolicyAndValue(nn.Module):
         if upper_layers is not None:
             freeze_lower_layers_(policy, upper_layers)
             lower, upper = lower_layers(policy, upper_layers), UpperLayers(policy, upper_layers)
-        self._no_split_modules = base_model(policy)._no_split_modules  # what FSDP asks for
-        # Views of the policy's own modules, which it alone saves and moves: so they are not registered here.
+        self._no_split_modules = base_model(policy)._no_split_modules  # FSDP reads it
+        # Views of the policy's modules; not registered here, since the policy saves and moves them.
         self.__dict__.update(lower=lower, upper=upper)
 
     def forward(
@@ -109,18 +110,21 @@ class PolicyAndValue(nn.Module):
         entropy_gradient: bool = False,
         lower_states: Tensor | None = None,
     ) -> TokenOutputs:
-        """Log-probabilities, entropies and values of the generated tokens.
+        """Return log-probabilities, entropies and values of the generated tokens, (batch, tokens) each.
 
-        input_ids, attention_mask: (batch, width), each row a query, its answer, and padding.
-        response_mask: (batch, tokens). lower_states: (batch, width, hidden_size), what `lower_outputs` gave for them.
+        Args:
+            input_ids, attention_mask: (batch, width); each row is a query, its answer, and padding.
+            response_mask: (batch, tokens), True on generated tokens.
+            entropy_gradient: whether the entropies carry a gradient.
+            lower_states: (batch, width, hidden_size) from `lower_outputs`; None runs all layers.
         """
         episodes = (input_ids, attention_mask, response_mask)
-        read = self.policy if lower_states is None else self.upper
-        hidden, log_probs, entropies = policy_outputs(read, *episodes, temperature, entropy_gradient, lower_states)
+        policy = self.policy if lower_states is None else self.upper
+        hidden, log_probs, entropies = policy_outputs(policy, *episodes, temperature, entropy_gradient, lower_states)
         if isinstance(self.value_model, ValueHead):
             if self.value_adapter is not None:
                 with use_adapter(self.policy, self.value_adapter):
-                    hidden = response_states(read, *episodes, lower_states)
+                    hidden = response_states(policy, *episodes, lower_states)
             values = self.value_model(hidden)
         else:
             states = response_states(self.value_model, *episodes)
@@ -128,94 +132,94 @@ class PolicyAndValue(nn.Module):
         return TokenOutputs(log_probs, entropies, scatter(values, response_mask))
 
     def lower_outputs(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor]:
-        """What the layers that stand still leave: (batch, width, hidden_size), in a tuple."""
+        """Return the hidden states after the frozen lower layers, (batch, width, hidden_size), in a tuple."""
         return (hidden_states_of(self.lower, attention_mask, input_ids=input_ids),)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Recompute activations in the backward pass; what Trainer calls for ``gradient_checkpointing``."""
+        """Recompute activations in the backward pass; `Trainer` calls it for ``gradient_checkpointing``."""
         for module in (self.policy, self.value_model):
             if not isinstance(module, ValueHead):
                 module.activation_checkpointing_enable(**options)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """What is trained and is the policy's."""
+        """Return the trainable parameters of the policy."""
         value = {id(parameter) for parameter in self.value_parameters()}
         return [each for each in self.parameters() if each.requires_grad and id(each) not in value]
 
     def value_parameters(self) -> list[nn.Parameter]:
-        """What is trained and is the value's alone: its head or model, and its adapter."""
+        """Return the trainable parameters of the value only: its head or model, and its adapter."""
         own = [] if self.value_adapter is None else adapter_parameters(self.policy, self.value_adapter)
         return [each for each in [*self.value_model.parameters(), *own] if each.requires_grad]
 
     def save_pretrained(
         self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, value: bool = True
     ) -> None:
-        """The policy in `folder`, loadable as any causal language model or adapter; the value in ``value_model/``."""
-        policy = _part(state_dict, "policy.")
+        """Save the policy in `folder`, as any causal language model or adapter, and the value in ``value_model/``."""
+        policy = _select_prefix(state_dict, "policy.")
         if self.policy_adapter is None:
             self.policy.save_pretrained(folder, state_dict=policy)
         else:
             save_adapter(self.policy, self.policy_adapter, folder, policy)
             base_model(self.policy).generation_config.save_pretrained(folder)
         if value:
-            beside = Path(folder) / "value_model"
-            self.value_model.save_pretrained(beside, state_dict=_part(state_dict, "value_model."))
+            value_folder = Path(folder) / "value_model"
+            self.value_model.save_pretrained(value_folder, state_dict=_select_prefix(state_dict, "value_model."))
             if self.value_adapter is not None:
-                save_adapter(self.policy, self.value_adapter, beside, policy)
+                save_adapter(self.policy, self.value_adapter, value_folder, policy)
 
     def load_pretrained(self, folder: str | Path) -> None:
-        """Read back the weights that `save_pretrained` left, in place. Of sharded weights, all processes call it."""
-        beside = Path(folder) / "value_model"
+        """Load the weights that `save_pretrained` left, in place. All ranks must call it where weights are sharded."""
+        value_folder = Path(folder) / "value_model"
         if is_sharded(self):
-            state = _saved("policy.", self.policy, Path(folder), self.policy_adapter)
+            state = _saved_state("policy.", self.policy, Path(folder), self.policy_adapter)
             if self.value_adapter is not None:
-                state |= _saved("policy.", self.policy, beside, self.value_adapter)
-            state |= _saved("value_model.", self.value_model, beside, None)
+                state |= _saved_state("policy.", self.policy, value_folder, self.value_adapter)
+            state |= _saved_state("value_model.", self.value_model, value_folder, None)
             load_full_state_dict(self, full_state_dict(self) | state)
             return
-        _read_back(self.policy, Path(folder), self.policy_adapter)
+        _load_weights(self.policy, Path(folder), self.policy_adapter)
         if self.value_adapter is not None:
-            load_adapter_state(self.policy, self.value_adapter, load_file(beside / ADAPTER_WEIGHTS))
+            load_adapter_state(self.policy, self.value_adapter, load_file(value_folder / ADAPTER_WEIGHTS))
         if isinstance(self.value_model, ValueHead):
-            self.value_model.load_state_dict(load_file(beside / ValueHead.FILE))
+            self.value_model.load_state_dict(load_file(value_folder / ValueHead.FILE))
         else:
             own: Any = self.value_model.active_adapter if has_adapter(self.value_model) else None
-            _read_back(self.value_model, beside, own)
+            _load_weights(self.value_model, value_folder, own)
 
 
 def head_in_own_precision(score: Any, hidden: Tensor) -> Tensor:
-    """(..., hidden_size) -> (...) in float32. Autocast would round values, whose differences are what counts."""
+    """Apply a head in its own precision, (..., hidden_size) -> (...) in float32: autocast would round the values."""
     with torch.autocast(hidden.device.type, enabled=False):
         return score(hidden.to(score.weight.dtype)).squeeze(-1).float()
 
 
-def _part(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+def _select_prefix(state_dict: dict[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
     if state_dict is None:
         return None
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
-def _read_back(module: Any, folder: Path, adapter: str | None) -> None:
+def _load_weights(module: Any, folder: Path, adapter: str | None) -> None:
     if adapter is not None:
         load_adapter_state(module, adapter, load_file(folder / ADAPTER_WEIGHTS))
     else:
         module.load_state_dict(type(module).from_pretrained(folder, dtype=module.dtype).state_dict())
 
 
-def _saved(prefix: str, module: Any, folder: Path, adapter: str | None) -> dict[str, Tensor]:
-    """The weights in a folder under the names that they have in a `PolicyAndValue`."""
+def _saved_state(prefix: str, module: Any, folder: Path, adapter: str | None) -> dict[str, Tensor]:
+    """Return the weights in a folder, under their names in a `PolicyAndValue`."""
     if isinstance(module, ValueHead):
         state = load_file(folder / ValueHead.FILE)
     elif adapter is None:
         state = type(module).from_pretrained(folder, dtype=module.dtype).state_dict()
     else:
-        kept = load_file(folder / ADAPTER_WEIGHTS)
-        state = {f"{name.removesuffix('.weight')}.{adapter}.weight": tensor for name, tensor in kept.items()}
+        saved = load_file(folder / ADAPTER_WEIGHTS)
+        state = {f"{name.removesuffix('.weight')}.{adapter}.weight": tensor for name, tensor in saved.items()}
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def check_value_model(model: nn.Module) -> nn.Module:
-    """A `ValueHead`, or a sequence classifier with one label and its head under ``score``; else a TypeError."""
+    """Return a `ValueHead`, or a sequence classifier with one label whose head is ``score``; else raise a TypeError."""
     score = getattr(model, "score", None)
     outputs = getattr(score, "out_features", None)
     if isinstance(model, ValueHead) or (isinstance(score, nn.Module) and outputs == 1):
@@ -230,10 +234,10 @@ def check_value_model(model: nn.Module) -> nn.Module:
 def response_states(
     model: Any, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, lower_states: Tensor | None = None
 ) -> Tensor:
-    """The hidden state in which each generated token was chosen. Returns (generated tokens, hidden_size).
+    """Return the hidden state that each generated token was sampled from, (generated tokens, hidden_size).
 
-    A token is chosen in the state of the position before it. Positions that generated nothing are left out here, so
-    that no logits are ever computed for prompts or padding. `UpperLayers` read lower_states, any other model the ids.
+    It is the state of the position before the token. Other positions are dropped here, so that logits are never computed for
+    prompts or padding. `UpperLayers` read lower_states, any other model reads input_ids.
     """
     columns = answer_columns(attention_mask, response_mask, first=-1)
     if isinstance(model, UpperLayers) and lower_states is not None:
@@ -242,7 +246,7 @@ def response_states(
 
 
 def answer_columns(attention_mask: Tensor, response_mask: Tensor, first: int = 0) -> Tensor:
-    """True where a row's answer stands, or so many columns on. (batch, width) bool."""
+    """Return True at the columns of each row's answer, shifted by `first`. (batch, width) bool."""
     ends = attention_mask.sum(1, keepdim=True) + first
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None, :]
     return (columns < ends) & (columns >= ends - response_mask.sum(1, keepdim=True))
@@ -257,7 +261,7 @@ def policy_outputs(
     entropy_gradient: bool = False,
     lower_states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of those tokens."""
+    """Return states (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of these tokens."""
     hidden = response_states(policy, input_ids, attention_mask, response_mask, lower_states)
     head = policy.head if isinstance(policy, UpperLayers) else base_model(policy).get_output_embeddings()
     chosen = input_ids[answer_columns(attention_mask, response_mask)]
@@ -269,28 +273,28 @@ def policy_outputs(
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Put one value a True position back into the shape of the mask; zero elsewhere."""
+    """Put one value per True position into a tensor of the mask's shape; zero elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def hidden_size(model: nn.Module) -> int:
-    """Of the states that the head reads, which a trunk may have projected to another width than it works in."""
+    """Return the width of the states that the head reads, which may differ from the width of the layers."""
     return int(base_model(model).get_output_embeddings().weight.shape[-1])
 
 
 @torch.no_grad()
 def check_head(policy: nn.Module) -> None:
-    """Whether a policy's logits are its head on the last states of its trunk, which is how probabilities are read here.
+    """Check that the policy's logits are its head applied to the last hidden states, which log-probabilities rely on.
 
     Raises:
-        UserError: something bends or scales them on the way.
+        UserError: the model changes the logits in another way.
     """
     base = base_model(policy)
     device, mode, attention = next(base.parameters()).device, base.training, base.config._attn_implementation
     if device.type == "meta":
-        return  # another process has the weights, and looks
+        return  # another process holds the weights, and checks them
     ids = torch.arange(1, 9, device=device)[None] % base.config.get_text_config().vocab_size
-    swapped = device.type == "cpu" and attention not in (
+    unsupported = device.type == "cpu" and attention not in (
         None,
         "eager",
         "sdpa",
@@ -298,16 +302,16 @@ def check_head(policy: nn.Module) -> None:
     )  # made for a GPU, not there yet
     base.eval()
     try:
-        if swapped:
+        if unsupported:
             base.set_attn_implementation("eager")
         logits = base(input_ids=ids, use_cache=False).logits
-        ours = base.get_output_embeddings()(trunk_of(base)(input_ids=ids, use_cache=False).last_hidden_state)
+        expected = base.get_output_embeddings()(trunk_of(base)(input_ids=ids, use_cache=False).last_hidden_state)
     finally:
-        if swapped:
+        if unsupported:
             base.set_attn_implementation(attention)
         base.train(mode)
-    if logits.shape != ours.shape or (logits - ours).abs().max() > 1e-3 * logits.abs().max():
+    if logits.shape != expected.shape or (logits - expected).abs().max() > 1e-3 * logits.abs().max():
         raise UserError(
-            f"the logits of a {type(base).__name__} are not its head on the states of its trunk, which PPOTrainer reads "
-            "probabilities from; take another model"
+            f"the logits of a {type(base).__name__} are not its head applied to its last hidden states, which PPOTrainer "
+            "relies on; use another model"
         )

@@ -1,14 +1,14 @@
-"""How much better each token turned out than the value model expected."""
+"""Advantages: how much better each token was than the value predicted."""
 
 import torch
 from torch import Tensor
 
 
 def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), computed from the last token back.
+    """Return generalised advantage estimates (Schulman et al. 2016, eq. 16), computed from the last token back.
 
     All tensors are (batch, tokens); mask is True on generated tokens, which come first. values[:, t] is the value of
-    the state that token t was chosen in. After its last token an episode is over: nothing is bootstrapped beyond it.
+    the state that token t was chosen in. An episode ends with its last token: no value is bootstrapped after it.
     """
     values = torch.where(mask, values, torch.zeros_like(values))
     rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
@@ -16,8 +16,8 @@ def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
     running = torch.zeros_like(values[:, 0]) if values.shape[1] else values.sum(dim=1)
     following = torch.zeros_like(running)
     for token in reversed(range(values.shape[1])):
-        surprise = rewards[:, token] + gamma * following - values[:, token]
-        running = surprise + gamma * lam * running
+        delta = rewards[:, token] + gamma * following - values[:, token]
+        running = delta + gamma * lam * running
         following = values[:, token]
         advantages[:, token] = running
     return advantages

@@ -1,4 +1,4 @@
-"""From one score an answer to one reward a token, and the two numbers of that which may move during a run."""
+"""Token rewards from the scores of answers; the KL coefficient and the score scale, which may change during a run."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,9 @@ from rlhf_recipes.core.tensors import Reduce, identity
 
 
 def kl_estimates(log_probs: Tensor, reference_log_probs: Tensor, estimator: str = "k1") -> Tensor:
-    """Per-token estimates of KL(policy || reference) at tokens drawn from the policy. All (batch, tokens).
+    """Return per-token estimates of KL(policy || reference) at tokens sampled from the policy. All (batch, tokens).
 
-    ``k1`` is the log-ratio: unbiased, of either sign. ``k3`` is unbiased too and never negative (Schulman 2020,
+    ``k1`` is the log-ratio: unbiased, positive or negative. ``k3`` is unbiased too and never negative (Schulman 2020,
     "Approximating KL divergence").
     """
     log_ratio = log_probs - reference_log_probs
@@ -28,64 +28,68 @@ def penalize_missing_eos(scores: Tensor, stopped: Tensor, penalty: float | None)
 def token_rewards(
     scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, token_scores: Tensor | None = None
 ) -> Tensor:
-    """The reward of each token: minus the KL penalty everywhere, plus the score on the last generated token.
+    """Return the reward of each token: minus the KL penalty, plus the score on the last generated token.
 
-    scores: (batch,); kl, mask: (batch, tokens), mask True on the generated tokens, the stop token among them. An
-    answer without tokens has nowhere to put its score (Ziegler et al. 2019, section 2.1). token_scores: (batch, tokens),
-    what rewards of single tokens add where they stand.
+    Source: Ziegler et al. 2019, section 2.1. The score of an answer without tokens is lost.
+
+    Args:
+        scores: (batch,). kl: (batch, tokens).
+        mask: (batch, tokens), True on generated tokens, the stop token included.
+        token_scores: (batch, tokens), rewards of single tokens, added to their tokens.
     """
     rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
     if token_scores is not None:
         rewards = rewards + torch.where(mask, token_scores, torch.zeros_like(kl))
     last = (mask.sum(dim=1) - 1).clamp(min=0)
-    some = mask.any(dim=1)
-    rewards[torch.arange(len(rewards), device=rewards.device)[some], last[some]] += scores[some].to(rewards.dtype)
+    answered = mask.any(dim=1)
+    rows = torch.arange(len(rewards), device=rewards.device)[answered]
+    rewards[rows, last[answered]] += scores[answered].to(rewards.dtype)
     return rewards
 
 
 class KLCoefficient:
-    """The weight of the KL penalty: fixed, or steered towards a target KL (Ziegler et al. 2019, section 2.2)."""
+    """The weight of the KL penalty: constant, or adapted towards a target KL (Ziegler et al. 2019, section 2.2)."""
 
     def __init__(self, value: float, target: float | None = None, horizon: int = 10_000) -> None:
         self.value, self.target, self.horizon = value, target, horizon
 
     def update(self, kl: float, episodes: int) -> None:
-        """kl: nats an answer that the last update's episodes were measured at, of all processes."""
+        """Adapt the coefficient. kl: mean nats per answer in the last update, over all processes; episodes: in that update."""
         if self.target is not None:
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.value *= 1.0 + error * episodes / self.horizon
 
 
 class ScoreScale:
-    """Brings scores to unit variance, by what was seen in the run so far, and holds them in a range.
+    """Scales scores by their running standard deviation, and clips them.
 
-    Scores are divided by their running standard deviation; with `shift` their running mean is subtracted first
-    (Huang et al. 2022, details 5 and 6 of continuous control; the merging of moments is that of Chan et al. 1979).
+    With `shift` the running mean is subtracted first (Huang et al. 2022, details 5 and 6 of continuous control; moments are
+    merged as in Chan et al. 1979). clip: the lower and the upper bound, after scaling.
     """
 
-    def __init__(self, scale: bool = False, shift: bool = False, held: tuple[float, float] | None = None) -> None:
-        self.scale, self.shift, self.held = scale, shift, held
+    def __init__(self, scale: bool = False, shift: bool = False, clip: tuple[float, float] | None = None) -> None:
+        self.scale, self.shift, self.clip = scale, shift, clip
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0  # squares: sum of squared distances from the mean
 
-    def __call__(self, scores: Tensor, reduce: Reduce = identity, learn: bool = True) -> Tensor:
-        """scores: (batch,) of this process. learn: take the scores of all processes into account, before scaling."""
-        if self.scale and learn:
-            self._learn(scores.double(), reduce)
+    def __call__(self, scores: Tensor, reduce: Reduce = identity, update: bool = True) -> Tensor:
+        """Scale this process's scores, (batch,). update: add the scores of all processes to the moments first."""
+        if self.scale and update:
+            self._update(scores.double(), reduce)
         if self.scale and self.count > 1:
             centre = self.mean if self.shift else 0.0
             deviation = (self.squares / (self.count - 1)) ** 0.5
-            scores = (scores - centre) / (deviation if deviation > 1e-8 else 1.0)  # scores that never differed
-        return scores if self.held is None else scores.clamp(*self.held)
+            scores = (scores - centre) / (deviation if deviation > 1e-8 else 1.0)  # all scores so far are equal
+        return scores if self.clip is None else scores.clamp(*self.clip)
 
-    def _learn(self, scores: Tensor, reduce: Reduce) -> None:
+    def _update(self, scores: Tensor, reduce: Reduce) -> None:
         one = torch.ones((), dtype=torch.float64, device=scores.device)
         total, count = reduce(torch.stack([scores.sum(), one * len(scores)]))
         mean = total / count
         squares = reduce(((scores - mean) ** 2).sum())
-        everyone, distance = self.count + count.item(), mean.item() - self.mean
-        self.squares += squares.item() + distance**2 * self.count * count.item() / everyone
-        self.mean += distance * count.item() / everyone
-        self.count = everyone
+        merged, distance = self.count + count.item(), mean.item() - self.mean
+        self.squares += squares.item() + distance**2 * self.count * count.item() / merged
+        self.mean += distance * count.item() / merged
+        self.count = merged
 
     def state(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}

@@ -1,4 +1,4 @@
-"""One update's worth of episodes: what was asked, what was answered, and what it was worth."""
+"""The record of an update's episodes, and the arithmetic that completes it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,25 +13,22 @@ from rlhf_recipes.optimizations import TILE
 from rlhf_recipes.ppo.rollout.advantages import generalized_advantages
 from rlhf_recipes.ppo.rollout.rewards import kl_estimates, penalize_missing_eos, token_rewards
 
-WHOLE_ROWS = (
-    "input_ids",
-    "attention_mask",
-    "lower_states",
-)  # as wide as query and answer; all else is as wide as the answer
+# As wide as query and answer; every other tensor is as wide as the answer.
+FULL_WIDTH = ("input_ids", "attention_mask", "lower_states")
 
 
 @dataclass
 class Rollout:
-    """Tensors of one process's episodes: each query and its answer from the first column on, then padding.
+    """Tensors of one process's episodes: each row is a query, its answer, and padding.
 
-    Nothing real stands to the right of padding, so a causal model needs no mask for it.
+    Padding is on the right only, so a causal model needs no attention mask for it.
     """
 
     input_ids: Tensor  # (batch, width) long; width: tokens of the longest query and answer together
     attention_mask: Tensor  # (batch, width) long
-    response_mask: Tensor  # (batch, tokens) bool: generated tokens, the stop token among them
+    response_mask: Tensor  # (batch, tokens) bool: generated tokens, the stop token included
     stopped: Tensor  # (batch,) bool: ended by a stop token
-    scores: Tensor  # (batch,) float32: what the whole answer earned, its tokens and the missing-EOS penalty included
+    scores: Tensor  # (batch,) float32: the answer's total score, token rewards and the missing-EOS penalty included
     log_probs: Tensor  # (batch, tokens) float32, like all below
     reference_log_probs: Tensor
     values: Tensor
@@ -39,26 +36,26 @@ class Rollout:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
-    prior: Tensor | None = None  # (batch, tokens) float32: what of `values` is not the head's, if anything
-    lower_states: Tensor | None = None  # (batch, width, hidden_size): what the layers that stand still left, if any do
+    prior: Tensor | None = None  # (batch, tokens) float32: the part of `values` that `ValuePrior` gives, if any
+    lower_states: Tensor | None = None  # (batch, width, hidden_size): output of the frozen lower layers, if any
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All there is, by name."""
+        """Return all tensors by name."""
         return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) is not None}
 
     def select(self, rows: Tensor) -> dict[str, Tensor]:
-        """The episodes of one micro-batch, as the mapping that `compute_loss` takes."""
+        """Return the episodes of one micro-batch as the mapping that `compute_loss` takes. rows: (micro-batch,) long."""
         return {name: tensor[rows] for name, tensor in self.tensors().items()}
 
     def by_length(self, rows: Tensor) -> Tensor:
-        """Those rows, the shortest episode first."""
+        """Return the rows sorted by length, the shortest episode first."""
         return rows[self.attention_mask[rows].sum(1).argsort(stable=True).to(rows.device)]
 
     def episode_metrics(self, kl_coef: float) -> dict[str, Tensor]:
-        """What the field logs of each episode, (batch,) each, under TRL's names."""
+        """Return the metrics of each episode, (batch,) each, under TRL's names."""
         penalty = kl_coef * self.kl.sum(1)
         return {
             "objective/kl": self.kl.sum(1),
@@ -71,7 +68,7 @@ class Rollout:
         }
 
     def explained_variance(self, reduce: Reduce = identity) -> float:
-        """Share of the returns' variance that the values foresaw, over the tokens of all processes; 1 is perfect."""
+        """Return the share of the returns' variance that the values explain, over the tokens of all processes; at most 1."""
         mask = self.response_mask
         spread = masked_mean((self.returns - masked_mean(self.returns, mask, reduce)) ** 2, mask, reduce)
         error = masked_mean((self.returns - self.values) ** 2, mask, reduce)
@@ -80,7 +77,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RewardShape:
-    """The numbers that turn scores into advantages."""
+    """The options that turn scores into advantages, under the names of `PPOConfig`."""
 
     kl_coef: float
     kl_estimator: str
@@ -90,13 +87,13 @@ class RewardShape:
     missing_eos_penalty: float | None
 
     @classmethod
-    def of(cls, config: Any, **moved: float) -> "RewardShape":
-        """Those numbers of a `PPOConfig`, but for those that have moved since."""
-        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)} | moved)
+    def of(cls, config: Any, **changed: float) -> "RewardShape":
+        """Take the options from a `PPOConfig`; `changed` replaces those that have changed during the run."""
+        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)} | changed)
 
 
 def concatenate_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """The episodes of several rollouts in one, as wide as the widest."""
+    """Return the episodes of several rollouts as one, padded to the widest."""
     widths = {name: max(getattr(part, name).shape[-1 if name != "lower_states" else 1] for part in parts)
               for name, tensor in parts[0].tensors().items() if tensor.dim() > 1}  # fmt: skip
     return Rollout(
@@ -116,7 +113,7 @@ def _widened(tensor: Tensor, width: int | None) -> Tensor:
 def as_samples(
     prompts: Sequence[Any], texts: Sequence[str], scores: Mapping[str, Sequence[Any]], completions: Completions
 ) -> list[dict[str, Any]]:
-    """One row an episode: its prompt, its answer in words, its tokens, whether it ended, and its score by each reward."""
+    """Return one row per episode: prompt, completion as text, number of tokens, whether it stopped, score by reward."""
     lengths = [len(ids) for ids in completions.ids]
     return [
         {"prompt": prompt, "completion": text, "tokens": length, "stopped": stopped}
@@ -130,10 +127,9 @@ def as_samples(
 def pack_episodes(
     queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int = 0
 ) -> dict[str, Tensor]:
-    """input_ids, attention_mask (batch, width) and response_mask (batch, tokens) of episodes given as ids.
+    """Return input_ids, attention_mask (batch, width) and response_mask (batch, tokens) of episodes given as ids.
 
-    pad_id fills the gaps and is looked at by nobody: the masks come from the lengths. So it need not be the
-    tokenizer's, which may lie beyond the embedding.
+    The masks come from lengths, so `pad_id` has no effect on any number. The tokenizer's pad id may be outside the embedding.
     """
     rows = [[*query, *answer] for query, answer in zip(queries, answers, strict=True)]
     input_ids, attention_mask = pad(rows, pad_id, multiple=TILE)
@@ -143,31 +139,33 @@ def pack_episodes(
 
 
 def trim_padding(episodes: dict[str, Tensor], multiple: int = 1) -> dict[str, Tensor]:
-    """Episodes without the columns that are padding in all of them, but for what fills the width up to a multiple."""
+    """Return the episodes without columns that are padding in every row; the width is rounded up to the multiple."""
     width = -(-int(episodes["attention_mask"].sum(1).max()) // multiple) * multiple
     tokens = int(episodes["response_mask"].sum(1).max())
-    cut = {name: width if name in WHOLE_ROWS else tokens for name, tensor in episodes.items() if tensor.dim() > 1}
-    return {name: tensor[:, : cut[name]] if name in cut else tensor for name, tensor in episodes.items()}
+    widths = {name: width if name in FULL_WIDTH else tokens for name, tensor in episodes.items() if tensor.dim() > 1}
+    return {name: tensor[:, : widths[name]] if name in widths else tensor for name, tensor in episodes.items()}
 
 
 @torch.no_grad()
 def in_batches(
-    ask: Callable[..., Sequence[Tensor]], episodes: dict[str, Tensor], batches: list[list[int]], multiple: int = 1
+    function: Callable[..., Sequence[Tensor]], episodes: dict[str, Tensor], batches: list[list[int]], multiple: int = 1
 ) -> list[Tensor]:
-    """`ask` over the episodes, batch by batch, without gradient; its outputs, put together.
+    """Run `function` on batches of the episodes without gradient, and return its outputs in the order of the rows.
 
-    batches: row numbers, each row in one of them; multiple: see `trim_padding`. Outputs are (rows, tokens) of the answers,
-    or (rows, width, ...).
+    Args:
+        function: takes the tensors of the episodes; each output is (rows, tokens), or (rows, width, ...).
+        batches: row numbers; each row is in one batch.
+        multiple: see `trim_padding`.
     """
-    whole: list[Tensor] = []
+    results: list[Tensor] = []
     for rows in batches:
-        outputs = ask(**trim_padding({name: tensor[rows] for name, tensor in episodes.items()}, multiple))
-        if not whole:
+        outputs = function(**trim_padding({name: tensor[rows] for name, tensor in episodes.items()}, multiple))
+        if not results:
             shapes = [episodes["response_mask" if output.dim() == 2 else "input_ids"].shape for output in outputs]
-            whole = [each.new_zeros(*shape, *each.shape[2:]) for each, shape in zip(outputs, shapes, strict=True)]
-        for target, output in zip(whole, outputs, strict=True):
+            results = [each.new_zeros(*shape, *each.shape[2:]) for each, shape in zip(outputs, shapes, strict=True)]
+        for target, output in zip(results, outputs, strict=True):
             target[rows, : output.shape[1]] = output
-    return whole
+    return results
 
 
 def finish_rollout(
@@ -181,10 +179,12 @@ def finish_rollout(
     reduce: Reduce = identity,
     token_scores: Tensor | None = None,
 ) -> Rollout:
-    """Shape rewards, estimate advantages, whiten them over the episodes of all processes, and put it all together.
+    """Compute token rewards and advantages, whiten the advantages over the episodes of all processes, and return the rollout.
 
-    episodes: what `pack_episodes` gives, with lower_states if there are any.
-    scores: (batch,), of whole answers; token_scores: (batch, tokens), what single tokens earned besides.
+    Args:
+        episodes: from `pack_episodes`, with lower_states and prior if there are any.
+        stopped, scores: (batch,). log_probs, reference_log_probs, values: (batch, tokens).
+        token_scores: (batch, tokens), rewards of single tokens.
     """
     mask = episodes["response_mask"]
     kl = torch.where(

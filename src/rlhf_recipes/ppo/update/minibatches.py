@@ -1,4 +1,4 @@
-"""Prompts in, minibatches out: the rollout as Trainer's data source."""
+"""The dataloader of PPO: prompts in, minibatches of a rollout out."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from rlhf_recipes.generation import row_seed
 
 
 class Selectable(Protocol):
-    """A rollout, as far as the loader knows it."""
+    """What the loader needs of a rollout."""
 
     def __len__(self) -> int: ...
 
@@ -20,18 +20,23 @@ class Selectable(Protocol):
 
 
 class RolloutLoader:
-    """The training data of PPO: walks the prompts, collects a rollout with the current policy, yields its minibatches.
+    """Iterates over the prompts, collects a rollout with the current policy, and yields its minibatches.
 
-    An epoch is one pass over the prompts in an order drawn from `seed` and the epoch. Its last update is filled up
-    from the start of the same order, so each update has all its episodes. `collect` gets the prompts' row numbers, all
-    processes' in order, and the number of the first episode; it returns this process's rollout.
+    An epoch is one pass over the prompts, in an order drawn from `seed` and the epoch. Its last update is filled up from the
+    start of the same order, so that each update has all its episodes.
 
-    Each optimizer step gets exactly `accumulation` micro-batches of at most `micro_size` episodes, since Trainer
-    counts them; where a minibatch needs fewer, the first ones are empty. All are empty once `ended` says that the
-    update is over: such a step changes nothing.
+    Each optimizer step gets exactly `accumulation` micro-batches of at most `micro_size` episodes, since `Trainer` counts
+    them. Where a minibatch needs fewer, the first ones are empty. All are empty once the update is over: such a step changes
+    nothing.
 
-    A run that is resumed goes on at the optimizer step where it stopped; in the middle of an update `collect` is
-    asked for that update's rollout again.
+    A resumed run continues at the optimizer step where it stopped; in the middle of an update, `collect` is called for the
+    rollout of that update again.
+
+    Args:
+        rows: the number of prompts.
+        collect: (row numbers of all processes in order, number of the first episode) -> this process's rollout.
+        episodes: of all processes in one update. epochs: passes over the episodes of an update.
+        steps_done: returns the optimizer steps of the run so far. ended: returns whether the current update is over.
     """
 
     def __init__(
@@ -55,13 +60,13 @@ class RolloutLoader:
         self.steps_done, self.ended, self.process = steps_done, ended, process
         self.epoch = 0
         self.batch_size = micro_size
-        self.dataset = range(rows)  # what Trainer counts as examples
+        self.dataset = range(rows)  # Trainer counts its examples
 
     @classmethod
     def of(
         cls, config: Any, rows: int, collect: Callable[[list[int], int], Selectable], **state: Any
     ) -> "RolloutLoader":
-        """With the numbers of a `PPOConfig`."""
+        """Make a loader with the sizes of a `PPOConfig`."""
         return cls(
             rows,
             collect,
@@ -77,12 +82,12 @@ class RolloutLoader:
 
     @property
     def updates(self) -> int:
-        """Updates in one pass over the prompts."""
+        """The number of updates in one pass over the prompts."""
         return -(-self.rows // self.episodes)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the prompts."""
+        """The number of optimizer steps in one pass over the prompts."""
         return self.updates * self.epochs * self.mini_batches
 
     def __len__(self) -> int:
@@ -95,34 +100,34 @@ class RolloutLoader:
         order = torch.randperm(self.rows, generator=self._generator(self.epoch, -1)).tolist()
         done, steps = divmod(self.steps_done(), self.epochs * self.mini_batches)
         for update in range(max(0, done - self.epoch * self.updates), self.updates):
-            wanted = range(update * self.episodes, (update + 1) * self.episodes)
+            episodes = range(update * self.episodes, (update + 1) * self.episodes)
             number = self.epoch * self.updates + update
-            rollout = self.collect([order[index % self.rows] for index in wanted], number * self.episodes)
+            rollout = self.collect([order[index % self.rows] for index in episodes], number * self.episodes)
             for micro_batches in self.optimizer_steps(rollout, number, first=steps if number == done else 0):
                 yield from micro_batches
 
     def optimizer_steps(self, rollout: Selectable, number: int, first: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """The micro-batches of each optimizer step on the rollout of update `number`, from the `first` step on."""
+        """Yield the micro-batches of each optimizer step on the rollout of update `number`, from the `first` step on."""
         for epoch in range(self.epochs):
             minibatches = self._minibatches(len(rollout), self._generator(number, epoch))
             for index, rows in enumerate(minibatches, start=epoch * self.mini_batches):
                 if index < first:
                     continue
-                # Which episodes share a micro-batch changes nothing but the padding between them.
+                # Sorting changes only the padding: which episodes share a micro-batch has no other effect.
                 pieces = () if self.ended() else rollout.by_length(rows).split(self.micro_size)
                 empty: list[dict[str, Any]] = [{}] * (self.accumulation - len(pieces))
                 yield empty + [rollout.select(piece) for piece in pieces]
 
     def _minibatches(self, share: int, generator: torch.Generator) -> Tensor:
-        """This process's rows of each minibatch of a pass, (mini_batches, share / mini_batches).
+        """Return this process's rows of each minibatch of a pass, (mini_batches, share / mini_batches).
 
-        Of every `mini_batches` episodes in a row, drawn over all processes, each goes into another minibatch. So the
-        minibatches are the same for any number of processes, and each process has as much of each to do.
+        Of each group of `mini_batches` consecutive episodes, every episode goes into another minibatch, at random. So the
+        minibatches are the same for any number of processes, and each process has an equal share of each.
         """
         groups, size = share // self.mini_batches, self.mini_batches
-        drawn = torch.rand(self.episodes // size, size, generator=generator).argsort(dim=1)
-        mine = drawn[self.process * groups : (self.process + 1) * groups]
-        return (mine + torch.arange(groups)[:, None] * size).T
+        order = torch.rand(self.episodes // size, size, generator=generator).argsort(dim=1)
+        own = order[self.process * groups : (self.process + 1) * groups]
+        return (own + torch.arange(groups)[:, None] * size).T
 
     def _generator(self, number: int, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(row_seed(row_seed(self.seed, number), epoch))
