@@ -167,7 +167,7 @@ def test_to_a_branch(hub: Any, push: Callable[..., Any], tmp_path: Path) -> None
         (None, [], "no folder to push"),
         ("nowhere", [], "no such folder"),
         ("empty", [], "holds neither what a stage left nor rows"),
-        ("run", ["--hub_model_id", "alone"], "does not say whose it is; give it as owner/name"),
+        ("run", ["--hub_model_id", "alone"], "has no owner; give it as owner/name"),
         ("run", ["--hub_model_id", "me/a b"], "hub_model_id me/a b"),
         ("run", ["--hub_model_id", "datasets/me/a"], "give it as owner/name"),
         ("run", ["--base_model", "me/base"], "holds no adapter"),
@@ -507,9 +507,9 @@ def test_the_next_stage_takes_ids_and_pushes_what_it_makes(
     said = client.program(
         """
 import torch
-from transformers import AutoModelForSequenceClassification as Reward model
-here = Reward model.from_pretrained(f"{world}/next-ppo/value_model")
-there = Reward model.from_pretrained("me/next-ppo", subfolder="value_model")
+from transformers import AutoModelForSequenceClassification
+here = AutoModelForSequenceClassification.from_pretrained(f"{world}/next-ppo/value_model")
+there = AutoModelForSequenceClassification.from_pretrained("me/next-ppo", subfolder="value_model")
 assert all(torch.equal(a, b) for a, b in zip(here.parameters(), there.parameters(), strict=True))
 """,
         token=GOOD,
@@ -548,7 +548,7 @@ def test_a_trainer_pushes_when_it_is_called(client: Any, world: Path, hub: Any) 
     said = client.program(
         """
 from trl import ModelConfig
-from rlhf_recipes.arguments import parse_arguments
+from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.stages.ppo import PPOArguments, PPOConfig, build_ppo_trainer
 trainer = build_ppo_trainer(*parse_arguments(PPOArguments, ModelConfig, PPOConfig, argv=words.split("|")))
 trainer.train()
@@ -575,11 +575,15 @@ def test_a_repo_that_may_not_be_written_to_is_found_before_the_folder_is_touched
     assert run("sft", "kept", token=None).code == 0
     before = contents(world / "kept")
     said = run("sft", "kept", token=READ, overwrite=True, **to("me/kept"))
-    assert said.code == 2 and said.last.startswith("error: me/kept cannot be pushed to: the token may not write there")
+    assert said.code == 2 and said.last.startswith(
+        "error: me/kept cannot be pushed to: the token has no write access there"
+    )
     assert contents(world / "kept") == before and ("models", "me/kept") not in hub.repos
     hub.make("me/kept")  # it is there, and may be read
     said = run("sft", "kept", token=READ, overwrite=True, **to("me/kept"))
-    assert said.code == 2 and said.last.startswith("error: me/kept cannot be pushed to: the token may not write there")
+    assert said.code == 2 and said.last.startswith(
+        "error: me/kept cannot be pushed to: the token has no write access there"
+    )
     assert contents(world / "kept") == before
     said = run("sft", "fresh", token=None, **to("me/kept"))
     assert said.code == 2 and "no token" in said.last and not (world / "fresh").exists()
@@ -634,7 +638,7 @@ def test_a_checkpoint_that_cannot_be_pushed_does_not_end_the_training(
     with hub.failing(faults.Fault("commit", status=403, times=2)):
         said = run("sft", "on", **to("me/on", hub_strategy="all_checkpoints"))
     assert said.code == 0, said.err
-    assert said.err.count("The training goes on") == 2 and "checkpoint-1 was not pushed to me/on" in said.err
+    assert said.err.count("The training continues") == 2 and "checkpoint-1 was not pushed to me/on" in said.err
     assert set(hub.files("me/on")) >= {"model.safetensors", "README.md", "recipe.yaml"}
 
 

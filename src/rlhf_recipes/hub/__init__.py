@@ -1,7 +1,7 @@
-"""Folders to the Hugging Face Hub: only when asked, private unless told otherwise, and whole or not at all.
+"""Push folders to the Hugging Face Hub: only on request, to a private repo by default, in one commit.
 
-A folder becomes one commit, which is read back and compared, file by file, before anyone is told that it was pushed. What
-fails leaves the repo as it was and the folder as it is, in one line that says how to try again.
+After a push the commit is read back and compared with the folder, file by file. A push that fails changes neither the
+repo nor the folder, and its error message contains the command to try again.
 """
 
 from rlhf_recipes.hub.push import (
@@ -13,7 +13,7 @@ from rlhf_recipes.hub.push import (
     push_folder,
     push_if_requested,
 )
-from rlhf_recipes.hub.repos import HubArguments, Repo, check_push, check_repo, open_repo
+from rlhf_recipes.hub.repos import HubArguments, Repo, check_push, check_repo
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -22,7 +22,6 @@ __all__ = [
     "check_push",
     "check_repo",
     "files_to_push",
-    "open_repo",
     "open_requested_repo",
     "print_pushed",
     "push_checkpoint",

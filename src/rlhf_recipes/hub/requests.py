@@ -1,4 +1,4 @@
-"""Requests to the Hub that are made again when that may help, and that end in one line without secrets."""
+"""Send requests to the Hub: retry transient errors, and report others in one line without secrets."""
 
 import logging
 import re
@@ -12,33 +12,34 @@ from rlhf_recipes.core.secrets import redact
 
 T = TypeVar("T")
 
-WAITS = (2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try, where the Hub names none
-MAX_WAIT = 300.0  # what it may name
-READ_TIMEOUT = 300.0  # seconds without a byte, after which a connection counts as dead
-TRANSIENT_STATUSES = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # answers that may be another one the next time
+RETRY_WAITS = (2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each retry, unless the Hub sends Retry-After
+MAX_WAIT = 300.0  # seconds; a longer Retry-After is cut to this
+READ_TIMEOUT = 300.0  # seconds without a byte before a connection fails
+TRANSIENT_STATUSES = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # HTTP statuses that may not occur again on a retry
 
-REASONS = {
-    401: "the Hub does not know the token; log in anew with `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there; give one with write access to it",
-    404: "the Hub knows no such repo or branch, or does not show it to this token; check hub_model_id",
-    409: "somebody else changes it at the same time; wait and try again",
-    412: "somebody else changes it at the same time; wait and try again",
-    429: "the Hub asks for patience (too many requests); wait and try again",
+STATUS_MESSAGES = {
+    401: "the Hub rejects the token; log in again with `hf auth login`, or set HF_TOKEN",
+    403: "the token has no write access there; use one with write access",
+    404: "the repo or branch does not exist, or is not visible to this token; check hub_model_id",
+    409: "another process changes the repo at the same time; wait and try again",
+    412: "another process changes the repo at the same time; wait and try again",
+    429: "too many requests; wait and try again",
 }
-QUERY = re.compile(
-    r"(https?://[^\s'\"?<>]+)\?[^\s'\"<>]*"
-)  # whoever has the query of an upload's address can write there
+# The query of an upload URL is a secret: it grants write access.
+URL_QUERY = re.compile(r"(https?://[^\s'\"?<>]+)\?[^\s'\"<>]*")
 
 logger = logging.getLogger(__name__)
 
 
 class ContentMismatch(Exception):
-    """What the Hub holds is not what it was given."""
+    """A file on the Hub differs from the file that was sent."""
 
 
 class _WithTimeout:
-    """Makes the library's clients as before, but none that waits without end: it makes one at first, and one anew after each
-    connection that was refused."""
+    """Wrap a factory of HTTP clients to set a read timeout on each client.
+
+    huggingface_hub calls the factory at the first request and again after each connection error.
+    """
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make
@@ -50,6 +51,7 @@ class _WithTimeout:
 
 
 def api(token: str | None) -> Any:
+    """Return an `HfApi` with the token; also install the read timeout in huggingface_hub, once per process."""
     from huggingface_hub import HfApi, set_client_factory
     from huggingface_hub.utils import _http
 
@@ -60,51 +62,60 @@ def api(token: str | None) -> Any:
 
 
 def require_token(token: str | None) -> str:
-    """The token that was given, or that of the environment or of `hf auth login`.
+    """Return the given token, or the one of the environment or of `hf auth login`.
 
     Raises:
-        UserError: there is none, or it is none that could be sent.
+        UserError: there is no token, or it contains characters that an HTTP header cannot hold.
     """
     from huggingface_hub import get_token
 
-    found = token or get_token()
-    if not found:
+    token = token or get_token()
+    if not token:
         raise UserError("no token for the Hub; log in with `hf auth login`, or set HF_TOKEN to one with write access")
-    if not (found.isascii() and found.isprintable()) or " " in found:
-        raise UserError("the token for the Hub holds a space or a line break; give it as it was issued")
-    return found
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise UserError(
+            "the token for the Hub contains a space, a line break or another invalid character; "
+            "give it as it was issued"
+        )
+    return token
 
 
-def with_retries(act: Callable[[], T]) -> T:
-    """What `act` returns, on one of a few tries; the library itself repeats only some of its requests."""
-    for wait in WAITS:
+def with_retries(request: Callable[[], T]) -> T:
+    """Call `request` and return its result; retry on transient errors, of which huggingface_hub retries only some."""
+    for default_wait in RETRY_WAITS:
         try:
-            return act()
+            return request()
         except Exception as error:
-            if not _may_pass(error):
+            if not _is_transient(error):
                 raise
-            pause = min(_retry_after(error) or wait, MAX_WAIT)
-            what = status_of(error) or type(_deepest(error)).__name__
-            logger.warning("a request to the Hub failed (%s); it is made again in %g seconds", what, pause)
-            time.sleep(pause)
-    return act()
+            wait = min(_retry_after(error) or default_wait, MAX_WAIT)
+            cause = status_of(error) or type(_root_cause(error)).__name__
+            logger.warning("a request to the Hub failed (%s); retrying in %g seconds", cause, wait)
+            time.sleep(wait)
+    return request()
 
 
 @contextmanager
 def one_line_hub_errors(start: str, end: str, token: str | None) -> Iterator[None]:
-    """Whatever goes wrong becomes a `UserError` between `start` and `end`; neither it nor the log holds a secret."""
-    log = logging.getLogger("huggingface_hub")
-    handlers = [*log.handlers, *logging.getLogger().handlers]
-    blot = _RedactingFilter(token)
+    """Within this block, any error becomes a `UserError`: `start`, the reason, `end`.
+
+    Neither the message nor huggingface_hub's log contains the token or another secret.
+
+    Raises:
+        UserError: any error in the block.
+    """
+    library_logger = logging.getLogger("huggingface_hub")
+    handlers = [*library_logger.handlers, *logging.getLogger().handlers]
+    redacting = _RedactingFilter(token)
     for handler in handlers:
-        handler.addFilter(blot)
+        handler.addFilter(redacting)
     try:
         yield
     except Exception as error:
         raise UserError(redact(f"{start}: {reason(error)}{end}", token)) from None
     finally:
         for handler in handlers:
-            handler.removeFilter(blot)
+            handler.removeFilter(redacting)
 
 
 class _RedactingFilter(logging.Filter):
@@ -113,71 +124,75 @@ class _RedactingFilter(logging.Filter):
         self.token = token
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(QUERY.sub(r"\1", record.getMessage()), self.token), ()
+        record.msg, record.args = redact(URL_QUERY.sub(r"\1", record.getMessage()), self.token), ()
         return True
 
 
 def reason(error: Exception) -> str:
-    """Why a request failed and what to do, on one line."""
+    """Return why a request failed, and the fix, on one line."""
     if isinstance(error, (UserError, ContentMismatch)):
         return str(error)
     status = status_of(error)
     if status is None:
-        told = _line(_deepest(error))
-        if _is_connection(error):
-            return f"the connection failed ({told or type(error).__name__}); look at the network and try again"
-        return told or type(error).__name__
-    why = REASONS.get(status, f"the Hub answers {status}" + ("; wait and try again" if status >= 500 else ""))
-    words = _answer(error) if isinstance(error, OSError) else _line(error)  # others say themselves what was amiss
-    return f"{why} ({words})" if words else why
+        cause = _one_line(_root_cause(error)) or type(error).__name__
+        if _is_connection_error(error):
+            return f"the connection failed ({cause}); check the network and try again"
+        return cause
+    message = STATUS_MESSAGES.get(
+        status, f"the Hub answers {status}" + ("; wait and try again" if status >= 500 else "")
+    )
+    # An OSError's text repeats the request; the Hub's own message is shorter. Other errors explain themselves.
+    details = _server_message(error) if isinstance(error, OSError) else _one_line(error)
+    return f"{message} ({details})" if details else message
 
 
 def status_of(error: BaseException) -> int | None:
-    """The status of the Hub's answer, or None if it did not answer."""
+    """Return the HTTP status of the Hub's response, or None if there was no response."""
     response = _response(error)
     return None if response is None else int(response.status_code)
 
 
-def _answer(error: Exception) -> str:
-    """What the Hub says itself, if anything."""
-    said = next((each.server_message for each in _causes(error) if getattr(each, "server_message", None)), "")
-    return _line(said)
+def _server_message(error: Exception) -> str:
+    """Return the message in the Hub's response; empty if there is none."""
+    messages = (getattr(cause, "server_message", None) for cause in _causes(error))
+    return _one_line(next((message for message in messages if message), ""))
 
 
-def _line(said: object) -> str:
-    return " ".join(QUERY.sub(r"\1", str(said)).split())[:300]
+def _one_line(text: object) -> str:
+    return " ".join(URL_QUERY.sub(r"\1", str(text)).split())[:300]
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     status = status_of(error)
-    return status in TRANSIENT_STATUSES if status is not None else _is_connection(error)
+    return status in TRANSIENT_STATUSES if status is not None else _is_connection_error(error)
 
 
 def _retry_after(error: Exception) -> float | None:
+    """Return the seconds in the response's Retry-After header, if any."""
     response = _response(error)
     seconds = "" if response is None else str(response.headers.get("Retry-After", ""))
     return float(seconds) if seconds.isdigit() else None
 
 
-def _is_connection(error: Exception) -> bool:
+def _is_connection_error(error: Exception) -> bool:
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     causes = list(_causes(error))
-    offline = any(isinstance(each, OfflineModeIsEnabled) for each in causes)
-    return not offline and any(isinstance(each, (HTTPError, ConnectionError, TimeoutError)) for each in causes)
+    offline = any(isinstance(cause, OfflineModeIsEnabled) for cause in causes)
+    return not offline and any(isinstance(cause, (HTTPError, ConnectionError, TimeoutError)) for cause in causes)
 
 
 def _response(error: BaseException) -> Any:
-    return next((each.response for each in _causes(error) if getattr(each, "response", None) is not None), None)
+    return next((cause.response for cause in _causes(error) if getattr(cause, "response", None) is not None), None)
 
 
 def _causes(error: BaseException) -> Iterator[Any]:
-    """The error, what caused it, and so on."""
-    each: BaseException | None = error
-    while each is not None:
-        yield each
-        each = each.__cause__
+    """Yield the error, its cause, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
-def _deepest(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     return list(_causes(error))[-1]

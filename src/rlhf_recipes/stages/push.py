@@ -42,13 +42,13 @@ def run_push(arguments: PushArguments) -> Path:
         raise UserError("no folder to push; pass --folder with what a stage left, or a folder of rows")
     folder = Path(arguments.folder)
     kind = kind_of(folder)
-    repo = Repo.asked(arguments, kind)
+    repo = Repo.from_arguments(arguments, kind)
     check_repo(repo)
     require_unlocked(folder)
-    instead = _cards_of_rows(folder) if kind == "dataset" else _adapters(folder, arguments.base_model)
+    replacements = _cards_of_rows(folder) if kind == "dataset" else _adapters(folder, arguments.base_model)
     if is_main_process():
         flags = ["--base_model", arguments.base_model] if arguments.base_model is not None else []
-        print_pushed(folder, push_folder(folder, repo, instead=instead, flags=flags))
+        print_pushed(folder, push_folder(folder, repo, replacements=replacements, flags=flags))
     return folder
 
 
