@@ -20,7 +20,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-slow mutations check words bench format clean
+.PHONY: help install quickstart test test-slow mutations check words docs bench format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,6 +61,17 @@ check: $(STAMP) ## lint, format, types, and the rules of the house
 words: $(STAMP) ## list words of the former private dialect that remain (tests/dialect.py)
 	@$(RUN) tests/dialect.py
 
+docs: $(VENV)/.docs ## build the documentation as a site into site/; a broken link is an error
+	@rm -rf build/docs && mkdir -p build/docs
+	@tar cf - --exclude __pycache__ --exclude logs README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs recipes \
+	    benchmarks/README.md benchmarks/*.py benchmarks/results | tar xf - -C build/docs
+	@$(VENV)/bin/zensical build --strict --clean
+
+# Needs Python 3.11. Only this target installs it.
+$(VENV)/.docs: $(STAMP)
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
 bench: $(STAMP) ## speed and memory against TRL 1.12, a plain loop and the machine: from half an hour to an hour and a half, results in benchmarks/results
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/ppo_speed.py
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/pretrain_speed.py
@@ -74,5 +85,5 @@ format: $(STAMP) ## let ruff mend what it can
 	@$(RUN) -m ruff format $(PY)
 
 clean: ## remove caches and builds; keeps .venv and runs
-	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	@find src recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
