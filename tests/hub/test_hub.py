@@ -166,7 +166,7 @@ def test_to_a_branch(hub: Any, push: Callable[..., Any], tmp_path: Path) -> None
     [
         (None, [], "no folder to push"),
         ("nowhere", [], "no such folder"),
-        ("empty", [], "holds neither what a stage left nor rows"),
+        ("empty", [], "is neither a stage's output nor a dataset"),
         ("run", ["--hub_model_id", "alone"], "has no owner; give it as owner/name"),
         ("run", ["--hub_model_id", "me/a b"], "hub_model_id me/a b"),
         ("run", ["--hub_model_id", "datasets/me/a"], "give it as owner/name"),
@@ -313,11 +313,11 @@ FEW = {"max_steps": 2, "save_steps": 1}
 
 
 @pytest.fixture
-def run(client: Any, world: Path) -> Callable[..., Any]:
+def run(client: Any, runs: Path) -> Callable[..., Any]:
     """(stage, out, token, **flags) -> how it ended; names that begin with `hub:` are ids of the Hub, others folders."""
 
     def act(stage: str, out: str, token: str | None = GOOD, **changes: Any) -> Any:
-        words = small_runs.flags(stage, world, out, **(FEW | changes))
+        words = small_runs.flags(stage, runs, out, **(FEW | changes))
         said = client.stage(stage, *(word.removeprefix("hub:") for word in words), token=token)
         require_no_secret(said.out + said.err)
         return said
@@ -339,7 +339,7 @@ def require_pushed(hub: Any, folder: Path, repo: str) -> dict[str, bytes]:
     return held
 
 
-def test_a_run_that_is_not_asked_to_push_meets_nobody(run: Callable[..., Any], world: Path) -> None:
+def test_a_run_that_is_not_asked_to_push_meets_nobody(run: Callable[..., Any], runs: Path) -> None:
     """From local files and a local model: no report, no count of a download, no look at the Hub."""
     for stage, changes in (("sft", {"use_peft": True, "lora_r": 4}), ("reward", {}), ("ppo", {"max_steps": 1})):
         said = run(stage, f"alone-{stage}", token=None, **changes)
@@ -348,86 +348,86 @@ def test_a_run_that_is_not_asked_to_push_meets_nobody(run: Callable[..., Any], w
 
 
 def test_a_local_folder_that_is_named_like_a_repo_is_looked_for_nowhere_else(
-    client: Any, world: Path, repos: Path, hub: Any
+    client: Any, runs: Path, repos: Path, hub: Any
 ) -> None:
     """PPO with an adapter of its own on a merged adapter: peft would ask the Hub for the base's configuration."""
-    (world / "out").mkdir()
-    (world / "out" / "lora").symlink_to(repos / "adapter")
-    words = small_runs.flags("ppo", world, "out/ppo", **FEW, model_name_or_path="out/lora", use_peft=True, lora_r=4)
+    (runs / "out").mkdir()
+    (runs / "out" / "lora").symlink_to(repos / "adapter")
+    words = small_runs.flags("ppo", runs, "out/ppo", **FEW, model_name_or_path="out/lora", use_peft=True, lora_r=4)
     here = """
 import os, sys
 from rlhf_recipes.__main__ import main
-os.chdir(world)
+os.chdir(runs)
 sys.argv = ["rlhf_recipes", "ppo", *words.split("|")]
 main()
 from rlhf_recipes.models import load_causal_lm, load_config
 assert load_config("out/ppo").n_layer == load_causal_lm("out/ppo").config.n_layer == 2
 """
     asked = len(hub.requests)
-    said = client.program(here, token=GOOD, world=world, words="|".join(words).replace(f"{world}/", ""))
+    said = client.program(here, token=GOOD, runs=runs, words="|".join(words).replace(f"{runs}/", ""))
     assert said.code == 0, said.err
     assert said.met == [] and len(hub.requests) == asked
 
 
-def test_sft_pushes_with_the_token_of_its_flag(run: Callable[..., Any], hub: Any, world: Path) -> None:
+def test_sft_pushes_with_the_token_of_its_flag(run: Callable[..., Any], hub: Any, runs: Path) -> None:
     said = run("sft", "sft", token=None, **to("me/sft", hub_token=GOOD))
     assert said.code == 0 and said.out.rstrip().splitlines()[-1].startswith(
-        f"pushed {world / 'sft'} to {hub.address}/me/sft/"
+        f"pushed {runs / 'sft'} to {hub.address}/me/sft/"
     )
-    held = require_pushed(hub, world / "sft", "me/sft")
+    held = require_pushed(hub, runs / "sft", "me/sft")
     assert {"README.md", "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "tokenizer.json"} <= set(
         held
     )
     assert "hub_token" not in yaml.safe_load(held["recipe.yaml"]) and "--hub_token '***'" in held["README.md"].decode()
     assert yaml.safe_load(held["recipe.yaml"])["hub_model_id"] == "me/sft"
     assert hub.commits("me/sft") == 1
-    told = json.loads((world / "sft" / "checkpoint-2" / "progress_0.json").read_text())
+    told = json.loads((runs / "sft" / "checkpoint-2" / "progress_0.json").read_text())
     assert told["requested"]["dataset_name"] and "hub_token" not in json.dumps(told)
 
 
 @pytest.fixture(scope="module")
-def repos(hub: Any, client: Any, world: Path) -> Path:
+def repos(hub: Any, client: Any, runs: Path) -> Path:
     """Push what later stages read: a model, a reward model, an adapter on the model, and rows. Returns their folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    model = AutoModelForCausalLM.from_pretrained(runs / "model")
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False
     )
-    get_peft_model(model, lora).save_pretrained(world / "adapter")
-    AutoTokenizer.from_pretrained(world / "model").save_pretrained(world / "adapter")
-    (world / "adapter" / "README.md").unlink()
+    get_peft_model(model, lora).save_pretrained(runs / "adapter")
+    AutoTokenizer.from_pretrained(runs / "model").save_pretrained(runs / "adapter")
+    (runs / "adapter" / "README.md").unlink()
     for name in ("model", "reward_model", "demonstrations", "prompts", "text"):
-        assert client.stage(*faults.words(world / name, f"me/{name}"), token=GOOD).code == 0
-    said = client.stage(*faults.words(world / "adapter", "me/adapter"), token=GOOD)
+        assert client.stage(*faults.words(runs / name, f"me/{name}"), token=GOOD).code == 0
+    said = client.stage(*faults.words(runs / "adapter", "me/adapter"), token=GOOD)
     assert said.code == 0 and "so nobody else can load it" in said.err
-    said = client.stage(*faults.words(world / "adapter", "me/adapter", "--base_model", "me/model"), token=GOOD)
+    said = client.stage(*faults.words(runs / "adapter", "me/adapter", "--base_model", "me/model"), token=GOOD)
     assert said.code == 0 and "nobody else" not in said.err
-    return world
+    return runs
 
 
 LOADS = {
     "a model": """
         from transformers import AutoModelForCausalLM
-        here, there = (AutoModelForCausalLM.from_pretrained(name) for name in (f"{world}/model", "me/model"))
+        here, there = (AutoModelForCausalLM.from_pretrained(name) for name in (f"{runs}/model", "me/model"))
         """,
     "a reward model": """
         from transformers import AutoModelForSequenceClassification
-        names = (f"{world}/reward_model", "me/reward_model")
+        names = (f"{runs}/reward_model", "me/reward_model")
         here, there = (AutoModelForSequenceClassification.from_pretrained(name) for name in names)
         """,
     "an adapter": """
         from peft import AutoPeftModelForCausalLM
         from transformers import AutoModelForCausalLM
-        here, there = (AutoPeftModelForCausalLM.from_pretrained(name) for name in (f"{world}/adapter", "me/adapter"))
+        here, there = (AutoPeftModelForCausalLM.from_pretrained(name) for name in (f"{runs}/adapter", "me/adapter"))
         plain = AutoModelForCausalLM.from_pretrained("me/adapter")
         assert any("lora_" in name for name, _ in plain.named_parameters())
         """,
     "an adapter, as a stage reads it": """
         from rlhf_recipes.models import is_adapter, load_causal_lm
         assert is_adapter("me/adapter") and not is_adapter("me/model") and not is_adapter("me/nowhere")
-        here, there = (load_causal_lm(name) for name in (f"{world}/adapter", "me/adapter"))
+        here, there = (load_causal_lm(name) for name in (f"{runs}/adapter", "me/adapter"))
         """,
 }
 
@@ -441,7 +441,7 @@ def test_what_was_pushed_loads_by_its_id(what: str, client: Any, repos: Path) ->
         ids = torch.tensor([[5, 6, 7, 257]])
         assert torch.equal(here(ids).logits, there(ids).logits)
         """
-    said = client.program(textwrap.dedent(LOADS[what]) + textwrap.dedent(same), token=GOOD, world=repos)
+    said = client.program(textwrap.dedent(LOADS[what]) + textwrap.dedent(same), token=GOOD, runs=repos)
     assert said.code == 0, said.err
 
 
@@ -452,12 +452,12 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 assert AutoTokenizer.from_pretrained("me/model")("a cat").input_ids == list(b"a cat")
 rows = load_dataset("me/prompts")
-here = {name: len(open(f"{world}/prompts/{name}.jsonl").readlines()) for name in ("train", "test")}
+here = {name: len(open(f"{runs}/prompts/{name}.jsonl").readlines()) for name in ("train", "test")}
 assert {name: len(split) for name, split in rows.items()} == here
 assert rows["train"].column_names == ["prompt"]
 """,
         token=GOOD,
-        world=repos,
+        runs=repos,
     )
     assert said.code == 0, said.err
     held = hub.files("me/prompts", "dataset")
@@ -508,12 +508,12 @@ def test_the_next_stage_takes_ids_and_pushes_what_it_makes(
         """
 import torch
 from transformers import AutoModelForSequenceClassification
-here = AutoModelForSequenceClassification.from_pretrained(f"{world}/next-ppo/value_model")
+here = AutoModelForSequenceClassification.from_pretrained(f"{runs}/next-ppo/value_model")
 there = AutoModelForSequenceClassification.from_pretrained("me/next-ppo", subfolder="value_model")
 assert all(torch.equal(a, b) for a, b in zip(here.parameters(), there.parameters(), strict=True))
 """,
         token=GOOD,
-        world=repos,
+        runs=repos,
     )
     assert said.code == 0, said.err
 
@@ -542,9 +542,9 @@ def test_a_tokenizer_is_pushed_and_read_by_its_id(client: Any, hub: Any, repos: 
     assert said.code == 0, said.err
 
 
-def test_a_trainer_pushes_when_it_is_called(client: Any, world: Path, hub: Any) -> None:
+def test_a_trainer_pushes_when_it_is_called(client: Any, runs: Path, hub: Any) -> None:
     """Without a stage around it, as `Trainer.push_to_hub`: card included, pickles and checkpoints not."""
-    words = small_runs.flags("ppo", world, "called", **FEW, save_strategy="no", hub_model_id="me/called")
+    words = small_runs.flags("ppo", runs, "called", **FEW, save_strategy="no", hub_model_id="me/called")
     said = client.program(
         """
 from trl import ModelConfig
@@ -570,46 +570,46 @@ print(trainer.push_to_hub("By hand", dataset_name="someone/prompts"))
 
 
 def test_a_repo_that_may_not_be_written_to_is_found_before_the_folder_is_touched(
-    run: Callable[..., Any], hub: Any, world: Path
+    run: Callable[..., Any], hub: Any, runs: Path
 ) -> None:
     assert run("sft", "kept", token=None).code == 0
-    before = contents(world / "kept")
+    before = contents(runs / "kept")
     said = run("sft", "kept", token=READ, overwrite=True, **to("me/kept"))
     assert said.code == 2 and said.last.startswith(
         "error: me/kept cannot be pushed to: the token has no write access there"
     )
-    assert contents(world / "kept") == before and ("models", "me/kept") not in hub.repos
+    assert contents(runs / "kept") == before and ("models", "me/kept") not in hub.repos
     hub.make("me/kept")  # it is there, and may be read
     said = run("sft", "kept", token=READ, overwrite=True, **to("me/kept"))
     assert said.code == 2 and said.last.startswith(
         "error: me/kept cannot be pushed to: the token has no write access there"
     )
-    assert contents(world / "kept") == before
+    assert contents(runs / "kept") == before
     said = run("sft", "fresh", token=None, **to("me/kept"))
-    assert said.code == 2 and "no token" in said.last and not (world / "fresh").exists()
+    assert said.code == 2 and "no token" in said.last and not (runs / "fresh").exists()
 
 
 def test_a_training_whose_push_fails_is_whole_and_is_pushed_by_the_same_command(
-    run: Callable[..., Any], hub: Any, world: Path
+    run: Callable[..., Any], hub: Any, runs: Path
 ) -> None:
     with hub.failing(faults.Fault("commit", status=503)):
         said = run("sft", "late", resume="auto", **to("me/late"))
     assert said.code == 2 and "Traceback" not in said.err
-    assert said.last.startswith(f"error: {world}/late was not pushed to me/late: the Hub answers 503")
-    assert hub.files("me/late") == {} and (world / "late" / "recipe.yaml").is_file()
-    before = contents(world / "late")
+    assert said.last.startswith(f"error: {runs}/late was not pushed to me/late: the Hub answers 503")
+    assert hub.files("me/late") == {} and (runs / "late" / "recipe.yaml").is_file()
+    before = contents(runs / "late")
     said = run("sft", "late", resume="auto", **to("me/late"))
-    assert said.code == 0 and "is finished" in said.err and f"pushed {world}/late to" in said.out
+    assert said.code == 0 and "is finished" in said.err and f"pushed {runs}/late to" in said.out
     assert (
-        contents(world / "late")
+        contents(runs / "late")
         == before
-        == require_pushed(hub, world / "late", "me/late")
+        == require_pushed(hub, runs / "late", "me/late")
         | {name: content for name, content in before.items() if name.startswith("checkpoint-")}
     )
 
 
 def test_checkpoints_are_pushed_as_they_come_and_can_be_gone_on_from(
-    run: Callable[..., Any], hub: Any, world: Path, tmp_path: Path
+    run: Callable[..., Any], hub: Any, runs: Path, tmp_path: Path
 ) -> None:
     from rlhf_recipes.folders.checkpoints import find_damage
 
@@ -629,11 +629,11 @@ def test_checkpoints_are_pushed_as_they_come_and_can_be_gone_on_from(
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(content)
     assert find_damage(tmp_path / "last-checkpoint") is None
-    assert contents(tmp_path / "last-checkpoint") == contents(world / "steady" / "checkpoint-2")
+    assert contents(tmp_path / "last-checkpoint") == contents(runs / "steady" / "checkpoint-2")
 
 
 def test_a_checkpoint_that_cannot_be_pushed_does_not_end_the_training(
-    run: Callable[..., Any], hub: Any, world: Path
+    run: Callable[..., Any], hub: Any, runs: Path
 ) -> None:
     with hub.failing(faults.Fault("commit", status=403, times=2)):
         said = run("sft", "on", **to("me/on", hub_strategy="all_checkpoints"))
@@ -717,30 +717,30 @@ def test_no_stage_asks_for_anybody_unless_it_is_told_to(tmp_path: Path) -> None:
     """The whole chain in small, as processes of their own, from relative folders, on a machine that is online."""
     from rlhf_recipes import write_world
 
-    write_world(tmp_path / "world", 0, corpus=80, demonstrations=48, preferences=48, prompts=40, test=12)
+    write_world(tmp_path / "runs", 0, corpus=80, demonstrations=48, preferences=48, prompts=40, test=12)
     few = ["--max_steps", "2", "--save_steps", "1", "--report_to", "none"]
     lora = ["--use_peft", "true", "--lora_r", "4"]
     sft = ["--model_name_or_path", "out/sft"]
-    reward = ["--reward", "out/reward", "rlhf_recipes.quickstart:gold_score", "--dataset_name", "world/prompts"]
+    reward = ["--reward", "out/reward", "rlhf_recipes.quickstart:gold_score", "--dataset_name", "runs/prompts"]
     short = ["--per_device_train_batch_size", "4", "--response_length", "8"]
-    pairs = ["--dataset_name", "world/preferences"]
+    pairs = ["--dataset_name", "runs/preferences"]
     stages = {
-        "tokenizer": ["--dataset_name", "world/corpus", "--vocab_size", "400"],
+        "tokenizer": ["--dataset_name", "runs/corpus", "--vocab_size", "400"],
         "pretrain": [
             "--dataset_name",
-            "world/corpus",
+            "runs/corpus",
             "--tokenizer_name",
             "out/tokenizer",
             "--model_size",
             "tiny",
             *few,
         ],
-        "sft": ["--dataset_name", "world/demonstrations", "--model_name_or_path", "out/pretrain", *few, *lora],
+        "sft": ["--dataset_name", "runs/demonstrations", "--model_name_or_path", "out/pretrain", *few, *lora],
         "reward": [*pairs, *sft, *few],
         "ppo": [*reward, *sft, *few, *short, *lora],
         "dpo": [*pairs, *sft, *few],
         "rloo": [*reward, *sft, *few, *short[:2], "--num_generations", "2", "--max_completion_length", "8"],
-        "eval": ["--models", "out/sft", "out/ppo", "--dataset_name", "world/prompts", "--reward_model", "out/reward"],
+        "eval": ["--models", "out/sft", "out/ppo", "--dataset_name", "runs/prompts", "--reward_model", "out/reward"],
     }
     for stage, words in stages.items():
         code, told, met = watched(tmp_path, "-m", "rlhf_recipes", stage, *words, "--output_dir", f"out/{stage}")

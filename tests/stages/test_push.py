@@ -14,7 +14,7 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.hub.push import files_to_push, retry_command
 from rlhf_recipes.hub.repos import Repo
 from rlhf_recipes.stages import push
-from rlhf_recipes.stages.push import PushArguments, kind_of, run_push
+from rlhf_recipes.stages.push import PushArguments, repo_type_of, run_push
 
 
 def filled(folder: Path, *names: str) -> Path:
@@ -38,12 +38,12 @@ def filled(folder: Path, *names: str) -> Path:
     ],
 )
 def test_a_folder_is_taken_for_what_it_holds(names: list[str], kind: str, tmp_path: Path) -> None:
-    assert kind_of(filled(tmp_path, *names)) == kind
+    assert repo_type_of(filled(tmp_path, *names)) == kind
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds neither what a stage left nor rows"):
-        kind_of(filled(tmp_path, "letter.docx", "pictures/cat.png"))
+    with pytest.raises(UserError, match="is neither a stage's output nor a dataset"):
+        repo_type_of(filled(tmp_path, "letter.docx", "pictures/cat.png"))
     with pytest.raises(UserError, match="no folder to push"):
         run_push(PushArguments())
 

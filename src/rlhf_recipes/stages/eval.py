@@ -1,7 +1,7 @@
-"""Several models side by side, on the same prompts and with the same random numbers.
+"""Evaluation: compare models on the same prompts with the same random numbers.
 
-Perplexity says how well a model knows a text; a reward model, gold and their win rates say how good its answers are; the KL
-to a reference, the lengths and the repetition say what that cost.
+Perplexity measures how well a model predicts a text. The reward model, gold and their win rates measure its answers. KL to a
+reference, length and repetition measure what the improvement cost.
 """
 
 import logging
@@ -44,65 +44,70 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IN_PICTURE = ("gold_score", "reward_positive", "reward_score", "perplexity", "kl", "length", "distinct_2")
+PLOTTED_METRICS = ("gold_score", "reward_positive", "reward_score", "perplexity", "kl", "length", "distinct_2")
 SAMPLES_ON_CARD = 3
 COUNTS = ("max_new_tokens", "completions_per_prompt", "batch_size", "num_prompts", "num_texts", "prompt_tokens")
 
 
 @dataclass
 class EvalArguments(OutputArguments, LoadingArguments):
-    """Which models, asked what, judged by whom."""
+    """The models, the prompts and texts, and what scores the answers."""
 
     models: list[str] = field(
         default_factory=list,
         metadata={"help": "Models to compare, folders or Hub ids; win rates are over the first."},
     )
-    output_dir: str = field(default="runs/eval", metadata={"help": "Folder for the report."})
+    output_dir: str = field(default="runs/eval", metadata={"help": "Output folder for the report."})
     dataset_name: str | None = field(default=None, metadata={"help": "Prompts: a folder, a data file or a Hub id."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
     dataset_split: str = field(default="test", metadata={"help": "Split of the prompts and of the texts."})
     prompt_column: str = field(
         default="prompt",
-        metadata={"help": "Column with a prompt: text, messages or ids. The other columns go to gold."},
+        metadata={
+            "help": "Column with a prompt: text, messages or ids. The other columns are passed to gold and to reward functions."
+        },
     )
     prompt_tokens: int | None = field(
         default=None,
-        metadata={"help": "Ask with the first so many tokens of a prompt (the first model's tokens)."},
+        metadata={"help": "Use this many first tokens of each prompt (the first model's tokens)."},
     )
     num_prompts: int | None = field(
-        default=256, metadata={"help": "Use so many prompts, evenly spaced over the dataset."}
+        default=256, metadata={"help": "Number of prompts, evenly spaced over the dataset."}
     )
     text_dataset_name: str | None = field(
         default=None,
         metadata={"help": "Texts for perplexity: a folder, a file or a Hub id. Unset: not measured."},
     )
     text_column: str = field(default="text", metadata={"help": "Column with a text."})
-    num_texts: int | None = field(default=256, metadata={"help": "Use so many texts, evenly spaced over the dataset."})
+    num_texts: int | None = field(default=256, metadata={"help": "Number of texts, evenly spaced over the dataset."})
     reward_model: str | None = field(
         default=None,
-        metadata={"help": "What scores answers: a reward model's folder, a Hub id or package.module:function."},
+        metadata={
+            "help": "Reward that scores the answers: a reward model's folder or Hub id, or package.module:function."
+        },
     )
     gold: str | None = field(
         default=None,
-        metadata={"help": "The truth, where it is known, such as rlhf_recipes.quickstart:gold_score."},
+        metadata={"help": "Gold reward, where the truth is known, such as rlhf_recipes.quickstart:gold_score."},
     )
     reference: str | None = field(
-        default=None, metadata={"help": "Model that KL is measured to. Unset: the first model."}
+        default=None, metadata={"help": "Reference model of the KL. Unset: the first model."}
     )
     max_new_tokens: int = field(default=53, metadata={"help": "Longest answer in tokens."})
     stop_token_id: int | None = field(
-        default=None, metadata={"help": "Stop at this token id instead of the model's EOS, as ppo can."}
+        default=None, metadata={"help": "Stop at this token id instead of the model's EOS."}
     )
     min_new_tokens: int = field(
-        default=0, metadata={"help": "Shortest answer in tokens: no stop token is drawn before, as ppo can be told."}
+        default=0, metadata={"help": "Shortest answer in tokens: no stop token is sampled before."}
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature; 0 takes the likeliest token (and leaves KL out)."}
+        default=1.0,
+        metadata={"help": "Sampling temperature; 0 takes the likeliest token, and then KL is not measured."},
     )
     completions_per_prompt: int = field(default=1, metadata={"help": "Answers sampled for each prompt."})
-    batch_size: int = field(default=64, metadata={"help": "Answers sampled at once; changes no number."})
+    batch_size: int = field(default=64, metadata={"help": "Answers sampled at once; it changes no metric."})
     seed: int = field(default=0, metadata={"help": "Seed of the answers, the same for every model."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where there is a GPU."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU even where there is a GPU."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,8 +120,8 @@ class EvalArguments(OutputArguments, LoadingArguments):
 
 
 @dataclass
-class Questions:
-    """What every model is asked. columns: what else the dataset says of each prompt."""
+class EvalInputs:
+    """The inputs of every model. columns: the other columns of the prompts' dataset."""
 
     prompts: list[Any]
     columns: dict[str, list[Any]]
@@ -125,29 +130,24 @@ class Questions:
 
 def run_eval(arguments: EvalArguments) -> Path:
     """Measure every model, compare each with the first, and leave a report folder; returns its path."""
-    datasets, reward_models = (
-        (arguments.dataset_name, arguments.text_dataset_name),
-        (arguments.reward_model, arguments.reference),
-    )
-    folder = check_output_folder(
-        arguments.output_dir, arguments.overwrite, [*arguments.models, *datasets, *reward_models]
-    )
+    sources = [arguments.dataset_name, arguments.text_dataset_name, arguments.reward_model, arguments.reference]
+    folder = check_output_folder(arguments.output_dir, arguments.overwrite, [*arguments.models, *sources])
     tokenizers = load_tokenizers(arguments)
-    questions = load_questions(arguments, tokenizers)
+    inputs = load_inputs(arguments, tokenizers)
     if not is_main_process():
-        return folder  # one process measures; the others have nothing to add
+        return folder  # one process measures
     start = time.perf_counter()
     names = name_models(arguments.models)
-    evaluations = evaluate_all(arguments, names, tokenizers, questions)
+    evaluations = evaluate_all(arguments, names, tokenizers, inputs)
     measured = {name: dict(evaluation.metrics) for name, evaluation in evaluations.items()}
     for name in names[1:]:
         measured[name] |= compare(evaluations[name], evaluations[names[0]])
     clear_output_folder(folder)
     rows = [{"model": name} | row for name in names for row in evaluations[name].rows]
     write_rows(folder / "completions.jsonl", rows)
-    keys = [key for key in IN_PICTURE if any(key in metrics for metrics in measured.values())]
+    keys = [key for key in PLOTTED_METRICS if any(key in metrics for metrics in measured.values())]
     plot_bars(measured, keys, folder / "models.png", title="Models side by side")
-    facts = {"prompts": len(questions.prompts), "seconds": round(time.perf_counter() - start, 1)}
+    facts = {"prompts": len(inputs.prompts), "seconds": round(time.perf_counter() - start, 1)}
     return complete_output_folder(
         folder,
         stage="eval",
@@ -155,7 +155,7 @@ def run_eval(arguments: EvalArguments) -> Path:
         parents={
             **dict(zip(names, arguments.models, strict=True)),
             "prompts": arguments.dataset_name,
-            "reward_model": arguments.reward_model,
+            "reward model": arguments.reward_model,
         },
         metrics={"models": measured, **facts, **(measured[names[0]] if len(names) == 1 else {})},
         arguments=[arguments],
@@ -165,11 +165,11 @@ def run_eval(arguments: EvalArguments) -> Path:
 
 
 def load_tokenizers(arguments: EvalArguments) -> "list[PreTrainedTokenizerBase]":
-    """The tokenizer of each model, once everything that can be checked without weights has been.
+    """Check models and reference without loading weights, and return the tokenizer of each model.
 
     Raises:
-        UserError: no models, a model or reference that cannot be read or is no language model, a reference that reads
-            other token ids.
+        UserError: no models; a model or reference that cannot be loaded or is not a language model; a reference with
+            another vocabulary.
     """
     if not arguments.models:
         raise UserError("no models; pass --models with one or more folders or Hub ids")
@@ -192,8 +192,8 @@ def load_tokenizers(arguments: EvalArguments) -> "list[PreTrainedTokenizerBase]"
     return tokenizers
 
 
-def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokenizerBase]") -> Questions:
-    """The prompts, checked to fit every model, and the texts; reward model and gold are checked against the columns.
+def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokenizerBase]") -> EvalInputs:
+    """Load prompts and texts; check that prompts fit every model, and reward model and gold against the columns.
 
     Raises:
         UserError: no dataset, a missing column, a prompt too long for a context, a reward model that cannot be used.
@@ -201,11 +201,13 @@ def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTok
     if not arguments.dataset_name:
         raise UserError("no prompts; pass --dataset_name with a folder, a data file or a Hub id")
     options: dict[str, Any] = {"config": arguments.dataset_config}
-    rows = _spaced(load_split(arguments.dataset_name, arguments.dataset_split, **options), arguments.num_prompts)
+    rows = _evenly_spaced(
+        load_split(arguments.dataset_name, arguments.dataset_split, **options), arguments.num_prompts
+    )
     require_columns(rows, (arguments.prompt_column,), role=f"dataset {arguments.dataset_name}")
     prompts = [read_prompt(row, arguments.prompt_column, f"prompt row {index}") for index, row in enumerate(rows)]
     if arguments.prompt_tokens:
-        prompts = [_beginning(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
+        prompts = [_first_tokens(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
     columns = {
         name: list(rows[name])
         for name in rows.column_names
@@ -216,21 +218,23 @@ def load_questions(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTok
             check_reward(source, list(columns), role)
     texts: list[str] = []
     if arguments.text_dataset_name:
-        found = _spaced(load_split(arguments.text_dataset_name, arguments.dataset_split), arguments.num_texts)
-        require_columns(found, (arguments.text_column,), role=f"dataset {arguments.text_dataset_name}")
-        texts = [text for text in found[arguments.text_column] if text]
+        documents = _evenly_spaced(
+            load_split(arguments.text_dataset_name, arguments.dataset_split), arguments.num_texts
+        )
+        require_columns(documents, (arguments.text_column,), role=f"dataset {arguments.text_dataset_name}")
+        texts = [text for text in documents[arguments.text_column] if text]
     for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
         _check_lengths(name, arguments.code, tokenizer, prompts, arguments.max_new_tokens)
-    return Questions(prompts, columns, texts)
+    return EvalInputs(prompts, columns, texts)
 
 
 def evaluate_all(
     arguments: EvalArguments,
     names: Sequence[str],
     tokenizers: "Sequence[PreTrainedTokenizerBase]",
-    questions: Questions,
+    inputs: EvalInputs,
 ) -> dict[str, Evaluation]:
-    """Each model by its name, in order; one at a time is in memory, beside the reference and the reward model."""
+    """Evaluate each model, by name; one at a time is in memory, beside the reference and the reward model."""
     import torch
 
     device = (
@@ -240,31 +244,32 @@ def evaluate_all(
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, min_new_tokens=arguments.min_new_tokens)
     bits, frozen = arguments.measured(), arguments.frozen(arguments)
     reference_name = arguments.reference or arguments.models[0]
-    reads = frozen | arguments.code if arguments.reference else bits
-    reference = load_causal_lm(reference_name, **reads).to(device)
+    reference_options = frozen | arguments.code if arguments.reference else bits
+    reference = load_causal_lm(reference_name, **reference_options).to(device)
     evaluations = {}
     for name, source, tokenizer in zip(names, arguments.models, tokenizers, strict=True):
         logger.info("measuring %s", name)
-        model = reference if (source, bits) == (reference_name, reads) else load_causal_lm(source, **bits).to(device)
+        is_reference = (source, bits) == (reference_name, reference_options)
+        model = reference if is_reference else load_causal_lm(source, **bits).to(device)
         comparable = tokenizer.get_vocab() == tokenizers[0].get_vocab()  # an explicit reference has been checked
         if not comparable:
-            logger.warning("%s has another vocabulary than %s, so its KL is left out", name, names[0])
-        chosen = arguments.stop_token_id
-        stops = stop_ids(model, tokenizer) if chosen is None else (chosen,)
+            logger.warning("%s has another vocabulary than %s, so its KL is not measured", name, names[0])
+        stop_id = arguments.stop_token_id
+        stops = stop_ids(model, tokenizer) if stop_id is None else (stop_id,)
         evaluations[name] = evaluate_model(
             model,
             tokenizer,
-            questions.prompts,
+            inputs.prompts,
             sampling=replace(sampling, stop_ids=stops),
             seed=arguments.seed,
             completions_per_prompt=arguments.completions_per_prompt,
-            columns=questions.columns,
+            columns=inputs.columns,
             reward_model=load_reward(arguments.reward_model, tokenizer, device=device, **frozen)
             if arguments.reward_model
             else None,
             gold=load_reward(arguments.gold, tokenizer, device=device) if arguments.gold else None,
             reference=reference if comparable else None,
-            texts=questions.texts,
+            texts=inputs.texts,
             batch_size=arguments.batch_size,
             progress=True,
         )
@@ -272,21 +277,21 @@ def evaluate_all(
 
 
 def name_models(sources: Sequence[str]) -> list[str]:
-    """A short name for each model: its last folder, the whole source where two share that; numbered if repeated."""
+    """Return a short name for each model: its last folder, or the whole source where two share it; numbered if repeated."""
     short = [os.path.basename(os.path.normpath(source)) for source in sources]
     names = [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]
     before = [names[:place].count(name) for place, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
 
 
-def _spaced(rows: Any, count: int | None) -> Any:
-    """Rows from all over a dataset: many are sorted by label, and their first rows would be all of one kind."""
+def _evenly_spaced(rows: Any, count: int | None) -> Any:
+    """Return evenly spaced rows: many datasets are sorted by label, and their first rows have one label."""
     if count is None or count >= len(rows):
         return rows
     return rows.select([place * len(rows) // count for place in range(count)])
 
 
-def _beginning(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> str:
+def _first_tokens(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> str:
     if not isinstance(prompt, str):
         raise UserError("prompt_tokens cuts text; the prompts are messages or ids, so leave it out")
     return str(tokenizer.decode(tokenizer(prompt, add_special_tokens=False)["input_ids"][:tokens]))
@@ -303,27 +308,31 @@ def _check_lengths(name: str, code: Any, tokenizer: Any, prompts: list[Any], max
 
 
 def _card(measured: dict[str, dict[str, float]], evaluations: dict[str, Evaluation]) -> str:
-    """What was measured, one column a model, and the first prompts as each model answers them."""
+    """Return the tables of the card: the metrics with a column per model, and the answers to the first prompts."""
     names = [escape_markdown(name) for name in measured]
     numbers = [
-        [escape_markdown(key), *(_shown(metrics, key) for metrics in measured.values()), escape_markdown(meaning)]
+        [
+            escape_markdown(key),
+            *(_format_metric(metrics, key) for metrics in measured.values()),
+            escape_markdown(meaning),
+        ]
         for key, meaning in METRICS.items()
         if any(key in metrics for metrics in measured.values())
     ]
-    asked = next(iter(evaluations.values())).rows
-    first = {row["index"]: place for place, row in reversed(list(enumerate(asked)))}  # each prompt's first answer
+    rows = next(iter(evaluations.values())).rows
+    first = {row["index"]: place for place, row in reversed(list(enumerate(rows)))}  # each prompt's first answer
     answers = [
         [
-            escape_markdown(plain_text(asked[place]["prompt"])),
-            *(escape_markdown(one.rows[place]["completion"]) for one in evaluations.values()),
+            escape_markdown(plain_text(rows[place]["prompt"])),
+            *(escape_markdown(each.rows[place]["completion"]) for each in evaluations.values()),
         ]
         for place in sorted(first.values())[:SAMPLES_ON_CARD]
     ]
     columns = range(1, len(names) + 1)
-    return f"{table(['', *names, 'what it is'], numbers, columns)}\n\n{table(['prompt', *names], answers)}"
+    return f"{table(['', *names, 'meaning'], numbers, columns)}\n\n{table(['prompt', *names], answers)}"
 
 
-def _shown(metrics: dict[str, float], key: str) -> str:
+def _format_metric(metrics: dict[str, float], key: str) -> str:
     if key not in metrics:
         return ""
     low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")

@@ -47,7 +47,7 @@ class PPOArguments(DatasetArguments, FrozenQuantizationArguments):
     reward: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What scores answers: reward models' folders or Hub ids, or package.module:function; several add up."
+            "help": "Rewards of the answers: folders or Hub ids of reward models, or package.module:function; several are summed."
         },
     )
     reference_model: str | None = field(
@@ -74,13 +74,11 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     name = model_config.model_name_or_path
     if not name:
         raise UserError(
-            "no model to train; pass --model_name_or_path with a folder (the sft stage leaves one) or Hub id"
+            "no model to train; pass --model_name_or_path with a folder (such as the sft stage's) or Hub id"
         )
     rewards = list(arguments.reward or [])
     if not rewards:
-        raise UserError(
-            "nothing scores the answers; pass --reward with a reward model's folder or package.module:function"
-        )
+        raise UserError("no reward; pass --reward with a reward model's folder or package.module:function")
     pad = {"pad_token": arguments.pad_token} if arguments.pad_token else {}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     config, tokenizer = load_config(name, **code), load_tokenizer(name, **pad, **code)

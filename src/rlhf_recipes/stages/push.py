@@ -1,4 +1,4 @@
-"""A folder that a stage left, or a folder of rows -> a repo of the Hugging Face Hub, private unless told otherwise."""
+"""Push a folder that a stage left, or a dataset folder, to the Hugging Face Hub. New repos are private by default."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,48 +18,50 @@ SPLITS = {"train", "test", "validation"}
 
 @dataclass
 class PushArguments:
-    """Which folder goes where."""
+    """The folder and the repo it is pushed to."""
 
-    folder: str | None = field(default=None, metadata={"help": "Folder to push: what a stage left, or rows by split."})
+    folder: str | None = field(
+        default=None, metadata={"help": "Folder to push: a stage's output folder, or a dataset with a file per split."}
+    )
     hub_model_id: str | None = field(default=None, metadata={"help": "Repo to push to, as owner/name."})
     hub_private_repo: bool = field(
         default=True,
-        metadata={"help": "A new repo on the Hub is private, and a public one is refused; false: a public one."},
+        metadata={"help": "Create a private repo, and refuse a public one; false: public."},
     )
     hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to. Unset: main."})
     hub_token: str | None = field(
-        default=None, repr=False, metadata={"help": "Token. Unset: HF_TOKEN, or that of `hf auth login`."}
+        default=None, repr=False, metadata={"help": "Token. Unset: HF_TOKEN, or the token of `hf auth login`."}
     )
     base_model: str | None = field(
         default=None,
-        metadata={"help": "Hub id that a pushed LoRA adapter names as its base, where that was a local folder."},
+        metadata={"help": "Hub id of the base model that a pushed LoRA adapter names, where it names a local folder."},
     )
 
 
 def run_push(arguments: PushArguments) -> Path:
-    """Push a folder whole, or leave the repo as it was. The folder is read, never written to."""
+    """Push the whole folder as one commit, or leave the repo unchanged. The folder is only read."""
     if not arguments.folder:
-        raise UserError("no folder to push; pass --folder with what a stage left, or a folder of rows")
+        raise UserError("no folder to push; pass --folder with a stage's output folder or a dataset folder")
     folder = Path(arguments.folder)
-    kind = kind_of(folder)
+    kind = repo_type_of(folder)
     repo = Repo.from_arguments(arguments, kind)
     check_repo(repo)
     require_unlocked(folder)
-    replacements = _cards_of_rows(folder) if kind == "dataset" else _adapters(folder, arguments.base_model)
+    replacements = _dataset_cards(folder) if kind == "dataset" else _rebased_adapters(folder, arguments.base_model)
     if is_main_process():
         flags = ["--base_model", arguments.base_model] if arguments.base_model is not None else []
         print_pushed(folder, push_folder(folder, repo, replacements=replacements, flags=flags))
     return folder
 
 
-def kind_of(folder: Path) -> str:
-    """``model`` for what a stage left (a model, an adapter, a tokenizer, a report), ``dataset`` for rows by split.
+def repo_type_of(folder: Path) -> str:
+    """Return ``model`` for a stage's output folder (model, adapter, tokenizer, report), ``dataset`` for rows by split.
 
     Raises:
-        UserError: neither.
+        UserError: the folder is neither.
     """
     if not folder.is_dir():
-        raise UserError(f"folder {folder}: no such folder; give one that a stage left")
+        raise UserError(f"folder {folder}: no such folder; pass a stage's output folder")
     if any((folder / name).is_file() for name in MODEL_FILES):
         return "model"
     splits = data_splits(folder)
@@ -67,11 +69,11 @@ def kind_of(folder: Path) -> str:
         return "dataset"
     if (folder / RECIPE_FILE).is_file():
         return "model"
-    raise UserError(f"folder {folder} holds neither what a stage left nor rows (train.jsonl, ...); give one that does")
+    raise UserError(f"folder {folder} is neither a stage's output nor a dataset (train.jsonl, ...); pass one of them")
 
 
-def _adapters(folder: Path, base: str | None) -> dict[str, Path | bytes]:
-    """Each adapter_config.json of the folder, naming `base` as the base model; none where that is not asked."""
+def _rebased_adapters(folder: Path, base: str | None) -> dict[str, Path | bytes]:
+    """Return each adapter_config.json of the folder with `base` as its base model; nothing if `base` is None."""
     changed: dict[str, Path | bytes] = {}
     for name, path in files_to_push(folder) if base is not None else ():
         if path.name == ADAPTER_CONFIG:
@@ -82,20 +84,19 @@ def _adapters(folder: Path, base: str | None) -> dict[str, Path | bytes]:
     return changed
 
 
-def _cards_of_rows(folder: Path) -> dict[str, Path | bytes]:
-    """A card for rows that have none: where each split is, how many rows it has and in which columns."""
+def _dataset_cards(folder: Path) -> dict[str, Path | bytes]:
+    """Return a dataset card for rows without one: the files, rows and columns of each split."""
     if (folder / "README.md").is_file():
         return {}
     splits = data_splits(folder)
-    places = [{"split": name, "path": [_below(folder, file) for file in files]} for name, files in splits.items()]
-    lines = [front_matter(tags=["rlhf-recipes"], configs=[{"config_name": "default", "data_files": places}])]
+    data_files = [
+        {"split": name, "path": [file.relative_to(folder).as_posix() for file in files]}
+        for name, files in splits.items()
+    ]
+    lines = [front_matter(tags=["rlhf-recipes"], configs=[{"config_name": "default", "data_files": data_files}])]
     lines += [f"# {escape_markdown(folder.absolute().name)}", "", "| split | rows | columns |", "|---|---|---|"]
     for name in splits:
         rows: Any = load_split(str(folder), name)
         lines.append(f"| {escape_markdown(name)} | {len(rows)} | {escape_markdown(', '.join(rows.column_names))} |")
-    lines += ["", "Pushed by rlhf-recipes as they are. Who made the rows, and from what, is not known here.", ""]
+    lines += ["", "Pushed by rlhf-recipes without changes. The origin of the rows is not known.", ""]
     return {"README.md": "\n".join(lines).encode()}
-
-
-def _below(folder: Path, file: Path) -> str:
-    return file.relative_to(folder).as_posix()

@@ -60,7 +60,7 @@ class RLOOArguments(DatasetArguments, FrozenQuantizationArguments):
     reward: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What scores answers: reward models' folders or Hub ids, or package.module:function; several add up."
+            "help": "Rewards of the answers: folders or Hub ids of reward models, or package.module:function; several are summed."
         },
     )
 
@@ -215,10 +215,10 @@ def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOC
 
     train_rows, test_rows = load_train_and_test(arguments)
     prompts, held_out = checked(train_rows, "the training split"), checked(test_rows, "the held-out split")
-    asked = training.answers // training.num_generations
-    if len(prompts) < asked:
+    prompts_per_batch = training.answers // training.num_generations
+    if len(prompts) < prompts_per_batch:
         raise UserError(
-            f"the training split has {len(prompts)} prompts, fewer than the {asked} of one batch "
+            f"the training split has {len(prompts)} prompts, fewer than the {prompts_per_batch} of one batch "
             "(per_device_train_batch_size x steps_per_generation x processes / num_generations); lower the batch"
         )
     return prompts, held_out
@@ -228,9 +228,7 @@ def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[
     """Check every reward against the columns of the prompts, and return their sources."""
     sources = list(arguments.reward or [])
     if not sources:
-        raise UserError(
-            "nothing scores the answers; pass --reward with a reward model's folder or package.module:function"
-        )
+        raise UserError("no reward; pass --reward with a reward model's folder or package.module:function")
     for source in sources:
         check_reward(source, [name for name in columns if name != "prompt"])
     weights = training.reward_weights

@@ -1,4 +1,4 @@
-"""Text -> a byte-level BPE tokenizer (Radford et al. 2019) with a chat template, for GPT-2-style models."""
+"""Train a byte-level BPE tokenizer (Radford et al. 2019) with a chat template, for GPT-2-style models."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -25,35 +25,39 @@ from rlhf_recipes.hub import HubArguments, check_push, open_requested_repo, push
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-END_OF_TEXT = "<|endoftext|>"  # ends every document and every assistant turn, so it is EOS, and BOS too
-PAD = "<|pad|>"  # of its own, so that masking the padding never masks an EOS
+END_OF_TEXT = "<|endoftext|>"  # ends every document and assistant turn: EOS, and BOS too
+PAD = "<|pad|>"  # not EOS, so that masking the padding never masks an EOS
 BYTES = 256
 
 
 @dataclass
 class TokenizerArguments(HubArguments, DatasetArguments):
-    """What text to learn from, and how large the vocabulary becomes."""
+    """The text to train on, and the size of the vocabulary."""
 
-    output_dir: str = field(default="runs/tokenizer", metadata={"help": "Folder to leave the tokenizer in."})
+    output_dir: str = field(default="runs/tokenizer", metadata={"help": "Output folder for the tokenizer."})
     vocab_size: int = field(
-        default=8192, metadata={"help": "Tokens in all: 256 bytes, the special tokens, and merges for the rest."}
+        default=8192, metadata={"help": "Number of tokens: 256 bytes, the special tokens, and merges."}
     )
-    min_frequency: int = field(default=2, metadata={"help": "A pair seen fewer times is not merged."})
+    min_frequency: int = field(default=2, metadata={"help": "Merge only pairs that occur at least this often."})
     special_tokens: list[str] | None = field(
-        default=None, metadata={"help": "Special tokens beside end of text, padding and the three roles."}
+        default=None, metadata={"help": "Further special tokens, beside end of text, padding and the three roles."}
     )
     text_column: str = field(
         default="text",
-        metadata={"help": "Column of text. Without it, messages or prompts with their completions are read."},
+        metadata={
+            "help": "Column with text. A dataset without it is read by its messages, or prompts and completions."
+        },
     )
-    model_max_length: int = field(default=1024, metadata={"help": "Longest input in tokens, as the folder says it."})
-    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as they come, not all at once."})
+    model_max_length: int = field(
+        default=1024, metadata={"help": "Longest input in tokens, saved with the tokenizer."}
+    )
+    dataset_streaming: bool = field(default=False, metadata={"help": "Stream the rows instead of loading them all."})
 
     def __post_init__(self) -> None:
         least = BYTES + len(self.all_special_tokens())
         if self.vocab_size < least:
             raise UserError(
-                f"vocab_size {self.vocab_size} has no room for the 256 bytes and {least - BYTES} special tokens; "
+                f"vocab_size {self.vocab_size} is too small for the 256 bytes and {least - BYTES} special tokens; "
                 f"give at least {least}"
             )
         if self.min_frequency < 1 or self.model_max_length < 1:
@@ -62,30 +66,30 @@ class TokenizerArguments(HubArguments, DatasetArguments):
             raise UserError("special_tokens holds an empty token; leave it out")
 
     def all_special_tokens(self) -> list[str]:
-        """The special tokens in the order of their ids, each once."""
+        """Return the special tokens in the order of their ids, without duplicates."""
         return list(dict.fromkeys([END_OF_TEXT, PAD, *ROLE_TOKENS.values(), *(self.special_tokens or [])]))
 
 
 def train_tokenizer(texts: Iterable[str], arguments: TokenizerArguments) -> "PreTrainedTokenizerBase":
-    """Learn the merges from `texts`. Every byte has a token, so any text round-trips and nothing is unknown."""
+    """Train the merges on `texts`. Every byte has a token, so any text round-trips and no token is unknown."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Tokenizer
 
     special = arguments.all_special_tokens()
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learner.decoder = decoders.ByteLevel()
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=arguments.vocab_size,
         min_frequency=arguments.min_frequency,
         special_tokens=[AddedToken(token, normalized=False, special=True) for token in special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    learner.train_from_iterator(texts, trainer)
-    learnt = json.loads(learner.to_str())["model"]
+    bpe.train_from_iterator(texts, trainer)
+    model = json.loads(bpe.to_str())["model"]
     return GPT2Tokenizer(
-        vocab=learnt["vocab"],
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
         pad_token=PAD,
         extra_special_tokens=special[2:],
         chat_template=chat_template(),
@@ -95,17 +99,17 @@ def train_tokenizer(texts: Iterable[str], arguments: TokenizerArguments) -> "Pre
 
 
 def run_tokenizer(arguments: TokenizerArguments) -> Path:
-    """Train a tokenizer and leave a folder that `AutoTokenizer` loads. Of several processes, the first one works."""
+    """Train a tokenizer and leave a folder that `AutoTokenizer` loads. With several processes, rank 0 does the work."""
     check_push(arguments)
     sources = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
     folder = check_output_folder(arguments.output_dir, arguments.overwrite, sources)
-    learnt_from, held_out = _load_texts(arguments)
+    train, held_out = _load_texts(arguments)
     if not is_main_process():
         return folder
     limit = arguments.max_train_samples
-    tokenizer = train_tokenizer(_texts(learnt_from, arguments, limit), arguments)
+    tokenizer = train_tokenizer(_texts(train, arguments, limit), arguments)
     measured = measure_tokenizer(
-        tokenizer, _texts(held_out, arguments) if held_out else _texts(learnt_from, arguments, limit)
+        tokenizer, _texts(held_out, arguments) if held_out else _texts(train, arguments, limit)
     )
     open_requested_repo(arguments)
     clear_output_folder(folder)
@@ -117,21 +121,21 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
         parents={"text": ", ".join(filter(None, sources))},
         metrics={"vocab_size": len(tokenizer), **measured},
         arguments=[arguments],
-        notes=f"`bytes_per_token` is measured on {'held-out text' if held_out else 'the text it was learnt from'}.",
+        notes=f"`bytes_per_token` is measured on {'held-out text' if held_out else 'the training text'}.",
     )
     push_if_requested(folder, arguments)
     return folder
 
 
 def _load_texts(arguments: TokenizerArguments) -> tuple[list[Any], list[Any]]:
-    """The training splits, and the held-out split if there is one; each is checked to hold text."""
+    """Load the training splits, and the test split if there is one, and check that they hold text."""
     parts = load_training_sources(arguments, streaming=arguments.dataset_streaming)
     test = load_test_split(arguments, streaming=arguments.dataset_streaming)
     datasets = [*parts, *([] if test is None else [test])]
     for dataset in datasets:
-        columns = require_columns(dataset, *_columns(arguments), role="the text to learn from")
+        columns = require_columns(dataset, *_columns(arguments), role="the training text")
         if columns == (arguments.text_column,):
-            require_text(dataset, arguments.text_column, "the text to learn from")
+            require_text(dataset, arguments.text_column, "the training text")
     return parts, datasets[len(parts) :]
 
 
@@ -141,7 +145,7 @@ def _columns(arguments: TokenizerArguments) -> list[tuple[str, ...]]:
 
 
 def _texts(datasets: Iterable[Any], arguments: TokenizerArguments, limit: int | None = None) -> Iterator[str]:
-    """Every text in the first `limit` rows: the text column, or the words of the messages, prompts and answers."""
+    """Yield every text of the first `limit` rows: the text column, or the contents of messages, prompts and answers."""
     rows = ((row, require_columns(dataset, *_columns(arguments))) for dataset in datasets for row in dataset)
     for row, columns in islice(rows, limit):
         for column in columns:
@@ -151,7 +155,7 @@ def _texts(datasets: Iterable[Any], arguments: TokenizerArguments, limit: int | 
 
 
 def measure_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> dict[str, float]:
-    """`bytes_per_token` (UTF-8 bytes of text that one token stands for), `bytes` and `tokens`."""
+    """Return `bytes_per_token` (UTF-8 bytes of text per token), `bytes` and `tokens`."""
     size, count = 0, 0
     for text in texts:
         size += len(text.encode("utf-8"))
