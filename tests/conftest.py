@@ -208,7 +208,7 @@ def make_reward_model() -> Callable[..., "GPT2ForSequenceClassification"]:
 
 
 @pytest.fixture(scope="module")
-def world(
+def runs(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_reward_model: Callable[..., Any],
     tokenizer: "PreTrainedTokenizerFast",
 ) -> Path:  # fmt: skip

@@ -33,25 +33,25 @@ Launch = Callable[..., forks.Result]
 
 
 @pytest.fixture(scope="module")
-def launch(world: Path) -> Launch:
+def launch(runs: Path) -> Launch:
     """(processes, jobs) -> the result of running them, which ended with code 0 or, if `code` is another, failed."""
 
     def start(processes: int, jobs: list[dict[str, Any]], code: int = 0) -> forks.Result:
-        result = forks.launch(processes, lambda: small_runs.run_jobs(world, jobs))
+        result = forks.launch(processes, lambda: small_runs.run_jobs(runs, jobs))
         assert (result.returncode != 0) == (code != 0), result.stderr[-3000:]
         return result
 
     return start
 
 
-def torchrun(world: Path, jobs: list[dict[str, Any]]) -> forks.Result:
+def torchrun(runs: Path, jobs: list[dict[str, Any]]) -> forks.Result:
     """Run the jobs on two processes that torchrun starts."""
-    path = world / f"jobs of {jobs[0]['out']}.json"
+    path = runs / f"jobs of {jobs[0]['out']}.json"
     path.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, str(world), str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, str(runs), str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -60,25 +60,25 @@ def stage_of(kind: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def run_by(launch: Launch, world: Path) -> Callable[[str, int], Path]:
+def run_by(launch: Launch, runs: Path) -> Callable[[str, int], Path]:
     """(kind, processes) -> the folder of that run; every kind is run in one launch."""
 
     def made(kind: str, processes: int) -> Path:
-        if not (world / f"{kind} by {processes}").exists():
+        if not (runs / f"{kind} by {processes}").exists():
             jobs = [{"stage": stage_of(each), "out": f"{each} by {processes}", **KINDS[each]} for each in KINDS]
             launch(processes, [job | {"save_total_limit": 9} for job in jobs])
-        return world / f"{kind} by {processes}"
+        return runs / f"{kind} by {processes}"
 
     return made
 
 
 @pytest.fixture(scope="module")
-def run_alone(world: Path) -> Callable[[str], Path]:
+def run_alone(runs: Path) -> Callable[[str], Path]:
     """(kind) -> the folder of the run by this process alone."""
 
     def made(kind: str) -> Path:
-        out = world / f"{kind} by 1"
-        return out if out.exists() else small_runs.run(stage_of(kind), world, out.name, **KINDS[kind])
+        out = runs / f"{kind} by 1"
+        return out if out.exists() else small_runs.run(stage_of(kind), runs, out.name, **KINDS[kind])
 
     return made
 
@@ -86,11 +86,11 @@ def run_alone(world: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_processes_train_like_one(
-    kind: str, processes: int, run_by: Callable[[str, int], Path], run_alone: Callable[[str], Path], world: Path
+    kind: str, processes: int, run_by: Callable[[str, int], Path], run_alone: Callable[[str], Path], runs: Path
 ) -> None:
     """Weights and logs agree; and the weights moved."""
     one, many = run_alone(kind), run_by(kind, processes)
-    start = small_runs.weights_in(world / "model")
+    start = small_runs.weights_in(runs / "model")
     learnt = small_runs.weights_in(one)
     moved = {name: learnt[name] for name in learnt if name in start or "lora_B" in name}
     assert farthest(moved, {name: start.get(name, torch.zeros_like(moved[name])) for name in moved}) > 1e-3
@@ -106,7 +106,7 @@ def test_several_processes_train_like_one(
         assert {name: theirs[name] for name in same} == pytest.approx(same, rel=2e-3, abs=1e-4)
 
 
-def test_every_process_loads_the_best_checkpoint(launch: Launch, world: Path) -> None:
+def test_every_process_loads_the_best_checkpoint(launch: Launch, runs: Path) -> None:
     """Not only rank 0, which saved it. The metric prefers the checkpoint that is trained least: an early one."""
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
     options: dict[str, dict[str, Any]] = {
@@ -115,7 +115,7 @@ def test_every_process_loads_the_best_checkpoint(launch: Launch, world: Path) ->
     }
     launch(2, [{"stage": stage, "out": f"{stage} best by 2", **options[stage]} for stage in options])
     for stage, changes in options.items():
-        one, two = small_runs.run(stage, world, f"{stage} best by 1", **changes), world / f"{stage} best by 2"
+        one, two = small_runs.run(stage, runs, f"{stage} best by 1", **changes), runs / f"{stage} best by 2"
         state = json.loads((two / "trainer_state.json").read_text())
         assert state["best_global_step"] < state["global_step"]
         saved = small_runs.weights_in(two / f"checkpoint-{state['best_global_step']}")
@@ -133,16 +133,16 @@ def resumed_checkpoints(stage: str) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def resumed(launch: Launch, run_by: Callable[[str, int], Path], world: Path) -> None:
+def resumed(launch: Launch, run_by: Callable[[str, int], Path], runs: Path) -> None:
     """Runs begun by two processes and resumed by one, and begun by one and resumed by two."""
     jobs = []
     for stage in STAGES:
-        small_runs.run(stage, world, f"{stage} begun", save_total_limit=9)
+        small_runs.run(stage, runs, f"{stage} begun", save_total_limit=9)
         for checkpoint in resumed_checkpoints(stage):
             fewer, more = f"{stage} fewer {checkpoint}", f"{stage} more {checkpoint}"
-            shutil.copytree(run_by(stage, 2) / checkpoint, world / fewer / checkpoint)
-            shutil.copytree(world / f"{stage} begun" / checkpoint, world / more / checkpoint)
-            small_runs.run(stage, world, fewer, resume="auto")
+            shutil.copytree(run_by(stage, 2) / checkpoint, runs / fewer / checkpoint)
+            shutil.copytree(runs / f"{stage} begun" / checkpoint, runs / more / checkpoint)
+            small_runs.run(stage, runs, fewer, resume="auto")
             jobs.append({"stage": stage, "out": more, "resume": "auto"})
     launch(2, jobs)
 
@@ -150,11 +150,11 @@ def resumed(launch: Launch, run_by: Callable[[str, int], Path], world: Path) -> 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("processes", ["fewer", "more"])
 def test_a_run_resumes_with_another_number_of_processes(
-    stage: str, processes: str, resumed: None, run_alone: Callable[[str], Path], world: Path
+    stage: str, processes: str, resumed: None, run_alone: Callable[[str], Path], runs: Path
 ) -> None:
     uninterrupted = small_runs.weights_in(run_alone(stage))
     for checkpoint in resumed_checkpoints(stage):
-        assert farthest(uninterrupted, small_runs.weights_in(world / f"{stage} {processes} {checkpoint}")) < TOLERANCE
+        assert farthest(uninterrupted, small_runs.weights_in(runs / f"{stage} {processes} {checkpoint}")) < TOLERANCE
 
 
 @pytest.mark.fault("one of two processes dies", stage="sft")
@@ -163,45 +163,45 @@ def test_a_run_resumes_with_another_number_of_processes(
     [pytest.param("error", "this process fails on purpose", marks=pytest.mark.slow), ("9", "SIGKILL")],
 )
 def test_a_process_that_dies_ends_the_run_which_then_resumes(
-    how: str, words: str, run_alone: Callable[[str], Path], launch: Launch, world: Path
+    how: str, words: str, run_alone: Callable[[str], Path], launch: Launch, runs: Path
 ) -> None:
     out = f"dead of {how}"
-    result = torchrun(world, [{"stage": "sft", "out": out, "dies": [3, how]}])
+    result = torchrun(runs, [{"stage": "sft", "out": out, "dies": [3, how]}])
     assert result.returncode != 0 and words in result.stderr + result.stdout
-    assert [path.name for path in list_checkpoints(world / out)] == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(runs / out)] == ["checkpoint-2"]
     launch(2, [{"stage": "sft", "out": out, "resume": "auto"}])
-    assert farthest(small_runs.weights_in(run_alone("sft")), small_runs.weights_in(world / out)) < TOLERANCE
+    assert farthest(small_runs.weights_in(run_alone("sft")), small_runs.weights_in(runs / out)) < TOLERANCE
 
 
 @pytest.mark.fault("one of two processes gets SIGTERM", stage="ppo")
 def test_sigterm_to_one_process_stops_all_at_the_same_step(
-    run_alone: Callable[[str], Path], launch: Launch, world: Path
+    run_alone: Callable[[str], Path], launch: Launch, runs: Path
 ) -> None:
     done = launch(2, [{"stage": "ppo", "out": "stopped", "dies": [5, str(int(signal.SIGTERM))]}], code=1)
     assert "stopped by SIGTERM; saved at step 6" in done.stderr
-    assert list_checkpoints(world / "stopped")[0].name == "checkpoint-6"
-    small_runs.run("ppo", world, "stopped", resume="auto")
-    assert farthest(small_runs.weights_in(run_alone("ppo")), small_runs.weights_in(world / "stopped")) < TOLERANCE
+    assert list_checkpoints(runs / "stopped")[0].name == "checkpoint-6"
+    small_runs.run("ppo", runs, "stopped", resume="auto")
+    assert farthest(small_runs.weights_in(run_alone("ppo")), small_runs.weights_in(runs / "stopped")) < TOLERANCE
 
 
 @pytest.mark.slow
-def test_two_machines_train_like_one_process(run_alone: Callable[[str], Path], world: Path) -> None:
+def test_two_machines_train_like_one_process(run_alone: Callable[[str], Path], runs: Path) -> None:
     """Launched as docs/scaling.md says, with one process each; here both are this machine, joined on loopback."""
     settings = yaml.safe_load((ROOT / "accelerate_configs/several_nodes.yaml").read_text())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config, jobs = world / "several_nodes.yaml", world / "jobs of several nodes.json"
+    config, jobs = runs / "several_nodes.yaml", runs / "jobs of several nodes.json"
     config.write_text(
         yaml.safe_dump(settings | {"use_cpu": True, "num_processes": 2, "main_process_port": port}),
     )
     jobs.write_text(json.dumps([{"stage": stage, "out": f"{stage} on two machines"} for stage in ("sft", "ppo")]))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    errors = [world / f"machine {rank}.err" for rank in (0, 1)]
+    errors = [runs / f"machine {rank}.err" for rank in (0, 1)]
     machines = [
         subprocess.Popen(
-            [*command, "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", str(PROGRAM), str(world), str(jobs)],
+            [*command, "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", str(PROGRAM), str(runs), str(jobs)],
             env=environment, stdout=subprocess.DEVNULL, stderr=path.open("w"),
         )
         for rank, path in enumerate(errors)
@@ -213,15 +213,15 @@ def test_two_machines_train_like_one_process(run_alone: Callable[[str], Path], w
             machine.terminate()  # a launcher passes it on
     assert codes == [0, 0], "\n".join(path.read_text()[-2000:] for path in errors)
     for stage in ("sft", "ppo"):
-        weights = small_runs.weights_in(world / f"{stage} on two machines")
+        weights = small_runs.weights_in(runs / f"{stage} on two machines")
         assert farthest(small_runs.weights_in(run_alone(stage)), weights) < TOLERANCE
 
 
-def test_a_batch_size_that_does_not_divide_by_processes_is_refused(launch: Launch, world: Path) -> None:
+def test_a_batch_size_that_does_not_divide_by_processes_is_refused(launch: Launch, runs: Path) -> None:
     done = launch(2, [{"stage": "sft", "out": "odd", "global_batch_size": 7}], code=2)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and lines[0].startswith("error: global_batch_size 7 does not divide among 2 processes; ")
-    assert not (world / "odd").exists()
+    assert not (runs / "odd").exists()
 
 
 FALLBACKS = {
@@ -253,7 +253,7 @@ def check_refusal(result: forks.Result, message: str) -> None:
 
 @pytest.mark.parametrize("kind", FALLBACKS)
 def test_a_launch_that_would_silently_be_smaller_is_refused(
-    kind: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Accelerate falls back to one process, whose environment its launcher makes here."""
     words, message = launch_words(kind, tmp_path)
@@ -265,20 +265,20 @@ def test_a_launch_that_would_silently_be_smaller_is_refused(
     )
     launcher.launch_command(launcher.launch_command_parser().parse_args([*words, "-m", "rlhf_recipes"]))
     out = f"refused {kind}"
-    result = forks.run_forked(lambda: small_runs.run_jobs(world, [{"stage": "sft", "out": out}]), environments[0])
+    result = forks.run_forked(lambda: small_runs.run_jobs(runs, [{"stage": "sft", "out": out}]), environments[0])
     check_refusal(result, message)
-    assert not (world / out).exists()
+    assert not (runs / out).exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FALLBACKS)
-def test_accelerate_launch_that_would_silently_be_smaller_is_refused(kind: str, world: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_that_would_silently_be_smaller_is_refused(kind: str, runs: Path, tmp_path: Path) -> None:
     words, message = launch_words(kind, tmp_path)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *words]
-    command += ["-m", "rlhf_recipes", "sft", *small_runs.flags("sft", world, f"fallen {kind}")]
+    command += ["-m", "rlhf_recipes", "sft", *small_runs.flags("sft", runs, f"fallen {kind}")]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     check_refusal(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300), message)
-    assert not (world / f"fallen {kind}").exists()
+    assert not (runs / f"fallen {kind}").exists()
 
 
 def test_processes_that_would_each_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

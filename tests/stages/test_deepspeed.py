@@ -32,12 +32,10 @@ pytestmark = [
 ]
 
 
-def launched(
-    world: Path, stage: int, processes: int, jobs: list[dict[str, Any]]
-) -> "subprocess.CompletedProcess[str]":
+def launched(runs: Path, stage: int, processes: int, jobs: list[dict[str, Any]]) -> "subprocess.CompletedProcess[str]":
     """As a user would: the file of accelerate_configs/, for a CPU."""
     asked = yaml.safe_load((ROOT / f"accelerate_configs/deepspeed_zero{stage}.yaml").read_text())
-    told, config = world / "jobs.json", world / f"zero{stage}.yaml"
+    told, config = runs / "jobs.json", runs / f"zero{stage}.yaml"
     told.write_text(json.dumps(jobs))
     config.write_text(yaml.safe_dump(asked | {"use_cpu": True, "num_processes": processes}))
     environment = os.environ | {
@@ -48,16 +46,16 @@ def launched(
     }
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return subprocess.run(
-        [*command, str(PROGRAM), str(world), str(told)],
+        [*command, str(PROGRAM), str(runs), str(told)],
         env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def identity(world: Path) -> Callable[[str], Path]:
+def identity(runs: Path) -> Callable[[str], Path]:
     def made(kind: str) -> Path:
-        out = world / f"{kind} alone"
-        return out if out.exists() else small_runs.run(kind.partition(",")[0], world, out.name, **KINDS[kind])
+        out = runs / f"{kind} alone"
+        return out if out.exists() else small_runs.run(kind.partition(",")[0], runs, out.name, **KINDS[kind])
 
     return made
 
@@ -65,7 +63,7 @@ def identity(world: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
-    stage: int, processes: int, world: Path, alone: Callable[[str], Path]
+    stage: int, processes: int, runs: Path, alone: Callable[[str], Path]
 ) -> None:
     """Weights, and what was measured; then from its own checkpoint."""
     name = f"by {processes} zero {stage}"
@@ -73,36 +71,36 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
         {"stage": kind.partition(",")[0], "out": f"{kind} {name}", "save_total_limit": 9, **KINDS[kind]}
         for kind in KINDS
     ]
-    done = launched(world, stage, processes, jobs)
+    done = launched(runs, stage, processes, jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in KINDS:
-        one, many = identity(kind), world / f"{kind} {name}"
+        one, many = identity(kind), runs / f"{kind} {name}"
         assert farthest(small_runs.weights_in(one), small_runs.weights_in(many)) < TOLERANCE
         told = [json.loads((folder / "metrics.json").read_text()) for folder in (one, many)]
         for key in {"perplexity", "reward_accuracy", "margin", "score"} & set(told[0]):
             assert told[1][key] == pytest.approx(told[0][key], rel=1e-4)
-        shutil.copytree(many / "checkpoint-4", world / f"{kind} {name} on" / "checkpoint-4")
+        shutil.copytree(many / "checkpoint-4", runs / f"{kind} {name} on" / "checkpoint-4")
     on = [job | {"out": f"{job['out']} on", "resume": "auto"} for job in jobs]
-    done = launched(world, stage, processes, on)
+    done = launched(runs, stage, processes, on)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in KINDS:
-        weights = small_runs.weights_in(world / f"{kind} {name} on")
+        weights = small_runs.weights_in(runs / f"{kind} {name} on")
         assert farthest(small_runs.weights_in(identity(kind)), weights) < TOLERANCE
 
 
-def test_what_ppo_cannot_do_there_is_refused_before_anything_is_written(world: Path) -> None:
-    done = launched(world, 2, 2, [{"stage": "ppo", "out": "ppo zero", "value_warmup_updates": 1}])
+def test_what_ppo_cannot_do_there_is_refused_before_anything_is_written(runs: Path) -> None:
+    done = launched(runs, 2, 2, [{"stage": "ppo", "out": "ppo zero", "value_warmup_updates": 1}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1
     assert "value_warmup_updates" in lines[0] and "accelerate_configs/fsdp2.yaml" in lines[0]
-    assert not (world / "ppo zero").exists()
+    assert not (runs / "ppo zero").exists()
 
 
-def test_another_number_of_processes_is_refused_in_one_line(world: Path) -> None:
+def test_another_number_of_processes_is_refused_in_one_line(runs: Path) -> None:
     """ZeRO's checkpoints are cut for as many processes as saved them."""
-    assert launched(world, 2, 2, [{"stage": "sft", "out": "cut for two"}]).returncode == 0
-    shutil.copytree(world / "cut for two" / "checkpoint-4", world / "taken by one" / "checkpoint-4")
-    done = launched(world, 2, 1, [{"stage": "sft", "out": "taken by one", "resume": "auto"}])
+    assert launched(runs, 2, 2, [{"stage": "sft", "out": "cut for two"}]).returncode == 0
+    shutil.copytree(runs / "cut for two" / "checkpoint-4", runs / "taken by one" / "checkpoint-4")
+    done = launched(runs, 2, 1, [{"stage": "sft", "out": "taken by one", "resume": "auto"}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1 and "was saved by 2 processes" in lines[0]
 
@@ -116,18 +114,18 @@ class RunsAsItIsRead:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_checkpoint_that_brings_code_is_refused(stage: int, world: Path) -> None:
+def test_a_checkpoint_that_brings_code_is_refused(stage: int, runs: Path) -> None:
     """DeepSpeed by itself unpickles what is there."""
     name = f"brings code {stage}"
-    assert launched(world, stage, 1, [{"stage": "sft", "out": name}]).returncode == 0
-    point = world / f"{name} on" / "checkpoint-4"
-    shutil.copytree(world / name / "checkpoint-4", point)
+    assert launched(runs, stage, 1, [{"stage": "sft", "out": name}]).returncode == 0
+    point = runs / f"{name} on" / "checkpoint-4"
+    shutil.copytree(runs / name / "checkpoint-4", point)
     for number, path in enumerate(sorted(point.rglob("*.pt"))):
         if path.parent != point:
             state = torch.load(path, weights_only=False)
-            torch.save(state | {"more": RunsAsItIsRead(world / f"ran {stage} {number}")}, path)
+            torch.save(state | {"more": RunsAsItIsRead(runs / f"ran {stage} {number}")}, path)
     write_checksums(point)
-    done = launched(world, stage, 1, [{"stage": "sft", "out": f"{name} on", "resume": "auto"}])
+    done = launched(runs, stage, 1, [{"stage": "sft", "out": f"{name} on", "resume": "auto"}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1 and "holds a pickle that would run code (posix.mkdir)" in lines[0]
-    assert not list(world.glob(f"ran {stage}*"))
+    assert not list(runs.glob(f"ran {stage}*"))

@@ -75,7 +75,7 @@ def told(act: Callable[[], Any], folder: Path) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(world: Path) -> Callable[[str], dict[str, Any]]:
+def whole(runs: Path) -> Callable[[str], dict[str, Any]]:
     """(case) -> how the run ends that nothing happens to."""
     ends: dict[str, dict[str, Any]] = {}
 
@@ -83,25 +83,25 @@ def whole(world: Path) -> Callable[[str], dict[str, Any]]:
         if case not in ends:
             stage, options = CASES[case]
             out, started = f"whole {case}", time.monotonic()
-            assert not kill_and_resume.attempt(lambda: small_runs.run(stage, world, out, **options), None)
+            assert not kill_and_resume.attempt(lambda: small_runs.run(stage, runs, out, **options), None)
             SECONDS[case] = time.monotonic() - started
-            ends[case] = small_runs.end_of(world / out)
+            ends[case] = small_runs.end_of(runs / out)
         return ends[case]
 
     return end
 
 
 @pytest.fixture
-def again(world: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str, str], None]:
+def again(runs: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str, str], None]:
     """(case, folder) -> resume the run there, and it must end as the whole one."""
 
     def check(case: str, out: str) -> None:
         stage, options = CASES[case]
-        assert not kill_and_resume.attempt(lambda: small_runs.run(stage, world, out, resume="auto", **options), None)
-        end, expected = small_runs.end_of(world / out), whole(case)
+        assert not kill_and_resume.attempt(lambda: small_runs.run(stage, runs, out, resume="auto", **options), None)
+        end, expected = small_runs.end_of(runs / out), whole(case)
         assert end["log"] == expected["log"]
         assert kill_and_resume.same(end, expected)
-        assert not (world / out / ".saving").exists() and not (world / out / ".lock").exists()
+        assert not (runs / out / ".saving").exists() and not (runs / out / ".lock").exists()
 
     return check
 
@@ -118,7 +118,7 @@ def test_a_fork_that_is_killed_locks_no_other_out() -> None:
 @pytest.mark.fault("killed at a random moment (SIGKILL, as for want of memory)")
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_random_moments(
-    case: str, world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None],
+    case: str, runs: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None],
     pytestconfig: pytest.Config, record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
     """One run after the other, each killed until it has ended, until there were so many kills."""
@@ -128,7 +128,7 @@ def test_killed_at_random_moments(
     for number in itertools.count():
         out, before = f"random {case} {number}", kills
         while kill_and_resume.attempt(
-            lambda out=out: small_runs.run(stage, world, out, resume="auto", **options),  # type: ignore[misc]
+            lambda out=out: small_runs.run(stage, runs, out, resume="auto", **options),  # type: ignore[misc]
             draw.uniform(0.0, SECONDS[case] * (1 + (kills - before) / 10)),
         ):
             kills += 1
@@ -164,7 +164,7 @@ BYTES_TOO = [("second", 0), ("second", 20_000), ("first", 0), ("first", 300)]
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("which", "size"), [*BYTES, *(pytest.param(*each, marks=SLOW) for each in BYTES_TOO)])
 def test_killed_at_a_byte_of_a_save(
-    stage: str, which: str, size: int, world: Path, again: Callable[[str, str], None]
+    stage: str, which: str, size: int, runs: Path, again: Callable[[str, str], None]
 ) -> None:
     """Of the first save, what is left tells of no run, and is not taken for somebody else's files."""
     out = f"{which} byte {size} {stage}"
@@ -172,10 +172,10 @@ def test_killed_at_a_byte_of_a_save(
     def act() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         in_save({"first": 1, "second": 2}[which], lambda: no_file_beyond(size))
-        small_runs.run(stage, world, out)
+        small_runs.run(stage, runs, out)
 
-    assert told(act, world)[0] == -signal.SIGXFSZ
-    kept = list_checkpoints(world / out)
+    assert told(act, runs)[0] == -signal.SIGXFSZ
+    kept = list_checkpoints(runs / out)
     assert [path.name for path in kept] == {"first": [], "second": ["checkpoint-2"]}[which]
     assert [find_damage(path) for path in kept] == [None] * len(kept)
     again(stage, out)
@@ -183,24 +183,24 @@ def test_killed_at_a_byte_of_a_save(
 
 @pytest.mark.fault("the disk takes no more of a checkpoint")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk_ends_the_run_in_one_line(stage: str, world: Path, again: Callable[[str, str], None]) -> None:
+def test_a_full_disk_ends_the_run_in_one_line(stage: str, runs: Path, again: Callable[[str, str], None]) -> None:
     out = f"full {stage}"
 
     def act() -> None:
         in_save(2, lambda: no_file_beyond(20_000))
-        small_runs.run(stage, world, out)
+        small_runs.run(stage, runs, out)
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     assert code == 2 and "Traceback" not in said
     line = said.strip().splitlines()[-1]
     assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 with --resume auto" in line
-    assert not (world / out / ".saving").exists()  # what was half written makes room
+    assert not (runs / out / ".saving").exists()  # what was half written makes room
     again(stage, out)
 
 
 @pytest.mark.fault("told to end (SIGTERM)")
 @pytest.mark.parametrize("stage", STAGES)
-def test_told_to_end_it_saves_and_goes_on_later(stage: str, world: Path, again: Callable[[str, str], None]) -> None:
+def test_told_to_end_it_saves_and_goes_on_later(stage: str, runs: Path, again: Callable[[str, str], None]) -> None:
     out = f"term {stage}"
 
     def act() -> None:
@@ -216,16 +216,16 @@ def test_told_to_end_it_saves_and_goes_on_later(stage: str, world: Path, again: 
             return step(self, *args, **kwargs)
 
         SafeTrainer.training_step = counted  # type: ignore[method-assign]
-        small_runs.run(stage, world, out, save_strategy="no")
+        small_runs.run(stage, runs, out, save_strategy="no")
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     assert code == 128 + signal.SIGTERM and "Traceback" not in said
     assert said.strip().splitlines()[-1] == "stopped by SIGTERM; saved at step 3: resume with --resume auto"
-    assert [path.name for path in list_checkpoints(world / out)] == ["checkpoint-3"]
+    assert [path.name for path in list_checkpoints(runs / out)] == ["checkpoint-3"]
     again(stage, out)
 
 
-def test_told_to_end_once_more_later_it_ends_at_once(world: Path) -> None:
+def test_told_to_end_once_more_later_it_ends_at_once(runs: Path) -> None:
     def act() -> None:
         def impatient(self: Any, *args: Any, **kwargs: Any) -> Any:
             for _ in range(2):
@@ -234,10 +234,10 @@ def test_told_to_end_once_more_later_it_ends_at_once(world: Path) -> None:
 
         sigterm.REPEAT_SECONDS = 0.0
         SafeTrainer.training_step = impatient  # type: ignore[method-assign]
-        small_runs.run("sft", world, "told twice", save_strategy="no")
+        small_runs.run("sft", runs, "told twice", save_strategy="no")
 
-    assert told(act, world)[0] == -signal.SIGTERM
-    assert not list_checkpoints(world / "told twice")
+    assert told(act, runs)[0] == -signal.SIGTERM
+    assert not list_checkpoints(runs / "told twice")
 
 
 def after_training(act: Callable[[Any], None]) -> None:
@@ -255,32 +255,32 @@ def after_training(act: Callable[[Any], None]) -> None:
 @pytest.mark.fault("the disk takes no more of the model at the end")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_disk_that_is_full_at_the_end_ends_the_run_in_one_line(
-    stage: str, world: Path, again: Callable[[str, str], None]
+    stage: str, runs: Path, again: Callable[[str, str], None]
 ) -> None:
     out = f"full at the end of {stage}"
 
     def act() -> None:
         after_training(lambda trainer: no_file_beyond(20_000))
-        small_runs.run(stage, world, out)
+        small_runs.run(stage, runs, out)
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     line = said.strip().splitlines()[-1]
-    assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {world}")
-    assert "with --resume auto" in line and not (world / out / ".saving").exists()
+    assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {runs}")
+    assert "with --resume auto" in line and not (runs / out / ".saving").exists()
     again(stage, out)
 
 
 @pytest.mark.fault("the disk takes no more answers", stage="ppo")
 def test_a_disk_that_is_full_between_checkpoints_ends_the_run_in_one_line(
-    world: Path, again: Callable[[str, str], None]
+    runs: Path, again: Callable[[str, str], None]
 ) -> None:
     def act() -> None:
         no_file_beyond(1_000)
-        small_runs.run("ppo", world, "full of answers", save_strategy="no")
+        small_runs.run("ppo", runs, "full of answers", save_strategy="no")
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     line = said.strip().splitlines()[-1]
-    assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {world}")
+    assert code == 2 and "Traceback" not in said and line.startswith(f"error: a file could not be written to {runs}")
     assert line.endswith("free space there: there is no checkpoint yet")
     again("ppo", "full of answers")
 
@@ -293,35 +293,35 @@ def as_anybody() -> None:
 @pytest.mark.fault("the folder lets nothing be written any more")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_folder_that_becomes_read_only_ends_the_run_in_one_line(
-    stage: str, world: Path, again: Callable[[str, str], None]
+    stage: str, runs: Path, again: Callable[[str, str], None]
 ) -> None:
     out = f"closed {stage}"
 
     def act() -> None:
         as_anybody()
-        in_save(2, lambda: (world / out).chmod(0o555))
-        small_runs.run(stage, world, out)
+        in_save(2, lambda: (runs / out).chmod(0o555))
+        small_runs.run(stage, runs, out)
 
-    code, said = told(act, world)
-    (world / out).chmod(0o755)
+    code, said = told(act, runs)
+    (runs / out).chmod(0o755)
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said
     assert line.startswith("error: checkpoint-4 could not be written") and "checkpoint-2 with --resume auto" in line
-    assert find_damage(world / out / "checkpoint-2") is None
+    assert find_damage(runs / out / "checkpoint-2") is None
     again(stage, out)
 
 
 @pytest.mark.fault("the folder is read-only from the start")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_read_only_folder_is_refused_before_anything_is_read(stage: str, world: Path) -> None:
-    closed = world / f"read-only {stage}"
+def test_a_read_only_folder_is_refused_before_anything_is_read(stage: str, runs: Path) -> None:
+    closed = runs / f"read-only {stage}"
     closed.mkdir(mode=0o555)
 
     def act() -> None:
         as_anybody()
-        small_runs.run(stage, world, f"{closed.name}/run", model_name_or_path="nowhere")
+        small_runs.run(stage, runs, f"{closed.name}/run", model_name_or_path="nowhere")
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     assert code == 2 and said.splitlines() == [
         f"error: output folder {closed}/run cannot be written; choose another --output_dir"
     ]
@@ -330,7 +330,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_read(stage: str, world
 
 @pytest.mark.fault("no memory is left for a step")
 @pytest.mark.parametrize("stage", STAGES)
-def test_out_of_memory_ends_the_run_in_one_line(stage: str, world: Path, again: Callable[[str, str], None]) -> None:
+def test_out_of_memory_ends_the_run_in_one_line(stage: str, runs: Path, again: Callable[[str, str], None]) -> None:
     """What the kernel refuses to give. (What it gives and takes back is a SIGKILL: see above.)"""
     out = f"memory {stage}"
 
@@ -345,9 +345,9 @@ def test_out_of_memory_ends_the_run_in_one_line(stage: str, world: Path, again: 
             return step(self, *args, **kwargs)
 
         SafeTrainer.training_step = large  # type: ignore[method-assign]
-        small_runs.run(stage, world, out)
+        small_runs.run(stage, runs, out)
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     line = said.strip().splitlines()[-1]
     assert code == 2 and "Traceback" not in said
     assert line.startswith("error: step 3: out of memory (") and "checkpoint-2 is the last checkpoint" in line
@@ -355,12 +355,12 @@ def test_out_of_memory_ends_the_run_in_one_line(stage: str, world: Path, again: 
     again(stage, out)
 
 
-def unfinished(world: Path, whole: Callable[[str], dict[str, Any]], stage: str, out: str) -> Path:
+def unfinished(runs: Path, whole: Callable[[str], dict[str, Any]], stage: str, out: str) -> Path:
     """A copy of the whole run, as if it had been cut off right after its last checkpoint; returns that."""
     whole(stage)
-    shutil.copytree(world / f"whole {stage}", world / out)
-    (world / out / "recipe.yaml").unlink()
-    return list_checkpoints(world / out)[0]
+    shutil.copytree(runs / f"whole {stage}", runs / out)
+    (runs / out / "recipe.yaml").unlink()
+    return list_checkpoints(runs / out)[0]
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
@@ -389,110 +389,108 @@ def test_weights_in_a_pickle_are_refused_but_not_the_state_that_accelerate_saves
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    stage: str, how: str, world: Path,
+    stage: str, how: str, runs: Path,
     whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None],
 ) -> None:  # fmt: skip
     out = f"{how} {stage}"
-    last = unfinished(world, whole, stage, out)
+    last = unfinished(runs, whole, stage, out)
     DAMAGES[how](last / ("optimizer.pt" if how == "a bit flips" else "model.safetensors"))
-    code, said = told(lambda: small_runs.run(stage, world, out, resume="auto"), world)
+    code, said = told(lambda: small_runs.run(stage, runs, out, resume="auto"), runs)
     assert code == 0 and f"{last.name} is damaged and is skipped" in said
     again(stage, out)
 
 
 @pytest.mark.fault("no checkpoint is whole", stage="sft")
 def test_no_whole_checkpoint_is_said_and_a_damaged_one_is_not_taken_by_name(
-    world: Path, whole: Callable[[str], dict[str, Any]]
+    runs: Path, whole: Callable[[str], dict[str, Any]]
 ) -> None:
-    last = unfinished(world, whole, "sft", "none whole")
-    for point in list_checkpoints(world / "none whole"):
+    last = unfinished(runs, whole, "sft", "none whole")
+    for point in list_checkpoints(runs / "none whole"):
         (point / CHECKSUMS_FILE).write_text("0  model.safetensors\n")
     with pytest.raises(UserError, match=r"none of the 2 checkpoints in .* is intact"):
-        small_runs.run("sft", world, "none whole", resume="auto")
+        small_runs.run("sft", runs, "none whole", resume="auto")
     with pytest.raises(UserError, match=r"is damaged: model.safetensors differs from the saved file"):
-        small_runs.run("sft", world, "none whole", resume_from_checkpoint=last)
+        small_runs.run("sft", runs, "none whole", resume_from_checkpoint=last)
 
 
 def test_a_finished_run_is_left_alone_unless_it_was_asked_otherwise(
-    world: Path, whole: Callable[[str], dict[str, Any]]
+    runs: Path, whole: Callable[[str], dict[str, Any]]
 ) -> None:
     whole("sft")
-    before = {path: path.stat().st_mtime_ns for path in (world / "whole sft").rglob("*")}
-    assert small_runs.run("sft", world, "whole sft", resume="auto") == world / "whole sft"
+    before = {path: path.stat().st_mtime_ns for path in (runs / "whole sft").rglob("*")}
+    assert small_runs.run("sft", runs, "whole sft", resume="auto") == runs / "whole sft"
     how = {"disable_tqdm": False, "save_total_limit": 1}  # says nothing of what was learnt
-    assert small_runs.run("sft", world, "whole sft", resume="auto", **how) == world / "whole sft"
-    assert {path: path.stat().st_mtime_ns for path in (world / "whole sft").rglob("*")} == before
+    assert small_runs.run("sft", runs, "whole sft", resume="auto", **how) == runs / "whole sft"
+    assert {path: path.stat().st_mtime_ns for path in (runs / "whole sft").rglob("*")} == before
     with pytest.raises(UserError, match=r"holds a finished run with other options \(learning_rate 0.001 -> 0.5\)"):
-        small_runs.run("sft", world, "whole sft", resume="auto", learning_rate=0.5)
+        small_runs.run("sft", runs, "whole sft", resume="auto", learning_rate=0.5)
 
 
-def test_a_finished_run_that_may_be_replaced_is_begun_anew(
-    world: Path, whole: Callable[[str], dict[str, Any]]
-) -> None:
+def test_a_finished_run_that_may_be_replaced_is_begun_anew(runs: Path, whole: Callable[[str], dict[str, Any]]) -> None:
     """Its last checkpoint would come out as what was learnt in the new way."""
     whole("sft")
-    shutil.copytree(world / "whole sft", world / "replaced")
-    small_runs.run("sft", world, "replaced", resume="auto", overwrite=True, learning_rate=0.01)
-    small_runs.run("sft", world, "other", learning_rate=0.01)
-    assert kill_and_resume.same(small_runs.end_of(world / "replaced"), small_runs.end_of(world / "other"))
+    shutil.copytree(runs / "whole sft", runs / "replaced")
+    small_runs.run("sft", runs, "replaced", resume="auto", overwrite=True, learning_rate=0.01)
+    small_runs.run("sft", runs, "other", learning_rate=0.01)
+    assert kill_and_resume.same(small_runs.end_of(runs / "replaced"), small_runs.end_of(runs / "other"))
 
 
 def test_going_on_from_elsewhere_replaces_nothing_that_it_may_not(
-    world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
+    runs: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
 ) -> None:
     whole("sft")
     whole("pretrain")
-    shutil.copytree(world / "whole pretrain", world / "theirs")
-    point = list_checkpoints(world / "whole sft")[-1]
-    before = {path: path.read_bytes() for path in (world / "theirs").rglob("*") if path.is_file()}
+    shutil.copytree(runs / "whole pretrain", runs / "theirs")
+    point = list_checkpoints(runs / "whole sft")[-1]
+    before = {path: path.read_bytes() for path in (runs / "theirs").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="is not empty"):
-        small_runs.run("sft", world, "theirs", resume_from_checkpoint=point)
-    assert {path: path.read_bytes() for path in (world / "theirs").rglob("*") if path.is_file()} == before
-    small_runs.run("sft", world, "theirs", resume_from_checkpoint=point, overwrite=True)
+        small_runs.run("sft", runs, "theirs", resume_from_checkpoint=point)
+    assert {path: path.read_bytes() for path in (runs / "theirs").rglob("*") if path.is_file()} == before
+    small_runs.run("sft", runs, "theirs", resume_from_checkpoint=point, overwrite=True)
     assert point.is_dir()
     again("sft", "theirs")
 
 
 def test_a_checkpoint_that_lies_on_another_disk_is_the_run_s_own(
-    world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
+    runs: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
 ) -> None:
-    last = unfinished(world, whole, "sft", "linked")
-    last.rename(world / "elsewhere")
-    last.symlink_to(world / "elsewhere")
-    shutil.rmtree(list_checkpoints(world / "linked")[-1])
-    (world / "linked" / "model.safetensors").write_text("spoilt")
+    last = unfinished(runs, whole, "sft", "linked")
+    last.rename(runs / "elsewhere")
+    last.symlink_to(runs / "elsewhere")
+    shutil.rmtree(list_checkpoints(runs / "linked")[-1])
+    (runs / "linked" / "model.safetensors").write_text("spoilt")
     again("sft", "linked")
     with pytest.raises(UserError, match="holds the input"):
-        small_runs.run("sft", world, ".", resume_from_checkpoint=last, overwrite=True)
+        small_runs.run("sft", runs, ".", resume_from_checkpoint=last, overwrite=True)
 
 
-def test_a_token_in_what_was_asked_is_in_no_checkpoint(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_in_what_was_asked_is_in_no_checkpoint(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is it a difference, as the run goes on."""
     token = "hf_" + "a1" * 17
     asked = {"run_name": f"https://me:{token}@example.org", "save_total_limit": 9}
-    run = small_runs.run("sft", world, "secret", **asked)
+    run = small_runs.run("sft", runs, "secret", **asked)
     told = [path.read_text() for path in run.rglob("progress_*.json")]
     assert len(told) == 3 and all(token not in text and "***" in text for text in told)
-    assert small_runs.run("sft", world, "secret", resume="auto", **asked) == run
+    assert small_runs.run("sft", runs, "secret", resume="auto", **asked) == run
 
 
 def test_a_run_from_elsewhere_that_is_cut_off_goes_on_from_its_own(
-    world: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
+    runs: Path, whole: Callable[[str], dict[str, Any]], again: Callable[[str, str], None]
 ) -> None:
-    small_runs.run("sft", world, "source", save_total_limit=9)
-    point = list_checkpoints(world / "source")[-1]
+    small_runs.run("sft", runs, "source", save_total_limit=9)
+    point = list_checkpoints(runs / "source")[-1]
 
     def act() -> None:
         in_save(2, lambda: os._exit(9))
-        small_runs.run("sft", world, "from elsewhere", resume="auto", resume_from_checkpoint=point)
+        small_runs.run("sft", runs, "from elsewhere", resume="auto", resume_from_checkpoint=point)
 
-    assert told(act, world)[0] == 9
-    assert list_checkpoints(world / "from elsewhere")[0].name == "checkpoint-4"
+    assert told(act, runs)[0] == 9
+    assert list_checkpoints(runs / "from elsewhere")[0].name == "checkpoint-4"
     again("sft", "from elsewhere")
 
 
 @pytest.mark.parametrize("asked", [{}, {"resume": "auto"}, {"overwrite": True}, {"resume": "auto", "overwrite": True}])
-def test_what_only_looks_like_a_run_is_left_alone(asked: dict[str, Any], world: Path, tmp_path: Path) -> None:
+def test_what_only_looks_like_a_run_is_left_alone(asked: dict[str, Any], runs: Path, tmp_path: Path) -> None:
     files = [
         "checkpoint-best/model.bin",
         "checkpoint-1000.pt",
@@ -504,23 +502,23 @@ def test_what_only_looks_like_a_run_is_left_alone(asked: dict[str, Any], world: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=r"is not empty|that no stage wrote|none of the 1 checkpoints"):
-        small_runs.run("sft", world, str(tmp_path), **asked)
+        small_runs.run("sft", runs, str(tmp_path), **asked)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == sorted(
         files
     )
 
 
-def test_what_a_checkpoint_was_asked_otherwise_is_said(world: Path, whole: Callable[[str], dict[str, Any]]) -> None:
-    unfinished(world, whole, "sft", "otherwise")
-    act = lambda: small_runs.run("sft", world, "otherwise", resume="auto", max_grad_norm=2.0)  # noqa: E731
-    code, said = told(act, world)
+def test_what_a_checkpoint_was_asked_otherwise_is_said(runs: Path, whole: Callable[[str], dict[str, Any]]) -> None:
+    unfinished(runs, whole, "sft", "otherwise")
+    act = lambda: small_runs.run("sft", runs, "otherwise", resume="auto", max_grad_norm=2.0)  # noqa: E731
+    code, said = told(act, runs)
     assert code == 0 and "saved with other options than this run: max_grad_norm 1.0 -> 2.0" in said
 
 
 @pytest.mark.fault("the loss is not finite")
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
-    stage: str, world: Path, again: Callable[[str, str], None]
+    stage: str, runs: Path, again: Callable[[str, str], None]
 ) -> None:
     out = f"nan {stage}"
 
@@ -532,9 +530,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
             return loss * torch.nan if self.state.global_step == 4 else loss
 
         Trainer.training_step = spoilt  # type: ignore[method-assign]
-        small_runs.run(stage, world, out)
+        small_runs.run(stage, runs, out)
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     line = said.strip().splitlines()[-1]
     assert code == 2 and line.startswith("error: step 5: the loss is not finite, and nothing of it is saved; ")
     assert line.endswith("look for the rows that cause it") and "checkpoint-4 is the last checkpoint" in line
@@ -543,7 +541,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
 
 @pytest.mark.fault("a weight is not finite")
 @pytest.mark.parametrize("stage", STAGES)
-def test_weights_that_are_not_finite_are_not_saved(stage: str, world: Path, again: Callable[[str, str], None]) -> None:
+def test_weights_that_are_not_finite_are_not_saved(stage: str, runs: Path, again: Callable[[str, str], None]) -> None:
     """A gradient can overflow where the loss did not."""
     out = f"inf {stage}"
 
@@ -556,18 +554,18 @@ def test_weights_that_are_not_finite_are_not_saved(stage: str, world: Path, agai
             save(self, *args)
 
         SafeTrainer._save_checkpoint = spoilt  # type: ignore[method-assign]
-        small_runs.run(stage, world, out)
+        small_runs.run(stage, runs, out)
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
-    assert [path.name for path in list_checkpoints(world / out)] == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(runs / out)] == ["checkpoint-2"]
     again(stage, out)
 
 
 @pytest.mark.fault("a weight is not finite at the end, and no checkpoint was asked for")
 @pytest.mark.parametrize("stage", STAGES)
 def test_weights_that_are_not_finite_are_not_left_at_the_end(
-    stage: str, world: Path, again: Callable[[str, str], None]
+    stage: str, runs: Path, again: Callable[[str, str], None]
 ) -> None:
     out = f"inf at the end of {stage}"
 
@@ -576,16 +574,16 @@ def test_weights_that_are_not_finite_are_not_left_at_the_end(
 
     def act() -> None:
         after_training(spoil)
-        small_runs.run(stage, world, out, save_strategy="no")
+        small_runs.run(stage, runs, out, save_strategy="no")
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     assert code == 2 and "a weight is not finite, and nothing of it is saved" in said.strip().splitlines()[-1]
-    assert not list((world / out).rglob("*.safetensors"))
+    assert not list((runs / out).rglob("*.safetensors"))
     again(stage, out)
 
 
 @pytest.mark.fault("a weight is not finite from some step on", stage="ppo")
-def test_ppo_does_not_go_on_with_weights_that_are_not_finite(world: Path, again: Callable[[str, str], None]) -> None:
+def test_ppo_does_not_go_on_with_weights_that_are_not_finite(runs: Path, again: Callable[[str, str], None]) -> None:
     """A loss that is not finite is passed over, and of such weights every loss is."""
 
     def act() -> None:
@@ -597,9 +595,9 @@ def test_ppo_does_not_go_on_with_weights_that_are_not_finite(world: Path, again:
             return step(self, *args, **kwargs)
 
         SafeTrainer.training_step = spoilt  # type: ignore[method-assign]
-        small_runs.run("ppo", world, "inf on the way")
+        small_runs.run("ppo", runs, "inf on the way")
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     line = said.strip().splitlines()[-1]
     assert code == 2 and line.startswith("error: step 5: a weight is not finite, and nothing of it is saved; ")
     assert "checkpoint-4 is the last checkpoint" in line
@@ -634,7 +632,7 @@ def test_looking_for_a_lock_is_in_nobody_s_way(tmp_path: Path) -> None:
 
 @pytest.mark.fault("a second run in the folder", stage="sft")
 def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
-    world: Path, again: Callable[[str, str], None]
+    runs: Path, again: Callable[[str, str], None]
 ) -> None:
     ready, hold = os.pipe()
 
@@ -644,7 +642,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
             signal.pause()
 
         in_save(2, wait)
-        small_runs.run("sft", world, "shared folder")
+        small_runs.run("sft", runs, "shared folder")
 
     child = kill_and_resume.fork()
     if child == 0:
@@ -658,14 +656,14 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
         assert os.read(ready, 1) == b"x"
         for asked in ({"resume": "auto"}, {"overwrite": True}, {"resume_from_checkpoint": "true"}):
             with pytest.raises(UserError, match=f"is in use by process {child} on .*; choose another --output_dir"):
-                small_runs.run("sft", world, "shared folder", **asked)
+                small_runs.run("sft", runs, "shared folder", **asked)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     again("sft", "shared folder")
 
 
 @pytest.mark.fault("the reward model crashes", stage="ppo")
-def test_a_reward_model_that_crashes_loses_nothing(world: Path, again: Callable[[str, str], None]) -> None:
+def test_a_reward_model_that_crashes_loses_nothing(runs: Path, again: Callable[[str, str], None]) -> None:
     from rlhf_recipes.scoring.reward_models import ModelReward
 
     def act() -> None:
@@ -679,30 +677,30 @@ def test_a_reward_model_that_crashes_loses_nothing(world: Path, again: Callable[
             return ask(self, *args, **kwargs)
 
         ModelReward.__call__ = deadly  # type: ignore[method-assign]
-        small_runs.run("ppo", world, "crashed reward model")
+        small_runs.run("ppo", runs, "crashed reward model")
 
-    code, said = told(act, world)
+    code, said = told(act, runs)
     assert code == 1 and "the reward model is gone" in said
-    assert list_checkpoints(world / "crashed reward model")
+    assert list_checkpoints(runs / "crashed reward model")
     again("ppo", "crashed reward model")
 
 
 @pytest.mark.fault("a data file is cut in a line")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_data_file_cut_in_a_line_is_named_before_anything_is_written(stage: str, world: Path) -> None:
+def test_a_data_file_cut_in_a_line_is_named_before_anything_is_written(stage: str, runs: Path) -> None:
     name = small_runs.OWN[stage]["dataset_name"]
-    cut = world / f"cut {name}"
-    shutil.copytree(world / name, cut)
+    cut = runs / f"cut {name}"
+    shutil.copytree(runs / name, cut)
     rows = cut / "train.jsonl"
     rows.write_bytes(rows.read_bytes()[:-9])
     with pytest.raises(
         UserError, match=rf"dataset {cut} cannot be read as json: .* in row \d+; fix or replace the file"
     ):
-        small_runs.run(stage, world, f"from cut {stage}", dataset_name=cut.name)
-    assert not (world / f"from cut {stage}").exists()
+        small_runs.run(stage, runs, f"from cut {stage}", dataset_name=cut.name)
+    assert not (runs / f"from cut {stage}").exists()
 
 
-def test_trainers_own_pickle_of_arguments_is_left_out(world: Path, whole: Callable[[str], dict[str, Any]]) -> None:
+def test_trainers_own_pickle_of_arguments_is_left_out(runs: Path, whole: Callable[[str], dict[str, Any]]) -> None:
     for stage in STAGES:
         whole(stage)
-        assert not list((world / f"whole {stage}").rglob("training_args.bin"))
+        assert not list((runs / f"whole {stage}").rglob("training_args.bin"))

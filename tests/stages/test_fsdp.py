@@ -22,9 +22,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def launch(world: Path, config: str, jobs: list[dict[str, Any]]) -> forks.Result:
+def launch(runs: Path, config: str, jobs: list[dict[str, Any]]) -> forks.Result:
     """Run the jobs on two processes, sharded as that file of accelerate_configs/ says."""
-    return forks.launch(2, lambda: small_runs_fsdp.run_jobs(world, jobs, config))
+    return forks.launch(2, lambda: small_runs_fsdp.run_jobs(runs, jobs, config))
 
 
 def job(kind: str, out: str, **more: Any) -> dict[str, Any]:
@@ -32,36 +32,36 @@ def job(kind: str, out: str, **more: Any) -> dict[str, Any]:
     return {"stage": kind.partition(",")[0], "out": out, "save_total_limit": 9, **KINDS[kind], **storage, **more}
 
 
-def test_sharded_runs_train_like_one_process_and_resume(world: Path) -> None:
+def test_sharded_runs_train_like_one_process_and_resume(runs: Path) -> None:
     """Compares weights and metrics, then the weights of a run that is resumed from a sharded run's checkpoint."""
-    result = launch(world, "fsdp2.yaml", [job(kind, f"{kind} sharded") for kind in KINDS])
+    result = launch(runs, "fsdp2.yaml", [job(kind, f"{kind} sharded") for kind in KINDS])
     assert result.returncode == 0, result.stderr[-3000:]
     for kind in KINDS:
-        one = small_runs.run(kind.partition(",")[0], world, f"{kind} alone", **KINDS[kind])
-        assert farthest(small_runs.weights_in(one), small_runs.weights_in(world / f"{kind} sharded")) < 2e-5
+        one = small_runs.run(kind.partition(",")[0], runs, f"{kind} alone", **KINDS[kind])
+        assert farthest(small_runs.weights_in(one), small_runs.weights_in(runs / f"{kind} sharded")) < 2e-5
         expected, found = (
-            json.loads((folder / "metrics.json").read_text()) for folder in (one, world / f"{kind} sharded")
+            json.loads((folder / "metrics.json").read_text()) for folder in (one, runs / f"{kind} sharded")
         )
         for key in {"perplexity", "reward_accuracy", "margin", "score"} & set(expected):
             assert found[key] == pytest.approx(expected[key], rel=1e-4)
-        shutil.copytree(world / f"{kind} sharded" / "checkpoint-4", world / f"{kind} resumed" / "checkpoint-4")
-    result = launch(world, "fsdp2.yaml", [job(kind, f"{kind} resumed", resume="auto") for kind in KINDS])
+        shutil.copytree(runs / f"{kind} sharded" / "checkpoint-4", runs / f"{kind} resumed" / "checkpoint-4")
+    result = launch(runs, "fsdp2.yaml", [job(kind, f"{kind} resumed", resume="auto") for kind in KINDS])
     assert result.returncode == 0, result.stderr[-3000:]
     for kind in KINDS:
-        sharded, resumed = (small_runs.weights_in(world / f"{kind} {name}") for name in ("sharded", "resumed"))
+        sharded, resumed = (small_runs.weights_in(runs / f"{kind} {name}") for name in ("sharded", "resumed"))
         assert farthest(sharded, resumed) < 2e-5
 
 
 @pytest.mark.slow
-def test_qlora_in_bfloat16_trains_like_one_process(world: Path) -> None:
+def test_qlora_in_bfloat16_trains_like_one_process(runs: Path) -> None:
     """Launched as its configuration says. The weights differ by the rounding of bfloat16, a small part of how far they moved."""
     low = {"dtype": "bfloat16", "bf16": True, "bnb_4bit_quant_storage": "bfloat16", "learning_rate": 1e-2}
     jobs = [job(kind, f"{kind} low", **low) for kind in ("sft, 4 bits", "reward, 4 bits")]
-    result = launch(world, "fsdp2_qlora.yaml", jobs)
+    result = launch(runs, "fsdp2_qlora.yaml", jobs)
     assert result.returncode == 0, result.stderr[-3000:]
     for each in jobs:
-        one = small_runs.run(each["stage"], world, f"{each['out']} alone", **FOUR, **low)
-        expected, found = small_runs.weights_in(one), small_runs.weights_in(world / each["out"])
+        one = small_runs.run(each["stage"], runs, f"{each['out']} alone", **FOUR, **low)
+        expected, found = small_runs.weights_in(one), small_runs.weights_in(runs / each["out"])
         names = [name for name in expected if "lora_B" in name]  # they start at zero
         moved = torch.cat([expected[name].double().flatten() for name in names])
         difference = moved - torch.cat([found[name].double().flatten() for name in names])
@@ -89,9 +89,9 @@ def test_a_forward_that_skipped_a_module_does_not_keep_the_next_from_gathering()
         torch.distributed.destroy_process_group()
 
 
-def test_8_bit_weights_are_refused_with_a_fix(world: Path) -> None:
-    result = launch(world, "fsdp2.yaml", [{"stage": "sft", "out": "eight", **LORA, "load_in_8bit": True}])
+def test_8_bit_weights_are_refused_with_a_fix(runs: Path) -> None:
+    result = launch(runs, "fsdp2.yaml", [{"stage": "sft", "out": "eight", **LORA, "load_in_8bit": True}])
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode != 0 and len(lines) == 1
     assert "FSDP cannot shard 8-bit weights" in lines[0] and "load_in_4bit" in lines[0]
-    assert not (world / "eight").exists()
+    assert not (runs / "eight").exists()

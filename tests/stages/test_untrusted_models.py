@@ -31,15 +31,15 @@ class OwnModel(GPT2LMHeadModel):
 
 
 @pytest.fixture(scope="module")
-def ran(world: Path) -> Path:
+def ran(runs: Path) -> Path:
     """Which code that a model brings along writes, as it is imported."""
-    return world / "ran"
+    return runs / "ran"
 
 
 @pytest.fixture(scope="module")
-def brings_code(world: Path, ran: Path) -> Path:
-    folder = world / "brings code"
-    shutil.copytree(world / "model", folder)
+def brings_code(runs: Path, ran: Path) -> Path:
+    folder = runs / "brings code"
+    shutil.copytree(runs / "model", folder)
     (folder / "own.py").write_text(CODE.format(ran=str(ran)))
     config = json.loads((folder / "config.json").read_text())
     own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
@@ -49,14 +49,14 @@ def brings_code(world: Path, ran: Path) -> Path:
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
 def test_code_of_a_model_needs_its_flag(
-    stage: str, brings_code: Path, ran: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, brings_code: Path, ran: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where somebody would say yes at the terminal, where transformers would ask."""
     monkeypatch.setattr("builtins.input", lambda *words: "y")
     asked = {"tokenizer_name": None} if stage == "pretrain" else {}
     with pytest.raises(UserError, match=r"brings Python code of its own, .* pass --trust_remote_code true"):
-        small_runs.run(stage, world, f"untrusted {stage}", model_name_or_path=brings_code.name, **asked)
-    assert not ran.exists() and not (world / f"untrusted {stage}").exists()
+        small_runs.run(stage, runs, f"untrusted {stage}", model_name_or_path=brings_code.name, **asked)
+    assert not ran.exists() and not (runs / f"untrusted {stage}").exists()
 
 
 @pytest.mark.parametrize("load", [load_config, load_causal_lm, load_reward_model])
@@ -78,20 +78,20 @@ def test_the_trainer_needs_it_too(brings_code: Path, ran: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_with_its_flag_it_learns_as_the_same_model_without_code_does(
-    stage: str, brings_code: Path, ran: Path, world: Path
+    stage: str, brings_code: Path, ran: Path, runs: Path
 ) -> None:
-    own = small_runs.run(stage, world, f"own {stage}", model_name_or_path=brings_code.name, trust_remote_code=True)
+    own = small_runs.run(stage, runs, f"own {stage}", model_name_or_path=brings_code.name, trust_remote_code=True)
     assert ran.read_text().startswith("ran")
-    plain = small_runs.weights_in(small_runs.run(stage, world, f"plain {stage}"))
+    plain = small_runs.weights_in(small_runs.run(stage, runs, f"plain {stage}"))
     learnt = small_runs.weights_in(own)
     assert learnt.keys() == plain.keys() and all(torch.equal(learnt[name], plain[name]) for name in plain)
 
 
 @pytest.mark.parametrize("name", ["../../climbed", "/climbed", "deep\\climbed", ""])
-def test_a_chat_template_is_not_saved_elsewhere(name: str, world: Path, tmp_path: Path) -> None:
+def test_a_chat_template_is_not_saved_elsewhere(name: str, runs: Path, tmp_path: Path) -> None:
     """Each of several templates becomes a file of its name."""
     folder = tmp_path / "model"
-    shutil.copytree(world / "model", folder)
+    shutil.copytree(runs / "model", folder)
     (folder / "chat_template.jinja").unlink()
     said = json.loads((folder / "tokenizer_config.json").read_text())
     said["chat_template"] = [{"name": "default", "template": "a"}, {"name": name, "template": "b"}]
@@ -99,54 +99,54 @@ def test_a_chat_template_is_not_saved_elsewhere(name: str, world: Path, tmp_path
     with pytest.raises(UserError, match=r"has a chat template named .*, which is no file name; rename it"):
         load_tokenizer(str(folder))
     with pytest.raises(UserError, match="has a chat template named"):
-        small_runs.run("sft", world, f"climbs {name!r}".replace("/", "-"), model_name_or_path=folder)
+        small_runs.run("sft", runs, f"climbs {name!r}".replace("/", "-"), model_name_or_path=folder)
     assert not list(tmp_path.parent.rglob("climbed*"))
 
 
-def test_several_chat_templates_with_plain_names_are_kept(world: Path, tmp_path: Path) -> None:
+def test_several_chat_templates_with_plain_names_are_kept(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(world / "model", folder)
+    shutil.copytree(runs / "model", folder)
     tokenizer = load_tokenizer(str(folder))
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
     tokenizer.save_pretrained(folder)
     assert load_tokenizer(str(folder)).chat_template == {"default": "a", "tool_use": "b"}
 
 
-def test_a_run_does_not_replace_the_model_that_an_adapter_is_on(world: Path) -> None:
-    small_runs.run("sft", world, "adapter", **small_runs.LORA)
-    shutil.copytree(world / "model", world / "based on")
+def test_a_run_does_not_replace_the_model_that_an_adapter_is_on(runs: Path) -> None:
+    small_runs.run("sft", runs, "adapter", **small_runs.LORA)
+    shutil.copytree(runs / "model", runs / "based on")
     for folder in ("based on", "adapter"):
-        config = world / "adapter" / "adapter_config.json"
+        config = runs / "adapter" / "adapter_config.json"
         config.write_text(
-            json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(world / "based on")})
+            json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(runs / "based on")})
         )
-        with pytest.raises(UserError, match=f"holds the input {world / folder}"):
-            small_runs.run("ppo", world, folder, model_name_or_path="adapter", overwrite=True)
-    assert (world / "based on" / "model.safetensors").is_file()
+        with pytest.raises(UserError, match=f"holds the input {runs / folder}"):
+            small_runs.run("ppo", runs, folder, model_name_or_path="adapter", overwrite=True)
+    assert (runs / "based on" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("told", ["{", "[]", '{"base_model_name_or_path": 3}', '{"base_model_name_or_path": "CYCLE"}'])
-def test_an_adapter_that_names_no_base_is_refused_in_one_line(told: str, world: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_names_no_base_is_refused_in_one_line(told: str, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(told.replace("CYCLE", str(tmp_path)))
     with pytest.raises(UserError):
-        small_runs.run("ppo", world, "on nothing", model_name_or_path=str(tmp_path))
+        small_runs.run("ppo", runs, "on nothing", model_name_or_path=str(tmp_path))
 
 
-def test_adapters_on_one_another_are_refused_in_one_line(world: Path, tmp_path: Path) -> None:
+def test_adapters_on_one_another_are_refused_in_one_line(runs: Path, tmp_path: Path) -> None:
     for one, other in ("ab", "ba"):
         (tmp_path / one).mkdir()
         config = {"base_model_name_or_path": str(tmp_path / other)}
         (tmp_path / one / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="on itself"):
-        small_runs.run("ppo", world, "on nothing", model_name_or_path=str(tmp_path / "a"))
+        small_runs.run("ppo", runs, "on nothing", model_name_or_path=str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("named", ["model_name_or_path", "dataset_name", "reward"])
-def test_a_run_does_not_replace_what_it_reads(named: str, world: Path) -> None:
+def test_a_run_does_not_replace_what_it_reads(named: str, runs: Path) -> None:
     """A path that leads out of the output folder and back into an input."""
-    read = small_runs.flags("ppo", world, "out")
+    read = small_runs.flags("ppo", runs, "out")
     source = Path(read[read.index(f"--{named}") + 1])
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds the input"):
-        small_runs.run("ppo", world, f"missing/../{source.name}", overwrite=True)
+        small_runs.run("ppo", runs, f"missing/../{source.name}", overwrite=True)
     assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
