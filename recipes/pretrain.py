@@ -1,10 +1,11 @@
-"""Pretrain a GPT-2 language model from scratch, or go on from a checkpoint.
+"""Pretrain a GPT-2 language model from scratch, or continue a checkpoint.
 
-In      a text dataset and a tokenizer (or a model to go on from)
+In      a text dataset and a tokenizer (or a model to continue)
 Out     a model folder with held-out perplexity, bits per byte, curves and sample continuations
 Launch  accelerate launch --config_file accelerate_configs/one_cpu.yaml \
             recipes/pretrain.py --config recipes/configs/quickstart/pretrain.yaml
 Next    recipes/sft.py teaches it to answer; recipes/reward.py and recipes/ppo.py can start from it too
+Docs    docs/pretrain.md
 """
 
 from rlhf_recipes import ModelConfig, PretrainArguments, PretrainConfig, one_line_errors, parse_arguments, run_pretrain

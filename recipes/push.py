@@ -1,9 +1,10 @@
-"""Push a folder to the Hugging Face Hub: private unless told otherwise, in one commit, read back before it counts.
+"""Push a folder to the Hugging Face Hub: private by default, in one commit that is read back.
 
-In      a folder that any stage left (model, adapter, tokenizer, reward model, report), or rows by split
-Out     a repo of the Hub that the next stage takes by its id, as does from_pretrained; the folder stays as it is
+In      a folder that a stage left (model, adapter, tokenizer, reward model, report), or a folder of rows by split
+Out     a repository on the Hub, whose id every stage and from_pretrained take; the folder stays unchanged
 Launch  python recipes/push.py --folder runs/quickstart/ppo --hub_model_id me/quickstart-ppo
 Next    any recipe, on any machine, with me/quickstart-ppo in place of the folder
+Docs    docs/push.md
 """
 
 from rlhf_recipes import PushArguments, one_line_errors, parse_arguments, run_push

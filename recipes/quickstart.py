@@ -1,9 +1,10 @@
-"""The whole pipeline on a small world of its own, in about five minutes on two CPU cores.
+"""Run the whole pipeline on a small generated world, in about five minutes on two CPU cores.
 
-In      nothing: the world, its corpus, demonstrations, preferences and prompts are written from the seed
-Out     a folder with every stage's folder in it, metrics.json, report.html and report.md
+In      nothing: the world, its corpus, demonstrations, preferences and prompts are generated from the seed
+Out     a folder with the folder of every stage, metrics.json, report.html and report.md
 Launch  python recipes/quickstart.py --seed 0
 Next    recipes/configs/imdb: the same stages on movie reviews
+Docs    docs/quickstart.md
 """
 
 from rlhf_recipes import QuickstartArguments, one_line_errors, parse_arguments, run_quickstart
