@@ -9,6 +9,7 @@ from rlhf_recipes.core.lazy import lazy_names
 from rlhf_recipes.evaluation.language_model import completion_perplexity, perplexity
 from rlhf_recipes.evaluation.models import METRICS, Evaluation, compare, evaluate_model
 from rlhf_recipes.evaluation.preference import calibration_table, preference_metrics
+from rlhf_recipes.evaluation.tables import comparison_tables
 
 if TYPE_CHECKING:
     from rlhf_recipes.evaluation.classification import (
@@ -46,6 +47,7 @@ __all__ = [
     "calibration_table",
     "classification_metrics",
     "compare",
+    "comparison_tables",
     "completion_perplexity",
     "compute_classification_metrics",
     "evaluate_model",

@@ -57,11 +57,14 @@ def check_parallelism(args: PPOConfig, distributed_type: Any) -> None:
         )
 
 
-def prepare_deepspeed_(model: nn.Module, accelerator: Any, args: PPOConfig, hidden_size: int) -> None:
-    """Set DeepSpeed's bucket sizes, and bring the model to its device and precision, as the engine will do later.
+def prepare_distributed_(model: nn.Module, accelerator: Any, args: PPOConfig, hidden_size: int) -> None:
+    """Check the accelerator's way of running. Under DeepSpeed, set its bucket sizes and bring the model to its precision.
 
-    The model is run before training begins, so it cannot wait for the engine. hidden_size: the policy's.
+    The engine would do the latter when training begins, but the model is run before. hidden_size: the policy's.
     """
+    check_parallelism(args, accelerator.distributed_type)
+    if zero_stage(args) is None:
+        return
     fill_bucket_sizes_(accelerator, hidden_size)
     model.to(args.device)
     cast_like_engine_(model, args)

@@ -27,7 +27,7 @@ from rlhf_recipes.ppo.logging.callbacks import CompletionsFile, SampleTable, Upd
 from rlhf_recipes.ppo.logging.hints import Hints
 from rlhf_recipes.ppo.logging.metrics import UpdateMetrics
 from rlhf_recipes.ppo.manual import accumulate, check_episodes, schedule_steps
-from rlhf_recipes.ppo.parallelism import check_parallelism, prepare_deepspeed_
+from rlhf_recipes.ppo.parallelism import check_parallelism, prepare_distributed_
 from rlhf_recipes.ppo.resume import (
     load_named_optimizer,
     load_rollout,
@@ -146,20 +146,17 @@ class PPOTrainer(SafeTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_parallelism(args, self.accelerator.distributed_type)
-        if self.is_deepspeed_enabled:
-            prepare_deepspeed_(self.model, self.accelerator, args, hidden_size)
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
+        prepare_distributed_(self.model, self.accelerator, args, hidden_size)
         disable_dropout_(self.model)
         self.sampling = build_sampling(model, processing_class, args)
         self.collector = RolloutCollector(self.model, reference, self.accelerator, args, PhaseTimer())
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
         sizes = (self.collector.max_tokens, self.collector.width_multiple)
         self.pieces = PieceRunner(self.accelerator, args.device, *sizes, not args.activation_checkpointing)
         self.guard = StepGuard(self.model, args.target_kl, args.value_warmup_updates * args.steps_per_update)
         self.loss_shape = LossShape(args.cliprange, args.cliprange_value, args.vf_coef, args.entropy_coef)
         self.update_metrics = UpdateMetrics(args.episodes_per_update)
-        path = Path(str(args.output_dir)) / "completions.jsonl"
-        self.completions_file = CompletionsFile(path) if args.log_completions else None
+        self.completions_file = CompletionsFile.in_folder(args.output_dir) if args.log_completions else None
         self.last_samples: list[dict[str, Any]] = []
         self.current_rollout: Rollout | None = None  # of the update that is being trained on
         self._add_callbacks()

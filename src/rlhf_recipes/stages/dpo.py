@@ -13,7 +13,7 @@ from trl import DPOTrainer, ModelConfig
 
 from rlhf_recipes.core.arguments import LongPromptArguments
 from rlhf_recipes.data import check_and_fit_rows, load_train_and_test, require_batch, require_held_out
-from rlhf_recipes.models import StartingModel, build_lora_config, check_policy, load_causal_lm, prepare_for_lora
+from rlhf_recipes.models import StartingModel, build_lora_config, check_policy, load_causal_lm, prepare_for_lora_
 from rlhf_recipes.training import (
     FineTuningDefaults,
     Measured,
@@ -69,7 +69,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     # Without a reference model TRL loads one by the model's name, which for a LoRA folder is the name of its base.
     shares_reference = model_config.use_peft or training.precompute_ref_log_probs
     trainer = SafeDPOTrainer(
-        model=prepare_for_lora(model, training.gradient_checkpointing),
+        model=prepare_for_lora_(model, training.gradient_checkpointing),
         ref_model=None if shares_reference else load_causal_lm(start.name, model_config, **code),
         args=training,
         train_dataset=pairs,
@@ -96,7 +96,7 @@ def run_dpo(arguments: DPOArguments, model_config: ModelConfig, training: DPOCon
     )
 
 
-def measure_dpo(trainer: Any, folder: Path) -> Measured:
+def measure_dpo(trainer: SafeDPOTrainer, folder: Path) -> Measured:
     """Return loss, accuracy and margin on the test split, if there is one. All ranks must call it."""
     if trainer.eval_dataset is None:
         return Measured({})

@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.arguments import OutputArguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.markdown import escape_markdown, table
 from rlhf_recipes.core.processes import is_main_process
 from rlhf_recipes.data import (
     RESERVED_COLUMNS,
     load_split,
-    plain_text,
     prompt_ids,
     read_prompt,
     require_columns,
     write_rows,
 )
-from rlhf_recipes.evaluation import METRICS, Evaluation, compare, evaluate_model
+from rlhf_recipes.evaluation import Evaluation, compare, comparison_tables, evaluate_model
 from rlhf_recipes.folders import check_output_folder, clear_output_folder, complete_output_folder
 from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.models import (
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLOTTED_METRICS = ("gold_score", "reward_positive", "reward_score", "perplexity", "kl", "length", "distinct_2")
-SAMPLES_ON_CARD = 3
 COUNTS = ("max_new_tokens", "completions_per_prompt", "batch_size", "num_prompts", "num_texts", "prompt_tokens")
 
 
@@ -160,7 +157,7 @@ def run_eval(arguments: EvalArguments) -> Path:
         metrics={"models": measured, **facts, **(measured[names[0]] if len(names) == 1 else {})},
         arguments=[arguments],
         images=["models.png"],
-        notes=_card(measured, evaluations),
+        notes=comparison_tables(measured, evaluations),
     )
 
 
@@ -175,12 +172,12 @@ def load_tokenizers(arguments: EvalArguments) -> "list[PreTrainedTokenizerBase]"
         raise UserError("no models; pass --models with one or more folders or Hub ids")
     sources = [*arguments.models, *([arguments.reference] if arguments.reference else [])]
     for name in sources:
-        load_config(name, **arguments.code)
-        if is_reward_model(name, **arguments.code):
+        load_config(name, **arguments.remote_code_kwargs)
+        if is_reward_model(name, **arguments.remote_code_kwargs):
             raise UserError(
                 f"model {name} is a reward model; give a language model, and pass this one as --reward_model"
             )
-    tokenizers = [load_tokenizer(name, "model", **arguments.code) for name in sources]
+    tokenizers = [load_tokenizer(name, "model", **arguments.remote_code_kwargs) for name in sources]
     if arguments.reference:
         reference = tokenizers.pop()
         for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
@@ -224,7 +221,7 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
         require_columns(documents, (arguments.text_column,), role=f"dataset {arguments.text_dataset_name}")
         texts = [text for text in documents[arguments.text_column] if text]
     for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
-        _check_lengths(name, arguments.code, tokenizer, prompts, arguments.max_new_tokens)
+        _check_lengths(name, arguments.remote_code_kwargs, tokenizer, prompts, arguments.max_new_tokens)
     return EvalInputs(prompts, columns, texts)
 
 
@@ -237,14 +234,12 @@ def evaluate_all(
     """Evaluate each model, by name; one at a time is in memory, beside the reference and the reward model."""
     import torch
 
-    device = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not arguments.use_cpu else None
-    )
-    device = device or torch.device("cpu")
+    accelerator = None if arguments.use_cpu or not torch.accelerator.is_available() else torch.accelerator
+    device = (accelerator and accelerator.current_accelerator()) or torch.device("cpu")
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, min_new_tokens=arguments.min_new_tokens)
-    bits, frozen = arguments.measured(), arguments.frozen(arguments)
+    bits, frozen = arguments.model_kwargs(), arguments.frozen_model_kwargs(arguments)
     reference_name = arguments.reference or arguments.models[0]
-    reference_options = frozen | arguments.code if arguments.reference else bits
+    reference_options = frozen | arguments.remote_code_kwargs if arguments.reference else bits
     reference = load_causal_lm(reference_name, **reference_options).to(device)
     evaluations = {}
     for name, source, tokenizer in zip(names, arguments.models, tokenizers, strict=True):
@@ -254,7 +249,8 @@ def evaluate_all(
         comparable = tokenizer.get_vocab() == tokenizers[0].get_vocab()  # an explicit reference has been checked
         if not comparable:
             logger.warning("%s has another vocabulary than %s, so its KL is not measured", name, names[0])
-        stop_id = arguments.stop_token_id
+        reward_source, stop_id = arguments.reward_model, arguments.stop_token_id
+        reward = load_reward(reward_source, tokenizer, device=device, **frozen) if reward_source else None
         stops = stop_ids(model, tokenizer) if stop_id is None else (stop_id,)
         evaluations[name] = evaluate_model(
             model,
@@ -264,9 +260,7 @@ def evaluate_all(
             seed=arguments.seed,
             completions_per_prompt=arguments.completions_per_prompt,
             columns=inputs.columns,
-            reward_model=load_reward(arguments.reward_model, tokenizer, device=device, **frozen)
-            if arguments.reward_model
-            else None,
+            reward_model=reward,
             gold=load_reward(arguments.gold, tokenizer, device=device) if arguments.gold else None,
             reference=reference if comparable else None,
             texts=inputs.texts,
@@ -305,35 +299,3 @@ def _check_lengths(name: str, code: Any, tokenizer: Any, prompts: list[Any], max
             f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit the context of model {name} "
             f"({limit} tokens); drop long prompts or lower --max_new_tokens"
         )
-
-
-def _card(measured: dict[str, dict[str, float]], evaluations: dict[str, Evaluation]) -> str:
-    """Return the tables of the card: the metrics with a column per model, and the answers to the first prompts."""
-    names = [escape_markdown(name) for name in measured]
-    numbers = [
-        [
-            escape_markdown(key),
-            *(_format_metric(metrics, key) for metrics in measured.values()),
-            escape_markdown(meaning),
-        ]
-        for key, meaning in METRICS.items()
-        if any(key in metrics for metrics in measured.values())
-    ]
-    rows = next(iter(evaluations.values())).rows
-    first = {row["index"]: place for place, row in reversed(list(enumerate(rows)))}  # each prompt's first answer
-    answers = [
-        [
-            escape_markdown(plain_text(rows[place]["prompt"])),
-            *(escape_markdown(each.rows[place]["completion"]) for each in evaluations.values()),
-        ]
-        for place in sorted(first.values())[:SAMPLES_ON_CARD]
-    ]
-    columns = range(1, len(names) + 1)
-    return f"{table(['', *names, 'meaning'], numbers, columns)}\n\n{table(['prompt', *names], answers)}"
-
-
-def _format_metric(metrics: dict[str, float], key: str) -> str:
-    if key not in metrics:
-        return ""
-    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
-    return f"{metrics[key]:.4g}" + (f" ({low:.2f} to {high:.2f})" if low is not None and high is not None else "")

@@ -19,7 +19,7 @@ from rlhf_recipes.models import (
     load_config,
     load_reward_model,
     load_tokenizer,
-    prepare_for_lora,
+    prepare_for_lora_,
     quantization_kwargs,
     reward_label_count,
 )
@@ -82,7 +82,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     pad = {"pad_token": arguments.pad_token} if arguments.pad_token else {}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     config, tokenizer = load_config(name, **code), load_tokenizer(name, **pad, **code)
-    check_quantization(model_config, config, adapter_goes_on=True)
+    check_quantization(model_config, config, trains_loaded_adapter=True)
     if arguments.value_model and reward_label_count(arguments.value_model) != 1:
         raise UserError(
             f"value model {arguments.value_model} has two labels; give a ranking reward model, which has one"
@@ -93,7 +93,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     for reward in rewards:
         check_reward(reward, [name for name in first_row(train) or {} if name != "prompt"])
     check_prompts(config, tokenizer, train, test, training)
-    frozen, reference_name = arguments.frozen(model_config), arguments.reference_model
+    frozen, reference_name = arguments.frozen_model_kwargs(model_config), arguments.reference_model
     training = prepare_process_(training, config.get_text_config().hidden_size)  # a new adapter is random
     with load_unsharded():
         policy = load_causal_lm(name, model_config, **code)
@@ -126,7 +126,7 @@ def load_value_model(name: str, model_config: ModelConfig) -> Any:
         return model
     from peft import get_peft_model
 
-    return get_peft_model(prepare_for_lora(model), adapter)
+    return get_peft_model(prepare_for_lora_(model), adapter)
 
 
 def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> Path:

@@ -29,7 +29,7 @@ from rlhf_recipes.models import (
     build_lora_config,
     check_starting_model,
     load_reward_model,
-    prepare_for_lora,
+    prepare_for_lora_,
     save_reward_model_config,
 )
 from rlhf_recipes.reports import plot_reliability
@@ -121,7 +121,7 @@ def build_reward_trainer(
     )  # a new head is random
     model = load_reward_model(start.name, model_config, labels=LABELS[kind], **code)
     model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
-    model = prepare_for_lora(model, training.gradient_checkpointing)
+    model = prepare_for_lora_(model, training.gradient_checkpointing)
     if kind == "ranking":
         return _ranking_trainer(model, start, model_config, training, train, test)
     return _classifier_trainer(model, start, model_config, training, train, test)
@@ -141,7 +141,7 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
     )
 
 
-def measure_reward(trainer: Any, folder: Path) -> Measured:
+def measure_reward(trainer: RankingTrainer | ClassifierTrainer, folder: Path) -> Measured:
     """Return what the reward model is worth on held-out rows, and complete its config.json. All ranks must call it.
 
     The mean and spread of its scores go into config.json, where `normalize_rewards` of ppo reads them.

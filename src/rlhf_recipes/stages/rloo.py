@@ -26,7 +26,7 @@ from rlhf_recipes.models import (
     context_length,
     count_positions_from_mask_,
     load_causal_lm,
-    prepare_for_lora,
+    prepare_for_lora_,
 )
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
 from rlhf_recipes.training import (
@@ -145,7 +145,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     require_held_out(test_prompts, training, arguments.dataset_test_split)
     sources = check_rewards(arguments, training, prompts.column_names)
     functions = load_trl_reward_functions(
-        sources, start.tokenizer, training.device, training.normalize_rewards, **arguments.frozen(model_config)
+        sources, start.tokenizer, training.device, training.normalize_rewards, **arguments.frozen_model_kwargs(model_config)
     )
     training = prepare_process_(training, start.config.hidden_size)
     model = load_causal_lm(start.name, model_config, **code)
@@ -157,7 +157,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
             training = copy.copy(training)
             training.reward_weights = [*weights, 1.0]
     trainer = SafeRLOOTrainer(
-        model=prepare_for_lora(model, training.gradient_checkpointing),
+        model=prepare_for_lora_(model, training.gradient_checkpointing),
         reward_funcs=functions,
         args=training,
         train_dataset=prompts,
@@ -192,7 +192,7 @@ def run_rloo(arguments: RLOOArguments, model_config: ModelConfig, training: RLOO
     )
 
 
-def measure_rloo(trainer: Any, folder: Path) -> Measured:
+def measure_rloo(trainer: SafeRLOOTrainer, folder: Path) -> Measured:
     """Return the metrics of the first and last batch of answers and of the held-out prompts. All ranks must call it."""
     held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics: dict[str, Any] = {"episodes": trainer.args.episodes(trainer.state.global_step)}

@@ -27,7 +27,7 @@ from rlhf_recipes.models import (
     build_lora_config,
     check_policy,
     load_causal_lm,
-    prepare_for_lora,
+    prepare_for_lora_,
 )
 from rlhf_recipes.training import (
     FineTuningDefaults,
@@ -88,7 +88,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     training = prepare_process_(training, start.config.hidden_size, **options)
     model = load_causal_lm(start.name, model_config, **code)
     trainer = SafeSFTTrainer(
-        model=prepare_for_lora(model, training.gradient_checkpointing),
+        model=prepare_for_lora_(model, training.gradient_checkpointing),
         args=training,
         train_dataset=train,
         eval_dataset=test,
@@ -113,7 +113,7 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
     )
 
 
-def measure_sft(trainer: Any, folder: Path) -> Measured:
+def measure_sft(trainer: SafeSFTTrainer, folder: Path) -> Measured:
     """Return the loss on the test split, and perplexity and bits per byte of its tokens with loss. All ranks must call it."""
     if trainer.eval_dataset is None:
         return Measured({})

@@ -34,6 +34,7 @@ from rlhf_recipes.folders import (
 from rlhf_recipes.hub import HubArguments, check_push, open_requested_repo, push_if_requested
 from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.system import check_launch, choose_precision, configure_cpu_runtime_
+from rlhf_recipes.training.trainer import SafeTrainer
 
 # Options that do not change what is trained.
 OPERATIONAL_OPTIONS = {
@@ -78,7 +79,7 @@ class Run(NamedTuple):
 def run_training(
     stage: str,
     arguments: Sequence[Any],
-    build: Callable[[], Any],
+    build: Callable[[], SafeTrainer],
     measure: Callable[[Any, Path], Measured],
     *,
     title: str,
@@ -183,7 +184,7 @@ def _changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def locked_run_folder(trainer: Any, run: Run) -> Iterator[None]:
+def locked_run_folder(trainer: SafeTrainer, run: Run) -> Iterator[None]:
     """Lock the run's folder within this block; deletes what an earlier run left there, unless this one resumes in it."""
     lock = folder_lock(run.folder) if trainer.args.should_save else nullcontext()
     with lock, disk_full_as_user_error(run.folder):
@@ -193,7 +194,7 @@ def locked_run_folder(trainer: Any, run: Run) -> Iterator[None]:
         yield
 
 
-def train(trainer: Any, run: Run) -> dict[str, Any]:
+def train(trainer: SafeTrainer, run: Run) -> dict[str, Any]:
     """Train from the start or from the run's checkpoint; returns loss, seconds and steps."""
     started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=run.checkpoint)
@@ -204,7 +205,7 @@ def train(trainer: Any, run: Run) -> dict[str, Any]:
     }
 
 
-def save_final_model(trainer: Any, folder: Path) -> None:
+def save_final_model(trainer: SafeTrainer, folder: Path) -> None:
     """Leave the model (or its adapter), its tokenizer, its generation config and the training log in `folder`.
 
     All ranks must call it. The files are moved into the folder once all of them are complete.
@@ -227,7 +228,7 @@ def save_final_model(trainer: Any, folder: Path) -> None:
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
 
 
-def measures_model(trainer: Any) -> bool:
+def measures_model(trainer: SafeTrainer) -> bool:
     """Return whether this process runs the model when it is measured: rank 0, or all ranks where weights are sharded.
 
     A forward pass over sharded weights is a collective operation, which all ranks must call.

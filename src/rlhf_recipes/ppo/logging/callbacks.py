@@ -110,6 +110,10 @@ class CompletionsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    @classmethod
+    def in_folder(cls, folder: Any) -> "CompletionsFile":
+        return cls(Path(str(folder)) / "completions.jsonl")
+
     def begin(self, updates: int) -> None:
         """Keep the lines of the first `updates` updates: none in a new run, those of the checkpoint in a resumed one."""
         if self.path.is_file():

@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.models import has_adapter, is_quantized, prepare_for_lora
+from rlhf_recipes.models import has_adapter, is_quantized, prepare_for_lora_
 from rlhf_recipes.ppo.config import PPOConfig
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of LoraConfig.init_lora_weights
@@ -22,7 +22,7 @@ def build_trainable_policy(model: Any, peft_config: Any, args: PPOConfig) -> Any
                 "and save that first (merge_and_unload)"
             )
         base, config = (
-            prepare_for_lora(model, args.gradient_checkpointing),
+            prepare_for_lora_(model, args.gradient_checkpointing),
             _for_trained_layers(peft_config, model, args),
         )
         return _check_adapter(get_peft_model(base, _check_init(config)))

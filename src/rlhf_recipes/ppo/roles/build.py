@@ -26,7 +26,8 @@ from rlhf_recipes.optimizations import UpperLayers, fuse_kernels_
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.roles.adapter import require_adapter
 from rlhf_recipes.ppo.roles.checks import check_vocabulary, refuse_sharded
-from rlhf_recipes.ppo.roles.value import PolicyAndValue, ValueHead, check_head
+from rlhf_recipes.ppo.roles.outputs import check_head
+from rlhf_recipes.ppo.roles.value import PolicyAndValue, ValueHead
 from rlhf_recipes.system import cast_like_engine_, load_unsharded, refuse_sharded_8bit
 
 

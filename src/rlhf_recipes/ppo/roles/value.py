@@ -7,9 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.tensors import log_probs_and_entropies
-from rlhf_recipes.core.unwrapping import base_model, trunk_of
+from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.models import (
     ADAPTER_WEIGHTS,
     adapter_parameters,
@@ -19,14 +17,12 @@ from rlhf_recipes.models import (
     use_adapter,
 )
 from rlhf_recipes.optimizations import (
-    SHORT_ATTENTION,
     UpperLayers,
     freeze_lower_layers_,
-    hidden_states_at,
     hidden_states_of,
     lower_layers,
-    pad_to_tile,
 )
+from rlhf_recipes.ppo.roles.outputs import hidden_size, policy_outputs, response_states, scatter
 from rlhf_recipes.system import full_state_dict, is_sharded, load_full_state_dict
 
 
@@ -229,89 +225,3 @@ def check_value_model(model: nn.Module) -> nn.Module:
         + (f" with {outputs} labels" if outputs else "")
         + "; give AutoModelForSequenceClassification with num_labels=1, or None for a value head on the policy"
     )
-
-
-def response_states(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, lower_states: Tensor | None = None
-) -> Tensor:
-    """Return the hidden state that each generated token was sampled from, (generated tokens, hidden_size).
-
-    It is the state of the position before the token. Other positions are dropped here, so that logits are never computed for
-    prompts or padding. `UpperLayers` read lower_states, any other model reads input_ids.
-    """
-    columns = answer_columns(attention_mask, response_mask, first=-1)
-    if isinstance(model, UpperLayers) and lower_states is not None:
-        return hidden_states_at(model.trunk, columns, attention_mask, inputs_embeds=lower_states)
-    return hidden_states_at(trunk_of(model), columns, attention_mask, input_ids=input_ids)
-
-
-def answer_columns(attention_mask: Tensor, response_mask: Tensor, first: int = 0) -> Tensor:
-    """Return True at the columns of each row's answer, shifted by `first`. (batch, width) bool."""
-    ends = attention_mask.sum(1, keepdim=True) + first
-    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)[None, :]
-    return (columns < ends) & (columns >= ends - response_mask.sum(1, keepdim=True))
-
-
-def policy_outputs(
-    policy: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    response_mask: Tensor,
-    temperature: float = 1.0,
-    entropy_gradient: bool = False,
-    lower_states: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return states (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of these tokens."""
-    hidden = response_states(policy, input_ids, attention_mask, response_mask, lower_states)
-    head = policy.head if isinstance(policy, UpperLayers) else base_model(policy).get_output_embeddings()
-    chosen = input_ids[answer_columns(attention_mask, response_mask)]
-    logits = head(pad_to_tile(hidden))
-    both = log_probs_and_entropies(logits, pad_to_tile(chosen), temperature)
-    log_probs, entropies = (each[: len(chosen)] for each in both)
-    entropies = entropies if entropy_gradient else entropies.detach()
-    return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)
-
-
-def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Put one value per True position into a tensor of the mask's shape; zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def hidden_size(model: nn.Module) -> int:
-    """Return the width of the states that the head reads, which may differ from the width of the layers."""
-    return int(base_model(model).get_output_embeddings().weight.shape[-1])
-
-
-@torch.no_grad()
-def check_head(policy: nn.Module) -> None:
-    """Check that the policy's logits are its head applied to the last hidden states, which log-probabilities rely on.
-
-    Raises:
-        UserError: the model changes the logits in another way.
-    """
-    base = base_model(policy)
-    device, mode, attention = next(base.parameters()).device, base.training, base.config._attn_implementation
-    if device.type == "meta":
-        return  # another process holds the weights, and checks them
-    ids = torch.arange(1, 9, device=device)[None] % base.config.get_text_config().vocab_size
-    unsupported = device.type == "cpu" and attention not in (
-        None,
-        "eager",
-        "sdpa",
-        SHORT_ATTENTION,
-    )  # made for a GPU, not there yet
-    base.eval()
-    try:
-        if unsupported:
-            base.set_attn_implementation("eager")
-        logits = base(input_ids=ids, use_cache=False).logits
-        expected = base.get_output_embeddings()(trunk_of(base)(input_ids=ids, use_cache=False).last_hidden_state)
-    finally:
-        if unsupported:
-            base.set_attn_implementation(attention)
-        base.train(mode)
-    if logits.shape != expected.shape or (logits - expected).abs().max() > 1e-3 * logits.abs().max():
-        raise UserError(
-            f"the logits of a {type(base).__name__} are not its head applied to its last hidden states, which PPOTrainer "
-            "relies on; use another model"
-        )

@@ -14,7 +14,8 @@ from rlhf_recipes.models import context_length
 from rlhf_recipes.optimizations import TILE, cached_casts, without_cudnn_attention
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.roles.build import Reference
-from rlhf_recipes.ppo.roles.value import PolicyAndValue, policy_outputs
+from rlhf_recipes.ppo.roles.outputs import policy_outputs
+from rlhf_recipes.ppo.roles.value import PolicyAndValue
 from rlhf_recipes.ppo.rollout.rewards import KLCoefficient, ScoreScale
 from rlhf_recipes.ppo.rollout.rollout import RewardShape, Rollout, finish_rollout, in_batches, pack_episodes
 from rlhf_recipes.ppo.rollout.timer import PhaseTimer
