@@ -1,4 +1,4 @@
-"""What every test stands on: one thread, no network, and models and a tokenizer small enough to build in a blink."""
+"""Fixtures of all tests: one thread, no network, and a tokenizer and models that are built in milliseconds."""
 
 import ipaddress
 import os
@@ -25,7 +25,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
 )
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # exact comparisons are made on the CPU, whatever the machine has
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # exact comparisons need the CPU, also on a machine with a GPU
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -44,7 +44,7 @@ _refused: list[str] = []
 
 
 def _is_loopback(host: object) -> bool:
-    """True for an address that never leaves this machine; a path (a unix socket) is one."""
+    """Tell whether an address stays on this machine, as the path of a unix socket does."""
     if host in (None, "", b"", "localhost", b"localhost", socket.gethostname()):
         return True
     try:
@@ -53,46 +53,48 @@ def _is_loopback(host: object) -> bool:
         return False
 
 
-def _refuse_others(function: Callable[..., Any], host_of: Callable[..., object]) -> Callable[..., Any]:
-    """Wraps a function of `socket` so that it fails the test when the host it is asked for is elsewhere."""
+def _refuse_remote_hosts(function: Callable[..., Any], host_of: Callable[..., object]) -> Callable[..., Any]:
+    """Wrap a function of `socket`: it fails the test if the requested host is not this machine."""
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         host = host_of(*args, **kwargs)
         if not _is_loopback(host):
-            _refused.append(str(host))  # remembered, because a library may swallow the failure or be in a thread
+            _refused.append(str(host))  # a library may catch the failure, or a thread may raise it
             pytest.fail(f"a test tried to reach {host!r}: tests are offline")
         return function(*args, **kwargs)
 
     return guarded
 
 
-def _host_of_connection(this: socket.socket, address: Any) -> object:
-    return address[0] if this.family in (socket.AF_INET, socket.AF_INET6) else None
+def _host_of_connection(connection: socket.socket, address: Any) -> object:
+    return address[0] if connection.family in (socket.AF_INET, socket.AF_INET6) else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=1, help="how often runs are killed at random moments, in all")
+    parser.addoption("--kills", type=int, default=1, help="total number of random kills")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "fault(name, stage): lays a fault upon a run (see tests/programs/run_faults.py)"
+        "markers", "fault(name, stage): injects a fault into a run (see tests/programs/run_faults.py)"
     )
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _closed_network() -> Iterator[None]:
-    """Looking a name up and connecting both fail, unless they stay on this machine."""
+def _loopback_only() -> Iterator[None]:
+    """Let name lookups and connections fail unless they stay on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("connect", "connect_ex"):
-            patch.setattr(socket.socket, name, _refuse_others(getattr(socket.socket, name), _host_of_connection))
-        patch.setattr(socket, "getaddrinfo", _refuse_others(socket.getaddrinfo, lambda host, *rest, **named: host))
+            patch.setattr(socket.socket, name, _refuse_remote_hosts(getattr(socket.socket, name), _host_of_connection))
+        patch.setattr(
+            socket, "getaddrinfo", _refuse_remote_hosts(socket.getaddrinfo, lambda host, *rest, **named: host)
+        )
         yield
 
 
 @pytest.fixture(autouse=True)
 def refused_connections() -> Iterator[list[str]]:
-    """Fails the test at its end if a connection was refused meanwhile; a test that provokes one clears the list."""
+    """Fail the test if one of its connections was refused; a test that provokes a refusal clears the list."""
     _refused.clear()
     yield _refused
     assert not _refused, f"tried to reach {', '.join(_refused)}: tests are offline"
@@ -100,27 +102,27 @@ def refused_connections() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Sums are taken in one order, so that the same seed gives the same bits."""
+    """Use one thread, so that sums have one order and a seed gives the same bits."""
     try:
         import torch
-    except ModuleNotFoundError:  # the rules of the house can be checked without it
+    except ModuleNotFoundError:  # tests of the code's layout run without torch
         return
     torch.set_num_threads(1)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-in that byte-level tokenizers use for each byte -> that byte's value."""
+    """Map the printable character that byte-level tokenizers use for a byte to the byte's value."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    stand_in = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in stand_in.values()]
-    return stand_in | {chr(256 + position): byte for position, byte in enumerate(others)}
+    character_to_byte = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in character_to_byte.values()]
+    return character_to_byte | {chr(256 + position): byte for position, byte in enumerate(others)}
 
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[[], "PreTrainedTokenizerFast"]:
-    """() -> a new byte-level tokenizer, for tests that change it.
+    """Return a function that makes a new byte-level tokenizer, for tests that change it.
 
-    It has no merges and a byte's id is its value, so text without special tokens must become `list(text.encode())`.
+    There are no merges and a byte's id is its value: text without special tokens becomes `list(text.encode())`.
     The six special tokens follow as ids 256 to 261: eos (also bos), pad, user, assistant, system, end.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -148,7 +150,7 @@ def make_tokenizer() -> Callable[[], "PreTrainedTokenizerFast"]:
 
 @pytest.fixture(scope="session")
 def make_tokenizer_with_bos(make_tokenizer: Callable[[], "PreTrainedTokenizerFast"]) -> Callable[[], Any]:
-    """() -> one that puts a BOS of its own (id 260) before every text, as Llama's and Gemma's do."""
+    """Return a function that makes a tokenizer that puts a BOS (id 260) before every text, as Llama's and Gemma's do."""
     from tokenizers.processors import TemplateProcessing
 
     def make() -> "PreTrainedTokenizerFast":
@@ -164,7 +166,7 @@ def make_tokenizer_with_bos(make_tokenizer: Callable[[], "PreTrainedTokenizerFas
 
 @pytest.fixture(scope="session")
 def tokenizer(make_tokenizer: Callable[[], "PreTrainedTokenizerFast"]) -> "PreTrainedTokenizerFast":
-    """The byte-level tokenizer, shared by all tests: whoever changes one asks `make_tokenizer` for their own."""
+    """Return the byte-level tokenizer that all tests share; a test that changes one uses `make_tokenizer`."""
     return make_tokenizer()
 
 
@@ -179,7 +181,10 @@ def _tiny_config(sizes: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., "GPT2LMHeadModel"]:
-    """(seed=0, **config) -> a two-layer GPT-2 in eval mode without dropout, its weights drawn from `seed` alone."""
+    """Return a function (seed=0, **config) that makes a two-layer GPT-2 in eval mode, without dropout.
+
+    Its initial weights depend on `seed` only.
+    """
 
     def make(seed: int = 0, **config: Any) -> "GPT2LMHeadModel":
         import torch
@@ -194,7 +199,7 @@ def make_model() -> Callable[..., "GPT2LMHeadModel"]:
 
 @pytest.fixture(scope="session")
 def make_reward_model() -> Callable[..., "GPT2ForSequenceClassification"]:
-    """(seed=0, num_labels=1, **config) -> a two-layer GPT-2 that scores a text, as `make_model` makes it."""
+    """Return a function (seed=0, num_labels=1, **config) that makes a two-layer GPT-2 reward model; see `make_model`."""
 
     def make(seed: int = 0, num_labels: int = 1, **config: Any) -> "GPT2ForSequenceClassification":
         import torch
@@ -212,7 +217,7 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_reward_model: Callable[..., Any],
     tokenizer: "PreTrainedTokenizerFast",
 ) -> Path:  # fmt: skip
-    """The folder with what the small runs of each training stage read; they write below it."""
+    """Return a folder with the models and datasets that the small runs of each training stage read; they write below it."""
     from programs import small_runs
 
     folder = tmp_path_factory.mktemp("small")

@@ -1,4 +1,4 @@
-"""The benchmark that sets the algorithms side by side: it launches what exists, and its table says what was measured."""
+"""The benchmark that compares algorithms: its command lines parse, and its table shows the measurements."""
 
 import importlib
 import importlib.util
@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "dpo", "rloo"])
-def test_every_launch_is_understood(algorithm: str, tmp_path: Path) -> None:
-    """Each starts from the same model with the same seed, and the two that sample do so alike, next to the same KL."""
+def test_training_flags_parse_and_use_equal_settings(algorithm: str, tmp_path: Path) -> None:
+    """All start from the same model with the same seed; PPO and RLOO use the same sampling and KL settings."""
     run = importlib.import_module(f"rlhf_recipes.stages.{algorithm}").__dict__[f"run_{algorithm}"]
-    kinds = [hint for name, hint in get_type_hints(run).items() if name != "return"]
+    types = [hint for name, hint in get_type_hints(run).items() if name != "return"]
     flags = benchmark.training_flags(Path("quick"), algorithm, tmp_path / "out", 3)
-    arguments, model, training = parse_arguments(*kinds, argv=flags)
+    arguments, model, training = parse_arguments(*types, argv=flags)
     assert model.model_name_or_path == "quick/sft" and training.seed == 3
     assert training.output_dir == str(tmp_path / "out")
     if algorithm == "dpo":
@@ -41,21 +41,21 @@ def test_every_launch_is_understood(algorithm: str, tmp_path: Path) -> None:
     assert shape == (2880, 8, 0.1, 40)
 
 
-def test_every_evaluation_is_understood(tmp_path: Path) -> None:
+def test_evaluation_flags_parse(tmp_path: Path) -> None:
     from rlhf_recipes.stages.eval import EvalArguments
 
     flags = benchmark.evaluation_flags(Path("quick"), Path("one"), tmp_path, 7)
-    (asked,) = parse_arguments(EvalArguments, argv=flags)
-    assert (asked.models, asked.reference, asked.reward_model, asked.num_prompts) == (
+    (arguments,) = parse_arguments(EvalArguments, argv=flags)
+    assert (arguments.models, arguments.reference, arguments.reward_model, arguments.num_prompts) == (
         ["one"],
         "quick/sft",
         "quick/reward",
         7,
     )
-    assert (asked.temperature, asked.max_new_tokens, asked.gold) == (0.7, 40, benchmark.GOLD)
+    assert (arguments.temperature, arguments.max_new_tokens, arguments.gold) == (0.7, 40, benchmark.GOLD)
 
 
-def test_the_table_gives_the_mean_and_each_seed() -> None:
+def test_table_shows_the_mean_and_each_seed() -> None:
     runs = [{"gold_score": value, "kl": 2.0, "peak_mib": 100.4} for value in (0.9, 0.8, 1.0)]
     header, _, start, ppo = benchmark.comparison_table({"sft": [{"gold_score": 0.5}], "ppo": runs}).splitlines()
     cells = dict(zip(header.split("|"), ppo.split("|"), strict=True))
@@ -64,7 +64,7 @@ def test_the_table_gives_the_mean_and_each_seed() -> None:
     assert "| sft | **0.500** |" in start
 
 
-def test_a_run_that_is_no_quickstart_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_quickstart_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no folder world/prompts; give the folder of a finished quickstart"):
         benchmark.main([str(tmp_path), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
