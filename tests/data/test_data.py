@@ -1,4 +1,4 @@
-"""Rows from files, their filters and joins; the chat template; packing against a hand-joined stream of ids."""
+"""Loading, filtering and joining datasets; the chat template; packing against a token stream joined by hand."""
 
 import gzip
 import json
@@ -32,7 +32,7 @@ from rlhf_recipes.data.sources import (
 ROWS = [
     {"text": f"row {index}", "source": "even" if index % 2 == 0 else "odd", "year": index // 3} for index in range(9)
 ]
-END = 256  # the byte tokenizer's EOS
+EOS = 256
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def texts(dataset: Any) -> list[str]:
     return [row["text"] for row in dataset]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "parquet", "txt", "txt.gz"])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "parquet", "txt", "txt.gz"])
+def test_all_file_formats_load_the_same_rows(tmp_path: Path, extension: str) -> None:
     import pandas
 
     frame = pandas.DataFrame({"text": ["eins, zwei", "三", "🙂"]})
@@ -60,14 +60,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, ending: str) -> 
         "txt": "\n".join(frame["text"]).encode(),
         "parquet": frame.to_parquet(),
     }
-    content = contents[ending.removesuffix(".gz")]
-    file = tmp_path / f"train.{ending}"
-    file.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
+    content = contents[extension.removesuffix(".gz")]
+    file = tmp_path / f"train.{extension}"
+    file.write_bytes(gzip.compress(content) if extension.endswith(".gz") else content)
     assert texts(load_split(str(file), "train")) == list(frame["text"])
     assert texts(load_split(str(tmp_path), "train", streaming=True)) == list(frame["text"])
 
 
-def test_shards_and_a_data_folder_are_one_split(tmp_path: Path) -> None:
+def test_shards_in_a_data_folder_form_one_split(tmp_path: Path) -> None:
     for part in (0, 1):
         write_rows(tmp_path / "data" / f"train-0000{part}-of-00002.jsonl", ROWS[part * 5 : part * 5 + 5])
     assert texts(load_split(str(tmp_path), "train")) == [row["text"] for row in ROWS]
@@ -83,32 +83,32 @@ def test_splits_and_limits(folder: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    ("row_filter", "kept"),
+    ("row_filter", "matches"),
     [
         (["source=odd"], lambda row: row["source"] == "odd"),
         (["source=odd", "source=even"], lambda row: True),
         (["source=even", "year=1"], lambda row: row["source"] == "even" and row["year"] == 1),
     ],
 )
-def test_row_filter(folder: Path, streaming: bool, row_filter: list[str], kept: Callable[[Any], bool]) -> None:
-    """One column's values are alternatives, columns add up, and a limit counts the rows that are left."""
-    wanted = [row["text"] for row in ROWS if kept(row)]
+def test_row_filter(folder: Path, streaming: bool, row_filter: list[str], matches: Callable[[Any], bool]) -> None:
+    """Values of one column are joined by OR, columns by AND; `max_train_samples` counts the filtered rows."""
+    expected = [row["text"] for row in ROWS if matches(row)]
     arguments = DatasetArguments(dataset_name=str(folder / "train.jsonl"), row_filter=row_filter)
-    assert texts(load_train_and_test(arguments, streaming=streaming)[0]) == wanted
+    assert texts(load_train_and_test(arguments, streaming=streaming)[0]) == expected
     arguments.max_train_samples = 2
-    assert texts(load_train_and_test(arguments, streaming=streaming)[0]) == wanted[:2]
+    assert texts(load_train_and_test(arguments, streaming=streaming)[0]) == expected[:2]
 
 
-def test_the_filter_holds_for_the_held_out_rows_too(folder: Path) -> None:
+def test_row_filter_applies_to_the_test_split(folder: Path) -> None:
     with pytest.raises(UserError, match=r"test.*no row with source in \['even'\]"):
         load_train_and_test(DatasetArguments(dataset_name=str(folder), row_filter=["source=even"]))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_further_datasets_follow(folder: Path, tmp_path: Path, streaming: bool) -> None:
-    """Shared columns stay, a filter passes over a source without the column, and held-out rows are the first one's."""
+def test_extra_datasets_are_appended(folder: Path, tmp_path: Path, streaming: bool) -> None:
+    """Only shared columns are kept; a filter skips a dataset without its column; the test split is the first dataset's."""
     write_rows(tmp_path / "more" / "train.jsonl", [{"label": 1, "text": "further"}])
-    write_rows(tmp_path / "more" / "test.jsonl", [{"label": 1, "text": "must not be seen"}])
+    write_rows(tmp_path / "more" / "test.jsonl", [{"label": 1, "text": "must not be read"}])
     arguments = DatasetArguments(
         dataset_name=str(folder), extra_dataset_names=[str(tmp_path / "more")], row_filter=["source=odd"]
     )
@@ -130,7 +130,7 @@ def test_further_datasets_follow(folder: Path, tmp_path: Path, streaming: bool) 
         ({"dataset_name": "./nowhere"}, "no such file or folder"),
     ],
 )
-def test_wrong_sources_are_named(folder: Path, options: dict[str, Any], message: str) -> None:
+def test_errors_name_the_invalid_dataset_option(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_train_and_test(DatasetArguments(**{"dataset_name": str(folder), **options}))
 
@@ -146,7 +146,9 @@ def test_wrong_sources_are_named(folder: Path, options: dict[str, Any], message:
         ("train.doc", b"text", "no known ending"),
     ],
 )
-def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str, streaming: bool) -> None:
+def test_an_unreadable_file_is_a_one_line_error(
+    tmp_path: Path, name: str, content: bytes, message: str, streaming: bool
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         load_split(str(tmp_path / name), "train", streaming=streaming)
@@ -166,31 +168,31 @@ def test_columns_are_checked_by_name_and_type(folder: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("block", [1, 7, 16, 400])
-def test_packing_is_the_joined_stream_cut_in_blocks(
+def test_packing_splits_the_joined_token_stream_into_blocks(
     tmp_path: Path, tokenizer: Any, block: int, streaming: bool
 ) -> None:
     documents = ["ab", "", "a longer document, with 中文", "x", "🙂" * 9, None, "end"] * 4
     write_rows(tmp_path / "train.jsonl", [{"text": text, "other": 1} for text in documents])
-    joined = [token for text in documents if text for token in [*text.encode(), END]]
-    whole = [joined[start : start + block] for start in range(0, len(joined) - block + 1, block)]
+    joined = [token for text in documents if text for token in [*text.encode(), EOS]]
+    expected = [joined[start : start + block] for start in range(0, len(joined) - block + 1, block)]
     packed = pack_documents(load_split(str(tmp_path), "train", streaming=streaming), tokenizer, block)
-    assert [row["input_ids"] for row in packed] == whole
-    assert [row["input_ids"] for row in packed] == whole, "a second epoch begins anew"
+    assert [row["input_ids"] for row in packed] == expected
+    assert [row["input_ids"] for row in packed] == expected, "a second epoch yields the same blocks"
     assert all(list(row) == ["input_ids"] for row in packed)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_packing_carries_over_from_one_batch_of_documents_to_the_next(
+def test_packing_carries_tokens_over_to_the_next_batch_of_documents(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
     monkeypatch.setattr("rlhf_recipes.data.packing.DOCUMENTS_PER_BATCH", 3)
     write_rows(tmp_path / "train.jsonl", [{"text": "abcd"}] * 10)
     packed = pack_documents(load_split(str(tmp_path), "train", streaming=streaming), tokenizer, 7)
-    joined = ([*b"abcd", END] * 10)[:49]
+    joined = ([*b"abcd", EOS] * 10)[:49]
     assert [token for row in packed for token in row["input_ids"]] == joined
 
 
-def test_the_chat_template_ends_each_answer_and_marks_it(make_tokenizer: Callable[[], Any]) -> None:
+def test_chat_template_ends_answers_with_eos_and_masks_them(make_tokenizer: Callable[[], Any]) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = chat_template()
     messages = [
@@ -203,13 +205,13 @@ def test_the_chat_template_ends_each_answer_and_marks_it(make_tokenizer: Callabl
     answer = "Hello!<|endoftext|>"
     assert text == f"<|system|>Be kind.<|user|>Hi<|assistant|>{answer}<|user|>Bye<|assistant|>"
     marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    learnt = [token for token, mask in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mask]
-    assert learnt == [*b"Hello!", END]
+    answer_tokens = [token for token, mask in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mask]
+    assert answer_tokens == [*b"Hello!", EOS]
     with pytest.raises(Exception, match="not tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": ""}], tokenize=False)
 
 
-def test_a_vocabulary_without_role_tokens_is_given_words(make_tokenizer: Callable[[], Any]) -> None:
+def test_chat_template_uses_plain_words_without_role_tokens(make_tokenizer: Callable[[], Any]) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     ensure_chat_template_(tokenizer)
@@ -223,7 +225,7 @@ def test_a_vocabulary_without_role_tokens_is_given_words(make_tokenizer: Callabl
     assert text == "User: Hi\nAssistant:"
 
 
-def test_a_prompt_is_the_same_as_text_messages_and_ids(make_tokenizer: Callable[[], Any]) -> None:
+def test_prompt_ids_are_equal_for_text_messages_and_ids(make_tokenizer: Callable[[], Any]) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = chat_template()
     messages = [{"role": "user", "content": "Hi"}]
@@ -239,16 +241,14 @@ def test_a_prompt_is_the_same_as_text_messages_and_ids(make_tokenizer: Callable[
 BOS = 260
 
 
-def test_plain_text_has_the_bos_that_its_tokenizer_puts_there(
-    make_tokenizer_with_bos: Callable[[], Any], tokenizer: Any
-) -> None:
-    """Of messages the template writes what it wants."""
+def test_plain_text_gets_the_tokenizers_bos(make_tokenizer_with_bos: Callable[[], Any], tokenizer: Any) -> None:
+    """The BOS of messages is the chat template's decision."""
     with_bos = make_tokenizer_with_bos()
     assert with_bos("Hi")["input_ids"] == [BOS, *b"Hi"]
     assert prompt_ids("Hi", with_bos) == [BOS, *b"Hi"] and prompt_ids("Hi", tokenizer) == [*b"Hi"]
     assert prompt_ids([{"role": "user", "content": "Hi"}], with_bos) == [258, *b"Hi", 261, 259]
-    assert prompt_and_completion_ids("Hi", " you", with_bos) == ([BOS, *b"Hi"], [*b" you", END])
-    assert prompt_and_completion_ids("", "you", with_bos) == ([], [BOS, *b"you", END])
+    assert prompt_and_completion_ids("Hi", " you", with_bos) == ([BOS, *b"Hi"], [*b" you", EOS])
+    assert prompt_and_completion_ids("", "you", with_bos) == ([], [BOS, *b"you", EOS])
     with pytest.raises(UserError, match="empty prompt"):
         prompt_ids("", with_bos)
     rows = [{"prompt": "12345"}]
@@ -257,16 +257,16 @@ def test_plain_text_has_the_bos_that_its_tokenizer_puts_there(
         keep_fitting_prompts(rows, with_bos, 6)
 
 
-ALTERNATES = (
+ALTERNATING_TEMPLATE = (
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate, and a user begins') }}{% endif %}{{ message['content'] }}{% endfor %}"
 )
 
 
-def test_an_answer_is_rendered_after_its_prompt(make_tokenizer: Callable[[], Any]) -> None:
-    """As it is trained on: a template may ask for the roles that come before."""
+def test_a_completion_is_rendered_after_its_prompt(make_tokenizer: Callable[[], Any]) -> None:
+    """A chat template may check the roles of earlier messages, so a completion is rendered as in training."""
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = ALTERNATES
+    tokenizer.chat_template = ALTERNATING_TEMPLATE
     row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho"}]}
     require_texts([row, row], ["prompt", "completion"], tokenizer)
     with pytest.raises(
@@ -279,7 +279,7 @@ def test_an_answer_is_rendered_after_its_prompt(make_tokenizer: Callable[[], Any
         require_texts([row], ["completion"], tokenizer)
 
 
-def test_a_dot_in_the_name_of_a_repo_is_no_file_ending() -> None:
+def test_a_dot_in_a_repo_id_is_no_file_extension() -> None:
     for name in ("nobody/some-2.5", "nobody/some-v0.2"):
         with pytest.raises(UserError, match="as a Hub id it cannot be fetched"):
             load_split(name, "train")
@@ -288,34 +288,34 @@ def test_a_dot_in_the_name_of_a_repo_is_no_file_ending() -> None:
             load_split(name, "train")
 
 
-def test_of_a_streamed_repo_nothing_is_read_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To ask for one split of a repo without streaming is to fetch all of them."""
+def test_every_split_of_a_streamed_repo_is_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without streaming, `load_dataset` downloads all splits of a repo to return one."""
     import datasets
 
-    load, asked = datasets.load_dataset, []
+    load, requested = datasets.load_dataset, []
 
-    def as_a_repo(name: str, config: Any, split: str, streaming: bool) -> Any:
-        asked.append((split, streaming))
+    def load_dataset(name: str, config: Any, split: str, streaming: bool) -> Any:
+        requested.append((split, streaming))
         file = folder / f"{split}.jsonl"
         if not file.is_file():
             raise ValueError(f"Unknown split {split}")
         return load("json", data_files=str(file), split="train", streaming=streaming)
 
-    monkeypatch.setattr(datasets, "load_dataset", as_a_repo)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     arguments = DatasetArguments(
         dataset_name="me/rows", max_train_samples=3, max_test_samples=1, row_filter=["source=odd"]
     )
     train, test = load_train_and_test(arguments, streaming=True)
-    assert asked == [("train", True), ("test", True)]
+    assert requested == [("train", True), ("test", True)]
     assert texts(train) == ["row 1", "row 3", "row 5"] and test["text"] == ["held out"]
     assert load_test_split(DatasetArguments(dataset_name="me/rows", dataset_test_split="none"), streaming=True) is None
 
 
-def test_an_evaluation_on_rows_that_there_are_not_is_refused() -> None:
+def test_evaluation_without_a_test_split_is_refused() -> None:
     from transformers import TrainingArguments
 
-    asked = TrainingArguments("out", eval_strategy="epoch", use_cpu=True)
+    training = TrainingArguments("out", eval_strategy="epoch", use_cpu=True)
     with pytest.raises(UserError, match="eval_strategy is epoch, but the dataset has no split 'validation'"):
-        require_held_out(None, asked, "validation")
-    require_held_out([{}], asked, "validation")
+        require_held_out(None, training, "validation")
+    require_held_out([{}], training, "validation")
     require_held_out(None, TrainingArguments("out", use_cpu=True), "validation")
