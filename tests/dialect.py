@@ -56,7 +56,7 @@ PHRASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("logit soft-capping", (r"bend(s|ing)?", r"bent")),
     ("drops the last incomplete batch (drop_last)", (r"what of (the|a|its|it)",)),
     ("measured on <hardware>, <date>", (r"stood", r"the day before", r"before this day")),
-    ("is, is written, appears", (r"stands?(?! (ins?|for))", r"standing")),
+    ("is, is written, appears", (r"stands?(?!.(ins?|for)\b)", r"standing")),
     ("again", (r"anew",)),
     ("available", (r"at hand",)),
     ("(leave out)", (r"meanwhile the", r"of (its|their) own")),
@@ -80,6 +80,7 @@ EXCEPTIONS: tuple[tuple[str, str, str, str], ...] = (
     ("tests/test_world.py", r"spoken|speak(s|ing)?|asked|told", r".*", "the people of the stories ask and answer"),
     ("recipes/configs/imdb/README.md", r".*", r"^\|", "samples of a trained model"),
     ("tests/test_metrics.py", r"stood|stands", r"^TEXTS", "a text that is measured"),
+    ("tests/test_packaging.py", r".*", r"mark\.parametrize", "examples for the test of this script"),
     ("CONTRIBUTING.md", r"agree", r"you agree that", "the contributor's licence"),
 )
 
