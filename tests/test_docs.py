@@ -260,3 +260,22 @@ def test_python_examples_of_ppo_page_run(
             exec(body, names)
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert saved >= {"short", "several", "lora", "long", "own"}
+
+
+def test_diagram_shows_every_room_on_its_floor() -> None:
+    """The diagram of docs/architecture.md has the rooms and floors of rooms.py."""
+    import rooms
+
+    shown: dict[str, int] = {}
+    floor = -1
+    for line in text_of(ROOT / "docs" / "architecture.md").splitlines():
+        if start := re.match(r"floor (\d+)", line):
+            floor = int(start[1])
+            shown |= dict.fromkeys(re.findall(r"([a-z]+)/ ", f"{line} "), floor)
+    assert shown == rooms.FLOOR_OF | {"recipes": len(rooms.FLOORS)}
+
+
+def test_update_is_explained_in_ten_files() -> None:
+    rows = list(table_rows(ROOT / "docs/architecture.md", "One PPO update in ten files"))
+    numbered = [cells for cells in rows if cells[0].isdigit()]
+    assert [int(cells[0]) for cells in numbered] == list(range(1, 11))
