@@ -33,10 +33,10 @@ from rlhf_recipes import PPOConfig, PPOTrainer, UserError, generate, load_reward
 from rlhf_recipes.evaluation.language_model import completion_perplexity, perplexity
 from rlhf_recipes.evaluation.models import completion_log_probs, evaluate_model
 from rlhf_recipes.generation.sampling import Sampling
-from rlhf_recipes.models import quantization as quantized_module
 from rlhf_recipes.models.loading import load_causal_lm, load_reward_model, save_reward_model_config
 from rlhf_recipes.models.quantization import quantization_kwargs
 from rlhf_recipes.optimizations.attention import fuse_kernels_
+from rlhf_recipes.system import workarounds
 from rlhf_recipes.system.workarounds import apply_bitsandbytes_workarounds_
 from rlhf_recipes.training.trainer import SafeTrainer
 
@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "8 bits": {"bits": 8},
     "4 bits": {"bits": 4},
     "4 bits, nested": {"bits": 4, "nested": True},
-    "fp4": {"bits": 4, "kind": "fp4"},
+    "fp4": {"bits": 4, "quant_type": "fp4"},
 }
 FOUR = [name for name, each in KINDS.items() if each["bits"] == 4]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 100, 250, 3], [1, 2, 3, 4, 11, 12, 13, 14]])
@@ -269,7 +269,7 @@ def test_odd_widths_load_answer_and_learn(
 
 def test_what_is_said_of_every_product_in_8_bits_is_said_once(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = ours(base, "8 bits")
-    quantized_module._LOGGED_MESSAGES.clear()
+    workarounds._LOGGED_MESSAGES.clear()
     logits(model), logits(model)
     assert [record.getMessage() for record in caplog.records if "MatMul8bitLt" in record.getMessage()] == [
         "MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization"
@@ -569,7 +569,7 @@ def test_an_adapter_on_an_adapter_is_refused_in_bits(saved: Any, tmp_path: Path)
     upper = get_peft_model(load_causal_lm(str(folder)), lora())
     upper.save_pretrained(tmp_path / "upper")
     assert load_causal_lm(str(tmp_path / "upper"))
-    with pytest.raises(UserError, match=r"is an adapter on .*, itself one.* save it merged first"):
+    with pytest.raises(UserError, match=r"is an adapter on the adapter .* save it merged first"):
         load_causal_lm(str(tmp_path / "upper"), **quantization_kwargs(4))
 
 

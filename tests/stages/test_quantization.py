@@ -258,7 +258,7 @@ def test_a_value_model_starts_from_a_reward_model_or_from_its_adapter(
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "ppo without LoRA": ("ppo", {"load_in_4bit": True}, "quantized weights cannot be trained; add --use_peft true"),
     "a new adapter on one": (
-        "ppo", {"load_in_4bit": True, "use_peft": True, "model_name_or_path": "sft, 4 bits"}, "leave --use_peft out",
+        "ppo", {"load_in_4bit": True, "use_peft": True, "model_name_or_path": "sft, 4 bits"}, "leave out --use_peft",
     ),
     "other bits": ("ppo", {"frozen_bits": 3}, "frozen_bits is 3; give 8 or 4"),
     "other bits in rloo": ("rloo", {"frozen_bits": 16}, "frozen_bits is 16; give 8 or 4"),
@@ -293,7 +293,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"load_in_8bit": True, "load_in_4bit": True}, "exclude one another"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "are both set; set one of them"),
         ({"bnb_4bit_quant_type": "nf3"}, "choose nf4 or fp4"),
         ({"frozen_bits": 2}, "give 8 or 4"),
     ],

@@ -126,14 +126,16 @@ LEARNING = {"reward": "rloo_rewards:low_share", "per_device_train_batch_size": 3
 LEARNING |= {"max_steps": 24, "beta": 0.0, "lr_scheduler_type": "constant"}
 
 
-def test_the_score_rises(place: Path) -> None:
+def test_the_score_rises(place: Path, real_plots: None) -> None:
     """Less than half of an untrained model's tokens are below 128; the reward is that share."""
     folder = run_rloo(*options(**LEARNING, learning_rate=1e-2))
     assert low_share_of("policy") < 0.5 < 0.7 < low_share_of(folder)
     metrics = metrics_of(folder)
     assert metrics["score"] > metrics["score_before"] + 0.2 and metrics["eval_score"] > 0.7
     assert metrics["episodes"] == 12 * 32
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and (
+        folder / "curves.png"
+    ).stat().st_size > 1000
     assert "`rloo` stage" in (folder / "README.md").read_text() and not list(folder.rglob("*.bin"))
 
 
@@ -359,8 +361,8 @@ def _full_folder(place: Path) -> None:
 BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
     (_nothing, {"model_name_or_path": None}, "no model; pass --model_name_or_path"),
     (_nothing, {"model_name_or_path": "./nowhere"}, "no such folder"),
-    (_nothing, {"model_name_or_path": "reward_model"}, "is a reward model, which cannot answer"),
-    (_nothing, {"reward": None}, "nothing scores the answers; pass --reward"),
+    (_nothing, {"model_name_or_path": "reward_model"}, "is a reward model, which cannot generate"),
+    (_nothing, {"reward": None}, "no reward; pass --reward"),
     (_nothing, {"reward": "policy"}, "not a sequence classifier"),
     (_nothing, {"reward": "rloo_rewards:missing"}, "cannot be imported"),
     (_prompts(*[{"prompt": "a"}] * 8), {"reward": "rloo_rewards:wanted_letters"}, "does not fit the dataset"),

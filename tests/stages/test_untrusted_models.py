@@ -54,7 +54,7 @@ def test_code_of_a_model_needs_its_flag(
     """Also where somebody would say yes at the terminal, where transformers would ask."""
     monkeypatch.setattr("builtins.input", lambda *words: "y")
     asked = {"tokenizer_name": None} if stage == "pretrain" else {}
-    with pytest.raises(UserError, match=r"brings Python code of its own, .* pass --trust_remote_code true"):
+    with pytest.raises(UserError, match=r"contains Python code, .* pass --trust_remote_code true"):
         small_runs.run(stage, runs, f"untrusted {stage}", model_name_or_path=brings_code.name, **asked)
     assert not ran.exists() and not (runs / f"untrusted {stage}").exists()
 
@@ -64,14 +64,14 @@ def test_the_functions_need_it_too(
     load: Callable[..., Any], brings_code: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *words: "y")
-    with pytest.raises(UserError, match="brings Python code of its own"):
+    with pytest.raises(UserError, match="contains Python code"):
         load(str(brings_code))
     assert not ran.exists()
 
 
 def test_the_trainer_needs_it_too(brings_code: Path, ran: Path, tmp_path: Path) -> None:
     args = PPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    with pytest.raises(UserError, match="brings Python code of its own"):
+    with pytest.raises(UserError, match="contains Python code"):
         PPOTrainer(str(brings_code), [len], args, [{"prompt": "a"}])
     assert not ran.exists()
 
@@ -137,7 +137,7 @@ def test_adapters_on_one_another_are_refused_in_one_line(runs: Path, tmp_path: P
         (tmp_path / one).mkdir()
         config = {"base_model_name_or_path": str(tmp_path / other)}
         (tmp_path / one / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="on itself"):
+    with pytest.raises(UserError, match="is its own base model"):
         small_runs.run("ppo", runs, "on nothing", model_name_or_path=str(tmp_path / "a"))
 
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers: from a size, a folder or a Hub id to something that can be trained or asked."""
+"""Build, load, check and quantize models and tokenizers; adapters on one copy of the base weights."""
 
 from rlhf_recipes.models.adapters import (
     ADAPTER_WEIGHTS,
@@ -23,7 +23,7 @@ from rlhf_recipes.models.loading import (
     load_config,
     load_reward_model,
     load_tokenizer,
-    prepare_for_lora,
+    prepare_for_lora_,
     reward_label_count,
     save_reward_model_config,
     trainable_to_float32_,
@@ -66,7 +66,7 @@ __all__ = [
     "load_config",
     "load_reward_model",
     "load_tokenizer",
-    "prepare_for_lora",
+    "prepare_for_lora_",
     "quantization_kwargs",
     "reward_label_count",
     "save_adapter",

@@ -1,13 +1,13 @@
-"""Several adapters on one copy of the base weights: which of them speaks, without waking or freezing any.
+"""Several LoRA adapters on one copy of the base weights: switch, copy, load and save them.
 
-peft makes the active adapter trainable and freezes the others whenever one is switched on. PPO switches in the middle
-of a step and trains two at once, so each switch here puts the flags back.
+When peft activates an adapter, it makes that adapter trainable and freezes the others. PPO trains two adapters and
+switches inside a step, so the functions here restore `requires_grad` after each switch.
 """
 
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,99 +22,94 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def has_adapter(model: nn.Module) -> bool:
+    """Return whether the model is wrapped by peft."""
     return "peft_config" in dir(model) and "disable_adapter" in dir(model)
 
 
 @contextmanager
 def use_adapter(model: Any, adapter: str) -> Iterator[None]:
-    """For the time, `model` answers with this adapter."""
-    before, flags = model.active_adapter, _flags(model)
+    """Within this block, `adapter` is the active adapter of the model. `requires_grad` does not change."""
+    previous, flags = model.active_adapter, _trainable_flags(model)
     model.set_adapter(adapter)
-    _restore(flags)
+    _restore_trainable_(flags)
     try:
         yield
     finally:
-        model.set_adapter(before)
-        _restore(flags)
+        model.set_adapter(previous)
+        _restore_trainable_(flags)
 
 
 @contextmanager
 def disable_adapters(model: Any) -> Iterator[None]:
-    """For the time, `model` answers as its base."""
-    flags = _flags(model)
+    """Within this block, the model runs without adapters. `requires_grad` does not change."""
+    flags = _trainable_flags(model)
     with model.disable_adapter():
         yield
-    _restore(flags)
+    _restore_trainable_(flags)
 
 
-def under(model: Any, adapter: str | None) -> AbstractContextManager[None]:
-    """`use_adapter`, or nothing to do where there is no adapter to switch to."""
-    return nullcontext() if adapter is None or model.active_adapter == adapter else use_adapter(model, adapter)
-
-
-def _flags(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+def _trainable_flags(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
     return [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
 
-def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
+def _restore_trainable_(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, trainable in flags:
         parameter.requires_grad_(trainable)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """The weights of one adapter, in the order of the model's."""
-    name_of = re.compile(rf"\.{re.escape(adapter)}(\.|$)")
-    return [parameter for name, parameter in model.named_parameters() if name_of.search(name)]
+    """Return the parameters of one adapter, in the model's order."""
+    pattern = re.compile(rf"\.{re.escape(adapter)}(\.|$)")
+    return [parameter for name, parameter in model.named_parameters() if pattern.search(name)]
 
 
 def copy_adapter(model: Any, name: str, trainable: bool) -> str:
-    """Add an adapter that starts as a copy of the active one; returns its name."""
-    flags = _flags(model)
-    if name in model.peft_config:  # of an earlier trainer of the same policy
+    """Add an adapter to the model, as a copy of the active one, and return its name."""
+    flags = _trainable_flags(model)
+    if name in model.peft_config:  # added by an earlier trainer of the same policy
         model.delete_adapter(name)
     config = copy.deepcopy(model.peft_config[model.active_adapter])
     if getattr(config, "init_lora_weights", True) is not True:
-        config.init_lora_weights = (
-            True  # its weights come from the first; other ways to begin change the base they share
-        )
+        config.init_lora_weights = True  # other initialisations change the shared base; weights are copied below
     model.add_adapter(name, config)
     load_adapter_state(model, name, adapter_state(model, model.active_adapter))
-    _restore(flags)
+    _restore_trainable_(flags)
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(trainable)
     return name
 
 
 def add_adapter_from(model: Any, folder: str, name: str) -> dict[str, Tensor]:
-    """Add the adapter of a folder, frozen. Returns what else the folder holds, such as a head, by name.
+    """Add the adapter of a folder to the model, frozen. Return the folder's other weights, such as a head, by name.
 
     Raises:
-        UserError: its weights do not fit the base.
+        UserError: the adapter's weights do not fit the base model.
     """
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(folder)
     config.modules_to_save, config.task_type, config.inference_mode = None, None, True
-    flags = _flags(model)
+    flags = _trainable_flags(model)
     if name in model.peft_config:
         model.delete_adapter(name)
     model.add_adapter(name, config)
-    _restore(flags)
+    _restore_trainable_(flags)
     state = load_file(find_file(folder, ADAPTER_WEIGHTS) or Path(folder) / ADAPTER_WEIGHTS)
-    inner = {key: value for key, value in state.items() if ".lora_" in key}
-    load_adapter_state(model, name, inner)
+    lora_state = {key: value for key, value in state.items() if ".lora_" in key}
+    load_adapter_state(model, name, lora_state)
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(False)
-    if len(adapter_parameters(model, name)) != len(inner):
+    if len(adapter_parameters(model, name)) != len(lora_state):
         raise UserError(f"adapter {folder} does not fit the base model; give a reward model trained on the same base")
-    return {key: value for key, value in state.items() if key not in inner}
+    return {key: value for key, value in state.items() if key not in lora_state}
 
 
 def adapter_state(model: Any, adapter: str, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return copies of one adapter's weights, by peft's names. state_dict: full weights of a sharded model."""
     from peft import get_peft_model_state_dict
 
     base = Path(str(model.peft_config[adapter].base_model_name_or_path))
-    # Of a folder without a config, such as an adapter's that was merged into this base, peft asks the Hub by its name.
+    # If the base folder has no config.json (a merged adapter), "auto" would make peft request it from the Hub.
     embeddings = False if base.is_dir() and not (base / "config.json").is_file() else "auto"
     state = get_peft_model_state_dict(
         model, state_dict=state_dict, adapter_name=adapter, save_embedding_layers=embeddings
@@ -123,16 +118,17 @@ def adapter_state(model: Any, adapter: str, state_dict: dict[str, Tensor] | None
 
 
 def load_adapter_state(model: Any, adapter: str, state: dict[str, Tensor]) -> None:
+    """Load the weights that `adapter_state` returned into an adapter of the model."""
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(model, state, adapter_name=adapter)
 
 
 def save_adapter(model: Any, adapter: str, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Leave one adapter as a folder that peft loads, whatever its name is here."""
+    """Save one adapter as a folder that peft loads, independent of the adapter's name in this model."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(adapter_state(model, adapter, state_dict), Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config[adapter]
-    trained, config.inference_mode = config.inference_mode, True
+    inference_mode, config.inference_mode = config.inference_mode, True
     config.save_pretrained(folder)
-    config.inference_mode = trained
+    config.inference_mode = inference_mode

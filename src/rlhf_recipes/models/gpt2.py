@@ -1,4 +1,4 @@
-"""GPT-2 by named size. The four large shapes are those of Radford et al. 2019; nano, tiny and mini are for a CPU."""
+"""Build GPT-2 by named size: gpt2 to xl as in Radford et al. (2019); nano, tiny and mini for a CPU."""
 
 import math
 from typing import TYPE_CHECKING
@@ -18,24 +18,32 @@ SIZES: dict[str, dict[str, int]] = {
     "xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25, "n_positions": 1024},
 }
 
-# GPT-2's class name does not tell transformers which loss it has; Trainer then divides by one token a row too many.
+# transformers chooses the loss by the class name, and GPT-2's does not match. Trainer then averages over
+# one token too many in each row.
 CAUSAL_LOSS = "ForCausalLM"
 
 
 def build_gpt2(
     size: str, tokenizer: "PreTrainedTokenizerBase", *, positions: int | None = None, dropout: float = 0.1
 ) -> "GPT2LMHeadModel":
-    """A freshly initialised GPT-2 whose vocabulary and special ids are the tokenizer's.
+    """Return a randomly initialised GPT-2 with the tokenizer's vocabulary and special token ids.
 
-    positions: longest context in tokens, the size's own if None. dropout: of residuals, attention and embeddings.
+    Args:
+        size: a key of `SIZES`.
+        tokenizer: needs an EOS and a pad token.
+        positions: context length in tokens; None: that of the size.
+        dropout: probability for residuals, attention and embeddings.
+
+    Raises:
+        UserError: unknown size.
     """
     from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
     if size not in SIZES:
         raise UserError(f"unknown model size {size!r}; choose one of {', '.join(SIZES)}")
     shape = SIZES[size] | ({"n_positions": positions} if positions else {})
-    # The 0.02 of Radford et al. is for 768 units; narrower layers need wider weights for the same spread of values.
-    spread = 0.02 * math.sqrt(768 / shape["n_embd"])
+    # Radford et al. use 0.02 for 768 units; narrower layers need larger weights for equal activations.
+    initializer_range = 0.02 * math.sqrt(768 / shape["n_embd"])
     special = {
         "bos_token_id": tokenizer.eos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -43,8 +51,8 @@ def build_gpt2(
     }
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        initializer_range=spread,
-        activation_function="gelu_pytorch_tanh",  # gelu_new, in one fused operation
+        initializer_range=initializer_range,
+        activation_function="gelu_pytorch_tanh",  # equal to gelu_new, as one fused operation
         resid_pdrop=dropout,
         attn_pdrop=dropout,
         embd_pdrop=dropout,

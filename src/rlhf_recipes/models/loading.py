@@ -1,4 +1,4 @@
-"""Loading with checks that fail before weights are read, and never with pickles or remote code."""
+"""Load models and tokenizers. Checks run before weights are read; pickles and remote code are refused by default."""
 
 import copy
 from contextlib import nullcontext
@@ -16,39 +16,53 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import ModelConfig
 
-# GPT-2 keeps its weights in Conv1D layers; the attention and MLP projections are what LoRA adapts.
+# GPT-2's attention and MLP projections, which are Conv1D layers.
 GPT2_LORA_TARGETS = ["c_attn", "c_proj", "c_fc"]
 GENERATION_FILE = "generation_config.json"
 
 
 def load_config(name: str, role: str = "model", **kwargs: Any) -> "PretrainedConfig":
-    """The configuration alone: cheap, so a wrong path or shape is found before any weights are read."""
+    """Load a model's configuration without its weights, so that a wrong path or shape fails early.
+
+    Args:
+        name: a folder or Hub id, which may be an adapter.
+        role: what error messages call the model.
+        kwargs: passed to `AutoConfig.from_pretrained`.
+
+    Raises:
+        UserError: the configuration cannot be loaded.
+    """
     from transformers import AutoConfig
 
     check_source(name, role)
     kwargs.setdefault("trust_remote_code", False)
     try:
-        place, inside = locate(config_source(name))
-        return AutoConfig.from_pretrained(place, **inside, **kwargs)
+        source, subfolder = locate(config_source(name))
+        return AutoConfig.from_pretrained(source, **subfolder, **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(_not_loadable(name, role, "config.json", error)) from None
+        raise UserError(_loading_error(name, role, "config.json", error)) from None
 
 
 def load_tokenizer(name: str, role: str = "tokenizer", **kwargs: Any) -> "PreTrainedTokenizerBase":
-    """A tokenizer with an EOS and a pad token.
+    """Load a tokenizer that has an EOS and a pad token.
+
+    Args:
+        name: a folder or Hub id.
+        role: what error messages call the tokenizer.
+        kwargs: passed to `AutoTokenizer.from_pretrained`.
 
     Raises:
-        UserError: it cannot be loaded, or lacks EOS or pad (pad may be the same token as EOS).
+        UserError: it cannot be loaded, or has no EOS or no pad token (one token may serve as both).
     """
     from transformers import AutoTokenizer
 
     check_source(name, role)
     kwargs.setdefault("trust_remote_code", False)
     try:
-        place, inside = locate(name)
-        tokenizer = AutoTokenizer.from_pretrained(place, **inside, **kwargs)
+        source, subfolder = locate(name)
+        tokenizer = AutoTokenizer.from_pretrained(source, **subfolder, **kwargs)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise UserError(_not_loadable(name, role, "tokenizer files", error)) from None
+        raise UserError(_loading_error(name, role, "tokenizer files", error)) from None
     _check_template_names(tokenizer, name, role)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{role} {name} has no EOS token; set eos_token in its tokenizer_config.json")
@@ -61,17 +75,25 @@ def load_tokenizer(name: str, role: str = "tokenizer", **kwargs: Any) -> "PreTra
 
 
 def _check_template_names(tokenizer: Any, name: str, role: str) -> None:
-    """Each further chat template is saved as a file of its name, which is to stay in its folder."""
+    """Refuse chat templates whose names contain a path: each is saved as a file of its name."""
     templates = tokenizer.chat_template
-    for each in templates if isinstance(templates, dict) else ():
-        if not each or Path(each).name != each or "\\" in each:
-            raise UserError(f"{role} {name} has a chat template named {each!r}, which is no file name; rename it")
+    for template in templates if isinstance(templates, dict) else ():
+        if not template or Path(template).name != template or "\\" in template:
+            raise UserError(f"{role} {name} has a chat template named {template!r}, which is no file name; rename it")
 
 
 def load_causal_lm(name: str, model_config: "ModelConfig | None" = None, **kwargs: Any) -> "PreTrainedModel":
-    """A causal language model from a folder or Hub id; a LoRA folder is merged into the base it names.
+    """Load a causal language model from a folder or Hub id. A LoRA adapter is merged into its base model.
 
-    In 4 or 8 bits merging would round again, so there the adapter stays one, on the base as it was trained on.
+    If the base is quantized, the adapter is not merged, because merging would round the weights again.
+
+    Args:
+        name: a folder or Hub id of a model or adapter.
+        model_config: dtype, revision, attention and quantization; None: float32.
+        kwargs: passed to `from_pretrained`; they override `model_config`.
+
+    Raises:
+        UserError: the model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -85,10 +107,17 @@ def load_causal_lm(name: str, model_config: "ModelConfig | None" = None, **kwarg
 def load_reward_model(
     name: str, model_config: "ModelConfig | None" = None, *, labels: int | None = None, **kwargs: Any
 ) -> "PreTrainedModel":
-    """A sequence-classification model: one label ranks, two labels classify (label 1 is the good one).
+    """Load a reward model: a sequence classifier with one label (a score) or two (label 1 is the good one).
 
-    labels: start a new head of so many labels on `name`'s trunk, or go on with the head of a reward model that has as many;
-    None: take the reward model as it is.
+    Args:
+        name: a folder or Hub id of a model or adapter.
+        model_config: dtype, revision, attention and quantization; None: float32.
+        labels: number of labels to train. A language model gets a new head; a reward model must have this number.
+            None: load a reward model with its own number of labels.
+        kwargs: passed to `from_pretrained`; they override `model_config`.
+
+    Raises:
+        UserError: the model cannot be loaded, is no reward model, or has another number of labels.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -97,11 +126,11 @@ def load_reward_model(
         labels = reward_label_count(name, **code)
     elif is_reward_model(name, **code) and load_config(name, "reward model", **code).num_labels != labels:
         raise UserError(
-            f"reward model {name} has another number of labels than {labels}, so its head cannot be trained on; "
+            f"reward model {name} has another number of labels than {labels}, so its head cannot be trained further; "
             "start from a language model"
         )
     if base_model_name(name) != name and is_reward_model(name, **code):
-        # A LoRA folder's own: its base may have any number of labels.
+        # The adapter's configuration has the number of labels; that of its base may differ.
         kwargs["config"] = load_config(name, "reward model", **code)
     else:
         kwargs["num_labels"] = labels
@@ -109,7 +138,7 @@ def load_reward_model(
 
 
 def reward_label_count(name: str, **kwargs: Any) -> int:
-    """1 for a ranking reward model, 2 for a classifier. kwargs: of `load_config`.
+    """Return 1 for a ranking reward model, 2 for a classifier. kwargs: passed to `load_config`.
 
     Raises:
         UserError: `name` is no reward model, or has another number of labels.
@@ -117,25 +146,25 @@ def reward_label_count(name: str, **kwargs: Any) -> int:
     config = load_config(name, "reward model", **kwargs)
     if not is_reward_model(name, **kwargs):
         raise UserError(
-            f"reward model {name} is a {'/'.join(config.architectures or []) or 'model without a head'}, not a sequence "
-            "classifier; train one with the reward stage"
+            f"reward model {name} is a {'/'.join(config.architectures or []) or 'model without a head'}, not a "
+            "sequence classifier; train one with the reward stage"
         )
     if config.num_labels not in (1, 2):
         raise UserError(
-            f"reward model {name} has {config.num_labels} labels; a reward model has one (a score) or two (bad, good): "
-            "train it with the reward stage"
+            f"reward model {name} has {config.num_labels} labels; a reward model has one (a score) or two (bad, "
+            "good): train it with the reward stage"
         )
     return int(config.num_labels)
 
 
 def is_reward_model(name: str, **kwargs: Any) -> bool:
-    """Whether a folder or Hub id holds a sequence classifier rather than a language model. kwargs: of `load_config`."""
+    """Return whether a folder or Hub id holds a sequence classifier. kwargs: passed to `load_config`."""
     architectures = load_config(name, "reward model", **kwargs).architectures or []
     return any("SequenceClassification" in architecture for architecture in architectures)
 
 
 def context_length(config: "PretrainedConfig") -> int | None:
-    """The longest sequence in tokens that the model can read, or None if it has no limit."""
+    """Return the model's context length in tokens, or None if it has no limit."""
     for name in ("n_positions", "max_position_embeddings"):
         length = getattr(config, name, None)
         if length:
@@ -144,7 +173,7 @@ def context_length(config: "PretrainedConfig") -> int | None:
 
 
 def build_lora_config(model_config: "ModelConfig", task: str = "CAUSAL_LM") -> Any | None:
-    """The peft configuration that ``--use_peft`` asks for, or None. GPT-2's Conv1D layers are adapted as such."""
+    """Return the LoRA configuration that ``--use_peft`` requests, or None. The default targets are GPT-2's."""
     if not model_config.use_peft:
         return None
     from peft import LoraConfig
@@ -163,8 +192,11 @@ def build_lora_config(model_config: "ModelConfig", task: str = "CAUSAL_LM") -> A
     )
 
 
-def prepare_for_lora(model: "PreTrainedModel", gradient_checkpointing: bool = False) -> "PreTrainedModel":
-    """Freeze a quantized model and bring what is not quantized to float32 (QLoRA); others are left as they are."""
+def prepare_for_lora_(model: "PreTrainedModel", gradient_checkpointing: bool = False) -> "PreTrainedModel":
+    """Freeze a quantized model and cast its other weights to float32 (QLoRA, Dettmers et al. 2023); return the model.
+
+    A model that is not quantized is not changed.
+    """
     if not is_quantized(model):
         return model
     from peft import prepare_model_for_kbit_training
@@ -173,80 +205,82 @@ def prepare_for_lora(model: "PreTrainedModel", gradient_checkpointing: bool = Fa
 
 
 def is_quantized(model: "PreTrainedModel") -> bool:
+    """Return whether bitsandbytes quantized the model to 8 or 4 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def trainable_to_float32_(model: Any) -> None:
-    """What TRL rounds to bfloat16 on a quantized model, where small steps of Adam would be rounded away."""
+    """Cast the trainable weights to float32, because TRL casts those on a quantized model to bfloat16.
+
+    Small steps of Adam would be lost in bfloat16.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def save_reward_model_config(model: Any, folder: str | Path) -> None:
-    """Leave a reward model's config.json beside its weights, which LoRA leaves out: labels and pad id are not the base's."""
+    """Save a reward model's config.json, which peft leaves out: its labels and pad token are not the base's."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(base_model(model)).__name__]
     config.__dict__.pop("quantization_config", None)
     config.save_pretrained(folder)
 
 
-def is_peft(model: Any) -> bool:
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
-
-
 def _load(
     auto_class: Any, name: str, role: str, model_config: "ModelConfig | None", **kwargs: Any
 ) -> "PreTrainedModel":
+    """Load a model, or an adapter on its base model; errors become a `UserError` that calls the model `role`."""
     check_source(name, role)
-    options = _options(model_config) | kwargs
-    options.setdefault("use_safetensors", True)  # a pickle can run code while it is read
-    options.setdefault("trust_remote_code", False)  # unset, transformers would ask at the terminal
+    options = _loading_kwargs(model_config) | kwargs
+    options.setdefault("use_safetensors", True)  # a pickle can run code while it is loaded
+    options.setdefault("trust_remote_code", False)  # unset, transformers prompts at the terminal
     base = base_model_name(name)
     if is_adapter(base) and "quantization_config" in options:
         raise UserError(
-            f"{role} {name} is an adapter on {base}, itself one, which would have to be merged in 4 or 8 bits; read it in "
-            "full precision, or save it merged first: load_causal_lm(...).save_pretrained(...)"
+            f"{role} {name} is an adapter on the adapter {base}, which cannot be merged into quantized weights; load "
+            "it in full precision, or save it merged first: load_causal_lm(...).save_pretrained(...)"
         )
     try:
-        if is_adapter(base):  # an adapter on a model that was itself made by merging one
+        if is_adapter(base):  # the base is a merged adapter
             model = _load(auto_class, base, role, model_config, **kwargs)
         else:
-            place, inside = locate(base)
-            # What is quantized transformers cannot cut apart as it reads it.
+            source, subfolder = locate(base)
+            # transformers cannot shard quantized weights while it loads them.
             with load_unsharded() if options.get("quantization_config") is not None else nullcontext():
-                model = apply_bitsandbytes_workarounds_(auto_class.from_pretrained(place, **inside, **options))
+                model = apply_bitsandbytes_workarounds_(auto_class.from_pretrained(source, **subfolder, **options))
         if is_quantized(model):
-            release_freed_memory_()  # of the weights as they were read
+            release_freed_memory_()  # of the full-precision weights
         return _add_adapter(model, name) if is_adapter(name) else model
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(_not_loadable(name, role, "safetensors weights", error)) from None
+        raise UserError(_loading_error(name, role, "safetensors weights", error)) from None
 
 
 def _add_adapter(model: "PreTrainedModel", name: str) -> Any:
-    """The model with the adapter of a folder: merged into it, or on it where it is quantized."""
+    """Return the model with an adapter: merged, or as a `PeftModel` if the model is quantized."""
     from peft import PeftConfig, PeftModel
     from transformers import GenerationConfig
 
-    place, inside = locate(name)
-    config = PeftConfig.from_pretrained(place, **inside)
+    source, subfolder = locate(name)
+    config = PeftConfig.from_pretrained(source, **subfolder)
     if config.task_type == "CAUSAL_LM" and "SequenceClassification" in type(model).__name__:
-        config.task_type = None  # the trunk of a language model, which peft would ask how it generates
+        config.task_type = None  # peft requires a generation method of a CAUSAL_LM
     if find_file(name, GENERATION_FILE) is not None:
-        model.generation_config = GenerationConfig.from_pretrained(place, **inside)
+        model.generation_config = GenerationConfig.from_pretrained(source, **subfolder)
     if is_quantized(model):
-        return PeftModel.from_pretrained(prepare_for_lora(model), place, config=config, **inside, is_trainable=True)
-    merged = PeftModel.from_pretrained(model, place, config=config, **inside, is_trainable=False).merge_and_unload()
+        return PeftModel.from_pretrained(
+            prepare_for_lora_(model), source, config=config, **subfolder, is_trainable=True
+        )
+    adapted = PeftModel.from_pretrained(model, source, config=config, **subfolder, is_trainable=False)
+    merged = adapted.merge_and_unload()
     for parameter in merged.parameters():
-        if parameter.is_floating_point():  # peft froze the base; merged, it is a model like any other
+        if parameter.is_floating_point():  # peft froze the base
             parameter.requires_grad_(True)
-    merged.name_or_path = name  # no longer the base, on which other adapters would fit
+    merged.name_or_path = name  # adapters for the base no longer fit
     return merged
 
 
-def _options(model_config: "ModelConfig | None") -> dict[str, Any]:
+def _loading_kwargs(model_config: "ModelConfig | None") -> dict[str, Any]:
     if model_config is None:
         return {"dtype": "float32"}
     options: dict[str, Any] = {
@@ -257,24 +291,25 @@ def _options(model_config: "ModelConfig | None") -> dict[str, Any]:
         options["attn_implementation"] = model_config.attn_implementation
     quantization = quantization_config_of(model_config)
     if quantization is not None:
-        options |= {"quantization_config": quantization, "device_map": _device()}
+        options |= {"quantization_config": quantization, "device_map": _quantization_device()}
     return options
 
 
-def _device() -> str:
-    """Where quantized weights go: this process's GPU, or the CPU."""
+def _quantization_device() -> str:
+    """Return the device for quantized weights: this process's GPU, or the CPU."""
     import torch
 
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
-def _not_loadable(name: str, role: str, missing: str, error: Exception) -> str:
-    why = str(error).strip().splitlines()[0].rstrip(".")
+def _loading_error(name: str, role: str, missing: str, error: Exception) -> str:
+    """Return the message of an error while loading. missing: the files that could not be loaded."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
     if "trust_remote_code=True" in str(error):
         return (
-            f"{role} {name} brings Python code of its own, which is not run unasked; read it, then pass "
+            f"{role} {name} contains Python code, which is not run by default; read the code, then pass "
             "--trust_remote_code true"
         )
-    unseen = why.startswith("401 ") or "is not a valid model identifier" in why
-    hint = "; if the repo is private, log in with `hf auth login` or set HF_TOKEN" if unseen else ""
-    return f"{role} {name} cannot be loaded ({missing}): {why}{hint}"
+    not_visible = reason.startswith("401 ") or "is not a valid model identifier" in reason
+    hint = "; if the repo is private, log in with `hf auth login` or set HF_TOKEN" if not_visible else ""
+    return f"{role} {name} cannot be loaded ({missing}): {reason}{hint}"

@@ -1,4 +1,4 @@
-"""Positions of tokens in rows that are padded on the left."""
+"""Position ids for rows that are padded on the left."""
 
 import inspect
 from typing import Any
@@ -10,11 +10,12 @@ from rlhf_recipes.core.unwrapping import base_model
 
 
 def count_positions_from_mask_(model: nn.Module | None) -> None:
-    """From now on `model(input_ids=..., attention_mask=...)` counts positions from each row's first real token.
+    """Add a hook to the model that computes missing `position_ids` from `attention_mask`, without the padding.
 
-    GPT-2 counts from the first column unless it is told. TRL's online trainers pad prompts on the left and do not tell
-    it: the probabilities they learn from would be those of other positions than the answers were sampled at, by up to
-    a nat and more an answer. Rows without padding, and calls that give `position_ids`, are read as before.
+    GPT-2 counts positions from the first column by default. TRL's online trainers pad prompts on the left and pass no
+    `position_ids`. Training would then see other positions than sampling did; the log-probability of an answer differs
+    by one nat or more. Rows without padding, and calls that pass `position_ids`, give the same results as before.
+    A model without `position_ids`, or None, is not changed.
     """
     if model is not None and "position_ids" in inspect.signature(type(base_model(model)).forward).parameters:
         model.register_forward_pre_hook(_fill_positions, with_kwargs=True)
