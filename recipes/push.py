@@ -1,6 +1,6 @@
 """Push a folder to the Hugging Face Hub: private by default, in one commit that is read back.
 
-In      a folder that a stage left (model, adapter, tokenizer, reward model, report), or a folder of rows by split
+In      a stage's output folder (model, adapter, tokenizer, reward model, report), or a folder of rows by split
 Out     a repository on the Hub, whose id every stage and from_pretrained take; the folder stays unchanged
 Launch  python recipes/push.py --folder runs/quickstart/ppo --hub_model_id me/quickstart-ppo
 Next    any recipe, on any machine, with me/quickstart-ppo in place of the folder
