@@ -1,19 +1,19 @@
-"""How much memory PPO takes on each of 1, 8 and 64 GPUs, worked out on paper: for docs/scaling.md.
+"""Calculate the memory that PPO takes on each of 1, 8 and 64 GPUs, for docs/scaling.md.
 
     python benchmarks/arithmetic.py
 
-In GB (10^9 bytes) a GPU. Not measured: docs/memory.md is, for GPT-2 on one CPU. What is assumed:
+In GB (10^9 bytes) per GPU. Nothing is measured; docs/memory.md has measurements of GPT-2 on one CPU. Assumptions:
 
-- trained weights are float32 with float32 gradients and two float32 moments of AdamW, 16 bytes a parameter; FSDP2 cuts
-  these over the GPUs, data parallelism does not;
-- the forward and backward pass run in bfloat16, of whose weights a copy is held: 2 bytes a parameter, whole while answers
-  are generated;
-- the reference and the reward model stand still in bfloat16, 2 bytes a parameter; with LoRA the reference is the base itself;
-- a LoRA of rank 16 on every projection trains 1% of the parameters; a 4-bit base takes 0.56 bytes a parameter (NF4, blocks
-  of 64, double quantization), embeddings in bfloat16;
-- activations of a micro-batch of 8 rows of 512 tokens: 34 bytes a token, hidden unit and layer (Korthikanti et al. 2022,
-  without attention scores, which no fused attention keeps), or 2 with gradient checkpointing;
-- the cache of keys and values of 64 answers of 512 tokens: 4 bytes a token, hidden unit and layer.
+- Trained weights are float32 with float32 gradients and two float32 moments of AdamW: 16 bytes per parameter. FSDP2 shards
+  them over the GPUs, data parallelism does not.
+- Forward and backward passes run in bfloat16, with a copy of the weights: 2 bytes per parameter, unsharded while answers
+  are generated.
+- The reference and the reward model are frozen, in bfloat16: 2 bytes per parameter. With LoRA the base is the reference.
+- A LoRA of rank 16 on every projection trains 1 % of the parameters. A 4-bit base takes 0.56 bytes per parameter (NF4,
+  blocks of 64, double quantization), with embeddings in bfloat16.
+- Activations of a micro-batch of 8 rows of 512 tokens take 34 bytes per token, hidden unit and layer (Korthikanti et al.
+  2022, without attention scores, which fused attention does not store), or 2 with gradient checkpointing.
+- The KV cache of 64 answers of 512 tokens takes 4 bytes per token, hidden unit and layer.
 """
 
 from typing import NamedTuple
@@ -23,9 +23,11 @@ GB = 1e9
 
 
 class Shape(NamedTuple):
+    """Size of a model; `embeddings` are part of `parameters`."""
+
     name: str
     parameters: float
-    embeddings: float  # of the parameters
+    embeddings: float
     layers: int
     hidden: int
 
@@ -35,31 +37,32 @@ SHAPES = (
     Shape("GPT-2 XL (1.56B)", 1557.6e6, 82.0e6, 48, 1600),
     Shape("7B (Llama 2)", 6738.4e6, 262.1e6, 32, 4096),
 )
-MODES = ("full, data parallel", "full, FSDP2", "LoRA, data parallel", "LoRA on 4 bits, data parallel")
+MODES = ("full, data parallel", "full, FSDP2", "LoRA, data parallel", "LoRA on a 4-bit base, data parallel")
 
 
 def gigabytes(shape: Shape, mode: str, gpus: int) -> float:
-    """Of one GPU."""
+    """Return the memory of one GPU in GB."""
     count, tokens = shape.parameters, 8 * 512
-    cut = gpus if "FSDP2" in mode else 1
+    shards = gpus if "FSDP2" in mode else 1
     reward_model = 2 * count
     if mode.startswith("full"):
-        weights = 16 * count / cut + 2 * count + 2 * count + reward_model  # trained, their copy, the reference
+        weights = 16 * count / shards + 2 * count + 2 * count + reward_model  # trained, bfloat16 copy, reference
     else:
-        base = 0.56 * (count - shape.embeddings) + 2 * shape.embeddings if "4 bits" in mode else 2 * count
-        weights = base + 16 * 0.01 * count + (base if "4 bits" in mode else reward_model)
+        base = 0.56 * (count - shape.embeddings) + 2 * shape.embeddings if "4-bit" in mode else 2 * count
+        weights = base + 16 * 0.01 * count + (base if "4-bit" in mode else reward_model)
     activations = (2 if shape.parameters > 1e9 else 34) * tokens * shape.hidden * shape.layers
     cache = 4 * 64 * 512 * shape.hidden * shape.layers
-    return (weights + max(activations, cache)) / GB  # a rollout and an update are not at the same time
+    return (weights + max(activations, cache)) / GB  # rollout and update take turns
 
 
 def table() -> str:
+    """Return the Markdown table: one row per model, one column per mode."""
     lines = ["| model | " + " | ".join(MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
     for shape in SHAPES:
         cells = []
         for mode in MODES:
             needed = [gigabytes(shape, mode, gpus) for gpus in (GPUS if "FSDP2" in mode else (1,))]
-            cells.append(" / ".join(f"{each:.0f}" if each >= 10 else f"{each:.1f}" for each in needed))
+            cells.append(" / ".join(f"{value:.0f}" if value >= 10 else f"{value:.1f}" for value in needed))
         lines.append(f"| {shape.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
-"""Sampling as it is, and without what makes it quicker on a CPU, in turns.
+"""Time of sampling on a CPU with and without each of its optimizations, in turns.
 
     python benchmarks/decoding.py [--rounds 9]
 
-32 prompts of 8 to 48 tokens answered with 48, GPT-2 14M, in float32, and in bfloat16 where this machine has a unit for it.
-Left out by turns: weights laid out once (models/prepacked.py), and keys and values kept in the precision that is quicker for
-one query on this processor (models/cache.py).
+32 prompts of 8 to 48 tokens with answers of 48 tokens, GPT-2 14M, in float32, and in bfloat16 if this machine has a unit
+for it. Left out in turn: prepacked weights (optimizations/prepacking.py), and the precision of keys and values that is
+faster for a single query on this processor (optimizations/kv_cache.py).
 """
 
 import argparse
@@ -22,16 +22,16 @@ from peers import as_ratio
 from ppo_worker import model_of, prompts_of
 from transformers import GPT2LMHeadModel
 
-from rlhf_recipes import generation
+from rlhf_recipes.generation import sampling
 from rlhf_recipes.optimizations import cached_casts, fuse_kernels_, preallocated_cache
 from rlhf_recipes.system import bf16_support, describe_hardware, keep_freed_memory_
 
 CPU = torch.device("cpu")
-ASKED = argparse.Namespace(shape="14M", prompt=48, response=48)
+OPTIONS = argparse.Namespace(shape="14M", prompt=48, response=48)
 
 
 def other_cache(config: Any) -> Any:
-    """With keys and values in the other precision than it was thought to be quicker here."""
+    """Return a cache whose keys and values have the precision that is not chosen on this processor."""
     cache = preallocated_cache(config)
     for layer in cache.layers:
         layer.widened = not layer.widened
@@ -39,54 +39,56 @@ def other_cache(config: Any) -> Any:
 
 
 @contextmanager
-def without(what: str) -> Iterator[None]:
-    nothing = mock.patch.multiple(generation, prepacked_weights=lambda model: nullcontext())
-    other = mock.patch.multiple(generation, preallocated_cache=other_cache)
+def without(left_out: str) -> Iterator[None]:
+    """Within this block sampling runs without "weights" (prepacked), "keys" (the chosen precision), or "both"."""
+    plain_weights = mock.patch.multiple(sampling, prepacked_weights=lambda model: nullcontext())
+    other_precision = mock.patch.multiple(sampling, preallocated_cache=other_cache)
     with (
-        nothing if what in ("weights", "both") else nullcontext(),
-        other if what in ("keys", "both") else nullcontext(),
+        plain_weights if left_out in ("weights", "both") else nullcontext(),
+        other_precision if left_out in ("keys", "both") else nullcontext(),
     ):
         yield
 
 
-def compared(work: Callable[[], Any], kinds: list[str], rounds: int) -> dict[str, list[float]]:
-    """Of each kind and round: the time without it over the time as it is."""
-    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+def compared(work: Callable[[], Any], cases: list[str], rounds: int) -> dict[str, list[float]]:
+    """Return for each case and round the time without the optimization over the time with it."""
+    ratios: dict[str, list[float]] = {case: [] for case in cases}
     for turn in range(rounds + 2):
         seconds = {}
-        for kind in ("", *kinds):
-            with without(kind):
+        for case in ("", *cases):
+            with without(case):
                 started = time.perf_counter()
                 work()
-                seconds[kind] = time.perf_counter() - started
-        for kind in kinds if turn >= 2 else ():
-            ratios[kind].append(seconds[kind] / seconds[""])
+                seconds[case] = time.perf_counter() - started
+        for case in cases if turn >= 2 else ():
+            ratios[case].append(seconds[case] / seconds[""])
     return ratios
 
 
 def main() -> None:
+    """Measure, print the table, and write it to results/decoding.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory_()
-    prompts = prompts_of(ASKED)["input_ids"][:32]
-    policy = fuse_kernels_(model_of(GPT2LMHeadModel, ASKED, 0), CPU)
-    sampling = generation.Sampling(48, stop_ids=(-1,))
+    prompts = prompts_of(OPTIONS)["input_ids"][:32]
+    policy = fuse_kernels_(model_of(GPT2LMHeadModel, OPTIONS, 0), CPU)
+    settings = sampling.Sampling(48, stop_ids=(-1,))
 
-    def answer(low: bool) -> None:
-        with cached_casts(policy), torch.autocast("cpu", torch.bfloat16, enabled=low):
-            generation.sample(policy, prompts, sampling, list(range(32)))
+    def answer(low_precision: bool) -> None:
+        with cached_casts(policy), torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+            sampling.sample(policy, prompts, settings, list(range(32)))
 
-    lines = [f"{datetime.date.today()}, {describe_hardware()}; {asked.rounds} rounds in turns.", ""]
-    lines += ["| precision | left out | time without it over time with it |", "|---|---|---|"]
+    lines = [f"{datetime.date.today()}, {describe_hardware()}; {options.rounds} rounds in turns.", ""]
+    lines += ["| precision | left out | time without it, with it = 1 |", "|---|---|---|"]
     print("\n".join(lines), flush=True)
-    kept = "float32" if preallocated_cache(policy.config).layers[0].widened else "bfloat16"
-    names = {"weights": "weights laid out once", "keys": f"keys in {kept}", "both": "both"}
-    for low in (False, True) if bf16_support() else (False,):
-        kinds = ["weights", "keys", "both"] if low else ["weights"]
-        for kind, ratios in compared(partial(answer, low), kinds, asked.rounds).items():
-            lines.append(f"| {'bfloat16' if low else 'float32'} | {names[kind]} | {as_ratio(ratios)} |")
+    keys = "float32" if preallocated_cache(policy.config).layers[0].widened else "bfloat16"
+    names = {"weights": "prepacked weights", "keys": f"keys in {keys}", "both": "both"}
+    for low_precision in (False, True) if bf16_support() else (False,):
+        cases = ["weights", "keys", "both"] if low_precision else ["weights"]
+        for case, ratios in compared(partial(answer, low_precision), cases, options.rounds).items():
+            lines.append(f"| {'bfloat16' if low_precision else 'float32'} | {names[case]} | {as_ratio(ratios)} |")
             print(lines[-1], flush=True)
     path = Path(__file__).parent / "results" / "decoding.md"
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")

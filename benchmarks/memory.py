@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from learning_matrix import byte_tokenizer
-from peers import peak
+from peers import peak_mib
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -58,7 +58,7 @@ def leave_models(folder: Path, size: str) -> None:
 def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, float]:
     torch.set_num_threads(1)
     gc.collect()
-    before, gpu = peak(), torch.cuda.is_available()
+    before, gpu = peak_mib(), torch.cuda.is_available()
     one_base, four_bits = case.startswith("one base"), "4 bits" in case
     base, reward_model = str(folder / "base"), str(folder / ("reward_model_adapter" if one_base else "reward_model"))
     options: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, floa
     held = {
         weight.data_ptr(): weight.numel() * weight.element_size() for each in modules for weight in each.parameters()
     }
-    return {"peak": peak() - before, "weights": sum(held.values()) / 2**20}
+    return {"peak": peak_mib() - before, "weights": sum(held.values()) / 2**20}
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Peers, each in a virtual environment of its own, and runs that take turns.
+"""Worker processes that take turns, each in a virtual environment with the library that it measures.
 
-A worker is a process that does one unit of work (an update, some steps) whenever it is told to, and says in a line of JSON
-what that took. Two workers that take turns see the same weather on the machine, so their ratio means something where
-their seconds do not.
+A worker does one unit of work (an update, some steps) for each line on its standard input, and prints what it measured as
+a line of JSON. Workers that take turns run under the same load of the machine. So the ratio of their times is comparable,
+even where the times are not.
 """
 
 import json
@@ -25,9 +25,9 @@ OFFLINE = {
 
 
 def python_with(requirement: str | None) -> str:
-    """An interpreter with that package (``trl==1.12.0``), and for the rest with what the tests were run with.
+    """Return an interpreter that has a package (``trl==1.12.0``), and otherwise the versions of constraints.txt.
 
-    None: the interpreter at hand. An environment is made once, below benchmarks/.venvs, and kept.
+    Its environment is made at the first call, in benchmarks/.venvs. None: the current interpreter.
     """
     if requirement is None:
         return sys.executable
@@ -40,20 +40,20 @@ def python_with(requirement: str | None) -> str:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         (folder / "pins.txt").write_text("\n".join(pins))
         install = [str(python), "-m", "pip", "install", "-qq", "-c", str(folder / "pins.txt")]
-        alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        for what in (["torch"], [requirement, "peft"]):
-            subprocess.run([*install, *what], check=True, env=alone)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        for packages in (["torch"], [requirement, "peft"]):
+            subprocess.run([*install, *packages], check=True, env=environment)
         (folder / ".ready").touch()
     return str(python)
 
 
 class Worker:
-    """A process of `script` that works when told to."""
+    """A process that runs `script` and works on request. Its errors go to a log in benchmarks/results/logs."""
 
-    def __init__(self, name: str, script: str, words: Sequence[str], requirement: str | None = None) -> None:
+    def __init__(self, name: str, script: str, arguments: Sequence[str], requirement: str | None = None) -> None:
         self.name, self.log = name, HERE / "results" / "logs" / f"{name.replace(' ', '_').replace('/', '-')}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [python_with(requirement), str(HERE / script), *words]
+        command = [python_with(requirement), str(HERE / script), *arguments]
         with self.log.open("w") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
@@ -62,13 +62,13 @@ class Worker:
         self._ready = False
 
     def wait(self) -> None:
-        """Until it has said that it is ready."""
+        """Wait until the worker is ready."""
         if not self._ready:
             self._read()
             self._ready = True
 
     def work(self) -> dict[str, Any]:
-        """One unit of work; what it took."""
+        """Request one unit of work and return what the worker measured."""
         self.wait()
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
@@ -78,49 +78,56 @@ class Worker:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith("@"):  # whatever else is printed is not for us
+            if line.startswith("@"):  # other lines are printed by libraries
                 return dict(json.loads(line[1:]))
-        raise SystemExit(f"{self.name} ended by itself; see {self.log}")
+        raise SystemExit(f"worker {self.name} ended before its result; see {self.log}")
 
     def close(self) -> None:
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
 
 
-def answer_when_told(start: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
-    """In a worker: says that it is ready and waits. Returns what to call after each unit, with what it took."""
+def work_on_request(start: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
+    """In a worker: report that it is ready and wait for the first request.
 
-    def told(found: dict[str, Any]) -> None:
-        print("@" + json.dumps(found), flush=True)
+    `start` is called at each request. Call the returned function with the measurements after each unit of work; it waits
+    for the next request.
+    """
+
+    def report(measurements: dict[str, Any]) -> None:
+        print("@" + json.dumps(measurements), flush=True)
         if not sys.stdin.readline():
             os._exit(0)
         start()
 
-    told({})
-    return told
+    report({})
+    return report
 
 
 def take_turns(workers: Sequence[Worker], rounds: int, warm_up: int = 1) -> list[list[dict[str, Any]]]:
-    """What each worker said in each round, the first rounds left out."""
-    found: list[list[dict[str, Any]]] = [[] for _ in workers]
-    for worker in workers:  # nobody starts up while another works
+    """Return the measurements of each worker in each round; the first `warm_up` rounds are left out."""
+    results: list[list[dict[str, Any]]] = [[] for _ in workers]
+    for worker in workers:  # no worker starts up while another one works
         worker.wait()
     for turn in range(warm_up + rounds):
-        for place, worker in enumerate(workers):
-            said = worker.work()
+        for index, worker in enumerate(workers):
+            measurements = worker.work()
             if turn >= warm_up:
-                found[place].append(said)
+                results[index].append(measurements)
         seconds = "  ".join(
-            f"{worker.name} {each[-1]['seconds']:.2f}" for worker, each in zip(workers, found, strict=True) if each
+            f"{worker.name} {measured[-1]['seconds']:.2f}"
+            for worker, measured in zip(workers, results, strict=True)
+            if measured
         )
         print(f"  round {turn + 1}/{warm_up + rounds}: {seconds or 'warming up'}", flush=True)
-    return found
+    return results
 
 
-def peak() -> float:
-    """MiB: the most that this process has held since it began; of the GPU's memory, if there is one.
+def peak_mib() -> float:
+    """Return this process's peak memory in MiB: the GPU's allocated memory if there is a GPU, else the resident set.
 
-    Not `ru_maxrss`, which on Linux is at least what the process that started this one had held by then.
+    Not `ru_maxrss`: on Linux it begins with the memory of the parent process.
     """
     import torch
 
@@ -130,12 +137,12 @@ def peak() -> float:
     if status.is_file():
         lines = status.read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac
-    return held / (2**20 if sys.platform == "darwin" else 1024)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac
+    return largest / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def spread(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and the quartiles beside it."""
+def median_and_quartiles(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median, the lower and the upper quartile."""
     if len(ratios) < 2:
         return ratios[0], ratios[0], ratios[0]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -143,5 +150,6 @@ def spread(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def as_ratio(ratios: Sequence[float]) -> str:
-    middle, low, high = spread(ratios)
+    """Format ratios as their median and, in brackets, quartiles."""
+    middle, low, high = median_and_quartiles(ratios)
     return f"{middle:.2f}x ({low:.2f}-{high:.2f})"

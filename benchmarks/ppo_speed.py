@@ -1,11 +1,11 @@
-"""Episodes per second and peak memory: ours against the PPOTrainer that TRL had up to 1.12, update by update in turns.
+"""Episodes per second and peak memory of our PPOTrainer and of TRL 1.12's, measured update by update in turns.
 
     python benchmarks/ppo_speed.py [--shape 124M] [--rounds 5] [--cases "same algorithm" defaults]
 
-Every case is a process, and so is TRL's trainer; they take turns, an update each, on the same random GPT-2, prompts of 8 to
-48 tokens from one pool, which each shuffles in its own way, and answers of 48 tokens that no stop token ends. The ratio is
-taken round by round; told are its median and quartiles. Memory is the peak resident set above what the imports take.
-TRL 1.12 computes in float32, whatever its `bf16` says; under autocast it is as `accelerate launch --mixed_precision bf16` has it.
+Every case is a process, and so is TRL's trainer. They take turns of one update, on the same random GPT-2, with prompts of 8
+to 48 tokens (the same pool, shuffled by each trainer) and answers of 48 tokens without a stop token. The table shows the
+median and quartiles of the ratios of each round. Memory is the peak resident set minus that of the imports. TRL 1.12
+computes in float32 whatever its `bf16` is; its row with autocast runs as under `accelerate launch --mixed_precision bf16`.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from peers import Worker, as_ratio, spread, take_turns
+from peers import Worker, as_ratio, median_and_quartiles, take_turns
 
 RESULTS = Path(__file__).parent / "results"
 TRL = "trl==1.12.0"
 PEERS = {"TRL 1.12": ["--bf16", "false"], "TRL 1.12, autocast": ["--bf16", "true"]}
-CASES: dict[str, tuple[list[str], float, float]] = {  # flags; targets: at least so fast, at most so much memory
+CASES: dict[str, tuple[list[str], float, float]] = {  # flags; targets: least speed and most memory, relative to TRL
     "same algorithm": (["--value", "model", "--bf16", "false"], 1.5, 0.7),
     "defaults": (["--value", "head", "--bf16", "unset"], 3.0, 0.5),
     "LoRA, value adapter": (["--value", "adapter", "--bf16", "unset", "--lora"], 8.0, 0.3),
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[list[str], float, float]] = {  # flags; targets: at least
 def compared(
     cases: list[str], common: list[str], rounds: int, peers: Sequence[str] = ("TRL 1.12",)
 ) -> list[dict[str, object]]:
-    """All cases and TRL's trainer, an update each in every round; all ratios are to the first of the peers."""
+    """Measure all cases and peers, an update of each in every round; ratios are relative to the first peer."""
     workers: list[Worker] = []
     try:
         for peer in peers:
@@ -44,50 +44,53 @@ def compared(
     finally:
         for worker in workers:
             worker.close()
-    found: list[dict[str, object]] = []
-    for case, said in zip([*peers[1:], *cases], others, strict=True):
-        ratios = [one["seconds"] / other["seconds"] for one, other in zip(theirs, said, strict=True)]
-        memory = said[-1]["above_imports"] / theirs[-1]["above_imports"]
+    results: list[dict[str, object]] = []
+    for case, ours in zip([*peers[1:], *cases], others, strict=True):
+        ratios = [one["seconds"] / other["seconds"] for one, other in zip(theirs, ours, strict=True)]
+        memory = ours[-1]["above_imports"] / theirs[-1]["above_imports"]
         targets = CASES[case][1:] if case in CASES else None
-        found.append({"case": case, "ratios": ratios, "memory": memory, "targets": targets, "ours": said})
-    return [{"case": "TRL 1.12", "theirs": theirs}, *found]
+        results.append({"case": case, "ratios": ratios, "memory": memory, "targets": targets, "ours": ours})
+    return [{"case": "TRL 1.12", "theirs": theirs}, *results]
 
 
-def line_of(found: dict[str, object]) -> str:
-    middle, memory = spread(found["ratios"])[0], float(found["memory"])  # type: ignore[arg-type]
-    told = f"| {found['case']} | {as_ratio(found['ratios'])} | {memory:.2f}x |"  # type: ignore[arg-type]
-    if found["targets"] is None:
-        return f"{told} | |"
-    faster, smaller = found["targets"]  # type: ignore[misc]
+def line_of(result: dict[str, object]) -> str:
+    """Return the table row of a case."""
+    ratios, memory = result["ratios"], float(result["memory"])  # type: ignore[arg-type]
+    cells = f"| {result['case']} | {as_ratio(ratios)} | {memory:.2f}x |"  # type: ignore[arg-type]
+    if result["targets"] is None:
+        return f"{cells} | |"
+    least_speed, most_memory = result["targets"]  # type: ignore[misc]
+    speed = median_and_quartiles(ratios)[0]  # type: ignore[arg-type]
     met = " and ".join(
-        f"{what} {'met' if so else 'missed'}"
-        for what, so in (("speed", middle >= faster), ("memory", memory <= smaller))
+        f"{name} {'met' if is_met else 'missed'}"
+        for name, is_met in (("speed", speed >= least_speed), ("memory", memory <= most_memory))
     )
-    return f"{told} >= {faster}x, <= {smaller}x | {met} |"
+    return f"{cells} >= {least_speed}x, <= {most_memory}x | {met} |"
 
 
 def main() -> None:
+    """Measure, print the table, and write it with all measurements to results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="14M", help="14M, 124M, or [width, layers, heads, vocabulary]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--accumulation", type=int, default=1)
-    asked = parser.parse_args()
+    parser.add_argument("--batch", type=int, default=32, help="episodes of a forward pass")
+    parser.add_argument("--accumulation", type=int, default=1, help="forward passes of an update")
+    options = parser.parse_args()
     import torch
 
     from rlhf_recipes.system import describe_hardware
 
     torch.set_num_threads(1)
 
-    common = ["--shape", asked.shape, "--batch", str(asked.batch), "--accumulation", str(asked.accumulation)]
-    found = compared(asked.cases, common, asked.rounds, list(PEERS))
-    lines = ["| | episodes per second, to TRL 1.12's | peak memory | target | |", "|---|---|---|---|---|"]
-    lines += [line_of(each) for each in found[1:]]
-    head = f"{datetime.date.today()}, {describe_hardware()}; GPT-2 {asked.shape}, {asked.rounds} paired updates."
-    name = RESULTS / f"ppo_speed_{asked.shape.strip('[]').replace(',', '_').replace(' ', '')}"
+    common = ["--shape", options.shape, "--batch", str(options.batch), "--accumulation", str(options.accumulation)]
+    results = compared(options.cases, common, options.rounds, list(PEERS))
+    lines = ["| | episodes per second, TRL 1.12 = 1 | peak memory, TRL 1.12 = 1 | target | |", "|---|---|---|---|---|"]
+    lines += [line_of(result) for result in results[1:]]
+    head = f"{datetime.date.today()}, {describe_hardware()}; GPT-2 {options.shape}, {options.rounds} paired updates."
+    name = RESULTS / f"ppo_speed_{options.shape.strip('[]').replace(',', '_').replace(' ', '')}"
     name.with_suffix(".md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")
-    name.with_suffix(".json").write_text(json.dumps({"head": head, "found": found}, indent=1), encoding="utf-8")
+    name.with_suffix(".json").write_text(json.dumps({"head": head, "found": results}, indent=1), encoding="utf-8")
     print("\n".join([head, "", *lines]))
 
 

@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from learning_matrix import byte_tokenizer
-from peers import peak
+from peers import peak_mib
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -327,10 +327,10 @@ def main(stage: str, precision: str, run: Path) -> None:
     torch.set_num_threads(1)
     act: Callable[[Path, str, Path], dict[str, Any]] = globals()[f"of_{stage}"]
     gc.collect()
-    before = peak()
+    before = peak_mib()
     with tempfile.TemporaryDirectory() as name:
         told = act(run, precision, Path(name) / "out")
-    print(json.dumps(told | {"peak": round((peak() - before) * 2**20)}))
+    print(json.dumps(told | {"peak": round((peak_mib() - before) * 2**20)}))
 
 
 if __name__ == "__main__":
