@@ -51,11 +51,11 @@ def options(**changed: Any) -> tuple[PPOArguments, ModelConfig, PPOConfig]:
     return parse_arguments(PPOArguments, ModelConfig, PPOConfig, argv=argv)
 
 
-def test_folders_in_folder_out(place: Path) -> None:
+def test_folders_in_folder_out(place: Path, real_plots: None) -> None:
     """The policy that is left loads anywhere and has moved; the value model, samples and numbers lie beside it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = run_ppo(*options(reward="reward model letter_rewards:wanted_letters"))
+    folder = run_ppo(*options(reward="reward_model letter_rewards:wanted_letters"))
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in ("policy", folder))
     assert all(not a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained("policy").get_vocab()
@@ -66,6 +66,7 @@ def test_folders_in_folder_out(place: Path) -> None:
         wanted = next(row["wanted"] for row in ROWS if row["prompt"] == sample["prompt"])
         assert sample["wanted_letters"] == sample["completion"].count(wanted)
     assert not list(folder.rglob("*.bin"))  # no pickles
+    assert (folder / "curves.png").stat().st_size > 1000
 
 
 def test_prompts_without_a_held_out_split_are_enough(place: Path) -> None:
@@ -155,7 +156,7 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
     (_nothing, {"model_name_or_path": "./nowhere"}, "no such folder"),
     (_nothing, {"model_name_or_path": "somebody/gpt2"}, "HF_HUB_OFFLINE"),
     (_nothing, {"model_name_or_path": "letter_rewards.py"}, "is a file"),
-    (_nothing, {"reward": None}, "nothing scores the answers"),
+    (_nothing, {"reward": None}, "no reward"),
     (_nothing, {"reward": "policy"}, "not a sequence classifier|GPT2LMHeadModel"),
     (_nothing, {"reward": "letter_rewards:missing"}, "cannot be imported"),
     (_nothing, {"dataset_name": "nowhere.jsonl"}, "no such file or folder"),

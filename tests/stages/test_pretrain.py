@@ -141,7 +141,7 @@ def test_samples_follow_an_end_of_text_and_are_the_models(run: Path) -> None:
     assert samples.endswith(f"- **the c**{gap}{escape_markdown(first)}\n- {escape_markdown(second)}\n")
 
 
-def test_what_was_asked_can_be_asked_again(run: Path, tmp_path: Path) -> None:
+def test_what_was_asked_can_be_asked_again(run: Path, tmp_path: Path, real_plots: None) -> None:
     argv = ["--config", str(run / "recipe.yaml"), "--output_dir", str(tmp_path / "again")]
     again = run_pretrain(*parse_arguments(PretrainArguments, ModelConfig, PretrainConfig, argv=argv))
     assert all(torch.equal(weight, weights_of(run)[name]) for name, weight in weights_of(again).items())

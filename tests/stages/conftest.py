@@ -1,0 +1,32 @@
+"""Stages save plots. Drawing one takes longer than training a tiny model, so most tests of stages save blank ones."""
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+BLANK = base64.b64decode(  # one white pixel as PNG
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
+)
+_savefig = Figure.savefig
+
+
+def _save_blank(figure: Figure, file: Any, **options: Any) -> None:
+    file.write(BLANK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _blank_plots(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Save blank plots, except in the quickstart's tests and in tests that use `real_plots`: one at least of each stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_quickstart.py":
+            patch.setattr(Figure, "savefig", _save_blank)
+        yield
+
+
+@pytest.fixture
+def real_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw plots as users get them."""
+    monkeypatch.setattr(Figure, "savefig", _savefig)
