@@ -259,7 +259,7 @@ def test_point_22_step_is_one_training_update(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     with pytest.raises(ValueError, match="step got 1 queries, 1 responses and 1 scores; an update takes 8 of each"):
         stepped.step([[1]], [[2]], [0.0])
-    with pytest.raises(ValueError, match="there is step\\(\\) alone"):
+    with pytest.raises(ValueError, match="only step\\(\\) can be called"):
         stepped.train()
 
 

@@ -100,9 +100,9 @@ def test_point_24_times_speed_and_gradients_reach_every_reporter(
         num_ppo_epochs=2,
         rows=24,
     )
-    monkeypatch.setattr(
-        "rlhf_recipes.ppo.logging.metrics.time", SimpleNamespace(perf_counter=map(float, count()).__next__)
-    )
+    clock = SimpleNamespace(perf_counter=map(float, count()).__next__)
+    for module in ("logging.metrics", "rollout.timer"):
+        monkeypatch.setattr(f"rlhf_recipes.ppo.{module}.time", clock)
     trainer.train()
     steps = [logs for logs in board.logs if "loss" in logs]
     assert len(steps) == 6 and all(logs["grad_norm"] > 0 for logs in steps)

@@ -62,10 +62,10 @@ def places() -> dict[str, tuple[Any, str, int, bool]]:
     import torch
     from transformers import TrainerState
 
-    from rlhf_recipes import safe_trainer
+    from rlhf_recipes.training import trainer as safe_trainer
     from rlhf_recipes.ppo import resume as resuming
     from rlhf_recipes.ppo.logging import callbacks
-    from rlhf_recipes.ppo.roles.build import value as value_head
+    from rlhf_recipes.ppo.roles import value as value_head
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
     return {

@@ -75,7 +75,7 @@ def test_point_26_a_script_for_trl_runs_on_it(
     adapter: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = (
-        "--dataset_name data --model_name_or_path policy --sft_model_path policy --reward_model_path reward model "
+        "--dataset_name data --model_name_or_path policy --sft_model_path policy --reward_model_path reward_model "
         "--output_dir out --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --total_episodes 24 "
         "--num_ppo_epochs 2 --response_length 6 --missing_eos_penalty 1.0 --stop_token eos --eval_strategy steps "
         "--eval_steps 2 --report_to none --disable_tqdm true --learning_rate 1e-2 --local_rollout_forward_batch_size 2 "
