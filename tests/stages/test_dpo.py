@@ -2,23 +2,20 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import forks
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.stages.dpo import DPOArguments, DPOConfig, ModelConfig, build_dpo_trainer, run_dpo
 
-ROOT = Path(__file__).resolve().parents[2]
 EOS = "<|endoftext|>"
 Rows = Sequence[dict[str, Any]]
 
@@ -309,13 +306,11 @@ def test_an_output_folder_with_files_is_kept(ask: Any, weightless: Path, tmp_pat
     assert (tmp_path / "out" / "mine.jsonl").is_file()
 
 
-def test_the_door_says_one_line_and_exits_2(tmp_path: Path, weightless: Path) -> None:
+def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, weightless: Path) -> None:
     data = write(tmp_path / "data", train=[{"question": "a"}])
     words = ["--model_name_or_path", weightless, "--dataset_name", data, "--output_dir", tmp_path / "out"]
-    command = [sys.executable, ROOT / "recipes" / "dpo.py", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert answer.returncode == 2
-    [line] = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
-    assert "but has question" in line and "Traceback" not in answer.stderr
+    result = forks.run_recipe("dpo", words)
+    assert result.returncode == 2
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "but has question" in line and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

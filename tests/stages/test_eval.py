@@ -284,7 +284,8 @@ def test_a_report_is_not_written_over(ask: Callable[..., EvalArguments]) -> None
         run_eval(arguments)
 
 
-def test_the_door_says_what_is_wrong_in_one_line(world: Path, tmp_path: Path) -> None:
+def test_the_recipe_in_a_new_interpreter_prints_one_line_and_exits_2(world: Path, tmp_path: Path) -> None:
+    """Started as users start it; other recipes are started in forks."""
     command = [
         sys.executable,
         "recipes/eval.py",

@@ -1,14 +1,13 @@
 """The ppo stage: from folders to a folder, and what it refuses before anything is loaded or written."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import forks
 from trl import ModelConfig
 
 from rlhf_recipes.core.arguments import parse_arguments
@@ -16,7 +15,6 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.stages.ppo import PPOArguments, ppo_metrics, run_ppo, with_prompts
 
-ROOT = Path(__file__).parent.parent.parent
 ROWS = [
     {"prompt": text, "wanted": text[0]}
     for text in ("apple", "bread", "cheese", "dates", "eggs", "figs", "grapes", "ham")
@@ -196,19 +194,15 @@ def test_bad_input_is_refused(
     assert sorted(path for path in place.rglob("*") if "__pycache__" not in path.parts) == before
 
 
-def test_the_door_ends_with_code_2(place: Path) -> None:
-    """A real process: one line on stderr, exit code 2, no folder made."""
-    command = [
-        sys.executable,
-        str(ROOT / "recipes" / "ppo.py"),
+def test_the_recipe_prints_one_line_and_exits_2(place: Path) -> None:
+    words = [
         "--model_name_or_path",
         "./nowhere",
         "--output_dir",
         "out",
     ]
-    command += ["--reward", "reward_model", "--dataset_name", "prompts"]
-    environment = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(place)}
-    process = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
-    errors = [line for line in process.stderr.splitlines() if line.startswith("error:")]
-    assert process.returncode == 2 and len(errors) == 1 and "no such folder" in errors[0]
+    words += ["--reward", "reward_model", "--dataset_name", "prompts"]
+    result = forks.run_recipe("ppo", words, place)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 2 and len(errors) == 1 and "no such folder" in errors[0]
     assert not (place / "out").exists()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import forks
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
@@ -385,18 +386,12 @@ def test_arguments_are_checked_on_arrival(options: dict[str, Any]) -> None:
         PretrainArguments(**options)
 
 
-def test_the_door_exits_with_2_and_one_line(place: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "recipes/pretrain.py", "--config", "recipes/configs/quickstart/pretrain.yaml"]
-    flags = ["--dataset_name", str(tmp_path / "no.jsonl"), "--tokenizer_name", str(place / "tokenizer")]
-    done = subprocess.run(
-        [*command, *flags, "--output_dir", str(tmp_path / "out")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: dataset ")
-    assert "no such file or folder" in done.stderr and "Traceback" not in done.stderr
+def test_the_recipe_prints_one_line_and_exits_2(place: Path, tmp_path: Path) -> None:
+    words = ["--config", "recipes/configs/quickstart/pretrain.yaml", "--output_dir", tmp_path / "out"]
+    words += ["--dataset_name", str(tmp_path / "no.jsonl"), "--tokenizer_name", str(place / "tokenizer")]
+    result = forks.run_recipe("pretrain", words)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: dataset ")
+    assert "no such file or folder" in result.stderr and "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,17 +2,15 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import forks
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
@@ -22,7 +20,6 @@ from rlhf_recipes.scoring.reward import load_reward
 from rlhf_recipes.stages.reward import ModelConfig, RewardArguments, RewardConfig, build_reward_trainer, run_reward
 from rlhf_recipes.training.classifier import collate_labelled_texts, encode_labelled_texts
 
-ROOT = Path(__file__).resolve().parents[2]
 EOS = "<|endoftext|>"
 Rows = Sequence[dict[str, Any]]
 
@@ -403,15 +400,13 @@ def test_a_reward_model_with_other_labels_is_no_start(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_door_says_one_line_and_exits_2(tmp_path: Path, model_folder: Path) -> None:
+def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, model_folder: Path) -> None:
     data = write(tmp_path / "data", train=[{"text": "a", "label": 5}] * 8)
     words = ["--model_name_or_path", model_folder, "--dataset_name", data, "--output_dir", tmp_path / "out"]
-    command = [sys.executable, ROOT / "recipes" / "reward.py", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert answer.returncode == 2
-    [line] = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
-    assert "has the label 5" in line and "Traceback" not in answer.stderr
+    result = forks.run_recipe("reward", words)
+    assert result.returncode == 2
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "has the label 5" in line and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 

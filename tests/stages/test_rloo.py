@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import forks
 from trl import ModelConfig
 
 from rlhf_recipes.core.arguments import parse_arguments
@@ -20,7 +20,6 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.trainer import PPOTrainer
 from rlhf_recipes.stages.rloo import RLOOArguments, RLOOConfig, build_rloo_trainer, rloo_metrics, run_rloo
 
-ROOT = Path(__file__).parent.parent.parent
 EOS = 256
 WORDS = ["a", "bread", "cheese with rye", "dates", "eggs, eggs", "figs", "grapes and a long tail of words", "ham"]
 PLAIN = [{"prompt": text, "wanted": text[0]} for text in WORDS]
@@ -411,18 +410,15 @@ def test_bad_input_is_refused(
     assert sorted(path for path in place.rglob("*") if "__pycache__" not in path.parts) == before
 
 
-def test_the_door_ends_with_code_2(place: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "recipes" / "rloo.py"),
+def test_the_recipe_prints_one_line_and_exits_2(place: Path) -> None:
+    words = [
         "--model_name_or_path",
         "policy",
         "--output_dir",
         "out",
     ]
-    command += ["--reward", "reward_model", "--dataset_name", "prompts", "--num_generations", "3"]
-    environment = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(place)}
-    process = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
-    errors = [line for line in process.stderr.splitlines() if line.startswith("error:")]
-    assert process.returncode == 2 and len(errors) == 1 and "does not divide" in errors[0]
+    words += ["--reward", "reward_model", "--dataset_name", "prompts", "--num_generations", "3"]
+    result = forks.run_recipe("rloo", words, place)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 2 and len(errors) == 1 and "does not divide" in errors[0]
     assert not (place / "out").exists()

@@ -2,17 +2,15 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import forks
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
@@ -21,7 +19,6 @@ from rlhf_recipes.generation.sampling import generate
 from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.stages.sft import ModelConfig, SFTArguments, SFTConfig, build_sft_trainer, loss_spans, run_sft
 
-ROOT = Path(__file__).resolve().parents[2]
 EOS = "<|endoftext|>"
 Rows = Sequence[dict[str, Any]]
 
@@ -414,15 +411,13 @@ def test_the_pad_token_can_be_named(ask: Any, bare_folder: Path, tmp_path: Path)
     assert "pad_token: <|endoftext|>" in (folder / "recipe.yaml").read_text()
 
 
-def test_the_door_says_one_line_and_exits_2(tmp_path: Path, model_folder: Path) -> None:
+def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, model_folder: Path) -> None:
     data = write(tmp_path / "data", train=[{"question": "a"}])
     words = ["--model_name_or_path", model_folder, "--dataset_name", data, "--output_dir", tmp_path / "out"]
-    command = [sys.executable, ROOT / "recipes" / "sft.py", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert answer.returncode == 2
-    [line] = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
-    assert "but has question" in line and "Traceback" not in answer.stderr
+    result = forks.run_recipe("sft", words)
+    assert result.returncode == 2
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "but has question" in line and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -184,7 +184,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, options: dict[
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "train.jsonl"]
 
 
-def test_the_door_exits_with_2_and_one_line(tmp_path: Path) -> None:
+def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path) -> None:
     command = [sys.executable, "recipes/tokenizer.py", "--dataset_name", "x.jsonl", "--vocab_sise", "300"]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False
