@@ -1,4 +1,4 @@
-"""Sizes, initialisation, loading with its refusals, LoRA folders, and what is decided for the hardware."""
+"""Model sizes, initialization, loading and its errors, LoRA folders, and settings for the hardware."""
 
 import copy
 import json
@@ -34,18 +34,18 @@ GPT2_VOCABULARY, BYTE_VOCABULARY = 50257, 262
 
 
 def released_parameters(width: int, layers: int, positions: int, vocabulary: int) -> int:
-    """Counted on paper: embeddings; a layer's attention 4 d^2, MLP 8 d^2, biases and norms 13 d; a last norm."""
+    """Count parameters: embeddings; per layer attention 4 d^2, MLP 8 d^2, biases and norms 13 d; the final norm."""
     return (vocabulary + positions) * width + layers * (12 * width**2 + 13 * width) + 2 * width
 
 
-def saved(model: Any, tokenizer: Any, folder: Path) -> str:
+def save(model: Any, tokenizer: Any, folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-class Words:
-    """As much of a tokenizer as a model's shape depends on."""
+class TokenizerStub:
+    """The attributes of a tokenizer that decide a model's shape."""
 
     eos_token_id, pad_token_id = 0, 1
 
@@ -62,23 +62,23 @@ class Words:
         ("nano", 1024, 0.5),
         ("tiny", 1536, 1.0),
         ("mini", 8192, 10.0),
-        ("gpt2", GPT2_VOCABULARY, 124.4),  # the four counts of the released models
+        ("gpt2", GPT2_VOCABULARY, 124.4),  # the parameter counts of the four released models
         ("medium", GPT2_VOCABULARY, 354.8),
         ("large", GPT2_VOCABULARY, 774.0),
         ("xl", GPT2_VOCABULARY, 1557.6),
     ],
 )
-def test_sizes_have_their_parameter_counts(size: str, vocabulary: int, millions: float) -> None:
+def test_gpt2_sizes_have_the_expected_parameter_counts(size: str, vocabulary: int, millions: float) -> None:
     with torch.device("meta"):
-        model = build_gpt2(size, Words(vocabulary))  # type: ignore[arg-type]
+        model = build_gpt2(size, TokenizerStub(vocabulary))  # type: ignore[arg-type]
     shape = SIZES[size]
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == released_parameters(shape["n_embd"], shape["n_layer"], shape["n_positions"], vocabulary)
     assert count / 1e6 == pytest.approx(millions, rel=0.1 if size in ("nano", "tiny", "mini") else 1e-3)
 
 
-def test_a_new_model_starts_from_knowing_nothing(tokenizer: Any) -> None:
-    """Its loss is that of guessing: log(vocabulary), up to the small spread of the first weights."""
+def test_a_new_model_has_the_loss_of_uniform_predictions(tokenizer: Any) -> None:
+    """The loss is log(vocabulary), up to the small variance of the initial weights."""
     torch.manual_seed(0)
     model = build_gpt2("tiny", tokenizer, positions=64, dropout=0.0)
     ids = torch.randint(0, 256, (8, 64))
@@ -89,7 +89,7 @@ def test_a_new_model_starts_from_knowing_nothing(tokenizer: Any) -> None:
     assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
 
 
-def test_dropout_is_where_it_was_asked_for(tokenizer: Any) -> None:
+def test_dropout_is_set_in_all_layers(tokenizer: Any) -> None:
     rates = {
         module.p
         for module in build_gpt2("tiny", tokenizer, dropout=0.3).modules()
@@ -100,9 +100,9 @@ def test_dropout_is_where_it_was_asked_for(tokenizer: Any) -> None:
         build_gpt2("huge", tokenizer)
 
 
-def test_a_saved_model_comes_back_bit_for_bit(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+def test_a_saved_model_reloads_bit_for_bit(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
     model = make_model(seed=3)
-    folder = saved(model, tokenizer, tmp_path)
+    folder = save(model, tokenizer, tmp_path)
     loaded = load_causal_lm(folder)
     assert loaded.dtype == torch.float32
     for name, weight in model.state_dict().items():
@@ -111,14 +111,14 @@ def test_a_saved_model_comes_back_bit_for_bit(make_model: Callable[..., Any], to
     assert not is_reward_model(folder)
 
 
-def test_a_lora_folder_is_its_base_with_the_product_added(
+def test_a_lora_folder_loads_merged_into_its_base(
     make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Merged weights against W + (alpha / r) A B, worked out in float64."""
+    """Compare the merged weights with W + (alpha / r) B A in float64."""
     from peft import get_peft_model
     from trl import ModelConfig
 
-    base = saved(make_model(seed=1), tokenizer, tmp_path / "base")
+    base = save(make_model(seed=1), tokenizer, tmp_path / "base")
     before = load_causal_lm(base).state_dict()
     config = build_lora_config(ModelConfig(use_peft=True, lora_r=2, lora_alpha=6))
     adapted = get_peft_model(load_causal_lm(base), config)
@@ -132,13 +132,13 @@ def test_a_lora_folder_is_its_base_with_the_product_added(
     for name in changed:
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         down, up = (weights[f"{stem}.lora_{letter}.default.weight"].detach().double() for letter in "AB")
-        wanted = before[name].double() + 3.0 * (up @ down).T  # Conv1D keeps its weights transposed
-        assert torch.allclose(merged[name].double(), wanted, atol=1e-5), name
+        expected = before[name].double() + 3.0 * (up @ down).T  # Conv1D stores its weights transposed
+        assert torch.allclose(merged[name].double(), expected, atol=1e-5), name
     assert build_lora_config(ModelConfig()) is None
 
 
-def test_an_adapter_on_a_merged_adapter_is_read_with_both(make_model: Any, tmp_path: Path) -> None:
-    """As ppo with LoRA leaves it, if it started from the LoRA folder of sft."""
+def test_an_adapter_on_a_merged_adapter_loads_with_both(make_model: Any, tmp_path: Path) -> None:
+    """PPO with LoRA saves such a folder if it starts from the LoRA folder of SFT."""
     from peft import LoraConfig, get_peft_model
 
     make_model(0).save_pretrained(tmp_path / "base")
@@ -156,19 +156,19 @@ def test_an_adapter_on_a_merged_adapter_is_read_with_both(make_model: Any, tmp_p
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_reward_models_say_how_many_labels_they_have(
+def test_reward_label_count_is_read_from_the_config(
     make_reward_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, labels: int
 ) -> None:
-    folder = saved(make_reward_model(num_labels=labels), tokenizer, tmp_path)
+    folder = save(make_reward_model(num_labels=labels), tokenizer, tmp_path)
     assert reward_label_count(folder) == labels == load_reward_model(folder).config.num_labels
     assert is_reward_model(folder)
 
 
-def test_what_is_no_reward_model_is_refused_before_its_weights_are_read(
+def test_invalid_reward_models_are_refused_before_loading_weights(
     make_model: Callable[..., Any], make_reward_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
-    model = saved(make_model(), tokenizer, tmp_path / "model")
-    many = saved(make_reward_model(num_labels=3), tokenizer, tmp_path / "many")
+    model = save(make_model(), tokenizer, tmp_path / "model")
+    many = save(make_reward_model(num_labels=3), tokenizer, tmp_path / "many")
     for folder in (model, many):
         (Path(folder) / "model.safetensors").unlink()
     with pytest.raises(UserError, match="not a sequence classifier"):
@@ -177,18 +177,20 @@ def test_what_is_no_reward_model_is_refused_before_its_weights_are_read(
         load_reward_model(many)
 
 
-def test_a_language_model_becomes_a_reward_model_with_its_trunk(
+def test_a_language_model_loads_as_a_reward_model_with_its_trunk(
     make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     model = make_model(seed=2)
-    reward_model = load_reward_model(saved(model, tokenizer, tmp_path), labels=1)
+    reward_model = load_reward_model(save(model, tokenizer, tmp_path), labels=1)
     assert reward_model.score.weight.shape == (1, 32)
     trunk = reward_model.transformer.state_dict()
     assert all(torch.equal(weight, trunk[name]) for name, weight in model.transformer.state_dict().items())
 
 
-def test_wrong_places_are_named(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
-    folder = saved(make_model(), tokenizer, tmp_path / "model")
+def test_errors_name_the_missing_model_or_tokenizer(
+    make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = save(make_model(), tokenizer, tmp_path / "model")
     cases: list[tuple[Callable[..., Any], str, str]] = [
         (load_config, f"{folder}/config.json", "is a file"),
         (load_causal_lm, str(tmp_path / "nowhere"), "no such folder"),
@@ -203,9 +205,9 @@ def test_wrong_places_are_named(make_model: Callable[..., Any], tokenizer: Any, 
         assert "\n" not in str(caught.value)
 
 
-def test_pickled_weights_are_not_read(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
-    """A pickle can run code while it is read."""
-    folder = Path(saved(make_model(), tokenizer, tmp_path))
+def test_pickled_weights_are_refused(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> None:
+    """Loading a pickle can run code."""
+    folder = Path(save(make_model(), tokenizer, tmp_path))
     torch.save(make_model().state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="safetensors"):
@@ -213,7 +215,7 @@ def test_pickled_weights_are_not_read(make_model: Callable[..., Any], tokenizer:
 
 
 @pytest.mark.parametrize(("token", "word"), [("eos_token", "EOS"), ("pad_token", "pad")])
-def test_a_tokenizer_needs_eos_and_pad(tokenizer: Any, tmp_path: Path, token: str, word: str) -> None:
+def test_a_tokenizer_without_eos_or_pad_is_refused(tokenizer: Any, tmp_path: Path, token: str, word: str) -> None:
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     (tmp_path / "tokenizer_config.json").write_text(
@@ -234,45 +236,45 @@ class Training:
     ("width", "unit", "by_hardware", "expected"),
     [(320, "unit", True, True), (128, "unit", True, False), (320, "", True, False), (320, "unit", False, False)],
 )
-def test_bf16_is_chosen_where_it_pays_and_nobody_chose(
+def test_bf16_is_chosen_where_it_is_faster_and_not_configured(
     monkeypatch: pytest.MonkeyPatch, width: int, unit: str, by_hardware: bool, expected: bool
 ) -> None:
     monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_support", lambda: unit)
     training = Training(_bf16_by_hardware=by_hardware)
     before = copy.copy(training.__dict__)
-    fitted = choose_precision(training, width)  # type: ignore[type-var]
-    assert fitted.bf16 is expected and fitted.mixed_precision == ("bf16" if expected else "no")
-    assert training.__dict__ == before, "the caller's own arguments are left alone"
-    assert choose_precision(fitted, width) is fitted, "decided once"
+    chosen = choose_precision(training, width)  # type: ignore[type-var]
+    assert chosen.bf16 is expected and chosen.mixed_precision == ("bf16" if expected else "no")
+    assert training.__dict__ == before, "the caller's arguments are unchanged"
+    assert choose_precision(chosen, width) is chosen, "a second call changes nothing"
 
 
-def test_bf16_is_not_chosen_where_deepspeed_was_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_not_chosen_if_the_deepspeed_config_disables_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("rlhf_recipes.system.hardware"), "bf16_support", lambda: "unit")
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}, "bf16": {"enabled": False}})
     training = Training(_bf16_by_hardware=True, deepspeed_plugin=plugin)
     assert choose_precision(training, 320).bf16 is False  # type: ignore[type-var]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_kept_for_the_next_tensor() -> None:
-    """In a process of its own: of 64 MiB that were freed, all are still held, or next to none without the call."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_keep_freed_memory_keeps_freed_pages() -> None:
+    """Of 64 MiB of freed memory a new process keeps at least 60 MiB, and at most 4 MiB without the call."""
     script = (
         "import sys, torch\n"
         "from rlhf_recipes.system.hardware import keep_freed_memory_\n"
-        "held = lambda: int(open('/proc/self/statm').read().split()[1]) // 256\n"
+        "resident_mib = lambda: int(open('/proc/self/statm').read().split()[1]) // 256\n"
         "keep_freed_memory_() if sys.argv[1] == 'yes' else None\n"
-        "before = held(); x = torch.ones(2**24); del x; print(held() - before)\n"
+        "before = resident_mib(); x = torch.ones(2**24); del x; print(resident_mib() - before)\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    found = [
-        int(subprocess.check_output([sys.executable, "-c", script, word], env=environment, text=True).split()[-1])
-        for word in ("yes", "no")
+    kept_mib = [
+        int(subprocess.check_output([sys.executable, "-c", script, enabled], env=environment, text=True).split()[-1])
+        for enabled in ("yes", "no")
     ]
-    assert found[0] >= 60 and found[1] <= 4
+    assert kept_mib[0] >= 60 and kept_mib[1] <= 4
 
 
-def test_onednn_keeps_few_kernels_unless_the_environment_names_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_cache_capacity_is_limited_unless_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, "7")
     configure_cpu_runtime_(Training(), 64)  # type: ignore[arg-type]
@@ -284,7 +286,7 @@ def test_onednn_keeps_few_kernels_unless_the_environment_names_a_number(monkeypa
     assert 0 < int(os.environ[name]) < 1024
 
 
-def test_threads_are_the_callers_where_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_threads_is_left_alone_if_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     configure_cpu_runtime_(Training(), 64)  # type: ignore[arg-type]
@@ -295,4 +297,4 @@ def test_threads_are_the_callers_where_the_environment_names_them(monkeypatch: p
     training = Training()
     configure_cpu_runtime_(training, 64)  # type: ignore[arg-type]
     configure_cpu_runtime_(training, 64)  # type: ignore[arg-type]
-    assert chosen == [1, 1], "once for each arguments object"
+    assert chosen == [1, 1], "threads are set once for each arguments object"

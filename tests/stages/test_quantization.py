@@ -266,7 +266,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "saved in bits, reward": ("reward", {"model_name_or_path": "in bits"}, "quantized weights cannot be trained"),
     "saved in bits, ppo": ("ppo", {"model_name_or_path": "in bits"}, "quantized weights cannot be trained"),
     "saved in bits, pretrain": (
-        "pretrain", {"tokenizer_name": None, "model_name_or_path": "in bits"}, "was saved in 4 or 8 bits; pretrain trains all",
+        "pretrain", {"tokenizer_name": None, "model_name_or_path": "in bits"}, "is quantized to 4 or 8 bits; pretrain trains all",
     ),
     "pretrain": ("pretrain", {"load_in_8bit": True}, "pretrain trains all weights; for LoRA and quantized models use"),
 }  # fmt: skip

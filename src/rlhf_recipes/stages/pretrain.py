@@ -191,7 +191,7 @@ def _check_model(
     config = load_config(checkpoint, revision=model_config.model_revision, **code)
     if will_be_quantized(model_config, config):
         raise UserError(
-            f"model {checkpoint} was saved in 4 or 8 bits; pretrain trains all weights, so give one in full precision"
+            f"model {checkpoint} is quantized to 4 or 8 bits; pretrain trains all weights, so give one in full precision"
         )
     if is_reward_model(checkpoint, **code):
         raise UserError(f"model {checkpoint} is a reward model, which predicts no text; start from a language model")

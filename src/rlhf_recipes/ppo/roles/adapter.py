@@ -27,7 +27,9 @@ def build_trainable_policy(model: Any, peft_config: Any, args: PPOConfig) -> Any
         )
         return _check_adapter(get_peft_model(base, _check_init(config)))
     if is_quantized(base_model(model)) and not has_adapter(model):
-        raise UserError("a policy in 4 or 8 bits cannot be trained itself; pass peft_config to train an adapter on it")
+        raise UserError(
+            "a policy quantized to 4 or 8 bits cannot be trained itself; pass peft_config to train an adapter on it"
+        )
     if args.model_adapter_name is not None and has_adapter(model):
         model.set_adapter(require_adapter(model, args.model_adapter_name))
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -53,7 +53,9 @@ def build_policy_and_value(policy: Any, value_model: nn.Module | None, args: PPO
     refuse_sharded("value_model", value_model)
     check_vocabulary("value_model", value_model, policy)
     if value_model is not None and is_quantized(base_model(value_model)) and not has_adapter(value_model):
-        raise UserError("a value model in 4 or 8 bits cannot be trained itself; put an adapter on it (get_peft_model)")
+        raise UserError(
+            "a value model quantized to 4 or 8 bits cannot be trained itself; put an adapter on it (get_peft_model)"
+        )
     check_head(policy)
     own_adapter = args.value_adapter and value_model is None and has_adapter(policy)
     if own_adapter and args.gradient_checkpointing:
