@@ -97,8 +97,11 @@ $(DOCS): $(STAMP)
 	@$(PIP) -e '.[docs]'
 	@touch $@
 
-docs: $(DOCS) ## build the documentation as a site in site/; a broken link is an error
-	@$(RUN) -m mkdocs build --strict
+docs: $(DOCS) ## build the documentation as a site in site/ (Python 3.11); a broken link is an error
+	@rm -rf build/docs && mkdir -p build/docs
+	@tar cf - --exclude __pycache__ --exclude logs README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs recipes \
+	    benchmarks/README.md benchmarks/*.py benchmarks/results | tar xf - -C build/docs
+	@$(VENV)/bin/zensical build --strict --clean
 
 bench: $(STAMP) ## speed and memory against TRL 1.12, a plain loop and the machine: 30 to 90 minutes, into benchmarks/results
 	@$(OFFLINE) $(ONE_THREAD) $(RUN) benchmarks/ppo_speed.py
