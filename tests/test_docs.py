@@ -158,7 +158,7 @@ def test_names_in_backticks_exist(page: Path) -> None:
         elif re.fullmatch(r"[a-z_]+/(?:[a-z_0-9]+/)*[a-z_0-9]+\.py", code):
             missing += [] if (SOURCE / code).is_file() else [code]
         if re.fullmatch(r"test_\w+(\.py)?", code):
-            missing += [] if code in test_names() or code in test_files() else [code]
+            missing += [] if code in names_of_tests() or code in files_of_tests() else [code]
     assert missing == []
 
 
@@ -175,7 +175,7 @@ def dotted_name_exists(dotted: str) -> bool:
 
 
 @cache
-def test_names() -> frozenset[str]:
+def names_of_tests() -> frozenset[str]:
     """Return the names of all test functions."""
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("test_*.py"))
     functions = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
@@ -183,11 +183,8 @@ def test_names() -> frozenset[str]:
 
 
 @cache
-def test_files() -> frozenset[str]:
+def files_of_tests() -> frozenset[str]:
     return frozenset(path.name for path in (ROOT / "tests").rglob("test_*.py"))
-
-
-test_names.__test__ = test_files.__test__ = False  # type: ignore[attr-defined]  # helpers, not tests
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "quickstart"])
