@@ -109,8 +109,7 @@ class EvalArguments(OutputArguments, LoadingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; it must be 0 or more")

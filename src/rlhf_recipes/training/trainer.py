@@ -220,11 +220,8 @@ class SafeTrainer(Trainer):
     ) -> Any:
         """Save and push the model as one commit, read it back, and return its address (see `hub`)."""
         repo = Repo.from_arguments(self.args)
-        repo = repo._replace(
-            token=token or repo.token,
-            revision=revision or repo.revision,
-            private=repo.private if private is None else private,
-        )
+        private = repo.private if private is None else private
+        repo = repo._replace(token=token or repo.token, revision=revision or repo.revision, private=private)
         check_repo(repo)
         self.init_hf_repo()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
