@@ -1,10 +1,9 @@
-"""Peak memory of PPO with four separate models and with one base for all roles, each in a process of its own.
+"""Peak memory of PPO with four separate models, and with one base for all roles; each case in a separate process.
 
     python benchmarks/memory.py [--size gpt2] [--out docs/memory.md]
 
-Two updates of eight episodes of 32 tokens on a randomly initialised model, in float32 on a CPU, in bfloat16 on a GPU. What is
-told is the peak of the resident set above what the imports take, on a GPU of its allocated memory; and the weights that are
-held, each counted once.
+Two updates of eight episodes of 32 tokens on a model with random weights, in float32 on a CPU and in bfloat16 on a GPU. The
+peak is that of the resident set minus the imports, or on a GPU of its allocated memory. "weights" counts each weight once.
 """
 
 import argparse
@@ -30,18 +29,19 @@ from rlhf_recipes.system import describe_hardware
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 CASES = {
     "four models, all weights trained": "policy and value model trained, a frozen copy as reference, a reward model",
-    "four models, LoRA on the policy": "adapter on the policy, value model, reference and reward model of their own",
+    "four models, LoRA on the policy": "adapter on the policy; separate value model, reference and reward model",
     "one base, four roles": "adapters for policy, value and reward model on one base; the reference is the base",
-    "one base in 4 bits, four roles": "the same on an NF4 base",
+    "one 4-bit base, four roles": "the same on an NF4 base",
 }
 
 
 def lora(task: str, **options: Any) -> LoraConfig:
+    """Return the LoRA of every case."""
     return LoraConfig(task_type=task, r=8, target_modules=TARGETS, fan_in_fan_out=True, **options)
 
 
-def leave_models(folder: Path, size: str) -> None:
-    """A base, a reward model of its own, and the same reward model as an adapter on the base."""
+def save_models(folder: Path, size: str) -> None:
+    """Save a base, a full reward model, and the same reward model as an adapter on the base."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     build_gpt2(size, tokenizer, positions=128).save_pretrained(folder / "base")
@@ -56,10 +56,11 @@ def leave_models(folder: Path, size: str) -> None:
 
 
 def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, float]:
+    """Train a case and return its peak memory and the size of its weights, in MiB."""
     torch.set_num_threads(1)
     gc.collect()
-    before, gpu = peak_mib(), torch.cuda.is_available()
-    one_base, four_bits = case.startswith("one base"), "4 bits" in case
+    imports_mib, gpu = peak_mib(), torch.cuda.is_available()
+    one_base, four_bits = case.startswith("one"), "4-bit" in case
     base, reward_model = str(folder / "base"), str(folder / ("reward_model_adapter" if one_base else "reward_model"))
     options: dict[str, Any] = {}
     if not one_base:
@@ -82,45 +83,45 @@ def run(case: str, folder: Path, episodes: int, response: int) -> dict[str, floa
     )
     trainer.train()
     modules = [trainer.model, trainer.collector.reference.module, *(reward.model for reward in trainer.rewards)]
-    held = {
-        weight.data_ptr(): weight.numel() * weight.element_size() for each in modules for weight in each.parameters()
+    sizes = {
+        weight.data_ptr(): weight.numel() * weight.element_size()
+        for module in modules
+        for weight in module.parameters()
     }
-    return {"peak": peak_mib() - before, "weights": sum(held.values()) / 2**20}
+    return {"peak": peak_mib() - imports_mib, "weights": sum(sizes.values()) / 2**20}
 
 
 def main() -> None:
+    """Run each case in a process, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="gpt2", help="a named size of the pretrain stage")
-    parser.add_argument("--episodes", type=int, default=8, help="of an update")
-    parser.add_argument("--response", type=int, default=32, help="tokens of an answer; with its prompt at most 128")
-    parser.add_argument("--out", type=Path, help="also write the table into this file")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        print(json.dumps(run(asked.one[0], Path(asked.one[1]), asked.episodes, asked.response)))
+    parser.add_argument("--episodes", type=int, default=8, help="episodes of an update")
+    parser.add_argument("--response", type=int, default=32, help="tokens of an answer; at most 128 with its prompt")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # case, folder: run it in this process
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run(options.one[0], Path(options.one[1]), options.episodes, options.response)))
         return
-    lines = ["| models | weights held, MiB | peak memory, MiB | share | what there is |", "|---|---|---|---|---|"]
-    first = None
-    sizes = ["--episodes", str(asked.episodes), "--response", str(asked.response)]
-    with tempfile.TemporaryDirectory() as name:
-        leave_models(Path(name), asked.size)
-        for case, told in CASES.items():
-            command = [sys.executable, __file__, "--one", case, name, *sizes]
-            out = subprocess.run(command, capture_output=True, text=True, check=False)
-            if out.returncode:
-                raise SystemExit(out.stderr)
-            found = json.loads(out.stdout.strip().splitlines()[-1])
-            first = first or found["peak"]
-            lines.append(
-                f"| {case} | {found['weights']:.0f} | {found['peak']:.0f} | {found['peak'] / first:.0%} | {told} |"
-            )
+    lines = ["| models | weights, MiB | peak memory, MiB | share | which models |", "|---|---|---|---|---|"]
+    first_peak = None
+    sizes = ["--episodes", str(options.episodes), "--response", str(options.response)]
+    with tempfile.TemporaryDirectory() as folder:
+        save_models(Path(folder), options.size)
+        for case, description in CASES.items():
+            command = [sys.executable, __file__, "--one", case, folder, *sizes]
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            if process.returncode:
+                raise SystemExit(process.stderr)
+            result = json.loads(process.stdout.strip().splitlines()[-1])
+            weights, peak = result["weights"], result["peak"]
+            first_peak = first_peak or peak
+            lines.append(f"| {case} | {weights:.0f} | {peak:.0f} | {peak / first_peak:.0%} | {description} |")
             print(lines[-1], flush=True)
-    if asked.out:
-        words = " ".join(["--size", asked.size, *sizes])
-        head = (
-            f"Measured {datetime.date.today()} on {describe_hardware()}, by `python benchmarks/memory.py {words}`.\n\n"
-        )
-        asked.out.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    if options.out:
+        command_line = " ".join(["python benchmarks/memory.py --size", options.size, *sizes])
+        head = f"Measured {datetime.date.today()} on {describe_hardware()}, by `{command_line}`.\n\n"
+        options.out.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
