@@ -1,6 +1,6 @@
-"""Stages and programs as processes of their own, against a Hub that is not at huggingface.co.
+"""Run stages and programs in new processes that use a local Hub.
 
-Its address is read as the Hub's library is imported, so all of them are children of one process that was started with it.
+huggingface_hub reads the Hub's address when it is imported. One process is started with the address; it forks for each job.
 """
 
 import json
@@ -13,27 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".out", ".err", ".waited", ".met")
+SUFFIXES = (".out", ".err", ".waited", ".connections")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
 @dataclass
-class Said:
-    """How a process ended. waited: the seconds that it meant to wait, in order (it did not); met: whom it connected to."""
+class ProcessResult:
+    """How a process ended. waited: the waits in seconds (shortened in the tests); connections: hosts it contacted."""
 
     code: int
     out: str
     err: str
     waited: list[float]
-    met: list[str]
+    connections: list[str]
 
     @property
-    def last(self) -> str:
+    def last_line(self) -> str:
         return self.err.strip().splitlines()[-1] if self.err.strip() else ""
 
 
 class Client:
-    """One process that has everything imported, and forks for each job."""
+    """A process that has imported everything, and forks for each job."""
 
     def __init__(self, address: str, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
@@ -49,25 +49,25 @@ class Client:
         )
 
     def start(self, job: dict[str, Any]) -> int:
-        """Begin a job; returns its process id. `finish` must follow."""
+        """Start a job and return its process id; call `finish` next."""
         assert self._process.stdin is not None
         self.jobs += 1
-        self._process.stdin.write(json.dumps(job | {"into": str(self.home / f"job-{self.jobs}")}) + "\n")
+        self._process.stdin.write(json.dumps(job | {"output": str(self.home / f"job-{self.jobs}")}) + "\n")
         self._process.stdin.flush()
         return int(self._line())
 
-    def finish(self) -> Said:
-        status, into = int(self._line()), self.home / f"job-{self.jobs}"
-        out, err, waited, met = (into.with_suffix(suffix).read_text() for suffix in SUFFIXES)
-        return Said(status, out, err, [float(line) for line in waited.split()], met.splitlines())
+    def finish(self) -> ProcessResult:
+        status, output = int(self._line()), self.home / f"job-{self.jobs}"
+        out, err, waited, connections = (output.with_suffix(suffix).read_text() for suffix in SUFFIXES)
+        return ProcessResult(status, out, err, [float(line) for line in waited.split()], connections.splitlines())
 
-    def stage(self, *words: str, token: str | None = None, **options: Any) -> Said:
-        """`python -m rlhf_recipes` with these words. options: `offline`; `stalled`, in seconds."""
-        self.start({"words": list(words), "token": token, **options})
+    def stage(self, *arguments: str, token: str | None = None, **options: Any) -> ProcessResult:
+        """Run `python -m rlhf_recipes` with these arguments. options: `offline`; `read_timeout`, in seconds."""
+        self.start({"arguments": list(arguments), "token": token, **options})
         return self.finish()
 
-    def program(self, text: str, token: str | None = None, **names: Any) -> Said:
-        """Python, in which `names` are known."""
+    def program(self, text: str, token: str | None = None, **names: Any) -> ProcessResult:
+        """Run Python source in which `names` are defined."""
         self.start({"program": text, "names": {name: str(value) for name, value in names.items()}, "token": token})
         return self.finish()
 
@@ -75,7 +75,7 @@ class Client:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the process that starts the others is gone")
+            raise RuntimeError("the process that forks has ended")
         return line
 
     def close(self) -> None:
@@ -85,43 +85,43 @@ class Client:
 
 
 def _child(job: dict[str, Any]) -> int:
-    into = Path(job["into"])
+    output = Path(job["output"])
     os.environ.pop("HF_TOKEN", None)
     if job.get("token"):
         os.environ["HF_TOKEN"] = job["token"]
-    waited, wait = into.with_suffix(".waited").open("a"), time.sleep
+    waited, sleep = output.with_suffix(".waited").open("a"), time.sleep
 
-    def noted(seconds: float) -> None:
+    def log_and_shorten(seconds: float) -> None:
         if seconds >= 1:
             print(seconds, file=waited, flush=True)
-        wait(min(seconds, 0.01))
+        sleep(min(seconds, 0.01))
 
-    met = into.with_suffix(".met").open("a")
+    connections = output.with_suffix(".connections").open("a")
 
-    def seen(event: str, details: tuple[Any, ...]) -> None:
+    def log_connection(event: str, details: tuple[Any, ...]) -> None:
         if event == "socket.connect" and isinstance(details[1], tuple):
-            print(*details[1][:2], sep=":", file=met, flush=True)
+            print(*details[1][:2], sep=":", file=connections, flush=True)
         elif event == "socket.getaddrinfo":
-            print(details[0], file=met, flush=True)
+            print(details[0], file=connections, flush=True)
 
-    time.sleep = noted
-    sys.addaudithook(seen)
+    time.sleep = log_and_shorten
+    sys.addaudithook(log_connection)
     from huggingface_hub import constants
 
-    from rlhf_recipes.hub import requests as asking
+    from rlhf_recipes.hub import requests
 
     constants.HF_HUB_OFFLINE = bool(job.get("offline"))
-    asking.READ_TIMEOUT = job.get("stalled", asking.READ_TIMEOUT)
+    requests.READ_TIMEOUT = job.get("read_timeout", requests.READ_TIMEOUT)
     try:
-        if "words" in job:
+        if "arguments" in job:
             from rlhf_recipes.__main__ import main
 
-            sys.argv = ["rlhf_recipes", *job["words"]]
+            sys.argv = ["rlhf_recipes", *job["arguments"]]
             main()
         else:
             exec(job["program"], dict(job["names"]))
-    except SystemExit as ended:
-        return int(ended.code or 0)
+    except SystemExit as error:
+        return int(error.code or 0)
     except BaseException:
         import traceback
 
@@ -131,15 +131,15 @@ def _child(job: dict[str, Any]) -> int:
 
 
 def _forked(job: dict[str, Any]) -> int:
-    into = Path(job["into"])
+    output = Path(job["output"])
     for name in SUFFIXES:
-        into.with_suffix(name).write_text("")
+        output.with_suffix(name).write_text("")
     child = os.fork()
     if child:
         return child
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(os.open(into.with_suffix(".out"), os.O_WRONLY | os.O_APPEND), 1)
-    os.dup2(os.open(into.with_suffix(".err"), os.O_WRONLY | os.O_APPEND), 2)
+    os.dup2(os.open(output.with_suffix(".out"), os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(os.open(output.with_suffix(".err"), os.O_WRONLY | os.O_APPEND), 2)
     code = 1
     try:
         code = _child(job)
@@ -150,7 +150,7 @@ def _forked(job: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import datasets  # noqa: F401
     import peft  # noqa: F401
@@ -163,13 +163,12 @@ def main() -> None:
     import rlhf_recipes.stages.push  # noqa: F401
 
     torch.set_num_threads(1)
-    tqdm.set_lock(
-        threading.RLock()
-    )  # the usual one is shared by all forks, and one that is killed may hold it for ever
+    # tqdm's default lock is shared by all forks; a killed fork could hold it for ever.
+    tqdm.set_lock(threading.RLock())
     for line in sys.stdin:
         child = _forked(json.loads(line))
-        print(child, file=answers, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+        print(child, file=replies, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=replies, flush=True)
 
 
 if __name__ == "__main__":
