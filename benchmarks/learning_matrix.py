@@ -1,9 +1,9 @@
-"""Does PPO learn, in every way it can be set up? Small runs over seeds, each told by how far its score rose.
+"""Does PPO improve the model in every set-up? Small runs over seeds; each cell is the score before and after training.
 
     python benchmarks/learning_matrix.py [--seeds 3] [--out docs/learning.md]
 
-An untrained two-layer GPT-2 writes bytes; the reward is the share of an answer's tokens whose id is below 128 (a
-function), or what a reward model says that was trained to tell just that. One CPU thread; two for the case of two processes.
+An untrained two-layer GPT-2 writes bytes. The reward is the share of an answer's tokens whose id is below 128: a function,
+or a reward model that was trained to predict it. One CPU thread, two for the case of two processes.
 """
 
 import argparse
@@ -31,26 +31,28 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 STOPS = [*range(200, 257)]
 
-# What each case has beside the first; "in" says how many processes.
+# What each case changes in the first one; "processes" is the number of processes.
 CASES: dict[str, dict[str, Any]] = {
     "full, shared value head": {},
     "full, separate value model": {"value_model": True},
     "LoRA, value adapter": {"lora": True},
     "LoRA, shared value head": {"lora": True, "value_adapter": False},
-    "reward model reward": {"reward_model": True},
+    "reward from a reward model": {"reward_model": True},
     "pad is EOS": {"pad": "<|endoftext|>"},
     "left-over generation_config": {"left_over": True},
-    "two processes": {"in": 2},
+    "two processes": {"processes": 2},
 }
 
 
 def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """Return the share of tokens with an id below 128."""
     return [sum(token < 128 for token in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
 def byte_tokenizer(pad: str = "<|pad|>") -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
+    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
@@ -58,7 +60,7 @@ def byte_tokenizer(pad: str = "<|pad|>") -> PreTrainedTokenizerFast:
 
 
 def trained_reward_model(seed: int) -> GPT2ForSequenceClassification:
-    """A reward model that has learnt the share of low tokens in answers of one to five, after a prompt of low ones."""
+    """Train a reward model to predict the share of low tokens in answers of one to five tokens, after a low prompt."""
     torch.manual_seed(1000 + seed)
     reward_model = GPT2ForSequenceClassification(GPT2Config(**SHAPE, num_labels=1))
     optimizer = torch.optim.AdamW(reward_model.parameters(), lr=3e-3)
@@ -74,9 +76,9 @@ def trained_reward_model(seed: int) -> GPT2ForSequenceClassification:
 
 
 def run(case: str, seed: int, folder: Path) -> tuple[float, float]:
-    """The score by the rule (not by the reward model) of the first update, and the mean of the last two."""
+    """Train a case and return `low_share` in the first update, and its mean in the last two."""
     options = dict(CASES[case])
-    processes = options.pop("in", 1)
+    processes = options.pop("processes", 1)
     torch.manual_seed(seed)
     policy = GPT2LMHeadModel(GPT2Config(**SHAPE))
     policy.generation_config.eos_token_id = STOPS
@@ -110,59 +112,50 @@ def run(case: str, seed: int, folder: Path) -> tuple[float, float]:
 
 
 def launched(case: str, seed: int) -> tuple[float, float]:
-    """`run` in as many processes as the case is for."""
-    processes = CASES[case].get("in", 1)
+    """Call `run` in as many processes as the case has."""
+    processes = CASES[case].get("processes", 1)
     if processes == 1:
         with tempfile.TemporaryDirectory() as folder:
             return run(case, seed, Path(folder))
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        str(Path(__file__).resolve()),
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, str(Path(__file__).resolve()), "--one", case, "--seeds", str(seed)]
     source = str(Path(__file__).resolve().parents[1] / "src")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source}
-    told = subprocess.run(
-        [sys.executable, *command, "--one", case, "--seeds", str(seed)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if told.returncode:
-        raise SystemExit(told.stderr)
-    first, last = json.loads(told.stdout.strip().splitlines()[-1])
+    process = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    first, last = json.loads(process.stdout.strip().splitlines()[-1])
     return first, last
 
 
 def main() -> None:
+    """Run all cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each case")
-    parser.add_argument("--out", type=Path, help="also write the table into this file")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of each case: 0, 1, ...")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a case to run as one of its processes; --seeds is its seed
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if asked.one:  # one of the processes of a case; --seeds is its seed
+    if options.one:
         with tempfile.TemporaryDirectory() as folder:
-            told = run(asked.one, asked.seeds, Path(folder))
+            scores = run(options.one, options.seeds, Path(folder))
         if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(told))
+            print(json.dumps(scores))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         return
-    lines = ["| case | " + " | ".join(f"seed {seed}" for seed in range(asked.seeds)) + " | failed |"]
-    lines.append("|---|" + "---|" * (asked.seeds + 1))
+    lines = ["| case | " + " | ".join(f"seed {seed}" for seed in range(options.seeds)) + " | failed |"]
+    lines.append("|---|" + "---|" * (options.seeds + 1))
     for case in CASES:
-        ends = [launched(case, seed) for seed in range(asked.seeds)]
-        failed = [str(seed) for seed, (first, last) in enumerate(ends) if last < first + 0.1]
-        cells = [f"{first:.2f} to {last:.2f}" for first, last in ends]
+        scores_by_seed = [launched(case, seed) for seed in range(options.seeds)]
+        failed = [str(seed) for seed, (first, last) in enumerate(scores_by_seed) if last < first + 0.1]
+        cells = [f"{first:.2f} to {last:.2f}" for first, last in scores_by_seed]
         lines.append(f"| {case} | " + " | ".join(cells) + f" | {', '.join(failed) or 'none'} |")
         print(lines[-1], flush=True)
-    if asked.out:
-        head = f"Measured {datetime.date.today()} on {describe_hardware()}, by `python benchmarks/learning_matrix.py`.\n\n"
-        asked.out.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    if options.out:
+        command_line = "python benchmarks/learning_matrix.py"
+        head = f"Measured {datetime.date.today()} on {describe_hardware()}, by `{command_line}`.\n\n"
+        options.out.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
