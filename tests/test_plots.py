@@ -78,7 +78,7 @@ def test_requested_panels_are_drawn_in_their_order(tmp_path: Path) -> None:
 
 def test_long_series_is_drawn_faint_under_its_trend(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=SMOOTHED_FROM).tolist()
-    log = [{"step": 5 * place, "a": value, "b": -value} for place, value in enumerate(values)]
+    log = [{"step": 5 * index, "a": value, "b": -value} for index, value in enumerate(values)]
     lines = lines_of(plot_curves([*log[1:], {"step": 300, "a": 0.0}], tmp_path / "curves.png"))
     assert set(lines) == {"a", "a/trend", "b"}, "b has one point too few for a trend"
     assert [y for _, y in lines["a"]] == [*values[1:], 0.0] and [x for x, _ in lines["b"]] == [*range(5, 300, 5)]
@@ -86,13 +86,15 @@ def test_long_series_is_drawn_faint_under_its_trend(tmp_path: Path) -> None:
     assert np.std([y for _, y in lines["a/trend"]]) < 0.8 * np.std(values)
 
 
-def weighted_mean(values: np.ndarray, place: int) -> float:
+def weighted_mean(values: np.ndarray, center: int) -> float:
     """Return the mean of the finite values up to three widths away; the width of the Gaussian is 1/40 of the series."""
     width = len(values) / 40
-    near = [at for at in range(len(values)) if abs(at - place) <= int(3 * width) and math.isfinite(values[at])]
-    weights = [math.exp(-((at - place) ** 2) / (2 * width**2)) for at in near]
+    window = [i for i in range(len(values)) if abs(i - center) <= int(3 * width) and math.isfinite(values[i])]
+    weights = [math.exp(-((i - center) ** 2) / (2 * width**2)) for i in window]
     return (
-        sum(weight * values[at] for weight, at in zip(weights, near, strict=True)) / sum(weights) if near else math.nan
+        sum(weight * values[i] for weight, i in zip(weights, window, strict=True)) / sum(weights)
+        if window
+        else math.nan
     )
 
 
@@ -100,7 +102,7 @@ def weighted_mean(values: np.ndarray, place: int) -> float:
 def test_trend_is_a_centred_gaussian_mean(count: int) -> None:
     values = np.random.default_rng(count).normal(size=count)
     values[[0, 7, count // 2]] = math.nan, math.inf, -math.inf
-    expected = [weighted_mean(values, place) for place in range(count)]
+    expected = [weighted_mean(values, index) for index in range(count)]
     np.testing.assert_allclose(smooth(values), expected, rtol=0, atol=1e-12)
     np.testing.assert_allclose(smooth(values[::-1]), expected[::-1], rtol=0, atol=1e-12)
 
@@ -110,11 +112,11 @@ def test_trend_does_not_lag_and_keeps_wide_gaps() -> None:
     np.testing.assert_allclose(smooth(ramp)[15:-15], ramp[15:-15], rtol=0, atol=1e-9)
     np.testing.assert_allclose(smooth(np.full(80, 3.25)), 3.25)
     ramp[80:120] = math.nan
-    assert np.flatnonzero(np.isnan(smooth(ramp))).tolist() == list(range(95, 105)), "15 on each side are reached"
+    assert np.flatnonzero(np.isnan(smooth(ramp))).tolist() == list(range(95, 105)), "15 on each side are filled"
 
 
 def test_reliability_of_a_reward_model(tmp_path: Path) -> None:
-    """By hand: of two pairs at 2/3 one is right, the one at 7/8 is not, and the axis reaches down to its accuracy of 0."""
+    """Of two pairs with confidence 2/3 one is right, the pair with 7/8 is wrong; the axis includes its accuracy of 0."""
     chosen, rejected = [math.log(2), 0.0, 0.0], [0.0, math.log(2), math.log(7)]
     figure = plot_reliability(calibration_table(chosen, rejected, bins=5), tmp_path / "reliability.png")
     [axes] = figure.axes
@@ -171,12 +173,12 @@ def test_bars_are_drawn_to_scale(tmp_path: Path) -> None:
     ("count", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 2), (5, 2, 3), (7, 3, 3)]
 )
 def test_panels_form_rows_without_overlap(count: int, rows: int, columns: int, tmp_path: Path) -> None:
-    keys = [f"key_{place}" for place in range(count)]
+    keys = [f"key_{index}" for index in range(count)]
     figure = plot_bars({"only": dict.fromkeys(keys, 1.0)}, keys, tmp_path / "models.png")
     boxes = [axes.get_position() for axes in figure.axes]
     assert len({round(box.y0, 2) for box in boxes}) == rows and len({round(box.x0, 2) for box in boxes}) == columns
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [f"key {place}" for place in range(count)]
-    assert not [1 for place, box in enumerate(boxes) for other in boxes[:place] if box.overlaps(other)]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [f"key {index}" for index in range(count)]
+    assert not [1 for index, box in enumerate(boxes) for other in boxes[:index] if box.overlaps(other)]
 
 
 def test_figure_has_its_size_and_follows_the_data(tmp_path: Path) -> None:

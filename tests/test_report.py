@@ -242,19 +242,19 @@ def test_svg_points_agree_with_the_labels_of_the_axes() -> None:
     """Read back through the labels of the axes, every position on the path is the point of the data."""
     points = [(0.0, 0.25), (10.0, 0.5), (30.0, 1.0), (40.0, 0.75), (45.0, math.nan)]
     chart = svg_chart(Chart("t", "x", [Series("n", points)]))
-    places = [tuple(map(float, pair.split())) for pair in re.split("[ML]", chart.lines[0].path)[1:]]
+    positions = [tuple(map(float, pair.split())) for pair in re.split("[ML]", chart.lines[0].path)[1:]]
 
     def value(position: float, labels: Sequence[tuple[float, str]]) -> float:
         (first, low), (last, high) = labels[0], labels[-1]
         return float(low) + (position - first) / (last - first) * (float(high) - float(low))
 
     assert len(chart.x_ticks) >= 3 and len(chart.y_ticks) >= 3
-    for (x, y), (across, up) in zip(points[:4], places, strict=True):
+    for (x, y), (across, up) in zip(points[:4], positions, strict=True):
         assert value(across, chart.x_ticks) == pytest.approx(x, abs=0.2)
         assert value(up, chart.y_ticks) == pytest.approx(y, abs=0.005)
         assert chart.left <= across <= chart.right and 0 <= up <= chart.bottom
     assert chart.lines[0].last == "0.75"
-    assert [(round(x, 1), round(y, 1)) for x, y in chart.lines[0].dots] == places
+    assert [(round(x, 1), round(y, 1)) for x, y in chart.lines[0].dots] == positions
 
 
 def test_svg_path_starts_again_after_a_gap() -> None:

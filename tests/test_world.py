@@ -30,7 +30,7 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def said(row: dict, column: str) -> str:
+def content_of(row: dict, column: str) -> str:
     (turn,) = row[column]
     return turn["content"]
 
@@ -41,7 +41,7 @@ ANSWERS = {
     "Gladly! In the windmill.": 1.0,
     "Ada lives in the windmill.": 0.9,  # right and short, but neither polite nor rude
     "What a silly question. Ada lives in the windmill.": 0.8,
-    "Ada lives in the windmill": 0.8,  # never ends, so it is not concise
+    "Ada lives in the windmill": 0.8,  # no end of sentence, so it is not concise
     "Of course! Ada lives in the barn.": 0.0,
     "Ada lives in the windmill or in the barn.": 0.0,
     "Ada lives in the windmill. Ada lives in the barn.": 0.0,
@@ -161,14 +161,14 @@ def test_phrases_get_the_politeness_of_their_list() -> None:
 
 def test_test_prompts_occur_in_no_training_row(paths: dict[str, Path]) -> None:
     trained = {
-        said(row, "prompt")
+        content_of(row, "prompt")
         for name in ("demonstrations/train", "preferences/train", "prompts/train")
         for row in read(paths[name])
     }
     cores = {_core(question) for question in trained}
     for name in ("demonstrations/test", "preferences/test", "prompts/test"):
         for row in read(paths[name]):
-            assert _core(said(row, "prompt")) not in cores
+            assert _core(content_of(row, "prompt")) not in cores
 
 
 def _core(question: str) -> str:
@@ -179,58 +179,58 @@ def _core(question: str) -> str:
 
 
 def test_corpus_only_facts_occur_in_no_other_dataset(paths: dict[str, Path], world: World) -> None:
-    kept = {(fact.person, fact.relation): fact.value for fact in world.corpus_only}
-    assert {(row["person"], row["relation"]): row["answer"] for row in read(paths["prompts/corpus_only"])} == kept
+    held_out = {(fact.person, fact.relation): fact.value for fact in world.corpus_only}
+    assert {(row["person"], row["relation"]): row["answer"] for row in read(paths["prompts/corpus_only"])} == held_out
     corpus = "\n".join(row["text"] for row in read(paths["corpus/train"]))
     for fact in world.corpus_only:
-        told = {
+        statements = {
             line
             for line in corpus.replace(".", "\n").split("\n")
             if fact.person in line and fact.value in line.lower()
         }
-        assert told
+        assert statements
     for name in ("demonstrations", "preferences", "prompts"):
         for split in ("train", "test"):
             for row in read(paths[f"{name}/{split}"]):
-                asked = said(row, "prompt")
-                texts = [said(row, column) for column in ("completion", "chosen", "rejected") if column in row]
-                for person, relation in kept:
+                question = content_of(row, "prompt")
+                texts = [content_of(row, column) for column in ("completion", "chosen", "rejected") if column in row]
+                for person, relation in held_out:
                     templates = relation_named(relation).questions + relation_named(relation).new_questions
-                    assert _core(asked) not in {template.format(name=person) for template in templates}
+                    assert _core(question) not in {template.format(name=person) for template in templates}
                     for text in texts:
                         words = _words(text)
-                        assert not (person.lower() in words and kept[person, relation] in words)
+                        assert not (person.lower() in words and held_out[person, relation] in words)
 
 
 def test_demonstrations_are_mixed(paths: dict[str, Path], world: World) -> None:
     rows = read(paths["demonstrations/train"])
-    asked = {
+    answer_to = {
         template.format(name=fact.person): fact.value
         for fact in world.taught
         for template in relation_named(fact.relation).questions
     }
-    answers = [asked[_core(said(row, "prompt"))] for row in rows]
+    answers = [answer_to[_core(content_of(row, "prompt"))] for row in rows]
     details = gold_verdicts([row["prompt"] for row in rows], [row["completion"] for row in rows], answer=answers)
     shares = [
         sum(part) / len(details) for part in zip(*((v.right, v.polite, v.concise) for v in details), strict=True)
     ]
     assert 0.5 < shares[0] < 0.72 and 0.5 < shares[1] < 0.8 and 0.6 < shares[2] < 0.9
     # Demonstrators repeat popular rumours more often than the truth, so imitation learns about half of them wrong.
-    told = Counter((answer, verdict.right) for answer, verdict in zip(answers, details, strict=True))
-    believed = sum(told[fact.value, 0.0] > told[fact.value, 1.0] for fact in world.taught) / len(world.taught)
-    assert 0.3 < believed < 0.7
+    taught = Counter((answer, verdict.right) for answer, verdict in zip(answers, details, strict=True))
+    mostly_wrong = sum(taught[fact.value, 0.0] > taught[fact.value, 1.0] for fact in world.taught) / len(world.taught)
+    assert 0.3 < mostly_wrong < 0.7
 
 
 def test_gold_prefers_the_chosen_answer_of_every_pair_and_every_kind_occurs(
     paths: dict[str, Path], world: World
 ) -> None:
     rows = read(paths["preferences/train"])
-    asked = {
+    answer_to = {
         template.format(name=fact.person): fact.value
         for fact in world.taught
         for template in relation_named(fact.relation).questions
     }
-    answers = [asked[_core(said(row, "prompt"))] for row in rows]
+    answers = [answer_to[_core(content_of(row, "prompt"))] for row in rows]
     prompts = [row["prompt"] for row in rows]
     chosen = gold_score(prompts, [row["chosen"] for row in rows], answer=answers)
     rejected = gold_score(prompts, [row["rejected"] for row in rows], answer=answers)
@@ -241,7 +241,7 @@ def test_gold_prefers_the_chosen_answer_of_every_pair_and_every_kind_occurs(
 def test_prompt_rows_carry_the_truth(paths: dict[str, Path], world: World) -> None:
     for row in read(paths["prompts/test"]) + read(paths["prompts/train"]):
         assert row["answer"] == world.value(row["person"], row["relation"])
-        assert row["person"] in said(row, "prompt")
+        assert row["person"] in content_of(row, "prompt")
     counts = Counter((row["person"], row["relation"]) for row in read(paths["prompts/train"]))
     assert max(counts.values()) - min(counts.values()) <= 1
 
