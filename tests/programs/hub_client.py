@@ -3,6 +3,8 @@
 huggingface_hub reads the Hub's address when it is imported. One process is started with the address; it forks for each job.
 """
 
+import gc
+import importlib
 import json
 import os
 import subprocess
@@ -157,14 +159,18 @@ def main() -> None:
     import torch
     import transformers  # noqa: F401
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # noqa: F401
+    from matplotlib.figure import Figure
     from tqdm import tqdm
     from trl import TrlParser  # noqa: F401
 
-    import rlhf_recipes.stages.push  # noqa: F401
-
+    for path in sorted((SOURCE / "rlhf_recipes" / "stages").glob("[a-z]*.py")):
+        importlib.import_module(f"rlhf_recipes.stages.{path.stem}")
+    Figure.savefig = lambda figure, file, **options: file.write(b"\x89PNG")  # drawing takes longer than a tiny run
     torch.set_num_threads(1)
     # tqdm's default lock is shared by all forks; a killed fork could hold it for ever.
     tqdm.set_lock(threading.RLock())
+    gc.collect()
+    gc.freeze()  # Trainer collects garbage after each run, and would search all libraries
     for line in sys.stdin:
         child = _forked(json.loads(line))
         print(child, file=replies, flush=True)
