@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import kill_and_resume
+from programs import forks, kill_and_resume, small_runs
 
 Make = Callable[..., Any]
 
@@ -25,17 +25,17 @@ def policy(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, tokenize
 def whole(policy: Path) -> dict[str, Any]:
     """Of each case, how the uninterrupted run ended."""
     for case in kill_and_resume.CASES:
-        assert not kill_and_resume.attempt(
-            lambda case=case: kill_and_resume.train(policy, policy.parent / case, case), None
-        )
+        assert not forks.was_killed(lambda case=case: kill_and_resume.train(policy, policy.parent / case, case))
     return {case: kill_and_resume.end_of(policy.parent / case) for case in kill_and_resume.CASES}
 
 
 @pytest.mark.parametrize("case", ["full", "upper", "lora"])
-def test_point_13_killed_at_random_moments(case: str, policy: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_runs_killed_at_random_match_the_uninterrupted_run(
+    case: str, policy: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
     draw = random.Random(case)
     assert kill_and_resume.killed_until_done(policy, tmp_path, case, draw, longest=1.0) > 0
-    assert kill_and_resume.same(kill_and_resume.end_of(tmp_path), whole[case])
+    assert small_runs.identical(kill_and_resume.end_of(tmp_path), whole[case])
 
 
 def kill_at(owner: Any, name: str, call: int, cut: bool) -> None:
@@ -62,11 +62,11 @@ def places() -> dict[str, tuple[Any, str, int, bool]]:
     import torch
     from transformers import TrainerState
 
-    from rlhf_recipes.training import trainer as safe_trainer
     from rlhf_recipes.ppo import resume as resuming
     from rlhf_recipes.ppo.logging import callbacks
     from rlhf_recipes.ppo.roles import value as value_head
     from rlhf_recipes.ppo.trainer import PPOTrainer
+    from rlhf_recipes.training import trainer as safe_trainer
 
     return {
         "as it answers": (PPOTrainer, "generate", 3, False),
@@ -88,18 +88,20 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_point_13_killed_in_the_middle(place: str, policy: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_killed_at_a_chosen_call_matches_the_uninterrupted_run(
+    place: str, policy: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
     def die() -> None:
         kill_at(*places()[place])
         kill_and_resume.train(policy, tmp_path, "full")
 
-    assert kill_and_resume.attempt(die, None), "the run was to be cut off"
-    assert not kill_and_resume.attempt(lambda: kill_and_resume.train(policy, tmp_path, "full"), None)
-    assert kill_and_resume.same(kill_and_resume.end_of(tmp_path), whole["full"])
+    assert forks.was_killed(die), "the run was to be cut off"
+    assert not forks.was_killed(lambda: kill_and_resume.train(policy, tmp_path, "full"))
+    assert small_runs.identical(kill_and_resume.end_of(tmp_path), whole["full"])
 
 
 @pytest.mark.slow
-def test_point_13_thirty_kills(policy: Path) -> None:
+def test_thirty_random_kills_match_the_uninterrupted_run(policy: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         kill_and_resume.main(policy.parent, 30, seed=1)
     assert ended.value.code == 0

@@ -55,8 +55,8 @@ def kill_on_error(*children: int) -> Iterator[None]:
         raise
 
 
-def killed_within(seconds: float | None, run: Callable[[], Any]) -> bool:
-    """Run in a fork and kill it after `seconds`, unless it has ended; return whether it was killed.
+def was_killed(run: Callable[[], Any], seconds: float | None = None) -> bool:
+    """Run in a fork, which is killed after so many seconds unless it has ended; return whether it was, or killed itself.
 
     Raises:
         SystemExit: the run failed.

@@ -4,23 +4,21 @@ kill_and_resume.py FOLDER KILLS [SEED]     kill runs of every case in FOLDER unt
 """
 
 import json
-import os
 import random
 import shutil
-import signal
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from programs.forks import was_killed
+from programs.small_runs import identical
 
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.trainer import PPOTrainer
@@ -73,75 +71,7 @@ def end_of(folder: Path) -> dict[str, Any]:
     kept = {name: torch.load(last / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler")}
     told = json.loads((last / "progress_0.json").read_text())
     answers = (folder / "completions.jsonl").read_text()
-    return {"log": log, "weights": weights, **kept, "experience": told["experience"], "answers": answers}
-
-
-def same(one: Any, other: Any) -> bool:
-    """Bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-def fork() -> int:
-    """As os.fork; the child's progress bars have a lock of their own. The usual one is shared by all forks of a process, and
-    one that is killed while it holds it would lock the others out for ever. A kind of bar may have been given it by name."""
-    tqdm.get_lock()
-    child = os.fork()
-    if child == 0:
-        lock, kinds = threading.RLock(), [tqdm]
-        while kinds:
-            kind = kinds.pop()
-            kind.set_lock(lock)
-            kinds += kind.__subclasses__()
-    return child
-
-
-def attempt(run: Callable[[], Any], seconds: float | None) -> bool:
-    """Run in a process of its own, killed after so many seconds unless it has ended; returns whether it was killed."""
-    child = fork()
-    if child == 0:
-        code = 1
-        try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
-            run()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + seconds if seconds is not None else None
-    with not_left_behind(child):
-        while deadline is not None and time.monotonic() <= deadline:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                break
-            time.sleep(0.002)
-        else:
-            if deadline is not None:
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code not in (0, -signal.SIGKILL):
-        raise SystemExit(f"the run ended with {code}")
-    return code != 0
-
-
-@contextmanager
-def not_left_behind(child: int) -> Iterator[None]:
-    """A test that is told to end while it waits for its child ends the child as well."""
-    try:
-        yield
-    except BaseException:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        raise
+    return {"log": log, "weights": weights, **kept, "experience": told["collector"], "answers": answers}
 
 
 def killed_until_done(policy: Path, folder: Path, case: str, draw: random.Random, longest: float) -> int:
@@ -150,7 +80,7 @@ def killed_until_done(policy: Path, folder: Path, case: str, draw: random.Random
     The moments come later and later, so that it ends on a machine of any speed.
     """
     kills = 0
-    while attempt(lambda: train(policy, folder, case), draw.uniform(0.0, longest * (1 + kills / 10))):
+    while was_killed(lambda: train(policy, folder, case), draw.uniform(0.0, longest * (1 + kills / 10))):
         kills += 1
     return kills
 
@@ -161,14 +91,14 @@ def main(folder: Path, wanted: int, seed: int = 0) -> None:
     for case in CASES:
         shutil.rmtree(folder / case, ignore_errors=True)
         started = time.monotonic()
-        attempt(lambda case=case: train(folder / "policy", folder / case / "whole", case), None)  # type: ignore[misc]
+        was_killed(lambda case=case: train(folder / "policy", folder / case / "whole", case))  # type: ignore[misc]
         longest, expected = time.monotonic() - started, end_of(folder / case / "whole")
         kills = runs = mismatches = 0
         while kills < wanted / len(CASES):
             part = folder / case / str(runs)
             kills += killed_until_done(folder / "policy", part, case, draw, longest)
             runs += 1
-            mismatches += not same(end_of(part), expected)
+            mismatches += not identical(end_of(part), expected)
             print(f"{case}: {kills} kills and resumes in {runs} runs, {mismatches} mismatches", flush=True)
         tally[case] = {"kills": kills, "runs": runs, "mismatches": mismatches}
     print(json.dumps(tally))

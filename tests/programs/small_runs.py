@@ -95,6 +95,17 @@ def end_of(folder: Path) -> dict[str, Any]:
     return {"log": [timeless(entry) for entry in state["log_history"]], "weights": weights_in(folder), **kept}
 
 
+def identical(one: Any, other: Any) -> bool:
+    """Return whether two nested structures are equal, their tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(identical(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return bool(one == other)
+
+
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor that a run left at its end, the value's too."""
     paths = [path for path in folder.rglob("*.safetensors") if "checkpoint-" not in str(path.relative_to(folder))]

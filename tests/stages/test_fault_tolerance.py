@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import kill_and_resume, small_runs
+from programs import forks, small_runs
 from programs.small_runs import STAGES
 from tqdm import tqdm
 from transformers import Trainer
@@ -51,7 +51,7 @@ def told(act: Callable[[], Any], folder: Path) -> tuple[int, str]:
     """Run in a process of its own, as a door does; returns its exit code (minus the signal) and what it said on stderr."""
     said = folder / f"said-{random.random()}"
 
-    child = kill_and_resume.fork()
+    child = forks.fork()
     if child == 0:
         code = 1
         try:
@@ -67,7 +67,7 @@ def told(act: Callable[[], Any], folder: Path) -> tuple[int, str]:
             traceback.print_exc()
         finally:
             os._exit(code)
-    with kill_and_resume.not_left_behind(child):
+    with forks.kill_on_error(child):
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     text = said.read_text() if said.exists() else ""
     said.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def whole(runs: Path) -> Callable[[str], dict[str, Any]]:
         if case not in ends:
             stage, options = CASES[case]
             out, started = f"whole {case}", time.monotonic()
-            assert not kill_and_resume.attempt(lambda: small_runs.run(stage, runs, out, **options), None)
+            assert not forks.was_killed(lambda: small_runs.run(stage, runs, out, **options))
             SECONDS[case] = time.monotonic() - started
             ends[case] = small_runs.end_of(runs / out)
         return ends[case]
@@ -97,10 +97,10 @@ def again(runs: Path, whole: Callable[[str], dict[str, Any]]) -> Callable[[str, 
 
     def check(case: str, out: str) -> None:
         stage, options = CASES[case]
-        assert not kill_and_resume.attempt(lambda: small_runs.run(stage, runs, out, resume="auto", **options), None)
+        assert not forks.was_killed(lambda: small_runs.run(stage, runs, out, resume="auto", **options))
         end, expected = small_runs.end_of(runs / out), whole(case)
         assert end["log"] == expected["log"]
-        assert kill_and_resume.same(end, expected)
+        assert small_runs.identical(end, expected)
         assert not (runs / out / ".saving").exists() and not (runs / out / ".lock").exists()
 
     return check
@@ -111,8 +111,8 @@ def test_a_fork_that_is_killed_locks_no_other_out() -> None:
         tqdm.get_lock().acquire()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    assert kill_and_resume.attempt(die, None)
-    assert not kill_and_resume.attempt(lambda: tqdm(range(2), disable=False).close(), 20.0)
+    assert forks.was_killed(die)
+    assert not forks.was_killed(lambda: tqdm(range(2), disable=False).close(), 20.0)
 
 
 @pytest.mark.fault("killed at a random moment (SIGKILL, as for want of memory)")
@@ -127,7 +127,7 @@ def test_killed_at_random_moments(
     draw, kills, wanted = random.Random(case), 0, pytestconfig.getoption("--kills") / len(CASES)
     for number in itertools.count():
         out, before = f"random {case} {number}", kills
-        while kill_and_resume.attempt(
+        while forks.was_killed(
             lambda out=out: small_runs.run(stage, runs, out, resume="auto", **options),  # type: ignore[misc]
             draw.uniform(0.0, SECONDS[case] * (1 + (kills - before) / 10)),
         ):
@@ -432,7 +432,7 @@ def test_a_finished_run_that_may_be_replaced_is_begun_anew(runs: Path, whole: Ca
     shutil.copytree(runs / "whole sft", runs / "replaced")
     small_runs.run("sft", runs, "replaced", resume="auto", overwrite=True, learning_rate=0.01)
     small_runs.run("sft", runs, "other", learning_rate=0.01)
-    assert kill_and_resume.same(small_runs.end_of(runs / "replaced"), small_runs.end_of(runs / "other"))
+    assert small_runs.identical(small_runs.end_of(runs / "replaced"), small_runs.end_of(runs / "other"))
 
 
 def test_going_on_from_elsewhere_replaces_nothing_that_it_may_not(
@@ -644,7 +644,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
         in_save(2, wait)
         small_runs.run("sft", runs, "shared folder")
 
-    child = kill_and_resume.fork()
+    child = forks.fork()
     if child == 0:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -652,7 +652,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(
         finally:
             os._exit(1)
     os.close(hold)  # so that a child that ends too early is heard as well
-    with kill_and_resume.not_left_behind(child):
+    with forks.kill_on_error(child):
         assert os.read(ready, 1) == b"x"
         for asked in ({"resume": "auto"}, {"overwrite": True}, {"resume_from_checkpoint": "true"}):
             with pytest.raises(UserError, match=f"is in use by process {child} on .*; choose another --output_dir"):

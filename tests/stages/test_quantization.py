@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from programs import kill_and_resume, small_runs
+from programs import forks, small_runs
 from safetensors.torch import load_file
 from trl import ModelConfig
 
@@ -59,7 +59,7 @@ def whole(bits_world: Path) -> Callable[[str], Path]:
         folder = bits_world / case
         if not folder.exists():
             given = options | ({"value_model": str(bits_world / "reward_model")} if "value_model" in options else {})
-            assert not kill_and_resume.attempt(lambda: small_runs.run(stage, bits_world, case, **given), None)
+            assert not forks.was_killed(lambda: small_runs.run(stage, bits_world, case, **given))
         return folder
 
     return run
@@ -76,9 +76,9 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(case: str, bits_world: Path, who
     for path in [bits_world / out / "recipe.yaml", *(bits_world / out).glob("*.safetensors")]:
         path.unlink()
     assert int(before.name.rpartition("-")[2]) < int(last.name.rpartition("-")[2])
-    assert not kill_and_resume.attempt(lambda: small_runs.run(stage, bits_world, out, resume="auto", **given), None)
+    assert not forks.was_killed(lambda: small_runs.run(stage, bits_world, out, resume="auto", **given))
     end = small_runs.end_of(bits_world / out)
-    assert end["log"] == expected["log"] and kill_and_resume.same(end, expected)
+    assert end["log"] == expected["log"] and small_runs.identical(end, expected)
 
 
 @pytest.mark.parametrize("case", [case for case, (_, options) in CASES.items() if options.get("use_peft")])
@@ -120,7 +120,7 @@ def test_8_bit_moments_learn_as_32_bit_ones(bits_world: Path, whole: Callable[[s
         return [entry["loss"] for entry in log if "loss" in entry]
 
     small = losses(whole("pretrain, 8-bit AdamW"))
-    assert not kill_and_resume.attempt(lambda: small_runs.run("pretrain", bits_world, "in 32 bits"), None)
+    assert not forks.was_killed(lambda: small_runs.run("pretrain", bits_world, "in 32 bits"))
     assert small == pytest.approx(losses(bits_world / "in 32 bits"), rel=0.02)
 
 
