@@ -40,7 +40,7 @@ class Mutation:
     file: str
     old: str
     new: str
-    points: str = "point_09_every"
+    points: str = "every_metric"
     files: tuple[str, ...] = tuple(POINTS)
 
 
@@ -171,7 +171,7 @@ MUTATIONS = [
         "ppo/step.py",
         "tensor[rows] for name",
         "tensor[batches[0]] for name",
-        "pieces",
+        "splitting_a_minibatch",
         ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
@@ -179,7 +179,7 @@ MUTATIONS = [
         "optimizations/frozen_trunk.py",
         "weight.requires_grad_(False)",
         "pass",
-        "changes_nothing",
+        "matches_manual_freezing",
         ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
@@ -187,7 +187,7 @@ MUTATIONS = [
         "ppo/roles/build.py",
         "model.upper.frozen_copy()",
         "model.upper",
-        "changes_nothing",
+        "matches_manual_freezing",
         ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
@@ -195,7 +195,7 @@ MUTATIONS = [
         "core/tensors.py",
         "(mask.long().cumsum(dim=-1) - 1).clamp(min=0)",
         "torch.ones_like(mask).cumsum(dim=-1) - 1",
-        "point_10_a_row or point_09_every",
+        "a_row_alone or every_metric",
     ),
     Mutation("mean over positions, not tokens", "ppo/update/objective.py", "losses.sum() / tokens", "losses.mean()"),
     Mutation(
@@ -215,28 +215,28 @@ MUTATIONS = [
         "ppo/roles/build.py",
         "else stop_ids(base_model(model), tokenizer)",
         "else stop_ids(base_model(model), tokenizer)[:1]",
-        "point_04_answers",
+        "answers_stop",
     ),
     Mutation(
         "a step that is not finite is taken",
         "ppo/update/guard.py",
         "if broken or self.over:",
         "if self.over:",
-        "point_08_a_step",
+        "non_finite_loss",
     ),
     Mutation(
         "minibatches overlap",
         "ppo/update/minibatches.py",
         ".argsort(dim=1)",
         ".argsort(dim=1)[:, :1].repeat(1, size)",
-        "point_09_one_update",
+        "one_update_matches",
     ),
     Mutation(
         "losses averaged over processes",
         "ppo/update/objective.py",
         "/ tokens * args.world_size",
         "/ tokens",
-        "two_processes_are_one",
+        "two_processes_train_like_one",
         tuple(PROCESSES),
     ),
     Mutation(
@@ -244,7 +244,7 @@ MUTATIONS = [
         "ppo/rollout/rollout.py",
         "masked_whiten(raw, mask, reduce=reduce)",
         "masked_whiten(raw, mask)",
-        "two_processes_are_one",
+        "two_processes_train_like_one",
         tuple(PROCESSES),
     ),
     Mutation(
@@ -252,7 +252,7 @@ MUTATIONS = [
         "ppo/roles/value.py",
         "with adapters.speaking(self.policy, self.value_adapter):",
         "if True:",
-        "point_17_policy_and_value",
+        "policy_and_value_train",
         ROLES,
     ),
     Mutation(
@@ -260,7 +260,7 @@ MUTATIONS = [
         "ppo/roles/build.py",
         "trainable=False) if arrived else None",
         "trainable=False) if False else None",
-        "point_17_the_reference",
+        "test_reference_of",
         ROLES,
     ),
     Mutation(
@@ -268,7 +268,7 @@ MUTATIONS = [
         "ppo/update/guard.py",
         "drop_gradients(self.model.policy_parameters())",
         "pass",
-        "point_21_the_policy_stands",
+        "value_warmup",
         STEERING,
     ),
     Mutation(
@@ -284,7 +284,7 @@ MUTATIONS = [
         "ppo/rollout/rewards.py",
         "*= 1.0 + error",
         "*= 1.0 - error",
-        "point_21",
+        "adaptive_kl",
         STEERING,
     ),
     Mutation(
@@ -292,15 +292,15 @@ MUTATIONS = [
         "ppo/rollout/rewards.py",
         "self.count = everyone",
         "self.count = 0.0",
-        "point_21",
+        "scaled",
         STEERING,
     ),
     Mutation(
         "a resumed run forgets what has moved",
         "ppo/resume.py",
-        'self.experience.restore(told[0]["experience"])',
+        'self.experience.restore(told[0]["collector"])',
         "pass",
-        "point_13_killed_at_random",
+        "killed_at_random",
         RESUME,
     ),
     Mutation(
@@ -308,7 +308,7 @@ MUTATIONS = [
         "ppo/update/minibatches.py",
         "first=steps if number == done else 0",
         "first=0",
-        "point_13_killed_at_random",
+        "killed_at_random",
         RESUME,
     ),
 ]
@@ -377,12 +377,12 @@ def run_forked(folder: Path, mutation: Mutation | None) -> int:
 
 
 def short(names: list[str]) -> str:
-    """The first of the arithmetic and the first of the points, and how many more there are."""
-    told = [name.removeprefix("tests/").removeprefix("ppo/").removeprefix("test_") for name in names]
-    told = [name.replace(".py::test_", ": ") for name in told]
-    points = [name for name in told if "point_" in name]
-    shown = [name for name in told if name not in points][:2] + points[:2]
-    return "; ".join(shown) + (f"; and {len(told) - len(shown)} more" if len(told) > len(shown) else "")
+    """Name two of the failed arithmetic tests and two of the others, and count the rest."""
+    arithmetic = [name for name in names if name.partition("::")[0] in ARITHMETIC]
+    shown = arithmetic[:2] + [name for name in names if name not in arithmetic][:2]
+    labels = [name.removeprefix("tests/").removeprefix("ppo/").removeprefix("test_") for name in shown]
+    labels = [label.replace(".py::test_", ": ") for label in labels]
+    return "; ".join(labels) + (f"; and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def red_by(mutation: Mutation | None) -> list[str]:

@@ -78,7 +78,7 @@ def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" not in name}
 
 
-def test_point_17_one_copy_of_the_base_serves_all_four(
+def test_one_copy_of_the_base_serves_all_four_models(
     policy: Any, reward_model_on_base: Path, make_trainer: Make, weights_of: Make
 ) -> None:
     size = sum(weight.numel() for weight in policy.parameters())
@@ -103,9 +103,7 @@ def test_point_17_one_copy_of_the_base_serves_all_four(
     }  # fmt: skip
 
 
-def test_point_17_the_reference_is_the_base_where_the_adapter_is_new(
-    policy: Any, base: Path, make_trainer: Make
-) -> None:
+def test_reference_of_a_new_adapter_is_the_base(policy: Any, base: Path, make_trainer: Make) -> None:
     plain = make_trainer(AutoModelForCausalLM.from_pretrained(base))
     trainer = make_trainer(policy, peft_config=lora())
     trainer.train()
@@ -114,7 +112,7 @@ def test_point_17_the_reference_is_the_base_where_the_adapter_is_new(
     assert (rollout.log_probs - expected.log_probs).abs().max() > 1e-3
 
 
-def test_point_17_the_reference_is_the_adapter_that_the_policy_came_with(policy: Any, make_trainer: Make) -> None:
+def test_reference_of_an_existing_adapter_is_its_initial_state(policy: Any, make_trainer: Make) -> None:
     trainer = make_trainer(with_sft_adapter(policy))
     before = told_of(trainer)
     torch.testing.assert_close(before.reference_log_probs, before.log_probs)
@@ -127,7 +125,7 @@ def test_point_17_the_reference_is_the_adapter_that_the_policy_came_with(policy:
     assert (after.log_probs - before.log_probs).abs().max() > 1e-3
 
 
-def test_point_17_named_adapters_are_policy_and_reference(policy: Any, make_trainer: Make) -> None:
+def test_named_adapters_are_used_as_policy_and_reference(policy: Any, make_trainer: Make) -> None:
     model = with_sft_adapter(policy)
     torch.manual_seed(4)
     model.add_adapter("start", lora(init_lora_weights=False))
@@ -141,7 +139,7 @@ def test_point_17_named_adapters_are_policy_and_reference(policy: Any, make_trai
         make_trainer(model, model_adapter_name="other")
 
 
-def test_point_17_an_adapter_that_does_not_train_is_refused(policy: Any, make_trainer: Make) -> None:
+def test_an_adapter_loaded_without_is_trainable_is_refused(policy: Any, make_trainer: Make) -> None:
     """As PeftModel.from_pretrained reads one by default."""
     model = with_sft_adapter(policy).requires_grad_(False)
     with pytest.raises(ValueError, match="is_trainable=True"):
@@ -149,7 +147,7 @@ def test_point_17_an_adapter_that_does_not_train_is_refused(policy: Any, make_tr
 
 
 @pytest.mark.parametrize("still", ["policy", "value"])
-def test_point_17_policy_and_value_learn_each_by_its_own_adapter(
+def test_policy_and_value_train_separate_adapters(
     still: str, policy: Any, make_trainer: Make, weights_of: Make
 ) -> None:
     """A loss of one alone moves that one's adapter alone."""
@@ -165,7 +163,7 @@ def test_point_17_policy_and_value_learn_each_by_its_own_adapter(
     assert moved == {"default" if still == "value" else "ppo_value"}
 
 
-def test_point_17_a_reward_model_on_the_base_rides_on_it_and_scores_as_on_its_own(
+def test_shared_base_reward_model_scores_like_a_separate_one(
     policy: Any, reward_model_on_base: Path, make_trainer: Make, tokenizer: Any
 ) -> None:
     trainer = make_trainer(policy, [str(reward_model_on_base)], peft_config=lora())
@@ -179,7 +177,7 @@ def test_point_17_a_reward_model_on_the_base_rides_on_it_and_scores_as_on_its_ow
     assert riding.score_ids(rows) == pytest.approx(expected, abs=1e-5)
 
 
-def test_point_17_a_reward_model_on_another_base_keeps_its_own(
+def test_a_reward_model_on_another_base_is_not_shared(
     policy: Any, reward_model_on_base: Path, base: Path, make_trainer: Make
 ) -> None:
     """A policy whose adapter was merged is another base, and so is a policy without an adapter."""
@@ -195,15 +193,13 @@ def test_point_17_a_reward_model_on_another_base_keeps_its_own(
     assert isinstance(make_trainer(model, [str(reward_model_on_base)]).rewards[0].model, SharedBaseRewardModel)
 
 
-def test_point_17_checkpointing_refuses_an_adapter_that_is_not_on_in_the_backward_pass(
-    policy: Any, make_trainer: Make
-) -> None:
+def test_gradient_checkpointing_with_a_value_adapter_is_refused(policy: Any, make_trainer: Make) -> None:
     with pytest.raises(ValueError, match="set value_adapter to false"):
         make_trainer(policy, peft_config=lora(), gradient_checkpointing=True)
     make_trainer(policy, peft_config=lora(), gradient_checkpointing=True, value_adapter=False).train()
 
 
-def test_point_17_a_second_trainer_of_the_same_policy_starts_from_what_the_first_left(
+def test_reference_of_a_second_trainer_is_the_trained_policy(
     policy: Any, reward_model_on_base: Path, make_trainer: Make
 ) -> None:
     model = with_sft_adapter(policy)
@@ -214,7 +210,7 @@ def test_point_17_a_second_trainer_of_the_same_policy_starts_from_what_the_first
     torch.testing.assert_close(told_of(second).reference_log_probs, left)
 
 
-def test_point_18_the_card_names_what_the_model_was_made_of(make_trainer: Make, make_policy: Make) -> None:
+def test_model_card_names_base_model_and_dataset(make_trainer: Make, make_policy: Make) -> None:
     """What push_to_hub(dataset_name=...) writes, if the stage has not written a card of its own."""
     policy = make_policy()
     policy.name_or_path = "someone/base"
@@ -228,7 +224,7 @@ def test_point_18_the_card_names_what_the_model_was_made_of(make_trainer: Make, 
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapter", "reward_model"])
-def test_point_18_policy_and_value_are_read_back_as_they_were(
+def test_saved_policy_and_value_load_again(
     kind: str, policy: Any, base: Path, make_reward_model: Make, make_trainer: Make, tmp_path: Path
 ) -> None:
     """The policy by AutoModelForCausalLM; the value by a trainer that has learnt nothing yet."""
@@ -256,9 +252,7 @@ def test_point_18_policy_and_value_are_read_back_as_they_were(
     torch.testing.assert_close(again.log_probs, expected.log_probs)
 
 
-def test_point_18_the_value_may_be_left_out_at_the_end_but_not_of_a_checkpoint(
-    policy: Any, make_trainer: Make
-) -> None:
+def test_save_value_model_false_does_not_apply_to_checkpoints(policy: Any, make_trainer: Make) -> None:
     trainer = make_trainer(policy, save_value_model=False, save_strategy="steps", save_steps=4)
     trainer.train()
     trainer.save_model()
@@ -268,7 +262,7 @@ def test_point_18_the_value_may_be_left_out_at_the_end_but_not_of_a_checkpoint(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_point_23_a_quantized_base_learns_by_adapters_policy_and_value(
+def test_policy_and_value_adapters_train_on_a_quantized_base(
     bits: int, base: Path, make_trainer: Make, weights_of: Make
 ) -> None:
     given = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {}
@@ -292,7 +286,7 @@ def test_point_23_a_quantized_base_learns_by_adapters_policy_and_value(
 
 
 @pytest.mark.parametrize("begins", ["pissa", "pissa_niter_4", "olora"])
-def test_an_adapter_that_changes_the_base_as_it_begins_is_refused(
+def test_an_adapter_whose_initialization_changes_the_base_is_refused(
     begins: str, policy: Any, make_trainer: Make
 ) -> None:
     """The base is the reference, and the value's adapter is on it too."""
@@ -302,7 +296,7 @@ def test_an_adapter_that_changes_the_base_as_it_begins_is_refused(
     assert all(torch.equal(weight, before[name]) for name, weight in base_weights(policy).items())
 
 
-def test_one_that_has_changed_its_base_is_twinned_without_changing_it_again(policy: Any, make_trainer: Make) -> None:
+def test_copying_a_pissa_adapter_does_not_change_the_base_again(policy: Any, make_trainer: Make) -> None:
     from peft import get_peft_model
 
     model = get_peft_model(policy, lora(init_lora_weights="pissa"))
@@ -331,6 +325,6 @@ def test_an_adapter_that_trains_biases_of_the_base_is_refused(
         make_trainer(model, value_adapter=False, **given)
 
 
-def test_the_adapter_that_is_trained_is_not_its_own_reference(policy: Any, make_trainer: Make) -> None:
+def test_the_trained_adapter_is_refused_as_reference(policy: Any, make_trainer: Make) -> None:
     with pytest.raises(UserError, match="ref_adapter_name is sft, the adapter that is trained"):
         make_trainer(with_sft_adapter(policy), ref_adapter_name="sft")

@@ -20,7 +20,7 @@ def updates_of(trainer: Any) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "objective/kl" in entry]
 
 
-def test_point_21_all_of_it_is_off_by_default() -> None:
+def test_control_options_are_off_by_default() -> None:
     config = PPOConfig(output_dir="unused")
     off = {
         "target_kl": None, "adaptive_kl_target": None, "use_score_scaling": False, "use_score_norm": False,
@@ -30,7 +30,7 @@ def test_point_21_all_of_it_is_off_by_default() -> None:
     assert {name: getattr(config, name) for name in off} == off
 
 
-def test_point_21_target_kl_ends_an_update_at_the_step_that_goes_too_far(make_trainer: Make, recorder: type) -> None:
+def test_target_kl_stops_an_update_at_the_first_step_above_the_limit(make_trainer: Make, recorder: type) -> None:
     """Weights stand still from the first step whose measured KL is beyond 1.5 times the target, until the update ends."""
     free = make_trainer(kind=recorder, num_mini_batches=2, learning_rate=3e-3)
     free.train()
@@ -60,7 +60,7 @@ def weights(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in model.parameters()]
 
 
-def test_point_21_the_kl_coefficient_follows_ziegler() -> None:
+def test_adaptive_kl_coefficient_follows_ziegler() -> None:
     """By hand: KL 8 at target 4 is an error of 1, held at 0.2; KL 3.6 an error of -0.1."""
     coefficient = KLCoefficient(0.1, target=4.0, horizon=1000)
     coefficient.update(8.0, 100)
@@ -69,7 +69,7 @@ def test_point_21_the_kl_coefficient_follows_ziegler() -> None:
     assert coefficient.value == pytest.approx(0.1 * 1.02 * 0.99)
 
 
-def test_point_21_the_moving_coefficient_is_the_one_that_penalises(make_trainer: Make, recorder: type) -> None:
+def test_adaptive_kl_coefficient_weights_the_kl_penalty(make_trainer: Make, recorder: type) -> None:
     trainer = make_trainer(
         kind=recorder, rows=32, adaptive_kl_target=0.05, adaptive_kl_horizon=20, kl_coef=0.3, learning_rate=3e-3
     )
@@ -88,7 +88,7 @@ def test_point_21_the_moving_coefficient_is_the_one_that_penalises(make_trainer:
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_point_21_scores_are_scaled_by_all_that_was_seen(shift: bool) -> None:
+def test_scores_are_scaled_by_statistics_of_all_scores_so_far(shift: bool) -> None:
     """Batch by batch against NumPy over everything so far; then held in the range."""
     draw = np.random.default_rng(0)
     scale, seen = ScoreScale(True, shift, (-1.0, 1.5)), np.array([])
@@ -103,11 +103,11 @@ def test_point_21_scores_are_scaled_by_all_that_was_seen(shift: bool) -> None:
     assert scale.state() == before, "held-out answers teach it nothing"
 
 
-def test_point_21_scores_that_never_differed_are_left_as_they_are() -> None:
+def test_equal_scores_are_not_scaled() -> None:
     assert ScoreScale(True)(torch.tensor([-1.0, -1.0, -1.0])).tolist() == [-1.0, -1.0, -1.0]
 
 
-def test_point_21_scaled_scores_are_what_is_learnt_from(make_trainer: Make, recorder: type) -> None:
+def test_training_uses_the_scaled_scores(make_trainer: Make, recorder: type) -> None:
     trainer = make_trainer(kind=recorder, use_score_scaling=True, use_score_norm=True, reward_clip_range=[-0.5, 0.5])
     trainer.train()
     raw = np.array(trainer.scored[0]["low_share"])
@@ -116,7 +116,7 @@ def test_point_21_scaled_scores_are_what_is_learnt_from(make_trainer: Make, reco
     assert updates_of(trainer)[0]["rewards/low_share"] == pytest.approx(raw.mean()), "the raw score is what is told"
 
 
-def test_point_21_the_entropy_bonus_has_the_gradient_of_entropy(make_trainer: Make, recorder: type) -> None:
+def test_entropy_bonus_has_the_gradient_of_the_entropy(make_trainer: Make, recorder: type) -> None:
     """The loss falls by coefficient times mean entropy, and so does its gradient, by an independent softmax."""
     trainer = make_trainer(kind=recorder, entropy_coef=0.7, num_ppo_epochs=1, learning_rate=0.0)
     trainer.train()
@@ -151,7 +151,7 @@ def gradient(trainer: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return trainer.model.policy.transformer.wpe.weight.grad.clone()
 
 
-def test_point_21_the_value_has_a_learning_rate_of_its_own(make_trainer: Make, weights_of: Make) -> None:
+def test_value_learning_rate_applies_to_value_parameters_only(make_trainer: Make, weights_of: Make) -> None:
     trainer = make_trainer(learning_rate=1e-3, value_learning_rate=5e-2, lr_scheduler_type="linear")
     before = weights_of(trainer.model)
     trainer.train()
@@ -165,7 +165,7 @@ def test_point_21_the_value_has_a_learning_rate_of_its_own(make_trainer: Make, w
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_point_21_the_policy_stands_still_while_the_value_warms_up(
+def test_value_warmup_leaves_the_policy_unchanged(
     separate: bool, make_trainer: Make, make_reward_model: Make, recorder: type, weights_of: Make
 ) -> None:
     """Bit for bit, weight decay notwithstanding; and then it moves."""
@@ -192,17 +192,15 @@ def test_point_21_the_policy_stands_still_while_the_value_warms_up(
         ({"use_score_norm": True}, "use_score_norm needs use_score_scaling"),
         ({"fp16": True}, "use bf16"),
         ({"value_warmup_updates": -1}, "it must be at least 0"),
-        ({"generation_kwargs": {"num_beams": 4}}, "does not know num_beams; it knows top_k, top_p, min_p"),
+        ({"generation_kwargs": {"num_beams": 4}}, "has unknown keys \\(num_beams\\); it accepts top_k, top_p, min_p"),
     ],
 )
-def test_point_21_what_cannot_be_meant_is_said_at_once(given: dict[str, Any], message: str) -> None:
+def test_invalid_control_options_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PPOConfig(output_dir="unused", **given)
 
 
-def test_point_22_generation_kwargs_cut_what_is_sampled_and_not_what_is_learnt(
-    make_trainer: Make, recorder: type
-) -> None:
+def test_generation_kwargs_restrict_sampling_but_not_log_probs(make_trainer: Make, recorder: type) -> None:
     trainer = make_trainer(kind=recorder, generation_kwargs={"top_k": 1, "min_new_tokens": 4}, learning_rate=0.0)
     trainer.train()
     model, queries, completions = trainer.played[0]
@@ -219,7 +217,7 @@ def test_point_22_generation_kwargs_cut_what_is_sampled_and_not_what_is_learnt(
     assert updates_of(trainer)[0]["objective/entropy"] > 4.0, "of the whole distribution"
 
 
-def test_point_22_a_subclass_answers_and_scores_as_it_likes(make_trainer: Make, recorder: type) -> None:
+def test_a_subclass_can_override_generate_and_score(make_trainer: Make, recorder: type) -> None:
     class Own(recorder):  # type: ignore[valid-type, misc]
         def generate(self, queries: Any, seeds: Any) -> Completions:
             return Completions([[len(query) % 200, 200] for query in queries], [True] * len(queries))
@@ -238,7 +236,7 @@ def test_point_22_a_subclass_answers_and_scores_as_it_likes(make_trainer: Make, 
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_point_22_step_is_one_training_update(
+def test_step_matches_one_training_update(
     accumulation: int, make_trainer: Make, recorder: type, weights_of: Make
 ) -> None:
     """The same episodes through train() and through step() leave the same weights, twice over."""
@@ -263,7 +261,7 @@ def test_point_22_step_is_one_training_update(
         stepped.train()
 
 
-def test_point_22_a_loop_of_steps_says_how_long_it_is_or_keeps_its_rate(make_trainer: Make) -> None:
+def test_step_needs_max_steps_unless_the_learning_rate_is_constant(make_trainer: Make) -> None:
     episodes: Any = [[1]] * 8, [[5, 200]] * 8, [float(row) for row in range(8)]
     with pytest.raises(ValueError, match="needs the number of steps of your loop"):
         make_trainer(None, None, None, lr_scheduler_type="linear").step(*episodes)
@@ -277,6 +275,6 @@ def test_point_22_a_loop_of_steps_says_how_long_it_is_or_keeps_its_rate(make_tra
     assert isinstance(given.optimizer.optimizer, torch.optim.SGD)
 
 
-def test_point_22_a_step_only_trainer_is_a_trainer(make_trainer: Make) -> None:
+def test_a_step_only_trainer_needs_no_rewards_and_no_prompts(make_trainer: Make) -> None:
     trainer = make_trainer(None, None, None)
     assert isinstance(trainer, PPOTrainer) and trainer.prompts is None

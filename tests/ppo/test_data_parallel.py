@@ -45,7 +45,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", ["plain", "value-model", "lora"])
-def test_point_07_and_20_two_processes_are_one_of_twice_the_batch(folder: Path, case: str) -> None:
+def test_two_processes_train_like_one_of_twice_the_batch(folder: Path, case: str) -> None:
     """With whitened rewards, answers of unequal length and a last update that is filled up: weights and metrics."""
     alone = program.train(folder, case, 8, **program.CASES[case])
     one, two = (weights_in(folder / f"{case}-by-{processes}") for processes in (1, 2))
@@ -64,12 +64,12 @@ def test_point_07_and_20_two_processes_are_one_of_twice_the_batch(folder: Path, 
         assert {name: theirs[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
 
 
-def test_point_07_all_processes_hold_the_same_weights(folder: Path) -> None:
+def test_all_processes_hold_the_same_weights(folder: Path) -> None:
     """Also with minibatches, with micro-batches that are empty, and after a step that one process had to skip."""
     assert json.loads((folder / "equal.json").read_text()) == dict.fromkeys(program.CASES, True)
 
 
-def test_point_20_both_save_in_the_middle_and_at_the_end_once(folder: Path) -> None:
+def test_two_processes_save_each_checkpoint_once(folder: Path) -> None:
     for case in program.CASES:
         saved = sorted(path.name for path in (folder / f"{case}-by-2").glob("checkpoint-*"))
         steps = 3 * 2 * program.CASES[case].get("num_mini_batches", 1)
@@ -78,13 +78,13 @@ def test_point_20_both_save_in_the_middle_and_at_the_end_once(folder: Path) -> N
         assert end.keys() == last.keys() and all(torch.equal(end[name], last[name]) for name in end)
 
 
-def test_point_08_a_step_that_one_process_cannot_take_is_taken_by_none(folder: Path) -> None:
+def test_a_non_finite_loss_of_one_process_skips_the_step_on_all(folder: Path) -> None:
     log = json.loads((folder / "spoilt-by-2" / "log.json").read_text())
     assert [entry["val/skipped_steps"] for entry in log if "val/skipped_steps" in entry] == [1.0, 1.0, 1.0]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_in(folder / "spoilt-by-2").values())
 
 
-def test_point_20_ways_that_cannot_be_learnt_in_are_refused_with_the_way_out() -> None:
+def test_unsupported_parallelism_is_refused_with_the_fix() -> None:
     asked = SimpleNamespace(n_gpu=1, deepspeed_plugin=None)
     with pytest.raises(ValueError, match=r"does not run under Megatron.*accelerate_configs/fsdp2\.yaml"):
         check_parallelism(asked, DistributedType.MEGATRON_LM)

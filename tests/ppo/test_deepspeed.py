@@ -110,9 +110,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @under_zero(program.CASES)
-def test_point_07_it_ends_as_one_process_does(
-    folder: Path, alone: Callable[[str], Path], stage: int, case: str
-) -> None:
+def test_deepspeed_run_matches_one_process(folder: Path, alone: Callable[[str], Path], stage: int, case: str) -> None:
     """Policy and value, what was measured before there was an engine, and what was logged: gradients' norms, schedule and
     skipped steps among it."""
     expected, found = (
@@ -137,19 +135,19 @@ def test_point_07_it_ends_as_one_process_does(
 
 
 @under_zero(program.ALL)
-def test_point_20_each_process_keeps_its_part_between_passes(folder: Path, stage: int, case: str) -> None:
+def test_each_deepspeed_process_holds_its_shard_between_passes(folder: Path, stage: int, case: str) -> None:
     share = json.loads((folder / f"shares {stage}.json").read_text())[case]
     assert share == (1.0 if stage == 2 else pytest.approx(0.5, abs=0.02))
 
 
 @under_zero(program.RESUMED)
-def test_point_13_it_goes_on_in_the_middle_of_an_update(folder: Path, stage: int, case: str) -> None:
+def test_deepspeed_run_resumes_in_the_middle_of_an_update(folder: Path, stage: int, case: str) -> None:
     resumed = weights_in(folder / f"{case} zero {stage} on")
     assert farthest(weights_in(folder / f"{case} zero {stage}"), resumed) == 0
 
 
 @under_zero(program.LOW)
-def test_point_08_policy_and_reference_are_one_until_something_is_learnt(folder: Path, stage: int, case: str) -> None:
+def test_policy_and_reference_are_equal_before_the_first_deepspeed_step(folder: Path, stage: int, case: str) -> None:
     """In bfloat16: before there is an engine, and in the first rollout."""
     told = json.loads((folder / f"{case} zero {stage}" / "log.json").read_text())
     rows = told["updates"] or [row for row in told["log"] if "objective/kl" in row]
@@ -176,7 +174,7 @@ def launched_with(stage: int | None = None, config: dict[str, Any] | None = None
     return SimpleNamespace(**asked | changes, deepspeed_plugin=plugin)
 
 
-def test_point_08_weights_are_cast_as_deepspeed_casts_them_and_nothing_else() -> None:
+def test_only_weights_that_deepspeed_casts_are_cast() -> None:
     """Not the rotary frequencies, nor the bytes of 4-bit weights."""
     model = rotary(64)
     bits = model.model.layers[0].mlp.up_proj.weight
@@ -196,7 +194,7 @@ def test_point_08_weights_are_cast_as_deepspeed_casts_them_and_nothing_else() ->
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_point_20_other_stages_are_refused_with_the_way_out(stage: int) -> None:
+def test_other_zero_stages_are_refused_with_the_fix(stage: int) -> None:
     with pytest.raises(
         ValueError, match=f"not run under ZeRO-{stage}; launch accelerate_configs/deepspeed_zero2.yaml"
     ):
@@ -204,7 +202,7 @@ def test_point_20_other_stages_are_refused_with_the_way_out(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_point_20_a_value_that_warms_up_is_refused_with_the_way_out(stage: int) -> None:
+def test_value_warmup_under_deepspeed_is_refused_with_the_fix(stage: int) -> None:
     asked = launched_with(stage)
     check_parallelism(asked, "DistributedType.DEEPSPEED")
     asked.value_warmup_updates = 1
@@ -213,7 +211,7 @@ def test_point_20_a_value_that_warms_up_is_refused_with_the_way_out(stage: int) 
 
 
 @pytest.mark.parametrize("saves", [None, False, "auto"])
-def test_point_20_a_run_that_would_save_no_weights_is_refused_with_the_way_out(saves: Any) -> None:
+def test_a_zero3_run_that_would_save_no_weights_is_refused(saves: Any) -> None:
     """Of every stage: `auto` is filled in with false."""
     asked = launched_with(3)
     asked.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = saves
@@ -224,7 +222,7 @@ def test_point_20_a_run_that_would_save_no_weights_is_refused_with_the_way_out(s
     require_saved_zero_weights(asked)
 
 
-def test_point_20_what_an_optimizer_of_deepspeed_s_cannot_do_is_refused() -> None:
+def test_value_learning_rate_with_a_deepspeed_optimizer_is_refused() -> None:
     asked = launched_with(2, {"optimizer": {"type": "AdamW"}})
     check_parallelism(asked, "DistributedType.DEEPSPEED")
     asked.value_learning_rate = 1e-4
@@ -232,13 +230,13 @@ def test_point_20_what_an_optimizer_of_deepspeed_s_cannot_do_is_refused() -> Non
         check_parallelism(asked, "DistributedType.DEEPSPEED")
 
 
-def test_point_20_an_accelerator_of_the_caller_s_own_is_refused() -> None:
+def test_deepspeed_enabled_outside_ppo_config_is_refused() -> None:
     with pytest.raises(ValueError, match="DeepSpeed is on in an Accelerator that PPOConfig knows nothing of"):
         check_parallelism(launched_with(), "DistributedType.DEEPSPEED")
 
 
 @pytest.mark.parametrize("role", ["model", "reward_funcs", "ref_model", "value_model"])
-def test_point_20_a_model_that_was_cut_apart_as_it_was_loaded_is_refused(
+def test_a_model_that_was_sharded_at_loading_is_refused(
     role: str, make_trainer: Make, make_policy: Make, make_reward_model: Make
 ) -> None:
     models: dict[str, Any] = {

@@ -44,7 +44,7 @@ def words_of(ids: list[int]) -> str:
 # 19: held-out prompts.
 
 
-def test_point_19_evaluation_comes_at_its_steps_and_leaves_training_alone(
+def test_evaluation_runs_at_eval_steps_and_changes_no_training_result(
     make_trainer: Make, recorder: type, weights_of: Make
 ) -> None:
     """Two named sets, each answered in the middle of an update too; every weight and number is that of a run without."""
@@ -74,7 +74,7 @@ def test_point_19_evaluation_comes_at_its_steps_and_leaves_training_alone(
     assert logs[: len(logs) // 2] == logs[len(logs) // 2 :] and lines_of(watched) == lines_of(plain)
 
 
-def test_point_19_evaluate_returns_what_float64_says(
+def test_evaluate_matches_float64(
     make_trainer: Make, recorder: type, reference: ModuleType, make_policy: Make
 ) -> None:
     """Means over the held-out prompts, of the policy as it is now; one set or several, given here or there."""
@@ -121,9 +121,7 @@ def test_point_19_evaluate_returns_what_float64_says(
     assert {stopped for _, _, each in trainer.played[-2:] for stopped in each.stopped} == {True, False}
 
 
-def test_point_19_the_best_checkpoint_by_score_is_loaded_at_the_end(
-    make_trainer: Make, weights_of: Make, tmp_path: Path
-) -> None:
+def test_best_checkpoint_by_score_is_loaded_at_the_end(make_trainer: Make, weights_of: Make, tmp_path: Path) -> None:
     """The reward of held-out prompts is made to be highest at the second of three evaluations."""
     marks = iter([1.0, 5.0, 3.0])
 
@@ -148,7 +146,7 @@ def test_point_19_the_best_checkpoint_by_score_is_loaded_at_the_end(
         assert any(not torch.equal(now[name], tensor) for name, tensor in last.items())
 
 
-def test_point_19_without_held_out_prompts_there_is_one_clear_line(make_trainer: Make) -> None:
+def test_evaluation_without_eval_dataset_is_a_one_line_error(make_trainer: Make) -> None:
     trainer = make_trainer()
     for ask in (trainer.evaluate, trainer.generate_completions):
         with pytest.raises(UserError, match=r"held-out prompts.*eval_dataset"):
@@ -158,7 +156,7 @@ def test_point_19_without_held_out_prompts_there_is_one_clear_line(make_trainer:
 # 24: answers.
 
 
-def test_point_24_every_episode_is_in_the_file(make_trainer: Make, recorder: type) -> None:
+def test_completions_file_holds_every_training_episode(make_trainer: Make, recorder: type) -> None:
     """In the order of the rollouts, line by line, with every reward; what is answered to evaluate is not there."""
     trainer = make_trainer(
         None, [low_share, halves], kind=recorder, eval_strategy="steps", eval_steps=1, eval_dataset=SHORT,
@@ -179,12 +177,12 @@ def test_point_24_every_episode_is_in_the_file(make_trainer: Make, recorder: typ
     assert len(lines_of(trainer)) == 16, "a new run begins a new file"
 
 
-def test_point_24_the_file_may_be_left_out(make_trainer: Make, tmp_path: Path) -> None:
+def test_log_completions_false_writes_no_file(make_trainer: Make, tmp_path: Path) -> None:
     make_trainer(log_completions=False, max_steps=1).train()
     assert not list(tmp_path.rglob("completions.jsonl"))
 
 
-def test_point_24_a_resumed_run_keeps_the_lines_of_finished_updates(make_trainer: Make, tmp_path: Path) -> None:
+def test_completions_file_of_a_resumed_run_keeps_finished_updates(make_trainer: Make, tmp_path: Path) -> None:
     """Whatever stands in an answer: some characters end a line for Python, and none of JSON Lines."""
     texts = ["one\ntwo", "a\u2028b\u2029c", "d\x85e\x0bf\x1cg", '"quoted" \\ é 漢']
     answers = CompletionsFile(tmp_path / "deep" / "completions.jsonl")
@@ -200,7 +198,7 @@ def test_point_24_a_resumed_run_keeps_the_lines_of_finished_updates(make_trainer
         ]
 
 
-def test_point_24_generate_completions_answers_every_held_out_prompt(
+def test_generate_completions_answers_every_eval_prompt(
     make_trainer: Make, recorder: type, capsys: pytest.CaptureFixture[str]
 ) -> None:
     many = [{"input_ids": list(f"many {row}".encode())} for row in range(9)]

@@ -32,7 +32,7 @@ def logged(trainer: Any) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_mini_batches": 2, "per_device_train_batch_size": 4}], ids=str)
-def test_reading_the_lower_layers_once_changes_nothing(
+def test_num_layers_unfrozen_matches_manual_freezing(
     make_trainer: Make, make_policy: Make, weights_of: Make, options: dict[str, Any]
 ) -> None:
     # Adam would make whole steps out of the rounding of gradients that are zero, such as those of the keys' biases.
@@ -52,7 +52,7 @@ def test_reading_the_lower_layers_once_changes_nothing(
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
-def test_the_lower_layers_run_once_for_a_rollout_and_never_in_its_optimizer_steps(
+def test_frozen_layers_run_once_per_rollout_and_never_in_optimizer_steps(
     make_trainer: Make, make_policy: Make
 ) -> None:
     """Every position of every episode once, in all of an update, beside what answering takes."""
@@ -77,9 +77,7 @@ def test_the_lower_layers_run_once_for_a_rollout_and_never_in_its_optimizer_step
     assert tokens[1] == tokens[0] * (1 + 3), "the policy's upper layer: in the rollout and in each epoch"
 
 
-def test_the_reference_is_the_policy_as_it_was_and_no_copy_of_what_stands_still(
-    make_trainer: Make, make_policy: Make
-) -> None:
+def test_the_reference_copies_the_trained_layers_only(make_trainer: Make, make_policy: Make) -> None:
     trainer = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, learning_rate=0.0)
     copied = sum(each.numel() for each in trainer.collector.reference.module.trunk.h.parameters())
     assert copied == sum(each.numel() for each in trainer.model.policy.transformer.h[1].parameters())
@@ -87,9 +85,7 @@ def test_the_reference_is_the_policy_as_it_was_and_no_copy_of_what_stands_still(
     assert all(entry["objective/kl"] == pytest.approx(0, abs=1e-6) for entry in logged(trainer))
 
 
-def test_kept_casts_are_those_of_the_weights_as_they_are(
-    make_trainer: Make, make_policy: Make, weights_of: Make, recorder: type
-) -> None:
+def test_kept_casts_change_no_weight(make_trainer: Make, make_policy: Make, weights_of: Make, recorder: type) -> None:
     """In bfloat16, with and without casting the weights anew for each piece: the same run to the last bit."""
 
     class Anew(recorder):  # type: ignore[misc, valid-type]
@@ -109,7 +105,7 @@ def test_kept_casts_are_those_of_the_weights_as_they_are(
     assert torch.autocast_increment_nesting() == 0, "nothing is kept when the run is over"
 
 
-def test_pieces_of_a_minibatch_change_nothing(make_trainer: Make, make_policy: Make, weights_of: Make) -> None:
+def test_splitting_a_minibatch_changes_no_weight(make_trainer: Make, make_policy: Make, weights_of: Make) -> None:
     """One piece of all eight episodes, or a piece for each: the same weights but for rounding."""
     found, pieces = [], []
     for tokens in (10_000, 1):
@@ -131,7 +127,7 @@ def test_pieces_of_a_minibatch_change_nothing(make_trainer: Make, make_policy: M
 
 
 @pytest.mark.parametrize("separate", ["value_model", "ref_model"])
-def test_models_of_their_own_read_whole_rows(
+def test_separate_value_and_reference_models_run_all_layers(
     make_trainer: Make, make_policy: Make, make_reward_model: Make, separate: str
 ) -> None:
     """A value model, or a reference, of another make has no use for the policy's lower states."""
@@ -147,7 +143,7 @@ def test_models_of_their_own_read_whole_rows(
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
-def test_an_adapter_goes_on_the_upper_layers_alone(make_trainer: Make, make_policy: Make) -> None:
+def test_an_adapter_is_added_to_the_trained_layers_only(make_trainer: Make, make_policy: Make) -> None:
     trainer = make_trainer(
         make_policy(initializer_range=0.2), num_layers_unfrozen=1, peft_config=LoraConfig(**ADAPTER), max_steps=8
     )
@@ -159,7 +155,7 @@ def test_an_adapter_goes_on_the_upper_layers_alone(make_trainer: Make, make_poli
     assert last["objective/kl"] != 0
 
 
-def test_an_adapter_below_is_refused(make_trainer: Make, make_policy: Make) -> None:
+def test_an_adapter_on_frozen_layers_is_refused(make_trainer: Make, make_policy: Make) -> None:
     with pytest.raises(UserError, match="has weights below the last 1 layers"):
         make_trainer(
             make_policy(), num_layers_unfrozen=1, peft_config=LoraConfig(layers_to_transform=[0, 1], **ADAPTER)

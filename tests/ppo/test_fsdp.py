@@ -57,7 +57,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{path.relative_to(folder)}:{name}": each for path in paths for name, each in load_file(path).items()}
 
 
-def test_point_20_each_process_keeps_a_half(folder: Path) -> None:
+def test_each_fsdp_process_holds_half_of_weights_and_moments(folder: Path) -> None:
     """Of weights and of Adam's moments; a layer may be of an odd size."""
     for share in json.loads((folder / "shares.json").read_text()).values():
         assert share["layers"] == 3
@@ -65,9 +65,7 @@ def test_point_20_each_process_keeps_a_half(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_point_07_sharded_weights_end_as_whole_ones_do(
-    folder: Path, run_alone: Callable[[str], Any], case: str
-) -> None:
+def test_fsdp_run_matches_one_process(folder: Path, run_alone: Callable[[str], Any], case: str) -> None:
     """Policy and value, with answers of unequal length and pieces of unequal number, and what was logged."""
     expected = run_alone(case).state.log_history
     one, two = weights_in(folder / f"{case} alone"), weights_in(folder / f"{case} sharded")
@@ -82,7 +80,7 @@ def test_point_07_sharded_weights_end_as_whole_ones_do(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_point_13_a_sharded_run_goes_on_with_any_number_of_processes(
+def test_fsdp_run_resumes_with_any_number_of_processes(
     folder: Path, run_alone: Callable[[str], Any], case: str
 ) -> None:
     """In the middle of an update: by as many processes bit for bit, and by one with whole weights."""

@@ -17,7 +17,7 @@ def scores_of(trainer: Any) -> list[float]:
 
 @pytest.mark.parametrize("value", ["head", "model"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_score_rises(
+def test_score_rises_for_every_seed(
     make_trainer: Make, make_policy: Make, make_reward_model: Make, seed: int, value: str
 ) -> None:
     """Less than half of an untrained model's tokens have an id below 128; the reward is that share."""
@@ -31,7 +31,7 @@ def test_the_score_rises(
     assert sum(scores[-2:]) / 2 > max(0.6, scores[0] + 0.2), scores
 
 
-def test_the_penalty_holds_the_policy_near_its_reference(make_trainer: Make) -> None:
+def test_kl_penalty_keeps_the_policy_close_to_the_reference(make_trainer: Make) -> None:
     """With a heavy KL penalty it moves less and gains less."""
     options = {
         "rows": 32,
@@ -48,13 +48,13 @@ def test_the_penalty_holds_the_policy_near_its_reference(make_trainer: Make) -> 
 
 
 @pytest.mark.parametrize("case", ["LoRA, value adapter", "reward model reward", "left-over generation_config"])
-def test_the_score_rises_in_the_matrix(case: str, tmp_path: Path) -> None:
+def test_score_rises_in_three_setups(case: str, tmp_path: Path) -> None:
     first, last = matrix.run(case, 0, tmp_path)
     assert last > first + 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_score_rises_in_the_whole_matrix(seed: int) -> None:
+def test_score_rises_in_all_eight_setups(seed: int) -> None:
     ends = {case: matrix.launched(case, seed) for case in matrix.CASES}
     assert len(ends) == 8 and all(last > first + 0.1 for first, last in ends.values()), ends

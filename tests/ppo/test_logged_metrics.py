@@ -121,7 +121,7 @@ def expected_step_metrics(
     return means | {"val/ratio_var": table[:, -1].var()}, losses
 
 
-def test_point_09_every_metric_is_what_it_says(run: Any, reference: ModuleType) -> None:
+def test_every_metric_matches_float64(run: Any, reference: ModuleType) -> None:
     """From prompts, answers, scores and weights alone: nothing that the trainer computed is used again."""
     per_update = run.args.steps_per_update
     entries = {entry["step"]: entry for entry in run.state.log_history if "loss" in entry}
@@ -143,7 +143,7 @@ def test_point_09_every_metric_is_what_it_says(run: Any, reference: ModuleType) 
         assert expected["val/ratio_var"] > 1e-4
 
 
-def test_point_09_one_update_agrees_with_float64_to_the_sixth_digit(run: Any, reference: ModuleType) -> None:
+def test_one_update_matches_float64_to_six_digits(run: Any, reference: ModuleType) -> None:
     """The arithmetic alone, from the same float32 log-probabilities and values: rewards, advantages and the loss."""
     args, per_update = run.args, run.args.steps_per_update
     steps = [step for step in run.steps if step.optimizer_step // per_update == 1]
@@ -170,7 +170,7 @@ def test_point_09_one_update_agrees_with_float64_to_the_sixth_digit(run: Any, re
         assert {int(step.tokens) for step in parts} == {len(losses)}
 
 
-def test_point_09_gradients_agree_with_finite_differences(run: Any, reference: ModuleType) -> None:
+def test_gradients_match_finite_differences(run: Any, reference: ModuleType) -> None:
     """Of the loss that the reference computes from whole episodes in float64, weight by weight, clipped tokens and all."""
     per_update, draw = run.args.steps_per_update, np.random.default_rng(0)
     number = 2 * per_update - 1  # the last step of the second update
@@ -232,7 +232,7 @@ def token_losses(reference: ModuleType, args: Any, step: Any) -> list[float]:
     ]
 
 
-def test_point_09_padding_changes_no_metric(make_trainer: Make, recorder: type) -> None:
+def test_padding_changes_no_metric(make_trainer: Make, recorder: type) -> None:
     """The same run with every micro-batch padded further logs the same numbers."""
 
     class Padded(recorder):  # type: ignore[misc, valid-type]
@@ -270,7 +270,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_point_16_logits_exist_for_generated_tokens_of_one_chunk_at_most(
+def test_logits_exist_for_one_chunk_of_generated_tokens_at_most(
     make_trainer: Make, make_policy: Make, recorder: type
 ) -> None:
     model = make_policy(n_embd=HIDDEN)
@@ -303,7 +303,7 @@ class LiveTensors(TrainerCallback):
             self.wide += sum(tensor.dim() > 1 and tensor.shape[-1] == VOCABULARY for tensor in alive)
 
 
-def test_point_16_memory_is_flat_over_fifty_updates(make_trainer: Make) -> None:
+def test_memory_is_flat_over_fifty_updates(make_trainer: Make) -> None:
     live = LiveTensors((5, 30, 60))
     trainer = make_trainer(
         callbacks=[live], per_device_train_batch_size=4, num_ppo_epochs=1, rows=8, max_steps=60, response_length=3,

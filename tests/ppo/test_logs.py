@@ -49,7 +49,7 @@ class Tables(TrainerCallback):
         return (names, rows) if dataframe is None else (list(dataframe), dataframe.values.tolist())
 
 
-def test_point_24_reporters_are_still_made_so() -> None:
+def test_reporter_stand_ins_match_the_callbacks_of_transformers() -> None:
     """What the stand-ins above have, the real ones have, too."""
     made = {TensorBoardCallback: "tb_writer", WandbCallback: "_wandb", TrackioCallback: "_trackio"}
     assert all(f"self.{name} = " in inspect.getsource(kind) for kind, name in made.items())
@@ -66,7 +66,7 @@ def test_point_24_reporters_are_still_made_so() -> None:
         (4, 6, 1, [1, 2, 4, 5]),
     ],
 )
-def test_point_24_samples_are_shown_so_many_times(
+def test_samples_are_logged_num_sample_generations_times(
     make_trainer: Make, times: int, updates: int, logging_steps: int, shown: list[int]
 ) -> None:
     """From the first update on, evenly, and as a table of what that update answered."""
@@ -87,7 +87,7 @@ def test_point_24_samples_are_shown_so_many_times(
         assert table == {"completions": (list(rows[0]), [[str(value) for value in row.values()] for row in rows])}
 
 
-def test_point_24_times_speed_and_gradients_reach_every_reporter(
+def test_times_speed_and_gradient_norms_reach_every_reporter(
     make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that moves on by a second each time it is read; answering held-out prompts is no part of a rollout."""
@@ -160,9 +160,7 @@ def said_of(hints: Hints, caplog: pytest.LogCaptureFixture, *updates: dict[str, 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_point_24_a_hint_speaks_once_and_again_only_after_recovery(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_hint_is_logged_once_and_again_only_after_recovery(name: str, caplog: pytest.LogCaptureFixture) -> None:
     off, well, piece = CASES[name]
     hint = next(known for known in [*(hint.name for hint in HINTS), "over-optimisation"] if name.startswith(known))
     hints = Hints()
@@ -174,7 +172,7 @@ def test_point_24_a_hint_speaks_once_and_again_only_after_recovery(
     assert said_of(Hints(), caplog, *[{}] * 20, *[well] * 40) == [], "near the edge, and still well"
 
 
-def test_point_24_skipped_steps_are_told_whenever_there_are_more(caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_steps_hint_is_logged_at_each_increase(caplog: pytest.LogCaptureFixture) -> None:
     hints = Hints()
     counts = [0, 0, 2, 2, 2, 5, 5]
     lines = [said_of(hints, caplog, {"val/skipped_steps": float(count)}) for count in counts]
@@ -184,12 +182,12 @@ def test_point_24_skipped_steps_are_told_whenever_there_are_more(caplog: pytest.
     )
 
 
-def test_point_24_every_hint_has_its_case() -> None:
+def test_every_hint_has_a_test_case() -> None:
     names = {hint.name for hint in HINTS} | {"over-optimisation"}
     assert names - {known for known in names if any(case.startswith(known) for case in CASES)} == {"steps skipped"}
 
 
-def test_point_24_over_optimisation_is_a_matter_of_the_watched_rewards(caplog: pytest.LogCaptureFixture) -> None:
+def test_over_optimisation_hint_uses_watched_rewards_only(caplog: pytest.LogCaptureFixture) -> None:
     """A falling score that is learnt from with a negative weight is meant to fall; and nothing is over a falling total."""
     rising: list[dict[str, float]] = [
         {"objective/scores": step / 10, "rewards/reward_model": step / 10, "rewards/length": 3 - step / 10}
@@ -201,7 +199,7 @@ def test_point_24_over_optimisation_is_a_matter_of_the_watched_rewards(caplog: p
     assert said_of(Hints(lambda: ["length"]), caplog, *[update | {"objective/scores": 0.5} for update in rising]) == []
 
 
-def test_point_24_a_resumed_run_is_judged_by_all_of_its_updates(caplog: pytest.LogCaptureFixture) -> None:
+def test_hints_of_a_resumed_run_use_all_of_its_updates(caplog: pytest.LogCaptureFixture) -> None:
     """What was logged before the checkpoint counts as the beginning; what evaluation logged does not."""
     hints, state = Hints(), TrainerState()
     state.log_history = [dict(HEALTHY), {"eval_objective/kl": 1.0}, dict(HEALTHY), {"train_loss": 1.0}]
@@ -211,7 +209,7 @@ def test_point_24_a_resumed_run_is_judged_by_all_of_its_updates(caplog: pytest.L
     assert said_of(Hints(), caplog, *[{"policy/entropy_avg": 0.3}] * 9) == [], "a policy that began so has not fallen"
 
 
-def test_point_24_training_says_its_hints(make_trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_logs_its_hints(make_trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
     """A policy that learns what a reward of weight 0 dislikes; the same run without hints is silent."""
 
     def low(completion_ids: list[list[int]], **columns: Any) -> list[float]:

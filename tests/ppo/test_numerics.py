@@ -50,7 +50,7 @@ def episodes_in(step: Any) -> Iterator[tuple[int, tuple[int, ...], int]]:
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["copied", "given"])
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
-def test_point_02_without_learning_kl_is_zero_and_ratio_one(
+def test_zero_learning_rate_keeps_kl_zero_and_ratio_one(
     make_trainer: Make, make_policy: Make, recorder: type, precision: str, explicit: bool
 ) -> None:
     model = make_policy(initializer_range=0.2)
@@ -74,9 +74,7 @@ def test_point_02_without_learning_kl_is_zero_and_ratio_one(
 
 
 @pytest.mark.parametrize("context", [27, 32])
-def test_point_02_tiles_of_bfloat16_stay_within_the_context(
-    make_trainer: Make, make_policy: Make, context: int
-) -> None:
+def test_bf16_padding_stays_within_the_context(make_trainer: Make, make_policy: Make, context: int) -> None:
     """Prompts and answers that fill a context, whole tiles or not, and the padding id among the last tokens."""
     rows = [{"prompt": "x" * length} for length in (context - 6, 3, 9, context - 6)] * 2
     model = make_policy(n_positions=context, pad_token_id=0)
@@ -87,7 +85,7 @@ def test_point_02_tiles_of_bfloat16_stay_within_the_context(
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.7])
-def test_point_02_log_probabilities_are_those_of_the_tempered_model_alone(
+def test_log_probs_entropies_and_values_match_float64(
     make_trainer: Make,
     make_policy: Make,
     make_reward_model: Make,
@@ -129,7 +127,7 @@ def test_point_02_log_probabilities_are_those_of_the_tempered_model_alone(
 
 
 @pytest.mark.parametrize("pad_token", ["<|endoftext|>", "<|end|>", "a"])
-def test_point_03_the_pad_id_changes_no_number(
+def test_pad_id_changes_no_number(
     make_trainer: Make, make_policy: Make, make_tokenizer: Make, weights_of: Make, pad_token: str
 ) -> None:
     """EOS, or a token that prompts and answers contain, as padding: the same run to the last bit."""
@@ -152,7 +150,7 @@ def test_point_03_the_pad_id_changes_no_number(
         }
 
 
-def test_point_03_the_final_eos_is_learnt_even_where_it_is_the_pad_token(
+def test_final_eos_is_trained_even_if_it_is_the_pad_token(
     make_trainer: Make, make_tokenizer: Make, recorder: type
 ) -> None:
     class Ending(recorder):  # type: ignore[misc, valid-type]
@@ -180,7 +178,7 @@ def test_point_03_the_final_eos_is_learnt_even_where_it_is_the_pad_token(
 # 8: precision, and numbers that are no numbers.
 
 
-def test_point_08_log_probabilities_and_losses_are_float32_under_bf16(make_trainer: Make, recorder: type) -> None:
+def test_log_probs_values_and_losses_are_float32_under_bf16(make_trainer: Make, recorder: type) -> None:
     trainer = with_opinions(make_trainer(kind=recorder, bf16=True, num_ppo_epochs=1))
     losses = []
     inner = trainer.compute_loss
@@ -202,7 +200,7 @@ def test_point_08_log_probabilities_and_losses_are_float32_under_bf16(make_train
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_point_08_values_are_not_rounded_by_autocast(
+def test_value_head_computes_in_float32_under_autocast(
     separate: bool, make_trainer: Make, make_reward_model: Make
 ) -> None:
     """The head reads bfloat16 states in float32: its sums are not numbers that bfloat16 could hold."""
@@ -215,9 +213,7 @@ def test_point_08_values_are_not_rounded_by_autocast(
 
 
 @pytest.mark.parametrize("lengths", [[0, 1], [1, 1], [0, 0], [3, 0]], ids=str)
-def test_point_08_empty_and_one_token_answers_train_without_nan(
-    make_trainer: Make, recorder: type, lengths: list[int]
-) -> None:
+def test_empty_and_one_token_answers_train_without_nan(make_trainer: Make, recorder: type, lengths: list[int]) -> None:
     class Terse(recorder):  # type: ignore[misc, valid-type]
         def generate(self, queries: Any, seeds: Any) -> Completions:
             ids = [[70 + row] * lengths[row % 2] for row in range(len(queries))]
@@ -233,7 +229,7 @@ def test_point_08_empty_and_one_token_answers_train_without_nan(
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None, "good"])
-def test_point_08_a_reward_that_is_no_number_is_named(make_trainer: Make, bad: Any) -> None:
+def test_the_error_of_a_non_finite_reward_names_it(make_trainer: Make, bad: Any) -> None:
     def moody(completion_ids: Any, **columns: Any) -> list[Any]:
         return [0.5] * (len(completion_ids) - 1) + [bad]
 
@@ -243,7 +239,7 @@ def test_point_08_a_reward_that_is_no_number_is_named(make_trainer: Make, bad: A
 
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
 @pytest.mark.parametrize("micro_batch", [0, 1], ids=["first", "last"])
-def test_point_08_a_step_whose_loss_is_not_finite_changes_nothing(
+def test_a_step_with_a_non_finite_loss_changes_no_weight(
     make_trainer: Make, recorder: type, caplog: pytest.LogCaptureFixture, spoilt: float, micro_batch: int
 ) -> None:
     """The second of four steps, in the first or the last of its two micro-batches; nor does weight decay act."""
@@ -270,7 +266,7 @@ def test_point_08_a_step_whose_loss_is_not_finite_changes_nothing(
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["head", "model"])
-def test_point_10_a_row_alone_reads_as_in_its_batch(
+def test_a_row_alone_matches_its_row_in_a_batch(
     make_trainer: Make, make_reward_model: Make, recorder: type, separate: bool
 ) -> None:
     value_model = make_reward_model(2, initializer_range=0.2) if separate else None
@@ -291,7 +287,7 @@ def test_point_10_a_row_alone_reads_as_in_its_batch(
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_point_10_rollouts_do_not_hang_on_how_many_rows_go_at_once(
+def test_rollouts_do_not_depend_on_the_forward_batch_size(
     make_trainer: Make, make_reward_model: Make, recorder: type, rows: int
 ) -> None:
     """Generation, scoring by a reward model, log-probabilities of policy and reference, and values."""

@@ -44,7 +44,7 @@ FORMS: dict[str, Any] = {
 }
 
 
-def test_point_12_a_prompt_is_the_same_in_every_form(
+def test_all_prompt_formats_give_the_same_ids_and_weights(
     make_trainer: Make, make_policy: Make, recorder: type, weights_of: Make
 ) -> None:
     """The ids are written out by hand: the chat template stands there once. The same training follows, bit for bit."""
@@ -57,7 +57,7 @@ def test_point_12_a_prompt_is_the_same_in_every_form(
     assert [form for form in FORMS if not same(found["text"], found[form])] == []
 
 
-def test_point_12_a_reward_model_reads_the_template_once(
+def test_reward_model_reads_the_chat_template_once(
     make_trainer: Make, make_reward_model: Make, recorder: type
 ) -> None:
     reward_model, seen = make_reward_model(3), []
@@ -72,7 +72,7 @@ def test_point_12_a_reward_model_reads_the_template_once(
     assert sorted(queries) == sorted(IDS) and all(row.count(USER) == row.count(ASSISTANT) == 1 for row in seen)
 
 
-def test_point_12_no_column_stands_in_the_way(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
+def test_extra_columns_cause_no_error(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
     """Whatever they hold and whatever they are called; a column that some rows lack is None there."""
     calls: list[dict[str, Any]] = []
 
@@ -117,7 +117,7 @@ def test_point_12_no_column_stands_in_the_way(make_trainer: Make, make_reward_mo
     ],
     ids=["None", "number", "no ids", "texts", "padding alone", "another mask"],
 )
-def test_point_12_what_is_no_prompt_is_one_clear_line(make_trainer: Make, row: dict[str, Any], message: str) -> None:
+def test_invalid_prompts_are_one_line_errors(make_trainer: Make, row: dict[str, Any], message: str) -> None:
     good = {"prompt": "Hello"} if "prompt" in row else {"input_ids": [72], "attention_mask": [1]}
     with pytest.raises(UserError, match=f"train_dataset row 3 has .*{message}") as raised:
         make_trainer(rows=[good] * 3 + [row] + [good] * 4)
@@ -153,7 +153,7 @@ def read_by_hand(reward_model: Any, text: str) -> float:
 
 @pytest.mark.parametrize("prompts", ["messages", "text"])
 @pytest.mark.parametrize("given", ["model", "folder"])
-def test_point_15_a_reward_model_reads_text_in_its_own_tongue(
+def test_reward_model_reads_text_with_its_tokenizer_and_template(
     make_trainer: Make, make_policy: Make, make_reward_model: Make, recorder: type, foreign: Any, tmp_path: Path, prompts: str,
     given: str,
 ) -> None:  # fmt: skip
@@ -192,7 +192,7 @@ def test_point_15_a_reward_model_reads_text_in_its_own_tongue(
     assert np.std(scored["reward_model"]) > 0.05
 
 
-def test_point_15_an_undeclared_other_vocabulary_is_refused(
+def test_undeclared_vocabulary_mismatch_is_refused(
     make_trainer: Make, make_reward_model: Make, recorder: type, tokenizer: Any, tmp_path: Path
 ) -> None:
     """Before anything is written; who declares that the reward model reads the policy's ids is believed."""
@@ -210,7 +210,7 @@ def test_point_15_an_undeclared_other_vocabulary_is_refused(
             assert score == pytest.approx(reward_model(torch.tensor([[*query, *ids]])).logits.item(), abs=1e-5)
 
 
-def test_point_15_a_pad_token_beyond_the_embedding_changes_nothing(
+def test_pad_token_beyond_the_embedding_changes_nothing(
     make_trainer: Make,
     make_policy: Make,
     make_reward_model: Make,

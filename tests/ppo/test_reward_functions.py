@@ -39,9 +39,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 # 11: functions that wait.
 
 
-def test_point_11_async_functions_wait_at_the_same_time_and_get_every_column(
-    make_trainer: Make, recorder: type
-) -> None:
+def test_async_rewards_run_concurrently_and_receive_every_column(make_trainer: Make, recorder: type) -> None:
     """Three that each wait for the other two, one of them a plain function: one after the other, none would return."""
     meeting = threading.Barrier(3)
 
@@ -68,7 +66,7 @@ def test_point_11_async_functions_wait_at_the_same_time_and_get_every_column(
     assert scored["levels"] == [10 * number + length for number, length in zip(numbers, lengths, strict=True)]
 
 
-def test_point_11_async_functions_serve_where_an_event_loop_is_running(make_trainer: Make, recorder: type) -> None:
+def test_async_rewards_work_inside_a_running_event_loop(make_trainer: Make, recorder: type) -> None:
     """As in a notebook: one by its nature, and a plain one that returns something to wait for."""
 
     async def together(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -99,7 +97,7 @@ def test_point_11_async_functions_serve_where_an_event_loop_is_running(make_trai
 # 11: rewards of tokens.
 
 
-def test_point_11_token_rewards_land_on_their_tokens(make_trainer: Make, recorder: type) -> None:
+def test_token_rewards_are_added_at_their_tokens(make_trainer: Make, recorder: type) -> None:
     """Worked out for each episode of the second update, where policy and reference differ, beside a reward of answers."""
     trainer = make_trainer(
         None, [halves, low_share], kind=recorder, reward_weights=[0.5, 2.0], kl_coef=0.3, learning_rate=3e-3
@@ -129,7 +127,7 @@ def test_point_11_token_rewards_land_on_their_tokens(make_trainer: Make, recorde
     assert logged(trainer, "rewards/halves")[0] == pytest.approx(sum(sums) / 8, abs=1e-9)
 
 
-def test_point_11_a_reward_of_the_last_token_alone_is_one_of_the_answer(make_trainer: Make, weights_of: Make) -> None:
+def test_a_reward_of_the_last_token_equals_a_reward_of_the_answer(make_trainer: Make, weights_of: Make) -> None:
     """Bit for bit, whether the tokens' rewards come as lists, as arrays or as tensors."""
 
     def of_last_token(kind: Any) -> Any:
@@ -190,7 +188,7 @@ def judged(trainers_in: Make, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_point_11_a_reward_that_errs_is_named_with_its_sample(judged: Callable[[Any], Any], kind: str) -> None:
+def test_reward_errors_name_the_function_and_the_sample(judged: Callable[[Any], Any], kind: str) -> None:
     wrong, message = ERRORS[kind]
 
     def strict(prompts: list[str], **columns: Any) -> list[Any]:
@@ -215,19 +213,21 @@ def test_point_11_a_reward_that_errs_is_named_with_its_sample(judged: Callable[[
     [([0.0] * 7, "7 scores for 8"), ([], "0 scores for 8"), (None, "None for 8"), (0.5, "0.5 for 8")],
     ids=["seven", "none", "None", "one number"],
 )
-def test_point_11_as_many_scores_as_answers(judged: Callable[[Any], Any], answer: Any, message: str) -> None:
+def test_a_reward_function_must_return_one_score_per_completion(
+    judged: Callable[[Any], Any], answer: Any, message: str
+) -> None:
     with pytest.raises(UserError, match=f"reward function of_the_day returned {message} completions; return"):
         judged(lambda **columns: answer)
 
 
-def test_point_11_numbers_of_every_kind_are_scores(judged: Callable[[Any], Any]) -> None:
+def test_scores_of_every_number_type_are_accepted(judged: Callable[[Any], Any]) -> None:
     for kind in (int, bool, np.float32, np.bool_, np.array, torch.tensor):
         assert judged(lambda prompts, kind=kind, **columns: [kind(1)] * len(prompts)) == [1.0] * 8
     for whole in (np.ones(8), torch.ones(8, dtype=torch.bfloat16), tuple([1] * 8), np.ones(8, dtype=bool)):
         assert judged(lambda whole=whole, **columns: whole) == [1.0] * 8
 
 
-def test_point_11_an_error_of_training_names_the_function_itself(make_trainer: Make) -> None:
+def test_a_reward_error_during_training_names_the_function(make_trainer: Make) -> None:
     async def fails_later(prompts: list[str], **columns: Any) -> list[float]:
         return [no_such_book(prompt) if prompt == "Question 5" else 0.0 for prompt in prompts]
 
@@ -236,7 +236,7 @@ def test_point_11_an_error_of_training_names_the_function_itself(make_trainer: M
         make_trainer(None, [low_share, fails_later], rows=rows).train()
 
 
-def test_a_policy_whose_logits_are_not_its_head_on_its_states_is_refused(make_policy: Any, make_trainer: Any) -> None:
+def test_a_policy_that_changes_its_logits_after_the_head_is_refused(make_policy: Any, make_trainer: Any) -> None:
     """Probabilities are read from the head; what a model does to logits after it would be left out."""
     model = make_policy(initializer_range=0.3)
     forward = model.forward
@@ -251,9 +251,7 @@ def test_a_policy_whose_logits_are_not_its_head_on_its_states_is_refused(make_po
         make_trainer(model)
 
 
-def test_a_policy_whose_trunk_projects_its_last_states_has_a_value_of_their_width(
-    make_trainer: Any, tokenizer: Any
-) -> None:
+def test_value_head_has_the_width_of_the_projected_last_states(make_trainer: Any, tokenizer: Any) -> None:
     """As facebook/opt-350m: 1024 wide inside, 512 where the head reads."""
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -269,7 +267,7 @@ def test_a_policy_whose_trunk_projects_its_last_states_has_a_value_of_their_widt
     assert trainer.model.value_model.score.weight.abs().max() > 0
 
 
-def test_numbers_of_dropout_that_a_model_keeps_are_zero_too(make_trainer: Any, tokenizer: Any) -> None:
+def test_dropout_probabilities_stored_as_numbers_are_zeroed(make_trainer: Any, tokenizer: Any) -> None:
     from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
     torch.manual_seed(0)

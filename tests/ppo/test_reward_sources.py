@@ -43,7 +43,7 @@ def often(model: Any, *tokens: int) -> Any:
     [({}, STOP_IDS), ({"stop_token": "eos"}, [256]), ({"stop_token_id": 33}, [33])],
     ids=["generation config", "eos", "custom"],
 )
-def test_point_04_answers_stop_where_they_should(
+def test_answers_stop_at_the_configured_stop_ids(
     make_trainer: Make, make_policy: Make, recorder: type, options: dict[str, Any], ids: list[int]
 ) -> None:
     model = often(make_policy(), 33, 256)
@@ -61,7 +61,7 @@ def test_point_04_answers_stop_where_they_should(
 
 
 @pytest.mark.parametrize("options", [{}, {"stop_token_id": 33}], ids=["generation config", "custom"])
-def test_point_04_the_missing_eos_penalty_follows_the_ending(
+def test_missing_eos_penalty_applies_to_answers_without_a_stop_id(
     make_trainer: Make, make_policy: Make, recorder: type, options: dict[str, Any]
 ) -> None:
     """An answer is penalised if nothing stopped it; the score, penalty included, sits on its last token."""
@@ -85,7 +85,7 @@ def test_point_04_the_missing_eos_penalty_follows_the_ending(
     assert logged(trainer, "rewards/low_share")[0] == pytest.approx(sum(scores) / 8, abs=1e-6)
 
 
-def test_point_04_the_saved_generation_config_is_the_loaded_one(
+def test_saved_generation_config_equals_the_loaded_one(
     make_trainer: Make, make_policy: Make, tokenizer: Any, tmp_path: Path
 ) -> None:
     model = make_policy()
@@ -107,7 +107,7 @@ def test_point_04_the_saved_generation_config_is_the_loaded_one(
 
 @pytest.mark.parametrize("given", ["model", "path"])
 @pytest.mark.parametrize("labels", [1, 2])
-def test_point_11_a_reward_model_reads_prompt_and_answer(
+def test_reward_model_scores_match_a_direct_forward(
     make_trainer: Make,
     make_reward_model: Make,
     recorder: type,
@@ -131,7 +131,7 @@ def test_point_11_a_reward_model_reads_prompt_and_answer(
         assert score == pytest.approx((logits[-1] - (logits[0] if labels == 2 else 0)).item(), abs=1e-5)
 
 
-def test_point_11_a_function_gets_prompts_completions_ids_and_every_column(make_trainer: Make, recorder: type) -> None:
+def test_reward_function_receives_prompts_completions_ids_and_columns(make_trainer: Make, recorder: type) -> None:
     calls: list[dict[str, Any]] = []
 
     def watch(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
@@ -150,7 +150,9 @@ def test_point_11_a_function_gets_prompts_completions_ids_and_every_column(make_
     assert call["completions"] == texts
 
 
-def test_point_11_conversations_are_answered_by_messages(make_trainer: Make, recorder: type, tokenizer: Any) -> None:
+def test_reward_function_receives_messages_for_conversations(
+    make_trainer: Make, recorder: type, tokenizer: Any
+) -> None:
     seen: list[Any] = []
 
     def watch(prompts: Any, completions: Any, **columns: Any) -> list[float]:
@@ -166,7 +168,7 @@ def test_point_11_conversations_are_answered_by_messages(make_trainer: Make, rec
         assert completion == [{"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)}]
 
 
-def test_point_11_a_weighted_list_adds_up(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
+def test_scores_are_the_weighted_sum_of_rewards(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
     """A reward model, a function with a column, and a third one that is logged and not learnt from."""
     reward_model = make_reward_model(3, initializer_range=0.2)
     rows = [{"prompt": f"Q{row}", "answer": chr(97 + row)} for row in range(8)]
@@ -187,7 +189,7 @@ def test_point_11_a_weighted_list_adds_up(make_trainer: Make, make_reward_model:
         assert logged(trainer, f"rewards/{name}") == pytest.approx([sum(values) / 8], rel=1e-6)
 
 
-def test_point_11_functions_by_name_and_the_older_keyword(
+def test_rewards_by_import_path_and_reward_model_keyword(
     make_trainer: Make, recorder: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_rewards.py").write_text(
@@ -212,13 +214,13 @@ def test_point_11_functions_by_name_and_the_older_keyword(
     ],
     ids=["none", "weights", "too few scores", "no such function"],
 )
-def test_point_11_what_cannot_reward_is_refused(make_trainer: Make, sources: Any, options: Any, message: str) -> None:
+def test_invalid_rewards_are_refused(make_trainer: Make, sources: Any, options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         make_trainer(None, sources, **options).train()
     assert "\n" not in str(raised.value)
 
 
-def test_point_11_another_kind_of_reward_is_a_type_error(make_trainer: Make) -> None:
+def test_a_reward_of_another_type_is_a_type_error(make_trainer: Make) -> None:
     with pytest.raises(TypeError, match="a model, a path, or a function"):
         make_trainer(None, 3.5)
 
@@ -226,7 +228,7 @@ def test_point_11_another_kind_of_reward_is_a_type_error(make_trainer: Make) -> 
 # 14: value models.
 
 
-def test_point_14_no_value_model_means_a_head_on_the_policy(make_trainer: Make) -> None:
+def test_default_value_model_is_a_head_on_the_policy(make_trainer: Make) -> None:
     trainer = make_trainer(value_model=None, vf_coef=1.0)
     head = trainer.model.value_model
     before = head.score.weight.detach().clone()
@@ -235,7 +237,7 @@ def test_point_14_no_value_model_means_a_head_on_the_policy(make_trainer: Make) 
     assert sum(tensor.numel() for tensor in head.parameters()) == 32 + 1
 
 
-def test_point_14_a_sequence_classifier_with_one_label_serves(
+def test_one_label_sequence_classifier_trains_as_value_model(
     make_trainer: Make, make_reward_model: Make, weights_of: Make
 ) -> None:
     value_model = make_reward_model(2)
@@ -248,7 +250,7 @@ def test_point_14_a_sequence_classifier_with_one_label_serves(
 
 
 @pytest.mark.parametrize("kind", ["language model", "two labels", "layer"])
-def test_point_14_any_other_value_model_is_a_clear_type_error(
+def test_a_value_model_of_another_type_is_a_type_error(
     make_trainer: Make, make_reward_model: Make, make_policy: Make, kind: str
 ) -> None:
     wrong, name = {
@@ -275,7 +277,7 @@ def test_point_14_any_other_value_model_is_a_clear_type_error(
     ],
     ids=["small", "empty", "none", "column", "long", "empty prompt"],
 )
-def test_point_25_data_that_cannot_serve_is_one_clear_line_at_construction(
+def test_unusable_prompts_are_refused_at_construction(
     make_trainer: Make, tmp_path: Path, rows: Any, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as raised:
@@ -284,19 +286,19 @@ def test_point_25_data_that_cannot_serve_is_one_clear_line_at_construction(
     assert not (tmp_path / "out").exists(), "nothing was written"
 
 
-def test_point_25_a_prompt_that_just_fits_is_answered(make_trainer: Make, recorder: type) -> None:
+def test_a_prompt_that_just_fits_the_context_is_answered(make_trainer: Make, recorder: type) -> None:
     trainer = make_trainer(rows=[{"prompt": "x" * 122}] * 8, kind=recorder, stop_token_id=0, max_steps=1)
     trainer.train()
     _, queries, answers = trainer.played[0]
     assert {len(query) for query in queries} == {122} and max(map(len, answers.ids)) == 6
 
 
-def test_point_25_held_out_prompts_are_checked_too(make_trainer: Make) -> None:
+def test_eval_prompts_are_checked_at_construction(make_trainer: Make) -> None:
     with pytest.raises(UserError, match="eval_dataset row 0 has a prompt of 200 tokens"):
         make_trainer(eval_dataset=[{"prompt": "x" * 200}])
 
 
-def test_a_policy_without_tokenizer_or_as_its_own_reference_is_refused(make_trainer: Make, make_policy: Make) -> None:
+def test_missing_tokenizer_and_policy_as_its_own_reference_are_refused(make_trainer: Make, make_policy: Make) -> None:
     with pytest.raises(UserError, match="processing_class"):
         make_trainer(processing_class=None)
     model = make_policy()
@@ -304,7 +306,7 @@ def test_a_policy_without_tokenizer_or_as_its_own_reference_is_refused(make_trai
         make_trainer(model, ref_model=model)
 
 
-def test_completions_of_a_subclass_are_what_is_learnt_from(make_trainer: Make, recorder: type) -> None:
+def test_training_uses_the_completions_of_an_overridden_generate(make_trainer: Make, recorder: type) -> None:
     """`generate` may be replaced: here by answers that were written beforehand."""
 
     class Scripted(recorder):  # type: ignore[misc, valid-type]

@@ -69,7 +69,7 @@ SHAPES = [  # per-device batch, accumulation, minibatches, passes, prompts, epoc
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "mini_batches", "passes", "prompts", "epochs"), SHAPES)
-def test_point_01_optimizer_steps_per_rollout(
+def test_optimizer_steps_per_update_are_epochs_times_minibatches(
     make_trainer: Make, recorder: type, batch: int, accumulation: int, mini_batches: int, passes: int, prompts: int,
     epochs: int,
 ) -> None:  # fmt: skip
@@ -94,7 +94,7 @@ def test_point_01_optimizer_steps_per_rollout(
 
 
 @pytest.mark.parametrize("mini_batches", [1, 2, 8])
-def test_point_01_accumulation_changes_no_weight(
+def test_gradient_accumulation_changes_no_weight(
     make_trainer: Make, weights_of: Make, furthest: Make, mini_batches: int
 ) -> None:
     """8 x 1 and 2 x 4, and 4 x 2, with answers of unequal length, over two updates."""
@@ -111,7 +111,7 @@ def test_point_01_accumulation_changes_no_weight(
     assert max(furthest(found[0], other) for other in found[1:]) < 1e-5
 
 
-def test_point_05_the_seed_decides_every_bit(make_trainer: Make, weights_of: Make) -> None:
+def test_the_same_seed_gives_identical_weights(make_trainer: Make, weights_of: Make) -> None:
     found, losses = [], []
     for seed, noise in ((3, 0), (3, 1), (4, 0)):
         torch.manual_seed(noise)
@@ -123,7 +123,7 @@ def test_point_05_the_seed_decides_every_bit(make_trainer: Make, weights_of: Mak
     assert losses[0] != losses[2] and any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
 
 
-def test_point_06_train_returns_what_trainer_returns(make_trainer: Make) -> None:
+def test_train_returns_train_output(make_trainer: Make) -> None:
     trainer = make_trainer(num_ppo_epochs=2)
     output = trainer.train()
     assert isinstance(output, TrainOutput) and output.global_step == trainer.state.global_step == 4
@@ -132,7 +132,9 @@ def test_point_06_train_returns_what_trainer_returns(make_trainer: Make) -> None
 
 
 @pytest.mark.parametrize(("max_grad_norm", "clips"), [(0.05, True), (1e6, False)])
-def test_point_06_max_grad_norm(make_trainer: Make, max_grad_norm: float, clips: bool) -> None:
+def test_max_grad_norm_clips_and_the_unclipped_norm_is_logged(
+    make_trainer: Make, max_grad_norm: float, clips: bool
+) -> None:
     """With plain SGD at rate 1 each step is as long as the clipped gradient; the norm before clipping is logged."""
     trainer = make_trainer(max_grad_norm=max_grad_norm, num_ppo_epochs=3, rows=8, learning_rate=1.0)
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
@@ -150,7 +152,7 @@ def test_point_06_max_grad_norm(make_trainer: Make, max_grad_norm: float, clips:
         assert (norm > max_grad_norm) is clips
 
 
-def test_point_06_gradient_checkpointing_changes_no_number(
+def test_gradient_checkpointing_changes_no_number(
     make_trainer: Make, make_reward_model: Make, weights_of: Make
 ) -> None:
     found = []
@@ -170,7 +172,7 @@ def test_point_06_gradient_checkpointing_changes_no_number(
 
 
 @pytest.mark.parametrize("asked", [{}, {"bf16": False}])
-def test_bf16_nobody_chose_is_chosen_for_the_machine_by_the_trainer_itself(
+def test_default_bf16_depends_on_hardware_and_model(
     asked: dict[str, Any],
     make_trainer: Make,
     make_policy: Make,
@@ -185,7 +187,7 @@ def test_bf16_nobody_chose_is_chosen_for_the_machine_by_the_trainer_itself(
     assert narrow.accelerator.mixed_precision == "no"
 
 
-def test_point_06_bf16_computes_in_bfloat16_and_keeps_float32_weights(make_trainer: Make, weights_of: Make) -> None:
+def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(make_trainer: Make, weights_of: Make) -> None:
     trainer = make_trainer(bf16=True, num_ppo_epochs=2)
     kinds = set()
     trainer.model.policy.transformer.h[0].mlp.c_fc.register_forward_hook(lambda m, i, o: kinds.add(o.dtype))
@@ -198,9 +200,7 @@ def test_point_06_bf16_computes_in_bfloat16_and_keeps_float32_weights(make_train
 
 
 @pytest.mark.parametrize(("max_steps", "rollouts"), [(3, 1), (4, 1), (6, 2)])
-def test_point_06_max_steps_counts_optimizer_steps(
-    make_trainer: Make, recorder: type, max_steps: int, rollouts: int
-) -> None:
+def test_max_steps_counts_optimizer_steps(make_trainer: Make, recorder: type, max_steps: int, rollouts: int) -> None:
     trainer = make_trainer(max_steps=max_steps, num_mini_batches=2, num_ppo_epochs=2, rows=16, kind=recorder)
     assert trainer.train().global_step == max_steps
     assert len(trainer.played) == rollouts
@@ -208,18 +208,14 @@ def test_point_06_max_steps_counts_optimizer_steps(
 
 
 @pytest.mark.parametrize(("total_episodes", "steps"), [(8, 2), (24, 6), (25, 8)])
-def test_point_06_total_episodes_are_rounded_up_to_updates(
-    make_trainer: Make, total_episodes: int, steps: int
-) -> None:
+def test_total_episodes_are_rounded_up_to_updates(make_trainer: Make, total_episodes: int, steps: int) -> None:
     trainer = make_trainer(total_episodes=total_episodes, num_ppo_epochs=2, rows=16)
     assert trainer.train().global_step == steps
     assert max(logged(trainer, "episode").values()) == 8 * -(-total_episodes // 8)
 
 
 @pytest.mark.parametrize("logging_steps", [1, 3, 100])
-def test_point_06_logging_steps_and_always_the_first_and_the_last_rollout(
-    make_trainer: Make, logging_steps: int
-) -> None:
+def test_first_and_last_rollout_are_logged_for_any_logging_steps(make_trainer: Make, logging_steps: int) -> None:
     trainer = make_trainer(logging_steps=logging_steps, num_mini_batches=2, num_ppo_epochs=2, rows=40)
     trainer.train()
     assert set(logged(trainer, "loss")) == {4, 20} | set(range(logging_steps, 21, logging_steps))
@@ -228,7 +224,7 @@ def test_point_06_logging_steps_and_always_the_first_and_the_last_rollout(
     assert episodes[4] == 8 and episodes[20] == 40
 
 
-def test_point_06_several_updates_between_logs_are_averaged(make_trainer: Make) -> None:
+def test_metrics_of_updates_between_logs_are_averaged(make_trainer: Make) -> None:
     each, both = make_trainer(logging_steps=2, rows=48), make_trainer(logging_steps=8, rows=48)
     for trainer in (each, both):
         trainer.args.num_ppo_epochs = 2
@@ -242,7 +238,7 @@ def test_point_06_several_updates_between_logs_are_averaged(make_trainer: Make) 
     )
 
 
-def test_point_06_save_steps_and_save_total_limit(make_trainer: Make, tmp_path: Path) -> None:
+def test_save_steps_and_save_total_limit(make_trainer: Make, tmp_path: Path) -> None:
     watcher = Watcher()
     trainer = make_trainer(
         save_strategy="steps", save_steps=3, save_total_limit=2, num_ppo_epochs=3, rows=32, callbacks=[watcher]
@@ -252,7 +248,7 @@ def test_point_06_save_steps_and_save_total_limit(make_trainer: Make, tmp_path: 
     assert watcher.calls["save"] == 4
 
 
-def test_point_06_callbacks_hear_everything(make_trainer: Make) -> None:
+def test_callbacks_receive_every_event(make_trainer: Make) -> None:
     watcher = Watcher()
     trainer = make_trainer(callbacks=[watcher], num_ppo_epochs=3, num_train_epochs=2, logging_steps=2)
     trainer.train()
@@ -262,7 +258,7 @@ def test_point_06_callbacks_hear_everything(make_trainer: Make) -> None:
 
 
 @pytest.mark.parametrize("stop_at", [2, 5])
-def test_point_06_a_callback_stops_early(make_trainer: Make, stop_at: int) -> None:
+def test_a_callback_can_stop_training(make_trainer: Make, stop_at: int) -> None:
     """In the middle of an update, or at its end; what was learnt until then is logged."""
     trainer = make_trainer(callbacks=[Watcher(stop_at=stop_at)], num_ppo_epochs=2, rows=64, logging_steps=100)
     assert trainer.train().global_step == stop_at
@@ -277,7 +273,7 @@ def test_point_06_a_callback_stops_early(make_trainer: Make, stop_at: int) -> No
         ("constant_with_warmup", lambda step: 1e-3 * min(1.0, step / 2)),
     ],
 )
-def test_point_06_the_schedule_follows_optimizer_steps(make_trainer: Make, kind: str, rate: Any) -> None:
+def test_learning_rate_schedule_counts_optimizer_steps(make_trainer: Make, kind: str, rate: Any) -> None:
     trainer = make_trainer(lr_scheduler_type=kind, warmup_steps=2, num_ppo_epochs=2, num_mini_batches=2)
     trainer.train()
     rates = logged(trainer, "learning_rate")

@@ -71,7 +71,7 @@ def script(words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_point_26_a_script_for_trl_runs_on_it(
+def test_a_trl_ppo_script_runs_with_only_the_import_changed(
     adapter: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = (
@@ -97,7 +97,7 @@ def test_point_26_a_script_for_trl_runs_on_it(
     AutoModelForSequenceClassification.from_pretrained(folder / "out" / "value_model", num_labels=1)
 
 
-def test_point_26_every_field_of_trls_last_config_is_there_with_its_default() -> None:
+def test_config_has_every_field_and_default_of_trls_last_ppo_config() -> None:
     theirs = {
         "learning_rate": 3e-6, "num_ppo_epochs": 4, "num_mini_batches": 1, "total_episodes": None, "response_length": 53,
         "stop_token": None, "stop_token_id": None, "temperature": 0.7, "missing_eos_penalty": None, "kl_coef": 0.05,

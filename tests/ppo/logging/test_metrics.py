@@ -6,7 +6,7 @@ import torch
 from rlhf_recipes.core.tensors import MaskedMeans, length_mask
 
 
-def test_pieces_of_any_size_give_the_mean_over_all_tokens() -> None:
+def test_means_over_pieces_of_any_size_equal_the_mean_over_all_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(7, 5, generator=generator)
     mask = length_mask(torch.tensor([5, 1, 0, 4, 2, 5, 3]), 5)
@@ -21,20 +21,20 @@ def test_pieces_of_any_size_give_the_mean_over_all_tokens() -> None:
         assert tally.means() == {}, "a tally that was read is empty"
 
 
-def test_the_sums_of_all_processes_count() -> None:
+def test_means_are_over_all_processes() -> None:
     """Another process has added three tokens of 4; here there are two, 1 and 2."""
     tally = MaskedMeans()
     tally.add({"here": torch.tensor([[1.0, 2.0, torch.nan]])}, torch.tensor([[True, True, False]]))
     assert tally.means(lambda totals: totals + torch.tensor([[12.0, 3.0]]))["here"] == pytest.approx(15 / 5)
 
 
-def test_no_token_at_all_is_zero_and_not_nan() -> None:
+def test_the_mean_over_no_tokens_is_zero() -> None:
     tally = MaskedMeans()
     tally.add({"here": torch.full((2, 3), torch.nan)}, torch.zeros(2, 3, dtype=torch.bool))
     assert tally.means() == {"here": 0.0}
 
 
-def test_what_several_processes_held_is_added_up_for_other_ones() -> None:
+def test_saved_sums_are_restored_for_another_number_of_processes() -> None:
     """Two processes go on as three: the sums are counted once, and all of them know the names."""
     held = [MaskedMeans(), MaskedMeans()]
     held[0].add({"here": torch.tensor([1.0, 2.0])}, torch.tensor([True, True]))

@@ -24,7 +24,7 @@ def advantage_by_definition(rewards: Tensor, values: Tensor, gamma: float, lam: 
     return np.array([sum((gamma * lam) ** (k - t) * surprise[k] for k in range(t, len(r))) for t in range(len(r))])
 
 
-def test_three_tokens_by_hand() -> None:
+def test_gae_of_three_tokens_by_hand() -> None:
     # Errors: 3 - 0.125 = 2.875; 2 + 0.9 x 0.125 - 0.25 = 1.8625; 1 + 0.9 x 0.25 - 0.5 = 0.725.
     # Advantages: 2.875; 1.8625 + 0.72 x 2.875 = 3.9325; 0.725 + 0.72 x 3.9325 = 3.5564.
     rewards, values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 0.25, 0.125]])
@@ -33,7 +33,7 @@ def test_three_tokens_by_hand() -> None:
     torch.testing.assert_close(generalized_advantages(rewards, values, mask, GAMMA, LAM), expected)
 
 
-def test_every_row_is_the_sum_that_defines_it() -> None:
+def test_gae_matches_its_definition_as_a_sum() -> None:
     rewards, values, mask = random_episodes()
     advantages = generalized_advantages(rewards, values, mask, GAMMA, LAM)
     for row, length in enumerate(LENGTHS):
@@ -41,21 +41,21 @@ def test_every_row_is_the_sum_that_defines_it() -> None:
         np.testing.assert_allclose(advantages[row, :length], expected, rtol=0, atol=1e-12)
 
 
-def test_lambda_one_is_the_discounted_return_less_the_value() -> None:
+def test_gae_with_lambda_one_is_the_discounted_return_minus_the_value() -> None:
     rewards, values, mask = random_episodes(1)
     advantages = generalized_advantages(rewards, values, mask, GAMMA, 1.0)
     later = [sum(GAMMA**step * rewards[0, start + step] for step in range(5 - start)) for start in range(5)]
     torch.testing.assert_close(advantages[0], torch.stack(later) - values[0])
 
 
-def test_lambda_zero_is_one_step_of_surprise() -> None:
+def test_gae_with_lambda_zero_is_the_one_step_td_error() -> None:
     rewards, values, mask = random_episodes(2)
     advantages = generalized_advantages(rewards, values, mask, GAMMA, 0.0)
     torch.testing.assert_close(advantages[0, :4], rewards[0, :4] + GAMMA * values[0, 1:] - values[0, :4])
     torch.testing.assert_close(advantages[0, 4], rewards[0, 4] - values[0, 4])
 
 
-def test_a_perfect_value_leaves_no_advantage() -> None:
+def test_a_perfect_value_gives_zero_advantages() -> None:
     rewards, _, mask = random_episodes(3)
     rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
     values = rewards.flip(1).cumsum(1).flip(1)  # what is still to come, undiscounted
@@ -63,7 +63,7 @@ def test_a_perfect_value_leaves_no_advantage() -> None:
     torch.testing.assert_close(advantages, torch.zeros_like(advantages), rtol=0, atol=1e-12)
 
 
-def test_what_stands_in_the_padding_does_not_matter() -> None:
+def test_gae_ignores_padding() -> None:
     rewards, values, mask = random_episodes()
     advantages = generalized_advantages(rewards, values, mask, GAMMA, LAM)
     nowhere = torch.full_like(rewards, torch.nan)
@@ -74,6 +74,6 @@ def test_what_stands_in_the_padding_does_not_matter() -> None:
     assert torch.equal(generalized_advantages(*wider, wide_mask, GAMMA, LAM)[:, :5], advantages)
 
 
-def test_answers_without_tokens_are_no_error() -> None:
+def test_gae_accepts_answers_without_tokens() -> None:
     nothing = torch.zeros(2, 0)
     assert generalized_advantages(nothing, nothing, nothing.bool(), GAMMA, LAM).shape == (2, 0)

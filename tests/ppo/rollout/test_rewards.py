@@ -9,7 +9,7 @@ from rlhf_recipes.ppo.rollout.rewards import kl_estimates, penalize_missing_eos,
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_estimates_average_to_the_kl_of_the_policy_from_the_reference(estimator: str) -> None:
+def test_kl_estimators_average_to_the_kl_divergence(estimator: str) -> None:
     """Weighted by the policy's probabilities, over all tokens, both give the KL itself and not its reverse."""
     policy = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     reference = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
@@ -20,7 +20,7 @@ def test_estimates_average_to_the_kl_of_the_policy_from_the_reference(estimator:
     assert (reference * reverse).sum().item() != pytest.approx(divergence, abs=0.02)
 
 
-def test_estimates_by_hand() -> None:
+def test_kl_estimators_by_hand() -> None:
     policy, reference = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-1.5, -1.0, -3.0]])
     torch.testing.assert_close(kl_estimates(policy, reference, "k1"), torch.tensor([[0.5, -1.0, 0.0]]))
     k3 = torch.tensor([[math.exp(-0.5) - 1 + 0.5, math.exp(1.0) - 1 - 1.0, 0.0]])
@@ -28,14 +28,14 @@ def test_estimates_by_hand() -> None:
     assert bool((k3 >= 0).all())
 
 
-def test_the_penalty_follows_the_ending() -> None:
+def test_missing_eos_penalty_by_hand() -> None:
     scores, stopped = torch.tensor([2.0, 2.0, -1.0]), torch.tensor([True, False, False])
     assert penalize_missing_eos(scores, stopped, 0.5).tolist() == [2.0, 1.5, -1.5]
     assert penalize_missing_eos(scores, stopped, 0.0).tolist() == scores.tolist()
     assert penalize_missing_eos(scores, stopped, None).tolist() == scores.tolist()
 
 
-def test_the_score_lands_on_the_last_generated_token() -> None:
+def test_the_score_is_added_to_the_last_generated_token() -> None:
     nan = math.nan
     kl = torch.tensor([[0.5, -1.0, 2.0], [4.0, nan, nan], [nan, nan, nan]])
     mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
@@ -44,6 +44,6 @@ def test_the_score_lands_on_the_last_generated_token() -> None:
     torch.testing.assert_close(rewards, expected)
 
 
-def test_no_answer_has_any_token() -> None:
+def test_token_rewards_accept_answers_without_tokens() -> None:
     nothing = torch.zeros(2, 0)
     assert token_rewards(torch.ones(2), nothing, nothing.bool(), 0.1).shape == (2, 0)

@@ -66,7 +66,7 @@ def episodes_of(reference: ModuleType, shape: RewardShape) -> list[Any]:
     return episodes
 
 
-def test_packing_by_hand() -> None:
+def test_pack_episodes_by_hand() -> None:
     packed = pack_episodes([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=9)
     assert packed["input_ids"].tolist() == [[1, 2, 3, 5] + [9] * 12, [4, 6, 7] + [9] * 13], "a multiple of 16"
     assert packed["attention_mask"].tolist() == [[1] * 4 + [0] * 12, [1] * 3 + [0] * 13]
@@ -78,14 +78,14 @@ def test_packing_by_hand() -> None:
     }  # fmt: skip
 
 
-def test_a_pad_id_within_prompt_and_answer_is_a_token_like_any_other() -> None:
+def test_pad_id_inside_prompt_and_answer_is_a_real_token() -> None:
     packed = trim_padding(pack_episodes([[9, 1], [9]], [[9, 9], [3]], pad_id=9))
     assert packed["input_ids"].tolist() == [[9, 1, 9, 9], [9, 3, 9, 9]]
     assert packed["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert packed["response_mask"].tolist() == [[True, True], [True, False]]
 
 
-def test_rows_read_in_batches_of_like_length_come_back_in_their_places() -> None:
+def test_in_batches_returns_rows_in_their_original_order() -> None:
     """Each row is read once, by a reader that tells its ids and how wide its batch was; padding stays zero."""
     packed = pack_episodes([[3], [5, 5, 5, 5], [7, 7]], [[1, 1, 1], [2], [4, 4]])
     widths = []
@@ -101,7 +101,7 @@ def test_rows_read_in_batches_of_like_length_come_back_in_their_places() -> None
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_everything_that_follows_agrees_with_float64(shape: RewardShape, reference: ModuleType) -> None:
+def test_rollout_matches_float64(shape: RewardShape, reference: ModuleType) -> None:
     rollout = rollout_of(shape)
     for row, (episode, length) in enumerate(zip(episodes_of(reference, shape), LENGTHS, strict=True)):
         assert rollout.scores[row].item() == pytest.approx(episode.score, abs=1e-6)
@@ -113,7 +113,7 @@ def test_everything_that_follows_agrees_with_float64(shape: RewardShape, referen
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_wider_padding_and_another_pad_id_change_nothing(shape: RewardShape) -> None:
+def test_rollout_does_not_depend_on_padding_width_or_pad_id(shape: RewardShape) -> None:
     narrow, wide = rollout_of(shape), rollout_of(shape, further=5, pad_id=12)
     for name in ("kl", "rewards", "advantages", "returns", "scores"):
         found = getattr(wide, name)
@@ -124,7 +124,7 @@ def test_wider_padding_and_another_pad_id_change_nothing(shape: RewardShape) -> 
         torch.testing.assert_close(wide.episode_metrics(0.05)[name], value)
 
 
-def test_the_metrics_of_an_episode(reference: ModuleType) -> None:
+def test_episode_metrics_match_float64(reference: ModuleType) -> None:
     shape = SHAPES["penalised"]
     metrics = rollout_of(shape).episode_metrics(shape.kl_coef)
     for row, episode in enumerate(episodes_of(reference, shape)):
@@ -140,7 +140,7 @@ def test_the_metrics_of_an_episode(reference: ModuleType) -> None:
         assert {name: values[row].item() for name, values in metrics.items()} == pytest.approx(expected, abs=1e-5)
 
 
-def test_explained_variance_is_one_less_the_unexplained_share(reference: ModuleType) -> None:
+def test_explained_variance_matches_float64(reference: ModuleType) -> None:
     episodes = episodes_of(reference, PLAIN)
     returns = reference.flat(episode.returns for episode in episodes)
     errors = returns - reference.flat(episode.values for episode in episodes)
@@ -149,7 +149,7 @@ def test_explained_variance_is_one_less_the_unexplained_share(reference: ModuleT
     assert replace(rollout, values=rollout.returns).explained_variance() == pytest.approx(1.0)
 
 
-def test_a_micro_batch_is_the_same_rows_of_everything() -> None:
+def test_select_takes_the_same_rows_of_every_tensor() -> None:
     rollout = rollout_of(PLAIN)
     chosen = rollout.select(torch.tensor([3, 0]))
     assert set(chosen) == {item.name for item in fields(Rollout)} - {"lower_states", "prior"}, "there are none here"
@@ -159,7 +159,7 @@ def test_a_micro_batch_is_the_same_rows_of_everything() -> None:
 
 @pytest.mark.parametrize("lengths", [[0, 0], [1, 0], [1], [0, 1, 3]])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_point_08_empty_and_one_token_answers_are_never_nan(shape: RewardShape, lengths: list[int]) -> None:
+def test_rollouts_of_empty_and_one_token_answers_are_finite(shape: RewardShape, lengths: list[int]) -> None:
     packed = pack_episodes([[1, 2]] * len(lengths), [[5] * length for length in lengths], 0)
     tokens = torch.randn(3, len(lengths), max(lengths), generator=torch.Generator().manual_seed(0))
     stopped = torch.tensor([length > 0 for length in lengths])

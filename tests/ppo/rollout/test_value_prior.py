@@ -30,7 +30,7 @@ def scores_of(reward_model: ModelReward) -> list[float]:
     return reward_model([""] * 3, [""] * 3, prompt_ids=PROMPTS, completion_ids=ANSWERS)
 
 
-def test_prefix_scores_are_the_scores_of_the_prefixes(reward_model: ModelReward) -> None:
+def test_prefix_scores_match_scoring_each_prefix(reward_model: ModelReward) -> None:
     """Each prefix of an answer, scored by itself, gives its prefix score; asking for them changes no score."""
     scores = scores_of(reward_model)
     prefix_scores = state_prefix_scores({"reward": scores}, [0.5], MASK)
@@ -43,7 +43,7 @@ def test_prefix_scores_are_the_scores_of_the_prefixes(reward_model: ModelReward)
             assert prefix_scores[row, place].item() == pytest.approx(0.5 * score, abs=1e-5)
 
 
-def test_prefix_scores_of_several_rewards_are_summed_by_weight(reward_model: ModelReward) -> None:
+def test_prefix_scores_of_several_rewards_are_a_weighted_sum(reward_model: ModelReward) -> None:
     scores = scores_of(reward_model)
     one = state_prefix_scores({"a": scores}, None, MASK)
     both = state_prefix_scores({"a": scores, "function": [0.0] * 3, "b": scores}, [2.0, 1.0, -0.5], MASK)
@@ -51,7 +51,7 @@ def test_prefix_scores_of_several_rewards_are_summed_by_weight(reward_model: Mod
     assert state_prefix_scores({"a": scores, "b": [0.0] * 3}, [0.0, 1.0], MASK) is None, "a reward of weight 0"
 
 
-def test_the_line_is_that_of_least_squares_over_all_tokens_so_far() -> None:
+def test_value_prior_is_the_least_squares_line_of_all_tokens_so_far() -> None:
     generator = torch.Generator().manual_seed(0)
     prior = ValuePrior()
     rows = []
@@ -76,7 +76,7 @@ def test_prefix_scores_that_do_not_predict_the_score_give_a_constant(case: str) 
     assert torch.allclose(prior(torch.tensor([[-9.0, 0.0, 9.0]])), torch.full((1, 3), 3.0))
 
 
-def test_sums_of_all_processes_make_one_line() -> None:
+def test_value_prior_is_fitted_over_all_processes() -> None:
     x, scores, mask = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2.0, 2.5, 9.0]), torch.ones(3, 1).bool()
     whole, first, second = ValuePrior(), ValuePrior(), ValuePrior()
     whole.fit(x, scores, mask, identity)
@@ -85,7 +85,7 @@ def test_sums_of_all_processes_make_one_line() -> None:
     assert torch.equal(first.sums, whole.sums)
 
 
-def test_a_first_update_values_each_token_on_that_line(make_trainer: Make, make_reward_model: Make) -> None:
+def test_values_of_the_first_update_equal_the_value_prior(make_trainer: Make, make_reward_model: Make) -> None:
     """A new head says nothing, so the values are the prior; the loss is of their sum, so its gradient is the head's."""
     seen: list[Any] = []
     reward_model = make_reward_model(5, initializer_range=0.3)
@@ -106,7 +106,7 @@ def test_a_first_update_values_each_token_on_that_line(make_trainer: Make, make_
 
 
 @pytest.mark.parametrize("case", ["turned off", "a value model", "a function", "weight 0"])
-def test_no_prior_where_there_is_nothing_to_start_from(case: str, make_trainer: Make, make_reward_model: Make) -> None:
+def test_no_value_prior_without_prefix_scores(case: str, make_trainer: Make, make_reward_model: Make) -> None:
     given: dict[str, Any] = {"reward_funcs": make_reward_model(5), "rows": 8, "num_ppo_epochs": 1}
     given |= {
         "turned off": {"value_prior": False},
@@ -124,7 +124,7 @@ def test_no_prior_where_there_is_nothing_to_start_from(case: str, make_trainer: 
     assert rollouts and all(rollout.prior is None for rollout in rollouts)
 
 
-def test_scores_that_a_subclass_makes_by_itself_have_no_prior(make_trainer: Make, make_reward_model: Make) -> None:
+def test_no_value_prior_when_score_is_overridden(make_trainer: Make, make_reward_model: Make) -> None:
     """What the reward model read of other answers is not taken for readings of these."""
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
@@ -139,15 +139,13 @@ def test_scores_that_a_subclass_makes_by_itself_have_no_prior(make_trainer: Make
     assert rollouts and all(rollout.prior is None for rollout in rollouts)
 
 
-def test_a_row_that_was_truncated_keeps_the_prefix_scores_it_has() -> None:
+def test_truncated_rows_keep_the_available_prefix_scores() -> None:
     scores = ScoresWithPrefixes([3.0], [torch.tensor([1.0, 2.0, 3.0])])
     prefix_scores = state_prefix_scores({"reward": scores}, None, torch.ones(1, 4, dtype=torch.bool))
     assert prefix_scores is not None and prefix_scores.tolist() == [[0.0, 0.0, 1.0, 2.0]]
 
 
-def test_a_reward_model_whose_head_runs_at_the_last_token_only_has_no_prefix_scores(
-    make_reward_model: Make, tokenizer: Any
-) -> None:
+def test_reward_model_with_a_last_token_head_has_no_prefix_scores(make_reward_model: Make, tokenizer: Any) -> None:
     model = make_reward_model(5)
     model.score.register_forward_hook(lambda module, given, logits: logits[:, -1])
     reward_model = ModelReward(model, tokenizer, tokenizer, prefix_scores=True)
@@ -157,9 +155,7 @@ def test_a_reward_model_whose_head_runs_at_the_last_token_only_has_no_prefix_sco
     assert state_prefix_scores({"reward": scores_of(reward_model)}, None, MASK) is None
 
 
-def test_what_a_reward_model_read_of_held_out_answers_is_no_reading_of_others(
-    make_trainer: Make, make_reward_model: Make
-) -> None:
+def test_prefix_scores_of_eval_answers_are_not_used_by_step(make_trainer: Make, make_reward_model: Make) -> None:
     trainer, rollouts = make_trainer(reward_funcs=make_reward_model(5), rows=8, eval_dataset=[{"prompt": "a"}] * 8), []
     begin = trainer._begin_update
     trainer._begin_update = lambda *args: rollouts.append(begin(*args)) or rollouts[-1]
@@ -168,9 +164,7 @@ def test_what_a_reward_model_read_of_held_out_answers_is_no_reading_of_others(
     assert [rollout.prior for rollout in rollouts] == [None]
 
 
-def test_what_a_reward_model_read_of_the_last_answers_is_no_reading_of_the_callers(
-    make_trainer: Make, make_reward_model: Make
-) -> None:
+def test_prefix_scores_of_training_answers_are_not_used_by_step(make_trainer: Make, make_reward_model: Make) -> None:
     trainer, rollouts = make_trainer(reward_funcs=make_reward_model(5), rows=8, max_steps=4), []
     begin = trainer._begin_update
     trainer._begin_update = lambda *args: rollouts.append(begin(*args)) or rollouts[-1]

@@ -32,7 +32,7 @@ def test_policy_loss_by_hand(ratio: float, advantage: float, loss: float, clippe
     assert found.clipped.item() is clipped
 
 
-def test_policy_gradient_is_the_advantage_times_the_ratio_and_none_where_clipped() -> None:
+def test_policy_gradient_is_the_ratio_times_the_advantage_unless_clipped() -> None:
     log_probs = log_of(1.0, 1.1, 1.5, 1.5, 0.5, 0.5).requires_grad_()
     advantages = torch.tensor([[2.0, -2.0, 2.0, -2.0, 2.0, -2.0]], dtype=torch.float64)
     policy_losses(log_probs, torch.zeros_like(log_probs), advantages, 0.2).losses.sum().backward()
@@ -57,7 +57,7 @@ def test_value_loss_by_hand(value: float, old: float, wanted: float, loss: float
     assert found.clipped.item() is clipped
 
 
-def test_value_gradient_is_the_error_and_none_where_clipped() -> None:
+def test_value_gradient_is_the_error_unless_clipped() -> None:
     values = torch.tensor([[0.1, 0.5, -0.5]], dtype=torch.float64, requires_grad=True)
     value_losses(values, torch.zeros_like(values), torch.ones_like(values), 0.2).losses.sum().backward()
     torch.testing.assert_close(values.grad, torch.tensor([[-0.9, 0.0, -1.5]], dtype=torch.float64))

@@ -46,7 +46,7 @@ class Walk:
 
 
 @pytest.mark.parametrize("rows", [8, 16, 19, 33])
-def test_an_epoch_asks_every_prompt_once_and_fills_the_last_update_from_the_start(rows: int) -> None:
+def test_an_epoch_uses_every_prompt_once_and_fills_the_last_update_from_the_start(rows: int) -> None:
     walk = Walk(rows)
     walk.epoch()
     asked = [prompt for prompts in walk.asked for prompt in prompts]
@@ -56,7 +56,7 @@ def test_an_epoch_asks_every_prompt_once_and_fills_the_last_update_from_the_star
     assert walk.first_episodes == [8 * update for update in range(len(walk.asked))]
 
 
-def test_the_order_hangs_on_the_seed_and_the_epoch_alone() -> None:
+def test_prompt_order_depends_on_seed_and_epoch_only() -> None:
     walk, same, other = Walk(24), Walk(24), Walk(24, seed=1)
     cuts = [[piece["row"].tolist() for piece in one.epoch(0) if piece] for one in (walk, same)]
     assert walk.asked == same.asked and cuts[0] == cuts[1]
@@ -70,7 +70,7 @@ def test_the_order_hangs_on_the_seed_and_the_epoch_alone() -> None:
     ("episodes", "mini_batches", "micro_size", "accumulation"),
     [(8, 1, 8, 1), (8, 1, 2, 4), (8, 2, 4, 2), (8, 4, 2, 4), (8, 8, 4, 2), (6, 3, 3, 2), (12, 2, 4, 3)],
 )
-def test_each_step_gets_its_micro_batches_and_each_pass_every_episode_once(
+def test_every_step_gets_its_micro_batches_and_every_pass_each_episode_once(
     episodes: int, mini_batches: int, micro_size: int, accumulation: int
 ) -> None:
     sizes = {"mini_batches": mini_batches, "micro_size": micro_size, "accumulation": accumulation, "epochs": 3}
@@ -92,14 +92,14 @@ def test_each_step_gets_its_micro_batches_and_each_pass_every_episode_once(
             assert Counter(map(int, rows)) == Counter(range(episodes))
 
 
-def test_every_pass_over_a_rollout_is_shuffled_anew() -> None:
+def test_every_pass_over_a_rollout_is_reshuffled() -> None:
     pieces = Walk(64, episodes=32, epochs=4, mini_batches=2, micro_size=32, accumulation=1).epoch()
     orders = [frozenset(piece["row"].tolist()) for piece in pieces]
     assert len(orders) == 16 and len(set(orders)) == 16
 
 
 @pytest.mark.parametrize(("processes", "mini_batches"), [(2, 2), (2, 4), (4, 2), (4, 1), (2, 8)])
-def test_the_minibatches_are_the_same_for_any_number_of_processes(processes: int, mini_batches: int) -> None:
+def test_minibatches_do_not_depend_on_the_number_of_processes(processes: int, mini_batches: int) -> None:
     """And each process has as much of each to do."""
     sizes = {"episodes": 32, "mini_batches": mini_batches, "micro_size": 32, "accumulation": 1}
     whole = [sorted(piece["row"].tolist()) for piece in Walk(64, **sizes).epoch()]
@@ -116,7 +116,7 @@ def test_the_minibatches_are_the_same_for_any_number_of_processes(processes: int
         assert {len(each) for each in mine} == {32 // mini_batches // processes}
 
 
-def test_the_loader_goes_on_at_the_update_that_the_step_counter_stands_at() -> None:
+def test_the_loader_resumes_at_the_update_of_the_step_counter() -> None:
     """Five updates of four steps an epoch: after 12 steps the fourth is next; after 28, the third of the second."""
     whole = Walk(40)
     whole.epoch(0)
