@@ -19,7 +19,6 @@ import torch
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
 from rlhf_recipes.models.loading import (
-    build_lora_config,
     context_length,
     is_reward_model,
     load_causal_lm,
@@ -28,6 +27,7 @@ from rlhf_recipes.models.loading import (
     load_tokenizer,
     reward_label_count,
 )
+from rlhf_recipes.models.lora import build_lora_config
 from rlhf_recipes.system.hardware import choose_precision, configure_cpu_runtime_
 
 GPT2_VOCABULARY, BYTE_VOCABULARY = 50257, 262

@@ -54,7 +54,7 @@ def test_rows_get_a_card_that_says_where_each_split_is(tmp_path: Path) -> None:
     (tmp_path / "train-00000-of-00002.jsonl").write_text(text)
     (tmp_path / "train-00001-of-00002.jsonl").write_text(text)
     (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    made: Any = push._cards_of_rows(tmp_path)["README.md"]
+    made: Any = push._dataset_cards(tmp_path)["README.md"]
     front, _, body = made.decode().removeprefix("---\n").partition("\n---\n")
     (config,) = yaml.safe_load(front)["configs"]
     assert config["data_files"] == [
@@ -63,7 +63,7 @@ def test_rows_get_a_card_that_says_where_each_split_is(tmp_path: Path) -> None:
     ]
     assert "| train | 4 | prompt, an\\|swer |" in body and "| test | 2 | prompt, an\\|swer |" in body
     (tmp_path / "README.md").write_text("mine")
-    assert push._cards_of_rows(tmp_path) == {}
+    assert push._dataset_cards(tmp_path) == {}
 
 
 def test_the_command_to_try_again_is_the_one_that_was_given(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_an_adapter_gets_the_id_of_its_base_and_keeps_the_rest(tmp_path: Path) -
         filled(tmp_path, f"{place}adapter_config.json").joinpath(f"{place}adapter_config.json").write_text(
             json.dumps({"base_model_name_or_path": "runs/sft", "r": 4})
         )
-    changed = push._adapters(tmp_path, "me/sft")
+    changed = push._rebased_adapters(tmp_path, "me/sft")
     assert set(changed) == {"adapter_config.json", "value_model/adapter_config.json"}
     assert all(json.loads(text) == {"base_model_name_or_path": "me/sft", "r": 4} for text in changed.values())  # type: ignore[arg-type]
     assert "runs/sft" in (tmp_path / "adapter_config.json").read_text()

@@ -15,23 +15,21 @@ from rlhf_recipes.models.adapters import (
 )
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
 from rlhf_recipes.models.loading import (
-    build_lora_config,
     context_length,
-    is_quantized,
     is_reward_model,
     load_causal_lm,
     load_config,
     load_reward_model,
     load_tokenizer,
-    prepare_for_lora_,
     reward_label_count,
     save_reward_model_config,
-    trainable_to_float32_,
 )
+from rlhf_recipes.models.lora import build_lora_config, prepare_for_lora_, trainable_to_float32_
 from rlhf_recipes.models.padding import count_positions_from_mask_
 from rlhf_recipes.models.quantization import (
     FrozenQuantizationArguments,
     LoadingArguments,
+    is_quantized,
     quantization_kwargs,
     will_be_quantized,
 )

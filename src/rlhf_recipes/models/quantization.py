@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.core.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PretrainedConfig
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
     from trl import ModelConfig
 
 BITS = (8, 4)
@@ -100,3 +100,8 @@ def will_be_quantized(model_config: "ModelConfig", config: "PretrainedConfig") -
     """Return whether the loaded model is quantized: by request, or because it was saved in quantized form."""
     requested = model_config.load_in_4bit or model_config.load_in_8bit
     return requested or getattr(config, "quantization_config", None) is not None
+
+
+def is_quantized(model: "PreTrainedModel") -> bool:
+    """Return whether bitsandbytes quantized the model to 8 or 4 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
