@@ -8,25 +8,25 @@ FLOORS: list[dict[str, str]] = [
     {"system": "the machine: hardware, launcher, DeepSpeed and FSDP, workarounds for library bugs"},
     {
         "models": "what a model is: sources, loading, adapters, quantization",
-        "optimizations": "speed without other results: attention, packing, prepacked weights, KV cache, frozen layers",
+        "optimizations": "speed that changes no result: attention, packing, prepacked weights, KV cache, frozen layers",
         "folders": "what a stage leaves: output folder, model card, checkpoints, lock",
     },
     {
         "data": "datasets, their formats and checks, chat templates, prompts",
-        "reports": "what people look at: charts, plots, pages, numbers as text",
+        "reports": "charts, plots, pages and numbers for people",
         "hub": "pushing folders to the Hugging Face Hub",
     },
     {
-        "generation": "prompts to answers",
-        "scoring": "answers to rewards",
+        "generation": "sampling: prompts to answers",
+        "scoring": "rewards: answers to scores",
     },
-    {"training": "what every trainer shares: SafeTrainer, the run around it, defaults, signals"},
+    {"training": "what all trainers share: SafeTrainer, the run around it, defaults, signals"},
     {
         "ppo": "the PPO trainer",
         "evaluation": "measuring models: perplexity, classification, preferences, samples",
         "quickstart": "the quickstart's world, its gold judge, its report",
     },
-    {"stages": "verbs: one stage a file, named like its recipe"},
+    {"stages": "one stage per file, named like its recipe"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -36,7 +36,7 @@ def table() -> str:
     lines = [
         "| floor | room | is |",
         "|---|---|---|",
-        f"| {len(FLOORS)} | `recipes/` | the doors: `from rlhf_recipes import ...`, nothing else |",
+        f"| {len(FLOORS)} | `recipes/` | scripts that start a stage; import public names only |",
     ]
     for floor, rooms in reversed(list(enumerate(FLOORS))):
         lines += [f"| {floor} | `{room}/` | {purpose} |" for room, purpose in rooms.items()]
