@@ -1,4 +1,4 @@
-"""A trainer that runs in a second, one that remembers everything it did, and PPO once more in float64."""
+"""Fixtures of the PPO tests: a trainer that runs in a second, one that records its steps, and PPO in float64."""
 
 import copy
 from collections.abc import Callable
@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 
-STOP_IDS = list(range(200, 256))  # many, so that an untrained model ends its answers at lengths of every kind
+STOP_IDS = list(range(200, 256))  # many, so that an untrained model stops at various lengths
 WORDS = ["a", "to be", "or not", "that", "is the question here", "whether", "it is nobler", "in"]
 
 
 def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """The share of an answer's tokens whose id is below 128: what a policy can learn in a few steps."""
+    """Return the share of an answer's tokens with an id below 128: a policy can learn it in a few steps."""
     return [sum(token < 128 for token in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
 def prompt_rows(count: int) -> list[dict[str, Any]]:
-    """Prompts of different lengths."""
+    """Return prompts of different lengths."""
     return [{"prompt": f"{WORDS[index % len(WORDS)]}{index}"} for index in range(count)]
 
 
 @pytest.fixture(scope="session")
-def reference() -> ModuleType:
-    """The module that does the arithmetic of PPO again in float64."""
+def float64_ppo() -> ModuleType:
+    """Return the module that recomputes PPO in float64."""
     from programs import ppo_float64
 
     return ppo_float64
@@ -34,7 +34,7 @@ def reference() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def make_policy(make_model: Callable[..., Any]) -> Callable[..., Any]:
-    """(seed=0, **config) -> a policy that stops at `STOP_IDS`."""
+    """Return a function (seed=0, **config) that makes a policy that stops at `STOP_IDS`."""
 
     def make(seed: int = 0, **config: Any) -> Any:
         model = make_model(seed, **config)
@@ -46,11 +46,11 @@ def make_policy(make_model: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def trainers_in(make_policy: Callable[..., Any], tokenizer: Any) -> Callable[[Path], Callable[..., Any]]:
-    """(folder) -> what `make_trainer` is, for trainers that write into `folder`/out."""
+    """Return a function (folder) that returns `make_trainer` for trainers that write to `folder`/out."""
     from rlhf_recipes.ppo.config import PPOConfig
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
-    known = {item.name for item in fields(PPOConfig)}
+    config_fields = {item.name for item in fields(PPOConfig)}
     defaults = {
         "per_device_train_batch_size": 8,
         "response_length": 6,
@@ -68,27 +68,32 @@ def trainers_in(make_policy: Callable[..., Any], tokenizer: Any) -> Callable[[Pa
         model: Any = None,
         reward_funcs: Any = low_share,
         rows: Any = 16,
-        kind: Any = PPOTrainer,
-        **given: Any,
+        trainer_class: Any = PPOTrainer,
+        **options: Any,
     ) -> Any:
-        chosen = defaults | {name: value for name, value in given.items() if name in known}
-        parts = {"processing_class": tokenizer} | {name: value for name, value in given.items() if name not in known}
+        config = defaults | {name: value for name, value in options.items() if name in config_fields}
+        arguments = {"processing_class": tokenizer}
+        arguments |= {name: value for name, value in options.items() if name not in config_fields}
         model = make_policy() if model is None else model
         rows = prompt_rows(rows) if isinstance(rows, int) else rows
-        return kind(model, reward_funcs, PPOConfig(output_dir=str(folder / "out"), **chosen), rows, **parts)
+        args = PPOConfig(output_dir=str(folder / "out"), **config)
+        return trainer_class(model, reward_funcs, args, rows, **arguments)
 
     return lambda folder: partial(make, folder)
 
 
 @pytest.fixture
 def make_trainer(trainers_in: Callable[[Path], Callable[..., Any]], tmp_path: Path) -> Callable[..., Any]:
-    """(model, reward_funcs, rows, kind=PPOTrainer, **anything that PPOConfig or PPOTrainer takes) -> a trainer."""
+    """Return a function (model, reward_funcs, rows, trainer_class=PPOTrainer, **options) that makes a trainer.
+
+    options: any field of PPOConfig or argument of PPOTrainer.
+    """
     return trainers_in(tmp_path)
 
 
 @dataclass
 class Step:
-    """One call of `compute_loss`: the model before it in float64, what went in and what came out."""
+    """One call of `compute_loss`: the model before it in float64, its inputs and its results."""
 
     model: Any
     inputs: dict[str, Any]
@@ -100,19 +105,19 @@ class Step:
 
 @pytest.fixture(scope="session")
 def recorder() -> type:
-    """A PPOTrainer that remembers each rollout (`played`, `scored`) and each micro-batch (`steps`)."""
+    """Return a PPOTrainer that records each call of `generate` (`generated`), `score` (`scored`) and `compute_loss` (`steps`)."""
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
     class Recorder(PPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.played: list[tuple[Any, Any, Any]] = []  # policy and value in float64, prompts' ids, completions
+            self.generated: list[tuple[Any, Any, Any]] = []  # policy and value in float64, prompt ids, completions
             self.scored: list[dict[str, list[float]]] = []
             self.steps: list[Step] = []
             super().__init__(*args, **kwargs)
 
         def generate(self, queries: Any, seeds: Any) -> Any:
             completions = super().generate(queries, seeds)
-            self.played.append((copy.deepcopy(self.model).double().eval(), queries, completions))
+            self.generated.append((copy.deepcopy(self.model).double().eval(), queries, completions))
             return completions
 
         def score(self, rows: Any, completions: Any) -> Any:
@@ -124,8 +129,8 @@ def recorder() -> type:
         ) -> Any:
             before = copy.deepcopy(self.model).double().eval()
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            kept = type(outputs)(*(tensor.detach().clone() for tensor in outputs))
-            step = Step(before, inputs, kept, loss.item(), num_items_in_batch, self.state.global_step)
+            detached = type(outputs)(*(tensor.detach().clone() for tensor in outputs))
+            step = Step(before, inputs, detached, loss.item(), num_items_in_batch, self.state.global_step)
             self.steps.append(step)
             return (loss, outputs) if return_outputs else loss
 
@@ -134,16 +139,16 @@ def recorder() -> type:
 
 @pytest.fixture
 def weights_of() -> Callable[..., dict[str, Any]]:
-    """(module) -> a copy of its weights."""
+    """Return a function that copies the weights of a module."""
     return lambda module: {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 @pytest.fixture
-def furthest() -> Callable[..., float]:
-    """(weights, weights) -> the largest absolute difference of two equally named sets of weights."""
+def max_difference() -> Callable[..., float]:
+    """Return a function that gives the largest absolute difference of two state dicts with the same keys."""
 
-    def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
         assert one.keys() == other.keys() and len(one) > 0
         return max((one[name] - other[name]).abs().max().item() for name in one)
 
-    return distance
+    return difference

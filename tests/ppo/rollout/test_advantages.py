@@ -1,4 +1,4 @@
-"""Generalised advantage estimation against hand-worked numbers and the sum that defines it."""
+"""Tests of generalized advantage estimation: against numbers by hand and the sum that defines it."""
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ def random_episodes(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def advantage_by_definition(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> np.ndarray:
-    """Sum over later tokens of (gamma lam)^distance times their temporal-difference error; nothing after the last."""
+    """Sum (gamma lam)^distance times the TD error over the later tokens; the value after the last token is 0."""
     r, v = rewards.numpy(), np.append(values.numpy(), 0.0)
-    surprise = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(r))]
-    return np.array([sum((gamma * lam) ** (k - t) * surprise[k] for k in range(t, len(r))) for t in range(len(r))])
+    td_errors = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(r))]
+    return np.array([sum((gamma * lam) ** (k - t) * td_errors[k] for k in range(t, len(r))) for t in range(len(r))])
 
 
 def test_gae_of_three_tokens_by_hand() -> None:
@@ -58,7 +58,7 @@ def test_gae_with_lambda_zero_is_the_one_step_td_error() -> None:
 def test_a_perfect_value_gives_zero_advantages() -> None:
     rewards, _, mask = random_episodes(3)
     rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
-    values = rewards.flip(1).cumsum(1).flip(1)  # what is still to come, undiscounted
+    values = rewards.flip(1).cumsum(1).flip(1)  # the undiscounted sum of later rewards
     advantages = generalized_advantages(rewards, values, mask, 1.0, 0.95)
     torch.testing.assert_close(advantages, torch.zeros_like(advantages), rtol=0, atol=1e-12)
 
@@ -66,14 +66,14 @@ def test_a_perfect_value_gives_zero_advantages() -> None:
 def test_gae_ignores_padding() -> None:
     rewards, values, mask = random_episodes()
     advantages = generalized_advantages(rewards, values, mask, GAMMA, LAM)
-    nowhere = torch.full_like(rewards, torch.nan)
-    spoilt = generalized_advantages(rewards.where(mask, nowhere), values.where(mask, nowhere), mask, GAMMA, LAM)
-    assert torch.equal(spoilt, advantages) and bool((advantages[~mask] == 0).all())
+    nan = torch.full_like(rewards, torch.nan)
+    padded_with_nan = generalized_advantages(rewards.where(mask, nan), values.where(mask, nan), mask, GAMMA, LAM)
+    assert torch.equal(padded_with_nan, advantages) and bool((advantages[~mask] == 0).all())
     wider = [torch.cat([tensor, torch.full_like(tensor, 7)], dim=1) for tensor in (rewards, values)]
     wide_mask = torch.cat([mask, torch.zeros_like(mask)], dim=1)
     assert torch.equal(generalized_advantages(*wider, wide_mask, GAMMA, LAM)[:, :5], advantages)
 
 
 def test_gae_accepts_answers_without_tokens() -> None:
-    nothing = torch.zeros(2, 0)
-    assert generalized_advantages(nothing, nothing, nothing.bool(), GAMMA, LAM).shape == (2, 0)
+    empty = torch.zeros(2, 0)
+    assert generalized_advantages(empty, empty, empty.bool(), GAMMA, LAM).shape == (2, 0)

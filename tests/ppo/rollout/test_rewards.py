@@ -1,4 +1,4 @@
-"""From a score to token rewards: hand-worked numbers, and what an estimator of KL owes to the KL itself."""
+"""Tests of token rewards: numbers by hand, and KL estimators that average to the KL divergence."""
 
 import math
 
@@ -10,7 +10,7 @@ from rlhf_recipes.ppo.rollout.rewards import kl_estimates, penalize_missing_eos,
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_kl_estimators_average_to_the_kl_divergence(estimator: str) -> None:
-    """Weighted by the policy's probabilities, over all tokens, both give the KL itself and not its reverse."""
+    """The mean over all tokens under the policy is KL(policy, reference), not KL(reference, policy)."""
     policy = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     reference = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
     divergence = 0.7 * math.log(0.7 / 0.3) + 0.2 * math.log(0.2 / 0.3) + 0.1 * math.log(0.1 / 0.4)
@@ -45,5 +45,5 @@ def test_the_score_is_added_to_the_last_generated_token() -> None:
 
 
 def test_token_rewards_accept_answers_without_tokens() -> None:
-    nothing = torch.zeros(2, 0)
-    assert token_rewards(torch.ones(2), nothing, nothing.bool(), 0.1).shape == (2, 0)
+    empty = torch.zeros(2, 0)
+    assert token_rewards(torch.ones(2), empty, empty.bool(), 0.1).shape == (2, 0)

@@ -1,4 +1,4 @@
-"""One update's episodes: packing, and everything that follows from scores, against NumPy in float64."""
+"""Tests of one update's rollout: packing, and rewards, advantages and metrics against NumPy in float64."""
 
 from dataclasses import fields, replace
 from types import ModuleType
@@ -30,8 +30,8 @@ SHAPES = {
 }
 
 
-def numbers(width: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_probs, reference_log_probs, values (batch, tokens) and scores (batch,) in float32."""
+def random_inputs(width: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return log_probs, reference_log_probs, values (batch, tokens) and scores (batch,) in float32."""
     generator = torch.Generator().manual_seed(0)
     log_probs, noise, values = torch.randn(3, len(LENGTHS), 4, generator=generator)
     tensors = [torch.zeros(len(LENGTHS), width) for _ in range(3)]
@@ -40,29 +40,32 @@ def numbers(width: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*tensors, torch.randn(len(LENGTHS), generator=generator) * 2)
 
 
-def rollout_of(shape: RewardShape, *, further: int = 0, pad_id: int = 0) -> Rollout:
-    """The rollout, its rows and its answers padded so many positions further than they need be."""
+def make_rollout(shape: RewardShape, *, extra_padding: int = 0, pad_id: int = 0) -> Rollout:
+    """Return a rollout with `extra_padding` more positions in each row and each answer than needed."""
     queries = [[7] * (1 + row) for row in range(len(LENGTHS))]
     answers = [list(range(10, 10 + length)) for length in LENGTHS]
     packed = pack_episodes(queries, answers, pad_id)
     fill = {"input_ids": pad_id}
     packed = {
-        name: torch.nn.functional.pad(each, (0, further), value=fill.get(name, 0)) for name, each in packed.items()
+        name: torch.nn.functional.pad(tensor, (0, extra_padding), value=fill.get(name, 0))
+        for name, tensor in packed.items()
     }
-    *tokens, scores = numbers(4 + further)
-    tokens = [each * packed["response_mask"] for each in tokens]  # as the model gives them: zero beyond the answer
+    *tokens, scores = random_inputs(4 + extra_padding)
+    tokens = [
+        tensor * packed["response_mask"] for tensor in tokens
+    ]  # as the model returns them: zero after the answer
     return finish_rollout(packed, torch.tensor(STOPPED), scores, *tokens, shape)
 
 
-def episodes_of(reference: ModuleType, shape: RewardShape) -> list[Any]:
-    log_probs, reference_log_probs, values, scores = (tensor.double().numpy() for tensor in numbers())
+def episodes_of(float64_ppo: ModuleType, shape: RewardShape) -> list[Any]:
+    log_probs, reference_log_probs, values, scores = (tensor.double().numpy() for tensor in random_inputs())
     episodes = [
-        reference.Episode(
+        float64_ppo.Episode(
             log_probs[row, :length], reference_log_probs[row, :length], values[row, :length], scores[row], STOPPED[row]
         )
         for row, length in enumerate(LENGTHS)
     ]
-    reference.play(episodes, **{item.name: getattr(shape, item.name) for item in fields(shape)})
+    float64_ppo.play(episodes, **{item.name: getattr(shape, item.name) for item in fields(shape)})
     return episodes
 
 
@@ -71,9 +74,9 @@ def test_pack_episodes_by_hand() -> None:
     assert packed["input_ids"].tolist() == [[1, 2, 3, 5] + [9] * 12, [4, 6, 7] + [9] * 13], "a multiple of 16"
     assert packed["attention_mask"].tolist() == [[1] * 4 + [0] * 12, [1] * 3 + [0] * 13]
     assert packed["response_mask"].tolist() == [[True, False], [True, True]]
-    cut = trim_padding(packed)
-    assert cut["input_ids"].tolist() == [[1, 2, 3, 5], [4, 6, 7, 9]]
-    assert {name: each.shape for name, each in trim_padding(packed, 3).items()} == {
+    trimmed = trim_padding(packed)
+    assert trimmed["input_ids"].tolist() == [[1, 2, 3, 5], [4, 6, 7, 9]]
+    assert {name: tensor.shape for name, tensor in trim_padding(packed, 3).items()} == {
         "input_ids": (2, 6), "attention_mask": (2, 6), "response_mask": (2, 2),
     }  # fmt: skip
 
@@ -86,7 +89,7 @@ def test_pad_id_inside_prompt_and_answer_is_a_real_token() -> None:
 
 
 def test_in_batches_returns_rows_in_their_original_order() -> None:
-    """Each row is read once, by a reader that tells its ids and how wide its batch was; padding stays zero."""
+    """Each row is read once, in a batch as wide as its longest row; padding stays zero."""
     packed = pack_episodes([[3], [5, 5, 5, 5], [7, 7]], [[1, 1, 1], [2], [4, 4]])
     widths = []
 
@@ -94,16 +97,16 @@ def test_in_batches_returns_rows_in_their_original_order() -> None:
         widths.append(input_ids.shape[1])
         return response_mask * input_ids[:, :1], (input_ids * attention_mask)[..., None].float()
 
-    answers, states = in_batches(read, packed, [[0, 2], [1]])
+    values, states = in_batches(read, packed, [[0, 2], [1]])
     assert widths == [4, 5]
-    assert answers.tolist() == [[3, 3, 3], [5, 0, 0], [7, 7, 0]]
+    assert values.tolist() == [[3, 3, 3], [5, 0, 0], [7, 7, 0]]
     assert torch.equal(states[..., 0], (packed["input_ids"] * packed["attention_mask"]).float())
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_rollout_matches_float64(shape: RewardShape, reference: ModuleType) -> None:
-    rollout = rollout_of(shape)
-    for row, (episode, length) in enumerate(zip(episodes_of(reference, shape), LENGTHS, strict=True)):
+def test_rollout_matches_float64(shape: RewardShape, float64_ppo: ModuleType) -> None:
+    rollout = make_rollout(shape)
+    for row, (episode, length) in enumerate(zip(episodes_of(float64_ppo, shape), LENGTHS, strict=True)):
         assert rollout.scores[row].item() == pytest.approx(episode.score, abs=1e-6)
         for name in ("kl", "rewards", "advantages", "returns"):
             found = getattr(rollout, name)[row]
@@ -114,7 +117,7 @@ def test_rollout_matches_float64(shape: RewardShape, reference: ModuleType) -> N
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_rollout_does_not_depend_on_padding_width_or_pad_id(shape: RewardShape) -> None:
-    narrow, wide = rollout_of(shape), rollout_of(shape, further=5, pad_id=12)
+    narrow, wide = make_rollout(shape), make_rollout(shape, extra_padding=5, pad_id=12)
     for name in ("kl", "rewards", "advantages", "returns", "scores"):
         found = getattr(wide, name)
         found = found if found.dim() == 1 else found[:, :4]
@@ -124,10 +127,10 @@ def test_rollout_does_not_depend_on_padding_width_or_pad_id(shape: RewardShape) 
         torch.testing.assert_close(wide.episode_metrics(0.05)[name], value)
 
 
-def test_episode_metrics_match_float64(reference: ModuleType) -> None:
+def test_episode_metrics_match_float64(float64_ppo: ModuleType) -> None:
     shape = SHAPES["penalised"]
-    metrics = rollout_of(shape).episode_metrics(shape.kl_coef)
-    for row, episode in enumerate(episodes_of(reference, shape)):
+    metrics = make_rollout(shape).episode_metrics(shape.kl_coef)
+    for row, episode in enumerate(episodes_of(float64_ppo, shape)):
         expected = {
             "objective/kl": episode.kl.sum(),
             "objective/entropy": -episode.log_probs.sum(),
@@ -140,20 +143,22 @@ def test_episode_metrics_match_float64(reference: ModuleType) -> None:
         assert {name: values[row].item() for name, values in metrics.items()} == pytest.approx(expected, abs=1e-5)
 
 
-def test_explained_variance_matches_float64(reference: ModuleType) -> None:
-    episodes = episodes_of(reference, PLAIN)
-    returns = reference.flat(episode.returns for episode in episodes)
-    errors = returns - reference.flat(episode.values for episode in episodes)
-    rollout = rollout_of(PLAIN)
+def test_explained_variance_matches_float64(float64_ppo: ModuleType) -> None:
+    episodes = episodes_of(float64_ppo, PLAIN)
+    returns = float64_ppo.flat(episode.returns for episode in episodes)
+    errors = returns - float64_ppo.flat(episode.values for episode in episodes)
+    rollout = make_rollout(PLAIN)
     assert rollout.explained_variance() == pytest.approx(1 - (errors**2).mean() / returns.var(), abs=1e-5)
     assert replace(rollout, values=rollout.returns).explained_variance() == pytest.approx(1.0)
 
 
 def test_select_takes_the_same_rows_of_every_tensor() -> None:
-    rollout = rollout_of(PLAIN)
-    chosen = rollout.select(torch.tensor([3, 0]))
-    assert set(chosen) == {item.name for item in fields(Rollout)} - {"lower_states", "prior"}, "there are none here"
-    for name, value in chosen.items():
+    rollout = make_rollout(PLAIN)
+    selected = rollout.select(torch.tensor([3, 0]))
+    assert set(selected) == {item.name for item in fields(Rollout)} - {"lower_states", "prior"}, (
+        "this rollout has neither"
+    )
+    for name, value in selected.items():
         assert torch.equal(value, torch.stack([getattr(rollout, name)[3], getattr(rollout, name)[0]]))
 
 

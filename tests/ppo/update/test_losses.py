@@ -1,4 +1,4 @@
-"""The two losses of PPO against hand-worked numbers, and what their gradients must be."""
+"""Tests of the policy and value loss: numbers by hand, and their gradients."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_recipes.ppo.update.losses import policy_losses, value_losses
 
 
-def log_of(*ratios: float) -> Tensor:
+def log_ratios(*ratios: float) -> Tensor:
     return torch.tensor([ratios], dtype=torch.float64).log()
 
 
@@ -17,23 +17,23 @@ def log_of(*ratios: float) -> Tensor:
     ("ratio", "advantage", "loss", "clipped"),
     [
         (1.0, 2.0, -2.0, False),
-        (1.5, 2.0, -2.4, True),  # too likely already: the gain counts up to 1.2
-        (1.5, -2.0, 3.0, False),  # a mistake made likelier is paid in full
-        (0.5, 2.0, -1.0, False),  # a good token made less likely is paid in full
-        (0.5, -2.0, 1.6, True),  # too unlikely already: the gain counts down to 0.8
+        (1.5, 2.0, -2.4, True),  # a good token, already likelier: clipped at 1.2
+        (1.5, -2.0, 3.0, False),  # a bad token made likelier: not clipped
+        (0.5, 2.0, -1.0, False),  # a good token made less likely: not clipped
+        (0.5, -2.0, 1.6, True),  # a bad token, already less likely: clipped at 0.8
         (1.1, 2.0, -2.2, False),
         (9.0, 0.0, 0.0, False),
     ],
 )
 def test_policy_loss_by_hand(ratio: float, advantage: float, loss: float, clipped: bool) -> None:
     old = torch.full((1, 1), -3.0, dtype=torch.float64)
-    found = policy_losses(old + log_of(ratio), old, torch.full_like(old, advantage), 0.2)
+    found = policy_losses(old + log_ratios(ratio), old, torch.full_like(old, advantage), 0.2)
     assert found.losses.item() == pytest.approx(loss, abs=1e-12)
     assert found.clipped.item() is clipped
 
 
 def test_policy_gradient_is_the_ratio_times_the_advantage_unless_clipped() -> None:
-    log_probs = log_of(1.0, 1.1, 1.5, 1.5, 0.5, 0.5).requires_grad_()
+    log_probs = log_ratios(1.0, 1.1, 1.5, 1.5, 0.5, 0.5).requires_grad_()
     advantages = torch.tensor([[2.0, -2.0, 2.0, -2.0, 2.0, -2.0]], dtype=torch.float64)
     policy_losses(log_probs, torch.zeros_like(log_probs), advantages, 0.2).losses.sum().backward()
     expected = torch.tensor([[-2.0, 2.2, 0.0, 3.0, -1.0, 0.0]], dtype=torch.float64)
@@ -41,17 +41,17 @@ def test_policy_gradient_is_the_ratio_times_the_advantage_unless_clipped() -> No
 
 
 @pytest.mark.parametrize(
-    ("value", "old", "wanted", "loss", "clipped"),
+    ("value", "old", "target", "loss", "clipped"),
     [
         (0.1, 0.0, 1.0, 0.405, False),  # inside the range: 0.5 x 0.9^2
-        (0.5, 0.0, 1.0, 0.32, True),  # held at 0.2, further from the return: 0.5 x 0.8^2
-        (-0.5, 0.0, 1.0, 1.125, False),  # moved the wrong way: the plain error 0.5 x 1.5^2 is the worse one
-        (1.5, 2.0, 1.0, 0.32, True),  # held at 1.8
+        (0.5, 0.0, 1.0, 0.32, True),  # clipped to 0.2, further from the target: 0.5 x 0.8^2
+        (-0.5, 0.0, 1.0, 1.125, False),  # moved away from the target: the unclipped error 0.5 x 1.5^2 is larger
+        (1.5, 2.0, 1.0, 0.32, True),  # clipped to 1.8
         (3.0, 2.0, 1.0, 2.0, False),
     ],
 )
-def test_value_loss_by_hand(value: float, old: float, wanted: float, loss: float, clipped: bool) -> None:
-    tensors = [torch.full((1, 1), number, dtype=torch.float64) for number in (value, old, wanted)]
+def test_value_loss_by_hand(value: float, old: float, target: float, loss: float, clipped: bool) -> None:
+    tensors = [torch.full((1, 1), number, dtype=torch.float64) for number in (value, old, target)]
     found = value_losses(*tensors, 0.2)
     assert found.losses.item() == pytest.approx(loss, abs=1e-12)
     assert found.clipped.item() is clipped
