@@ -1,13 +1,14 @@
-"""Every training stage on 1, 2 and 4 CPU processes, cut apart in every way, against one process: what ran, and how far off.
+"""Run every training stage on 1, 2 and 4 CPU processes under each strategy, and compare the weights with one process.
 
     python benchmarks/processes.py --output_dir runs/processes
     python benchmarks/processes.py --output_dir runs/processes --gpu
 
-Runs of seconds, of a two-layer GPT-2; DeepSpeed where it is installed (the extra `deepspeed`). FSDP2 is Accelerate's, which it
-has on GPUs alone, made to run on CPUs (`tests/programs/small_runs_fsdp.py`), and for PPO applied natively as well. A cell is the
-largest difference of any weight to the run of one process by itself, or the line that refused it. With `--gpu`: on as many GPUs
-as there are, under every configuration that is for them, to one process on the CPU; and each run once more, after an error in the
-middle, by `--resume auto`.
+The runs take seconds, on a two-layer GPT-2. DeepSpeed is included if it is installed (the extra `deepspeed`). Accelerate has
+FSDP2 on GPUs only, so tests/programs/small_runs_fsdp.py enables it on CPUs; PPO also runs under FSDP2 applied directly. A cell
+of the table is the largest difference of any weight to a run of one process, or the message that refused the run.
+
+With `--gpu` the stages run on one GPU and on all GPUs, under every configuration for GPUs, and are compared with one process
+on the CPU. Some runs are also interrupted by an error and resumed with `--resume auto`.
 """
 
 import argparse
@@ -37,32 +38,35 @@ sys.path += [str(ROOT / "src"), str(ROOT / "tests")]
 from programs import small_runs, train_ppo_fsdp  # noqa: E402
 from programs.small_runs import LORA, STAGES  # noqa: E402
 
-KINDS: dict[str, dict[str, Any]] = {
+TRAINED: dict[str, dict[str, Any]] = {  # which weights are trained -> flags
     "full": {},
     "LoRA": LORA,
     "4-bit": LORA | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
-WAYS = {"DDP": "two_cpu_processes", "FSDP2": "fsdp2", "ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3"}
-LOW = {"bnb_4bit_quant_storage": "bfloat16", "dtype": "bfloat16", "bf16": True}
-GPU_KINDS: dict[str, dict[str, Any]] = {
-    **{kind: how | {"bf16": False} for kind, how in KINDS.items()},
+# Strategy -> file in accelerate_configs/.
+STRATEGIES = {
+    "DDP": "two_cpu_processes", "FSDP2": "fsdp2", "ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3",
+}  # fmt: skip
+BFLOAT16 = {"bnb_4bit_quant_storage": "bfloat16", "dtype": "bfloat16", "bf16": True}
+GPU_TRAINED: dict[str, dict[str, Any]] = {
+    **{trained: flags | {"bf16": False} for trained, flags in TRAINED.items()},
     "8-bit": LORA | {"load_in_8bit": True, "bf16": False},
     "full, bf16": {"bf16": True},
-    "4-bit, bf16": KINDS["4-bit"] | LOW,
+    "4-bit, bf16": TRAINED["4-bit"] | BFLOAT16,
 }
-GPU_WAYS = {
+GPU_STRATEGIES = {
     "one GPU": "one_gpu", "DDP": "ddp", "FSDP2": "fsdp2", "FSDP2 for QLoRA": "fsdp2_qlora", "ZeRO-2": "deepspeed_zero2",
     "ZeRO-3": "deepspeed_zero3",
 }  # fmt: skip
-LEARNS_ALL = ("full", "full, bf16")
+ALL_WEIGHTS = ("full", "full, bf16")
 RESUMED = ("full", "LoRA", "4-bit")
-AT_ONCE = 16  # launches on one GPU: they wait for Python and for imports, hardly for it
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # as it came: the runs that these are compared with see no GPU
-Job = tuple[str, str]  # a stage, and what is trained
+LAUNCHES_AT_ONCE = 16  # on one GPU: they mostly wait for Python and for imports
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")  # the reference runs in this process hide the GPUs
+Job = tuple[str, str]  # stage, which weights are trained
 
 
 def prepare(folder: Path) -> None:
-    """A small policy and reward model with random weights, and the rows that the small runs read."""
+    """Save a small policy and reward model with random weights, and the rows that the runs read."""
     from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
     from rlhf_recipes.stages.tokenizer import TokenizerArguments, run_tokenizer
@@ -85,244 +89,271 @@ def prepare(folder: Path) -> None:
     small_runs.prepare(folder, model, reward_model, tokenizer)
 
 
-def launched(folder: Path, way: str, processes: int, jobs: list[dict[str, Any]]) -> str:
-    """Nothing, if the runs ended well; else the line that says why one did not."""
-    told, log = folder / "job.json", folder / f"{jobs[0]['out']}.log"
-    told.write_text(json.dumps(jobs))
-    if way == "FSDP2":
+def launched(folder: Path, strategy: str, processes: int, jobs: list[dict[str, Any]]) -> str:
+    """Launch runs on CPU processes, one after the other. Returns the error message, or "" if all succeeded."""
+    job_file, log = folder / "job.json", folder / f"{jobs[0]['out']}.log"
+    job_file.write_text(json.dumps(jobs))
+    if strategy == "FSDP2":
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        return said_by([*launcher, str(ACCELERATED), str(folder), str(told)], log)
-    asked = yaml.safe_load((ROOT / "accelerate_configs" / f"{WAYS[way]}.yaml").read_text())
-    config = folder / "launch.yaml"
-    kind = {} if processes > 1 or way != "DDP" else {"distributed_type": "NO"}
-    config.write_text(yaml.safe_dump(asked | kind | {"use_cpu": True, "num_processes": processes}))
-    command = ["accelerate.commands.launch", "--config_file", str(config), str(PROGRAM), str(folder), str(told)]
-    return said_by(command, log)
+        return error_of([*launcher, str(ACCELERATED), str(folder), str(job_file)], log)
+    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{STRATEGIES[strategy]}.yaml").read_text())
+    config |= {} if processes > 1 or strategy != "DDP" else {"distributed_type": "NO"}
+    config_file = folder / "launch.yaml"
+    config_file.write_text(yaml.safe_dump(config | {"use_cpu": True, "num_processes": processes}))
+    command = [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config_file),
+        str(PROGRAM),
+        str(folder),
+        str(job_file),
+    ]
+    return error_of(command, log)
 
 
-def launched_on_gpus(folder: Path, way: str, processes: int, jobs: list[dict[str, Any]]) -> str:
-    """The same on GPUs, under the configuration as it is shipped, but for the number of processes."""
+def launched_on_gpus(folder: Path, strategy: str, processes: int, jobs: list[dict[str, Any]]) -> str:
+    """Launch runs on GPUs, with the shipped configuration and this number of processes; returns as `launched`."""
     name = f"{jobs[0]['out']}{' again' if jobs[0].get('resume') else ''}"
-    told = folder / f"{name}.json"
-    told.write_text(json.dumps(jobs))
-    if way == "DDP" and processes == 1:  # which `accelerate launch` refuses
+    job_file = folder / f"{name}.json"
+    job_file.write_text(json.dumps(jobs))
+    if strategy == "DDP" and processes == 1:  # `accelerate launch` refuses it
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     else:
-        config = ROOT / "accelerate_configs" / f"{GPU_WAYS[way]}.yaml"
-        launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
-    seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes))) if VISIBLE is None else VISIBLE}
-    return said_by([*launcher, str(PROGRAM), str(folder), str(told)], folder / f"{name}.log", seen)
+        config_file = ROOT / "accelerate_configs" / f"{GPU_STRATEGIES[strategy]}.yaml"
+        launcher = ["accelerate.commands.launch", "--config_file", str(config_file), "--num_processes", str(processes)]
+    gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes))) if VISIBLE is None else VISIBLE}
+    return error_of([*launcher, str(PROGRAM), str(folder), str(job_file)], folder / f"{name}.log", gpus)
 
 
-def said_by(command: list[str], log: Path, changes: dict[str, str] | None = None) -> str:
-    """Of a module and its words, run: nothing, if it ended well; else the line that says why it did not."""
+def error_of(command: list[str], log: Path, changes: dict[str, str] | None = None) -> str:
+    """Run a Python module with arguments. Returns its error message, or "" if it succeeded.
+
+    changes: environment variables; None: those that keep DeepSpeed on the CPU.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"DS_ACCELERATOR": "cpu"} if changes is None else changes
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=900, check=False
         )
     except subprocess.TimeoutExpired:
         return "did not end within fifteen minutes"
-    log.write_text(done.stdout + done.stderr)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return "" if done.returncode == 0 else lines[0] if lines else f"failed, see {log.name}"
+    log.write_text(process.stdout + process.stderr)
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    return "" if process.returncode == 0 else lines[0] if lines else f"failed, see {log.name}"
 
 
-def identity(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[Job, str]:
-    """Each run by this process by itself: the line that refused it, or nothing."""
+def reference_runs(folder: Path, trained: dict[str, dict[str, Any]]) -> dict[Job, str]:
+    """Do each run in this process alone. Returns the message that refused it, or ""."""
     refused = {}
-    for stage, kind in itertools.product(STAGES, kinds):
+    for stage, name in itertools.product(STAGES, trained):
         try:
-            small_runs.run(stage, folder, f"{stage} {kind} alone", **kinds[kind])
-            refused[stage, kind] = ""
+            small_runs.run(stage, folder, f"{stage} {name} alone", **trained[name])
+            refused[stage, name] = ""
         except ValueError as error:
-            refused[stage, kind] = str(error)
+            refused[stage, name] = str(error)
     return refused
 
 
-def cells(folder: Path, way: str, processes: int, asked: Any) -> dict[Job, str]:
-    """How far off each run ended, or what refused it: all in one launch, and one by one from the first that is refused."""
-    out = {(stage, kind): f"{stage} {kind} {way} {processes}" for stage, kind in asked}
-    jobs = {each: job_of(each, way, out[each], KINDS) for each in asked}
-    launched(folder, way, processes, list(jobs.values()))
+def cells(folder: Path, strategy: str, processes: int, jobs: Sequence[Job]) -> dict[Job, str]:
+    """Return the table cell of each job.
+
+    All jobs share one launch; from the first refused one on, each has a separate launch.
+    """
+    out = {(stage, trained): f"{stage} {trained} {strategy} {processes}" for stage, trained in jobs}
+    specs = {job: job_spec(job, strategy, out[job], TRAINED) for job in jobs}
+    launched(folder, strategy, processes, list(specs.values()))
     found = {}
-    for each in asked:
-        fault = "" if finished(folder / out[each]) else launched(folder, way, processes, [jobs[each]])
-        found[each] = told_of(folder, each, out[each], fault)
-        print(f"{', '.join(each)}, {way}, {processes}: {found[each]}", flush=True)
+    for job in jobs:
+        error = ""
+        if not is_finished(folder / out[job]):
+            shutil.rmtree(folder / out[job], ignore_errors=True)
+            error = launched(folder, strategy, processes, [specs[job]])
+        found[job] = cell_of(folder, job, out[job], error)
+        print(f"{', '.join(job)}, {strategy}, {processes}: {found[job]}", flush=True)
     return found
 
 
-def finished(run: Path) -> bool:
-    """Whether a run came to its end; of one that did not, nothing is left to stand in the way of another try."""
-    done = (run / "recipe.yaml").is_file()
-    if not done:
-        shutil.rmtree(run, ignore_errors=True)
-    return done
+def is_finished(run: Path) -> bool:
+    """Whether the folder holds a finished run."""
+    return (run / "recipe.yaml").is_file()
 
 
-def told_of(folder: Path, job: Job, out: str, fault: str) -> str:
-    """A cell: what refused the run, or how far off it ended."""
-    words = fault.removeprefix("error: ").replace(f"{folder}/", "")
-    return f"refused: {words}" if fault else farthest(folder / f"{job[0]} {job[1]} alone", folder / out)
+def cell_of(folder: Path, job: Job, out: str, error: str) -> str:
+    """Return a table cell: the message that refused the run, or its largest difference to the reference run."""
+    message = error.removeprefix("error: ").replace(f"{folder}/", "")
+    return f"refused: {message}" if error else largest_difference(folder / f"{job[0]} {job[1]} alone", folder / out)
 
 
-def job_of(job: Job, way: str, out: str, kinds: dict[str, dict[str, Any]], **more: Any) -> dict[str, Any]:
-    stage, kind = job
-    # Bytes cannot be cut apart by FSDP, floating-point numbers can.
-    whole = {"bnb_4bit_quant_storage": "float32"} if kind == "4-bit" and way.startswith("FSDP") else {}
-    return {"stage": stage, "out": out, **kinds[kind], **whole, **more}
+def job_spec(job: Job, strategy: str, out: str, flags: dict[str, dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Return the run that small_runs.py does for a job: its stage, output folder and flags."""
+    stage, trained = job
+    # FSDP shards floating-point storage, not bytes.
+    storage = {"bnb_4bit_quant_storage": "float32"} if trained == "4-bit" and strategy.startswith("FSDP") else {}
+    return {"stage": stage, "out": out, **flags[trained], **storage, **more}
 
 
 def on_gpus(
-    folder: Path, way: str, processes: int, stage: str, kinds: Sequence[str], resumed: Sequence[str]
+    folder: Path, strategy: str, processes: int, stage: str, trained: Sequence[str], resumed: Sequence[str]
 ) -> dict[Job, tuple[str, str]]:
-    """Of each run on GPUs: what refused it, and what refused it when it went on after an error in its middle."""
-    names = {(stage, kind): f"{stage} {kind} {way} {processes}" for kind in kinds}
-    jobs = {each: job_of(each, way, out, GPU_KINDS) for each, out in names.items()}
-    launched_on_gpus(folder, way, processes, list(jobs.values()))
-    faults = {}
-    for each, out in names.items():
-        faults[each] = "" if finished(folder / out) else launched_on_gpus(folder, way, processes, [jobs[each]])
-    cut = {each: f"{names[each]} resumed" for each in names if not faults[each] and each[1] in resumed}
-    for each, out in cut.items():
-        launched_on_gpus(folder, way, processes, [job_of(each, way, out, GPU_KINDS, dies=[4, "error"])])
-    begun = {each: out for each, out in cut.items() if (folder / out / "checkpoint-4").is_dir()}
-    jobs = {each: job_of(each, way, out, GPU_KINDS, resume="auto") for each, out in begun.items()}
-    fault = launched_on_gpus(folder, way, processes, list(jobs.values())) if jobs else ""
-    broken = {each: "" if finished(folder / out) else fault for each, out in begun.items()}
-    return {each: (faults[each], broken.get(each, "no checkpoint was left" if each in cut else "")) for each in names}
+    """Run a stage on GPUs. Returns two messages for each job: why the run failed, and why the resumed run failed.
+
+    resumed: the kinds of trained weights whose runs are also interrupted by an error and resumed.
+    """
+    names = {(stage, name): f"{stage} {name} {strategy} {processes}" for name in trained}
+    specs = {job: job_spec(job, strategy, out, GPU_TRAINED) for job, out in names.items()}
+    launched_on_gpus(folder, strategy, processes, list(specs.values()))
+    errors = dict.fromkeys(names, "")
+    for job, out in names.items():
+        if not is_finished(folder / out):
+            shutil.rmtree(folder / out, ignore_errors=True)
+            errors[job] = launched_on_gpus(folder, strategy, processes, [specs[job]])
+    interrupted = {job: f"{names[job]} resumed" for job in names if not errors[job] and job[1] in resumed}
+    for job, out in interrupted.items():
+        spec = job_spec(job, strategy, out, GPU_TRAINED, dies=[4, "error"])
+        launched_on_gpus(folder, strategy, processes, [spec])
+    saved = {job: out for job, out in interrupted.items() if (folder / out / "checkpoint-4").is_dir()}
+    specs = {job: job_spec(job, strategy, out, GPU_TRAINED, resume="auto") for job, out in saved.items()}
+    error = launched_on_gpus(folder, strategy, processes, list(specs.values())) if specs else ""
+    resume_errors = {job: "" if is_finished(folder / out) else error for job, out in saved.items()}
+    missing = {job: "no checkpoint was left" if job in interrupted else "" for job in names}
+    return {job: (errors[job], resume_errors.get(job, missing[job])) for job in names}
 
 
 def gpu_tables(
-    folder: Path, places: list[tuple[str, int]], resumed: Sequence[str], keep: Callable[..., None]
+    folder: Path, places: list[tuple[str, int]], resumed: Sequence[str], save: Callable[..., None]
 ) -> list[str]:
-    """Every stage and kind at every place (a configuration and so many processes), many launches at a time; what there is
-    is kept whenever one has ended."""
-    said: dict[tuple[str, int, Job], tuple[str, str]] = {}
+    """Run every job at every place (strategy, number of processes), many launches at a time.
+
+    `save` gets the lines of the tables whenever a launch has ended.
+    """
+    results: dict[tuple[str, int, Job], tuple[str, str]] = {}
     lines: list[str] = []
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(LAUNCHES_AT_ONCE) as pool:
         running = {
-            pool.submit(on_gpus, folder, *place, stage, kinds, resumed): place
+            pool.submit(on_gpus, folder, *place, stage, trained, resumed): place
             for place, stage in itertools.product(places, STAGES)
-            for kinds in [LEARNS_ALL if stage == "pretrain" else list(GPU_KINDS)]
+            for trained in [ALL_WEIGHTS if stage == "pretrain" else list(GPU_TRAINED)]
         }
-        by_itself = identity(folder, GPU_KINDS)
-        for done in as_completed(running):
-            said |= {(*running[done], job): faults for job, faults in done.result().items()}
-            lines = gpu_lines(folder, places, by_itself, said, resumed)
-            keep(lines)
+        references = reference_runs(folder, GPU_TRAINED)
+        for future in as_completed(running):
+            results |= {(*running[future], job): errors for job, errors in future.result().items()}
+            lines = gpu_lines(folder, places, references, results, resumed)
+            save(lines)
     return lines
 
 
 def gpu_lines(
     folder: Path,
     places: list[tuple[str, int]],
-    by_itself: dict[Job, str],
-    said: dict[Any, tuple[str, str]],
-    resumed: Any,
+    references: dict[Job, str],
+    results: dict[Any, tuple[str, str]],
+    resumed: Sequence[str],
 ) -> list[str]:
-    first: dict[Job, list[str]] = {job: [] for job in by_itself}
-    again: dict[Job, list[str]] = {job: [] for job in by_itself if job[1] in resumed}
-    for job, (way, count) in itertools.product(by_itself, places):
-        out, refused = f"{job[0]} {job[1]} {way} {count}", by_itself[job]
-        if refused or (way, count, job) not in said:
-            cell = near = f"refused: {refused}" if refused else "not reached"
+    """Return the lines of the two tables: whole runs, and resumed runs."""
+    whole: dict[Job, list[str]] = {job: [] for job in references}
+    again: dict[Job, list[str]] = {job: [] for job in references if job[1] in resumed}
+    for job, (strategy, count) in itertools.product(references, places):
+        out, refused = f"{job[0]} {job[1]} {strategy} {count}", references[job]
+        if refused or (strategy, count, job) not in results:
+            cell = resumed_cell = f"refused: {refused}" if refused else "not reached"
         else:
-            fault, broken = said[way, count, job]
-            broken = fault or broken
-            cell, near = told_of(folder, job, out, fault), f"refused: {broken}"
-            if job in again and not broken:
-                near = farthest(folder / out, folder / f"{out} resumed")
-        first[job].append(cell)
+            error, resume_error = results[strategy, count, job]
+            resume_error = error or resume_error
+            cell, resumed_cell = cell_of(folder, job, out, error), f"refused: {resume_error}"
+            if job in again and not resume_error:
+                resumed_cell = largest_difference(folder / out, folder / f"{out} resumed")
+        whole[job].append(cell)
         if job in again:
-            again[job].append(near)
-    columns = [f"{way}, {count}" for way, count in places]
-    head = "Broken off by an error after four steps, and gone on with by --resume auto: how far off the run that went through"
-    return [*table(columns, first), *(["", f"{head}:", "", *table(columns, again)] if again else [])]
+            again[job].append(resumed_cell)
+    columns = [f"{strategy}, {count}" for strategy, count in places]
+    head = "Interrupted by an error after four steps and resumed with --resume auto, compared with the whole run"
+    return [*table(columns, whole), *(["", f"{head}:", "", *table(columns, again)] if again else [])]
 
 
 def table(columns: Iterable[str], found: dict[Job, list[str]]) -> list[str]:
-    """Rows of cells; what refused a run stands below, once."""
+    """Return the lines of a table; messages that refused a run are numbered below it."""
     columns = list(columns)
     lines = ["| stage | trained | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
-    refused = list(dict.fromkeys(said for row in found.values() for said in row if said.startswith("refused")))
-    for (stage, kind), row in found.items():
-        told = [f"refused ({refused.index(said) + 1})" if said in refused else said for said in row]
-        lines.append(f"| {stage} | {kind} | " + " | ".join(told) + " |")
-    return [*lines, "", *(f"{number}. {words.removeprefix('refused: ')}" for number, words in enumerate(refused, 1))]
+    messages = list(dict.fromkeys(cell for row in found.values() for cell in row if cell.startswith("refused")))
+    for (stage, trained), row in found.items():
+        numbered = [f"refused ({messages.index(cell) + 1})" if cell in messages else cell for cell in row]
+        lines.append(f"| {stage} | {trained} | " + " | ".join(numbered) + " |")
+    notes = [f"{number}. {message.removeprefix('refused: ')}" for number, message in enumerate(messages, 1)]
+    return [*lines, "", *notes]
 
 
-def farthest(one: Path, other: Path) -> str:
+def largest_difference(one: Path, other: Path) -> str:
+    """Return the largest difference of any weight between two runs."""
     return f"{small_runs.farthest(small_runs.weights_in(one), small_runs.weights_in(other)):.0e}"
 
 
 def fsdp2(folder: Path, processes: int) -> list[str]:
-    """PPO whose weights are cut apart among processes: what is trained, and how far off that ended."""
+    """Run PPO under FSDP2 applied directly. Returns a line for each case."""
     place = folder / f"FSDP2 {processes}"
     shutil.copytree(folder / "model", place / "policy")
     shutil.copytree(folder / "reward_model", place / "reward_model")
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(SHARDED), str(place)]
-    if fault := said_by(launch, place / "run.log"):
-        return [f"- {processes} processes: {fault}"]
+    if error := error_of(launch, place / "run.log"):
+        return [f"- {processes} processes: {error}"]
     lines = []
     for case in train_ppo_fsdp.CASES:
         trainer = train_ppo_fsdp.made(place, f"{case} alone", case)
         trainer.train()
         trainer.save_model()
-        found = farthest(place / f"{case} alone", place / f"{case} sharded")
-        again = farthest(place / f"{case} sharded", place / f"{case} resumed")
-        lines.append(f"- {case}, {processes} processes: {found}; resumed in the middle of an update: {again}")
+        whole = largest_difference(place / f"{case} alone", place / f"{case} sharded")
+        again = largest_difference(place / f"{case} sharded", place / f"{case} resumed")
+        lines.append(f"- {case}, {processes} processes: {whole}; resumed in the middle of an update: {again}")
     return lines
 
 
 def main() -> None:
+    """Run everything, print the tables, and write them to processes.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--ways", nargs="+", choices=sorted({*WAYS, *GPU_WAYS}))
-    parser.add_argument("--once", action="store_true", help="with --gpu: nothing is broken off and resumed")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of CPU processes")
+    parser.add_argument("--strategies", nargs="+", choices=sorted({*STRATEGIES, *GPU_STRATEGIES}))
+    parser.add_argument("--once", action="store_true", help="with --gpu: interrupt and resume no run")
     parser.add_argument(
-        "--gpu", action="store_true", help="on GPUs: one process, and one for each of them; --processes is for CPUs"
+        "--gpu", action="store_true", help="on GPUs: one process, and one per GPU; --processes is for CPUs"
     )
-    asked = parser.parse_args()
-    if wrong := {*(asked.ways or ())} - {*(GPU_WAYS if asked.gpu else WAYS)}:
-        parser.error(f"{', '.join(sorted(wrong))}: for runs {'without' if asked.gpu else 'with'} --gpu")
-    folder, seen = asked.output_dir.absolute(), hardware_seen()
-    able = importlib.util.find_spec("deepspeed") is not None
-    ways = [way for way in asked.ways or (GPU_WAYS if asked.gpu else WAYS) if able or not way.startswith("ZeRO")]
-    head = f"{datetime.date.today()}, {seen}, torch {torch.__version__}"
-    head += "." if asked.gpu else "; one thread a process."
+    options = parser.parse_args()
+    allowed = GPU_STRATEGIES if options.gpu else STRATEGIES
+    if wrong := {*(options.strategies or ())} - {*allowed}:
+        parser.error(f"{', '.join(sorted(wrong))}: not {'with' if options.gpu else 'without'} --gpu")
+    folder, hardware = options.output_dir.absolute(), hardware_seen()
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    strategies = [name for name in options.strategies or allowed if has_deepspeed or not name.startswith("ZeRO")]
+    head = f"{datetime.date.today()}, {hardware}, torch {torch.__version__}"
+    head += "." if options.gpu else "; one thread per process."
 
-    def keep(lines: list[str]) -> None:
+    def save(lines: list[str]) -> None:
         (folder / "processes.md").write_text("\n".join([head, "", *lines, ""]), encoding="utf-8")
 
-    if asked.gpu:
-        if " x " not in seen:
-            parser.error("there is no GPU here; leave --gpu out")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that what this process runs itself runs on the CPU
-        counts = sorted({1, int(seen.split(" x ")[0])})
+    if options.gpu:
+        if " x " not in hardware:
+            parser.error("no GPU found; leave --gpu out")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the reference runs of this process are on the CPU
+        counts = sorted({1, int(hardware.split(" x ")[0])})
         prepare(folder)
-        places = [(way, count) for way in ways for count in counts if count == 1 or way != "one GPU"]
-        lines = gpu_tables(folder, places, () if asked.once else RESUMED, keep)
+        places = [(name, count) for name in strategies for count in counts if count == 1 or name != "one GPU"]
+        lines = gpu_tables(folder, places, () if options.once else RESUMED, save)
     else:
         prepare(folder)
-        lines = cpu_tables(folder, ways, asked.processes)
-    keep(lines)
+        lines = cpu_tables(folder, strategies, options.processes)
+    save(lines)
     print("\n".join([head, "", *lines]))
 
 
 def hardware_seen() -> str:
-    """What a process would run on; asked of one of its own, since a process that has looked at a GPU keeps seeing it."""
-    asked = (
-        "import torch; torch.set_num_threads(1); from rlhf_recipes.system import hardware; print(describe_hardware())"
-    )
+    """Describe the hardware, in a separate process: a process that has used a GPU cannot hide it later."""
+    lines = ("import torch", "from rlhf_recipes.system import describe_hardware")
+    program = "\n".join([*lines, "torch.set_num_threads(1)", "print(describe_hardware())"])
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-c", asked],
+        [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         check=True,
@@ -330,22 +361,18 @@ def hardware_seen() -> str:
     ).stdout.strip()
 
 
-def cpu_tables(folder: Path, ways: list[str], counts: list[int]) -> list[str]:
-    """Every stage, kind and way, one after the other; PPO under native FSDP2."""
-    found: dict[Job, list[str]] = {
-        each: [f"refused: {why}"] * len(ways) * len(counts) if why else []
-        for each, why in identity(folder, KINDS).items()
+def cpu_tables(folder: Path, strategies: list[str], counts: list[int]) -> list[str]:
+    """Run every job under every strategy with each number of processes, and PPO under FSDP2 applied directly."""
+    rows: dict[Job, list[str]] = {
+        job: [f"refused: {message}"] * len(strategies) * len(counts) if message else []
+        for job, message in reference_runs(folder, TRAINED).items()
     }
-    fitting = [each for each, said in found.items() if not said]
-    for way, count in itertools.product(ways, counts):
-        for each, said in cells(folder, way, count, fitting).items():
-            found[each].append(said)
-    lines = [
-        *table([f"{way}, {count}" for way in ways for count in counts], found),
-        "",
-        "PPO under FSDP2 applied natively:",
-        "",
-    ]
+    possible = [job for job, row in rows.items() if not row]
+    for strategy, count in itertools.product(strategies, counts):
+        for job, cell in cells(folder, strategy, count, possible).items():
+            rows[job].append(cell)
+    columns = [f"{strategy}, {count}" for strategy in strategies for count in counts]
+    lines = [*table(columns, rows), "", "PPO under FSDP2 applied directly:", ""]
     for count in counts:
         lines += fsdp2(folder, count) if count > 1 else []
     return lines
