@@ -1,4 +1,4 @@
-"""What must hold of prompts in every form, and of reward models that read another tongue than the policy."""
+"""Tests of prompts in every format, and of reward models whose tokenizer differs from the policy's."""
 
 import json
 from collections.abc import Callable
@@ -23,21 +23,22 @@ def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two state dicts are equal, bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# 12: prompts.
+# Prompts.
 
 CHAT = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Hello {row}"}] for row in range(8)]
 IDS = [[SYSTEM, *b"Be kind.", END, USER, *f"Hello {row}".encode(), END, ASSISTANT] for row in range(8)]
-WIDE = [[PAD] * (row % 3) + ids + [PAD] * (2 - row % 3) for row, ids in enumerate(IDS)]
-MASK = [[int(token != PAD) for token in ids] for ids in WIDE]
-FORMS: dict[str, Any] = {
+PADDED = [[PAD] * (row % 3) + ids + [PAD] * (2 - row % 3) for row, ids in enumerate(IDS)]
+MASK = [[int(token != PAD) for token in ids] for ids in PADDED]
+FORMATS: dict[str, Any] = {
     "text": [{"prompt": f"<|system|>Be kind.<|end|><|user|>Hello {row}<|end|><|assistant|>"} for row in range(8)],
     "messages": [{"prompt": messages} for messages in CHAT],
     "ids": [{"input_ids": ids} for ids in IDS],
     "ids as prompt": [{"prompt": ids} for ids in IDS],
-    "padded ids": [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(WIDE, MASK, strict=True)],
+    "padded ids": [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(PADDED, MASK, strict=True)],
     "tensors": Dataset.from_list([{"input_ids": ids} for ids in IDS]).with_format("torch"),
     "arrays": Dataset.from_list([{"input_ids": ids} for ids in IDS]).with_format("numpy"),
     "stream": Dataset.from_list([{"prompt": messages} for messages in CHAT]).to_iterable_dataset(),
@@ -47,43 +48,45 @@ FORMS: dict[str, Any] = {
 def test_all_prompt_formats_give_the_same_ids_and_weights(
     make_trainer: Make, make_policy: Make, recorder: type, weights_of: Make
 ) -> None:
-    """The ids are written out by hand: the chat template stands there once. The same training follows, bit for bit."""
-    found = {}
-    for form, rows in FORMS.items():
-        trainer = make_trainer(make_policy(n_layer=1), rows=rows, kind=recorder, max_steps=1, num_ppo_epochs=1)
+    """The ids are those written by hand, with the chat template once; the trained weights are equal bit for bit."""
+    weights = {}
+    for name, rows in FORMATS.items():
+        trainer = make_trainer(
+            make_policy(n_layer=1), rows=rows, trainer_class=recorder, max_steps=1, num_ppo_epochs=1
+        )
         trainer.train()
-        assert sorted(trainer.played[0][1]) == sorted(IDS), form
-        found[form] = weights_of(trainer.model)
-    assert [form for form in FORMS if not same(found["text"], found[form])] == []
+        assert sorted(trainer.generated[0][1]) == sorted(IDS), name
+        weights[name] = weights_of(trainer.model)
+    assert [name for name in FORMATS if not same(weights["text"], weights[name])] == []
 
 
 def test_reward_model_reads_the_chat_template_once(
     make_trainer: Make, make_reward_model: Make, recorder: type
 ) -> None:
-    reward_model, seen = make_reward_model(3), []
+    reward_model, rows = make_reward_model(3), []
     reward_model.register_forward_pre_hook(
-        lambda module, args, given: seen.extend(given["input_ids"].tolist()), with_kwargs=True
+        lambda module, args, kwargs: rows.extend(kwargs["input_ids"].tolist()), with_kwargs=True
     )
-    trainer = make_trainer(None, reward_model, rows=FORMS["messages"], kind=recorder, max_steps=1)
+    trainer = make_trainer(None, reward_model, rows=FORMATS["messages"], trainer_class=recorder, max_steps=1)
     trainer.train()
-    _, queries, answers = trainer.played[0]
-    whole = [[*query, *ids] for query, ids in zip(queries, answers.ids, strict=True)]
-    assert sorted([token for token in row if token != PAD] for row in seen) == sorted(whole)
-    assert sorted(queries) == sorted(IDS) and all(row.count(USER) == row.count(ASSISTANT) == 1 for row in seen)
+    _, queries, answers = trainer.generated[0]
+    episodes = [[*query, *ids] for query, ids in zip(queries, answers.ids, strict=True)]
+    assert sorted([token for token in row if token != PAD] for row in rows) == sorted(episodes)
+    assert sorted(queries) == sorted(IDS) and all(row.count(USER) == row.count(ASSISTANT) == 1 for row in rows)
 
 
 def test_extra_columns_cause_no_error(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
-    """Whatever they hold and whatever they are called; a column that some rows lack is None there."""
+    """Columns may have any name and any values; a column that a row lacks is None for this row."""
     calls: list[dict[str, Any]] = []
 
-    def watch(**given: Any) -> list[float]:
-        calls.append(given)
+    def record(**columns: Any) -> list[float]:
+        calls.append(columns)
         return [0.0] * 8
 
-    async def patient(**given: Any) -> list[float]:
-        return watch(**given)
+    async def record_async(**columns: Any) -> list[float]:
+        return record(**columns)
 
-    odd = {
+    extra = {
         "dict": {"a": [1]},
         "none": None,
         "list": [[], "x"],
@@ -92,16 +95,18 @@ def test_extra_columns_cause_no_error(make_trainer: Make, make_reward_model: Mak
         "completion": "c",
         "seed": 1,
     }
-    taken = dict.fromkeys(("prompts", "completions", "prompt_ids", "completion_ids", "attention_mask", "self"), 0)
-    rows = [{"prompt": f"Q{row}", **odd, **taken, **({"some": row} if row % 2 else {})} for row in range(8)]
-    trainer = make_trainer(None, [watch, patient, make_reward_model()], rows=rows, kind=recorder, max_steps=1)
+    reserved = dict.fromkeys(("prompts", "completions", "prompt_ids", "completion_ids", "attention_mask", "self"), 0)
+    rows = [{"prompt": f"Q{row}", **extra, **reserved, **({"some": row} if row % 2 else {})} for row in range(8)]
+    trainer = make_trainer(
+        None, [record, record_async, make_reward_model()], rows=rows, trainer_class=recorder, max_steps=1
+    )
     trainer.train()
-    _, queries, answers = trainer.played[0]
+    _, queries, answers = trainer.generated[0]
     for call in calls:
         numbers = [int(bytes(query[1:])) for query in queries]
-        assert set(call) == {"prompts", "completions", "completion_ids", *odd, "some"} and len(calls) == 2
+        assert set(call) == {"prompts", "completions", "completion_ids", *extra, "some"} and len(calls) == 2
         assert call["prompts"] == [f"Q{number}" for number in numbers] and call["completion_ids"] == answers.ids
-        assert all(call[name] == [value] * 8 for name, value in odd.items())
+        assert all(call[name] == [value] * 8 for name, value in extra.items())
         assert call["some"] == [number if number % 2 else None for number in numbers]
 
 
@@ -115,7 +120,7 @@ def test_extra_columns_cause_no_error(make_trainer: Make, make_reward_model: Mak
         ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "an empty prompt"),
         ({"input_ids": [1, 2], "attention_mask": [1]}, "2 input_ids and an attention_mask of 1"),
     ],
-    ids=["None", "number", "no ids", "texts", "padding alone", "another mask"],
+    ids=["None", "number", "no ids", "list of texts", "padding only", "mask of another length"],
 )
 def test_invalid_prompts_are_one_line_errors(make_trainer: Make, row: dict[str, Any], message: str) -> None:
     good = {"prompt": "Hello"} if "prompt" in row else {"input_ids": [72], "attention_mask": [1]}
@@ -124,12 +129,15 @@ def test_invalid_prompts_are_one_line_errors(make_trainer: Make, row: dict[str, 
     assert "\n" not in str(raised.value)
 
 
-# 15: reward models of another tongue.
+# Reward models with another tokenizer.
 
 
 @pytest.fixture(scope="module")
-def foreign(make_tokenizer: Make) -> Any:
-    """A tokenizer in which byte b has the id 299 - b; its template marks turns by letters, and breaks the line last."""
+def other_tokenizer(make_tokenizer: Make) -> Any:
+    """Return a tokenizer in which byte b has the id 299 - b.
+
+    Its template writes a turn as its role's first letter, `=`, the text, EOS for the assistant, and a line break.
+    """
     state = json.loads(make_tokenizer().backend_tokenizer.to_str())
     state["model"]["vocab"] = {token: 299 - number for token, number in state["model"]["vocab"].items()}
     state["added_tokens"] = [{**state["added_tokens"][0], "id": 0, "content": "</s>"}]
@@ -142,8 +150,8 @@ def foreign(make_tokenizer: Make) -> Any:
     return tokenizer
 
 
-def read_by_hand(reward_model: Any, text: str) -> float:
-    """The score of a text in the foreign tokenizer's ids, from the states of the reward model's trunk, in float64."""
+def score_by_hand(reward_model: Any, text: str) -> float:
+    """Score a text in the other tokenizer's ids, in float64 from the states of the reward model's trunk."""
     parts = [[299 - byte for byte in part.encode()] for part in text.split("</s>")]
     ids = [number for part in parts for number in [*part, 0]][:-1]
     with torch.no_grad():
@@ -152,59 +160,61 @@ def read_by_hand(reward_model: Any, text: str) -> float:
 
 
 @pytest.mark.parametrize("prompts", ["messages", "text"])
-@pytest.mark.parametrize("given", ["model", "folder"])
+@pytest.mark.parametrize("source", ["model", "folder"])
 def test_reward_model_reads_text_with_its_tokenizer_and_template(
-    make_trainer: Make, make_policy: Make, make_reward_model: Make, recorder: type, foreign: Any, tmp_path: Path, prompts: str,
-    given: str,
+    make_trainer: Make, make_policy: Make, make_reward_model: Make, recorder: type, other_tokenizer: Any, tmp_path: Path,
+    prompts: str, source: str,
 ) -> None:  # fmt: skip
-    """Turns in its own template, closed by its own EOS only where the policy had ended its answer."""
+    """Turns are written in its template, with its EOS only if the policy has ended its answer."""
     model, reward_model = make_policy(), make_reward_model(3, vocab_size=300, initializer_range=0.2, pad_token_id=1)
     model.lm_head.weight.data[EOS] *= 40
-    chosen: dict[str, Any] = {"reward_processing_classes": [None, foreign]}
-    if given == "folder":
+    options: dict[str, Any] = {"reward_processing_classes": [None, other_tokenizer]}
+    if source == "folder":
         reward_model.save_pretrained(tmp_path / "reward_model")
-        foreign.save_pretrained(tmp_path / "reward_model")
-        chosen = {}
+        other_tokenizer.save_pretrained(tmp_path / "reward_model")
+        options = {}
     rows = [
         {"prompt": [{"role": "user", "content": f"Hé {row}"}] if prompts == "messages" else f"Hé {row}: "}
         for row in range(16)
     ]
-    source = reward_model if given == "model" else str(tmp_path / "reward_model")
+    reward = reward_model if source == "model" else str(tmp_path / "reward_model")
     trainer = make_trainer(
         model,
-        [low_share, source],
+        [low_share, reward],
         rows=rows,
-        kind=recorder,
+        trainer_class=recorder,
         per_device_train_batch_size=16,
         stop_token="eos",
-        **chosen,
+        **options,
     )
     trainer.train()
-    (scored,), (_, queries, answers) = trainer.scored, trainer.played[0]
+    (scored,), (_, queries, answers) = trainer.scored, trainer.generated[0]
     assert list(scored) == ["low_share", "reward_model"] and set(answers.stopped) == {True, False}
     for query, ids, ended, score in zip(queries, answers.ids, answers.stopped, scored["reward_model"], strict=True):
-        asked, answer = (
+        prompt, answer = (
             bytes(token for token in part if token < 256).decode(errors="replace") for part in (query, ids)
         )
-        text = f"u={asked}\na={answer}" if prompts == "messages" else asked + answer
-        closed = text + ("</s>\n" if prompts == "messages" else "</s>")
-        assert score == pytest.approx(read_by_hand(reward_model, closed if ended else text), abs=1e-4)
+        text = f"u={prompt}\na={answer}" if prompts == "messages" else prompt + answer
+        ended_text = text + ("</s>\n" if prompts == "messages" else "</s>")
+        assert score == pytest.approx(score_by_hand(reward_model, ended_text if ended else text), abs=1e-4)
     assert np.std(scored["reward_model"]) > 0.05
 
 
 def test_undeclared_vocabulary_mismatch_is_refused(
     make_trainer: Make, make_reward_model: Make, recorder: type, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Before anything is written; who declares that the reward model reads the policy's ids is believed."""
+    """The error comes before any file is written. A declared tokenizer is used without this check."""
     reward_model = make_reward_model(3, vocab_size=300)
     with pytest.raises(
         UserError, match=r"300 token embeddings and the policy 262.*reward_processing_classes"
     ) as raised:
         make_trainer(None, [low_share, reward_model])
     assert "\n" not in str(raised.value) and not any(path.is_file() for path in tmp_path.rglob("*"))
-    trainer = make_trainer(None, reward_model, reward_processing_classes=tokenizer, kind=recorder, max_steps=1)
+    trainer = make_trainer(
+        None, reward_model, reward_processing_classes=tokenizer, trainer_class=recorder, max_steps=1
+    )
     trainer.train()
-    (scores,), (_, queries, answers) = trainer.scored[0].values(), trainer.played[0]
+    (scores,), (_, queries, answers) = trainer.scored[0].values(), trainer.generated[0]
     for query, ids, score in zip(queries, answers.ids, scores, strict=True):
         with torch.no_grad():
             assert score == pytest.approx(reward_model(torch.tensor([[*query, *ids]])).logits.item(), abs=1e-5)
@@ -218,17 +228,19 @@ def test_pad_token_beyond_the_embedding_changes_nothing(
     recorder: type,
     weights_of: Make,
 ) -> None:
-    """`[PAD]` is added without a new row in any embedding; in the last run the reward model believes in it, too."""
-    padded = make_tokenizer()
-    padded.add_special_tokens({"pad_token": "[PAD]"})
-    assert padded.pad_token_id == 262 == make_policy().config.vocab_size
-    found = []
-    for tokenizer, pad in ((make_tokenizer(), PAD), (padded, PAD), (padded, 262)):
+    """`[PAD]` is added without a new embedding row; in the last run it is the reward model's pad_token_id, too."""
+    extended = make_tokenizer()
+    extended.add_special_tokens({"pad_token": "[PAD]"})
+    assert extended.pad_token_id == 262 == make_policy().config.vocab_size
+    runs = []
+    for tokenizer, pad in ((make_tokenizer(), PAD), (extended, PAD), (extended, 262)):
         reward_model = make_reward_model(3, initializer_range=0.2, pad_token_id=pad)
-        trainer = make_trainer(None, reward_model, kind=recorder, processing_class=tokenizer, num_ppo_epochs=1)
+        trainer = make_trainer(
+            None, reward_model, trainer_class=recorder, processing_class=tokenizer, num_ppo_epochs=1
+        )
         trainer.train()
-        found.append(
+        runs.append(
             (weights_of(trainer.model), [score for scores in trainer.scored for score in scores["reward_model"]])
         )
-    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
-    assert found[2][1] == pytest.approx(found[0][1], abs=1e-5)
+    assert same(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1]
+    assert runs[2][1] == pytest.approx(runs[0][1], abs=1e-5)

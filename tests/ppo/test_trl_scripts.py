@@ -1,4 +1,4 @@
-"""Point 26: a script written for TRL's PPOTrainer, in which only the import is another."""
+"""Tests of compatibility with TRL: a script for its PPOTrainer runs with only the import changed."""
 
 import json
 from collections.abc import Callable
@@ -23,14 +23,14 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def folder(make_policy: Make, make_reward_model: Make, tokenizer: Any, tmp_path: Path) -> Path:
-    """A policy and a reward model whose tokenizer has no pad token yet, and prompts to train and to look at."""
-    plain = json.loads((Path(tokenizer.save_pretrained(tmp_path / "policy")[0])).read_text())
-    plain.pop("pad_token")
+    """Return a folder with a policy and a reward model without a pad token, and prompts for training and evaluation."""
+    tokenizer_config = json.loads((Path(tokenizer.save_pretrained(tmp_path / "policy")[0])).read_text())
+    tokenizer_config.pop("pad_token")
     for name, model in (("policy", make_policy(0, initializer_range=0.1)), ("reward_model", make_reward_model(3))):
         model.config.pad_token_id = None
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(plain))
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     (tmp_path / "data").mkdir()
     for split, rows in (("train", 40), ("test", 6)):
         lines = [json.dumps({"prompt": f"{'so ' * (row % 3)}{row}", "other": row}) for row in range(rows)]
@@ -38,10 +38,10 @@ def folder(make_policy: Make, make_reward_model: Make, tokenizer: Any, tmp_path:
     return tmp_path
 
 
-def script(words: list[str]) -> Any:
-    """What such a script does, in order: parse, load four models, add a pad token, tokenize, train, save, look."""
+def script(arguments: list[str]) -> Any:
+    """Do what such a script does: parse, load four models, add a pad token, tokenize, train, save, print samples."""
     data, training, model = HfArgumentParser((ScriptArguments, PPOConfig, ModelConfig)).parse_args_into_dataclasses(
-        words
+        arguments
     )
     assert get_quantization_config(model) is None
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, padding_side="left")
@@ -74,7 +74,7 @@ def script(words: list[str]) -> Any:
 def test_a_trl_ppo_script_runs_with_only_the_import_changed(
     adapter: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = (
+    arguments = (
         "--dataset_name data --model_name_or_path policy --sft_model_path policy --reward_model_path reward_model "
         "--output_dir out --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --total_episodes 24 "
         "--num_ppo_epochs 2 --response_length 6 --missing_eos_penalty 1.0 --stop_token eos --eval_strategy steps "
@@ -82,23 +82,23 @@ def test_a_trl_ppo_script_runs_with_only_the_import_changed(
         "--kl_estimator k3 --num_sample_generations 2 --ds3_gather_for_generation false"
     )
     monkeypatch.chdir(folder)
-    trainer = script(words.split() + ("--use_peft --lora_target_modules c_attn c_proj".split() if adapter else []))
+    trainer = script(arguments.split() + ("--use_peft --lora_target_modules c_attn c_proj".split() if adapter else []))
     capsys.readouterr()
     assert trainer.state.global_step == 3 * 2
-    held_out = [entry["step"] for entry in trainer.state.log_history if "eval_objective/scores" in entry]
-    assert held_out == [2, 4, 6]
+    eval_steps = [entry["step"] for entry in trainer.state.log_history if "eval_objective/scores" in entry]
+    assert eval_steps == [2, 4, 6]
     loaded = AutoModelForCausalLM.from_pretrained(folder / "out")
-    started = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    initial = AutoModelForCausalLM.from_pretrained(folder / "policy")
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
-        after, before = loaded(ids).logits, started(ids).logits
+        after, before = loaded(ids).logits, initial(ids).logits
         torch.testing.assert_close(after, trainer.model.policy.eval()(ids).logits)
     assert (after - before).abs().max() > 1e-3
     AutoModelForSequenceClassification.from_pretrained(folder / "out" / "value_model", num_labels=1)
 
 
 def test_config_has_every_field_and_default_of_trls_last_ppo_config() -> None:
-    theirs = {
+    trl_defaults = {
         "learning_rate": 3e-6, "num_ppo_epochs": 4, "num_mini_batches": 1, "total_episodes": None, "response_length": 53,
         "stop_token": None, "stop_token_id": None, "temperature": 0.7, "missing_eos_penalty": None, "kl_coef": 0.05,
         "kl_estimator": "k1", "cliprange": 0.2, "vf_coef": 0.1, "cliprange_value": 0.2, "gamma": 1.0, "lam": 0.95,
@@ -106,5 +106,5 @@ def test_config_has_every_field_and_default_of_trls_last_ppo_config() -> None:
         "dataset_num_proc": None, "sft_model_path": None, "reward_model_path": None, "model_adapter_name": None,
         "ref_adapter_name": None, "ds3_gather_for_generation": True,
     }  # fmt: skip
-    ours = PPOConfig(output_dir="unused")
-    assert {name: getattr(ours, name) for name in theirs} == theirs
+    config = PPOConfig(output_dir="unused")
+    assert {name: getattr(config, name) for name in trl_defaults} == trl_defaults
