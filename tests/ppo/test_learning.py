@@ -48,7 +48,7 @@ def test_kl_penalty_keeps_the_policy_close_to_the_reference(make_trainer: Make) 
     assert free_scores[-1] > penalized_scores[-1]
 
 
-@pytest.mark.parametrize("case", ["LoRA, value adapter", "reward model reward", "left-over generation_config"])
+@pytest.mark.parametrize("case", ["LoRA, value adapter", "reward from a reward model", "left-over generation_config"])
 def test_score_rises_in_three_setups(case: str, tmp_path: Path) -> None:
     first, last = matrix.run(case, 0, tmp_path)
     assert last > first + 0.1

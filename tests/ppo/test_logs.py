@@ -1,4 +1,4 @@
-"""What must hold of what a run tells: samples, times, and hints that speak of a history that is off and of no other."""
+"""Tests of logs: samples, times, and hints, which appear for a problem in the metrics and for nothing else."""
 
 import inspect
 import json
@@ -18,16 +18,17 @@ from rlhf_recipes.ppo.logging.hints import HINTS, Hints
 Make = Callable[..., Any]
 
 
-def lines_of(trainer: Any) -> list[dict[str, Any]]:
+def completions_of(trainer: Any) -> list[dict[str, Any]]:
+    """Return the rows of the run's completions file."""
     text = (Path(trainer.args.output_dir) / "completions.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
 
 
-# 24: samples and times.
+# Samples and times.
 
 
 class Board(TrainerCallback):
-    """Reporters as Trainer knows them, which note what they are given."""
+    """A stand-in for TensorBoard's callback that records texts and logs."""
 
     def __init__(self) -> None:
         self.texts: list[tuple[str, str, int]] = []
@@ -39,7 +40,7 @@ class Board(TrainerCallback):
 
 
 class Tables(TrainerCallback):
-    """Weights & Biases or Trackio, as their callbacks hold them."""
+    """A stand-in for the callback of Weights & Biases or Trackio that records tables."""
 
     def __init__(self, name: str) -> None:
         self.tables: list[Any] = []
@@ -50,9 +51,9 @@ class Tables(TrainerCallback):
 
 
 def test_reporter_stand_ins_match_the_callbacks_of_transformers() -> None:
-    """What the stand-ins above have, the real ones have, too."""
-    made = {TensorBoardCallback: "tb_writer", WandbCallback: "_wandb", TrackioCallback: "_trackio"}
-    assert all(f"self.{name} = " in inspect.getsource(kind) for kind, name in made.items())
+    """The attributes of the stand-ins above exist in the real callbacks."""
+    attributes = {TensorBoardCallback: "tb_writer", WandbCallback: "_wandb", TrackioCallback: "_trackio"}
+    assert all(f"self.{name} = " in inspect.getsource(callback) for callback, name in attributes.items())
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_reporter_stand_ins_match_the_callbacks_of_transformers() -> None:
 def test_samples_are_logged_num_sample_generations_times(
     make_trainer: Make, times: int, updates: int, logging_steps: int, shown: list[int]
 ) -> None:
-    """From the first update on, evenly, and as a table of what that update answered."""
+    """At even distances from the first update on, as a table of the answers of that update."""
     board, wandb, trackio = Board(), Tables("_wandb"), Tables("_trackio")
     trainer = make_trainer(
         num_sample_generations=times, rows=updates * 2, per_device_train_batch_size=2, num_ppo_epochs=1,
@@ -78,9 +79,9 @@ def test_samples_are_logged_num_sample_generations_times(
     trainer.train()
     assert [step for _, _, step in board.texts] == shown and wandb.tables == trackio.tables
     for (tag, text, step), table in zip(board.texts, wandb.tables, strict=True):
-        rows = [row for row in lines_of(trainer) if row.pop("update") == step - 1]
-        head, rule, *lines = text.split("\n")
-        assert tag == "completions" and head == "prompt | completion | tokens | stopped | low_share"
+        rows = [row for row in completions_of(trainer) if row.pop("update") == step - 1]
+        header, rule, *lines = text.split("\n")
+        assert tag == "completions" and header == "prompt | completion | tokens | stopped | low_share"
         assert set(rule) == set("-| ") and len(lines) == len(rows) == 2
         for line, row in zip(lines, rows, strict=True):
             assert line == " | ".join(str(value).replace("\n", " ") for value in row.values())
@@ -90,7 +91,7 @@ def test_samples_are_logged_num_sample_generations_times(
 def test_times_speed_and_gradient_norms_reach_every_reporter(
     make_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that moves on by a second each time it is read; answering held-out prompts is no part of a rollout."""
+    """Read a clock that advances by one second per call; evaluation is not part of the rollout's time."""
     board = Board()
     trainer = make_trainer(
         callbacks=[board],
@@ -115,14 +116,14 @@ def test_times_speed_and_gradient_norms_reach_every_reporter(
         assert logs["eps"] == 2 and speed == pytest.approx(8 * logs["completions/mean_length"] / 4)
 
 
-# 24: hints.
+# Hints.
 
 HEALTHY = {
     "objective/kl": 3.0, "objective/scores": 0.5, "rewards/reward_model": 0.5, "rewards/gold": 1.0, "val/ratio": 1.01,
     "policy/clipfrac_avg": 0.1, "policy/entropy_avg": 2.0, "loss/value_avg": 0.2, "val/explained_variance": 0.3,
     "completions/mean_length": 30.0, "completions/eos_share": 0.9, "val/skipped_steps": 0.0,
 }  # fmt: skip
-# What is off, what is still well, and a piece of what is then said.
+# Metrics with a problem, metrics just within the limit, and a part of the hint.
 Case = tuple[dict[str, float], dict[str, float], str]
 CASES: dict[str, Case] = {
     "KL runaway": ({"objective/kl": 21.0}, {"objective/kl": 19.0}, "21.0 nats"),
@@ -149,8 +150,8 @@ CASES: dict[str, Case] = {
 }
 
 
-def said_of(hints: Hints, caplog: pytest.LogCaptureFixture, *updates: dict[str, float]) -> list[str]:
-    """What is logged as warnings while so many updates are logged by Trainer."""
+def hints_for(hints: Hints, caplog: pytest.LogCaptureFixture, *updates: dict[str, float]) -> list[str]:
+    """Return the warnings that `hints` logs while Trainer logs these updates."""
     caplog.clear()
     state = TrainerState(is_world_process_zero=True)
     for update in updates:
@@ -161,22 +162,23 @@ def said_of(hints: Hints, caplog: pytest.LogCaptureFixture, *updates: dict[str, 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_hint_is_logged_once_and_again_only_after_recovery(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    off, well, piece = CASES[name]
-    hint = next(known for known in [*(hint.name for hint in HINTS), "over-optimisation"] if name.startswith(known))
+    problem, normal, excerpt = CASES[name]
+    names = [*(hint.name for hint in HINTS), "over-optimisation"]
+    hint = next(hint for hint in names if name.startswith(hint))
     hints = Hints()
-    assert said_of(hints, caplog, *[{}] * 20) == []
+    assert hints_for(hints, caplog, *[{}] * 20) == []
     for times in (10, 30):
-        (line,) = said_of(hints, caplog, *[off] * times)
-        assert line.startswith(f"{hint}: ") and piece in line and "\n" not in line
-        assert said_of(hints, caplog, *[{}] * 60) == []
-    assert said_of(Hints(), caplog, *[{}] * 20, *[well] * 40) == [], "near the edge, and still well"
+        (line,) = hints_for(hints, caplog, *[problem] * times)
+        assert line.startswith(f"{hint}: ") and excerpt in line and "\n" not in line
+        assert hints_for(hints, caplog, *[{}] * 60) == []
+    assert hints_for(Hints(), caplog, *[{}] * 20, *[normal] * 40) == [], "just within the limit"
 
 
 def test_skipped_steps_hint_is_logged_at_each_increase(caplog: pytest.LogCaptureFixture) -> None:
     hints = Hints()
     counts = [0, 0, 2, 2, 2, 5, 5]
-    lines = [said_of(hints, caplog, {"val/skipped_steps": float(count)}) for count in counts]
-    assert [len(each) for each in lines] == [0, 0, 1, 0, 0, 1, 0]
+    lines = [hints_for(hints, caplog, {"val/skipped_steps": float(count)}) for count in counts]
+    assert [len(logged) for logged in lines] == [0, 0, 1, 0, 0, 1, 0]
     assert lines[2][0].startswith("steps skipped: 2 optimizer") and lines[5][0].startswith(
         "steps skipped: 5 optimizer"
     )
@@ -184,33 +186,37 @@ def test_skipped_steps_hint_is_logged_at_each_increase(caplog: pytest.LogCapture
 
 def test_every_hint_has_a_test_case() -> None:
     names = {hint.name for hint in HINTS} | {"over-optimisation"}
-    assert names - {known for known in names if any(case.startswith(known) for case in CASES)} == {"steps skipped"}
+    assert names - {name for name in names if any(case.startswith(name) for case in CASES)} == {"steps skipped"}
 
 
 def test_over_optimisation_hint_uses_watched_rewards_only(caplog: pytest.LogCaptureFixture) -> None:
-    """A falling score that is learnt from with a negative weight is meant to fall; and nothing is over a falling total."""
+    """A reward with a negative weight may fall, and there is no over-optimisation while the score does not rise."""
     rising: list[dict[str, float]] = [
         {"objective/scores": step / 10, "rewards/reward_model": step / 10, "rewards/length": 3 - step / 10}
         for step in range(9)
     ]
-    assert said_of(Hints(lambda: ["gold"]), caplog, *rising) == []
-    (line,) = said_of(Hints(lambda: ["gold", "length"]), caplog, *rising)
+    assert hints_for(Hints(lambda: ["gold"]), caplog, *rising) == []
+    (line,) = hints_for(Hints(lambda: ["gold", "length"]), caplog, *rising)
     assert "rewards/length falls" in line
-    assert said_of(Hints(lambda: ["length"]), caplog, *[update | {"objective/scores": 0.5} for update in rising]) == []
+    assert (
+        hints_for(Hints(lambda: ["length"]), caplog, *[update | {"objective/scores": 0.5} for update in rising]) == []
+    )
 
 
 def test_hints_of_a_resumed_run_use_all_of_its_updates(caplog: pytest.LogCaptureFixture) -> None:
-    """What was logged before the checkpoint counts as the beginning; what evaluation logged does not."""
+    """Logs from before the checkpoint count as the first updates; logs of evaluation do not."""
     hints, state = Hints(), TrainerState()
     state.log_history = [dict(HEALTHY), {"eval_objective/kl": 1.0}, dict(HEALTHY), {"train_loss": 1.0}]
     hints.on_train_begin(None, state, TrainerControl())
-    (line,) = said_of(hints, caplog, {"policy/entropy_avg": 0.3})
+    (line,) = hints_for(hints, caplog, {"policy/entropy_avg": 0.3})
     assert line.startswith("entropy collapse: ")
-    assert said_of(Hints(), caplog, *[{"policy/entropy_avg": 0.3}] * 9) == [], "a policy that began so has not fallen"
+    assert hints_for(Hints(), caplog, *[{"policy/entropy_avg": 0.3}] * 9) == [], (
+        "an entropy low from the start did not fall"
+    )
 
 
 def test_training_logs_its_hints(make_trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
-    """A policy that learns what a reward of weight 0 dislikes; the same run without hints is silent."""
+    """Train against a reward of weight 0, with a hint about it; the same run with hints=False logs none."""
 
     def low(completion_ids: list[list[int]], **columns: Any) -> list[float]:
         return [sum(token < 128 for token in ids) / len(ids) for ids in completion_ids]
@@ -218,14 +224,15 @@ def test_training_logs_its_hints(make_trainer: Make, caplog: pytest.LogCaptureFi
     def high(**columns: Any) -> list[float]:
         return [1 - share for share in low(**columns)]
 
-    def lines(**chosen: Any) -> list[str]:
+    def logged_lines(**options: Any) -> list[str]:
         caplog.clear()
         trainer = make_trainer(
-            None, [low, high], reward_weights=[1.0, 0.0], rows=64, learning_rate=1e-2, response_length=3, **chosen
+            None, [low, high], reward_weights=[1.0, 0.0], rows=64, learning_rate=1e-2, response_length=3, **options
         )
         trainer.train()
         return [record.getMessage() for record in caplog.records if record.name.startswith("rlhf_recipes")]
 
-    said = lines()
-    assert any(line.startswith("over-optimisation: the score rises while rewards/high falls") for line in said)
-    assert any(line.startswith("clipping: ") for line in lines(max_steps=4)) and not lines(hints=False, max_steps=4)
+    lines = logged_lines()
+    assert any(line.startswith("over-optimisation: the score rises while rewards/high falls") for line in lines)
+    assert any(line.startswith("clipping: ") for line in logged_lines(max_steps=4))
+    assert not logged_lines(hints=False, max_steps=4)

@@ -1,4 +1,4 @@
-"""What must hold of functions as rewards: those that wait, those that reward tokens, and those that err."""
+"""Tests of reward functions: async functions, token rewards and errors; and of policies with unusual heads."""
 
 import asyncio
 import inspect
@@ -16,7 +16,7 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.generation.sampling import Completions
 
 Make = Callable[..., Any]
-PATIENCE = 20  # seconds until a function that nobody meets gives up: what is tested never waits
+TIMEOUT = 20  # seconds; reached only if functions that should run concurrently run one after the other
 
 
 def logged(trainer: Any, name: str) -> list[float]:
@@ -28,37 +28,38 @@ def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 
 
 def halves(completion_ids: list[list[int]], **columns: Any) -> list[list[float]]:
-    """A reward of each token."""
+    """Return a reward for each token."""
     return [[token / 256 - 0.5 for token in ids] for ids in completion_ids]
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether two state dicts are equal, bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# 11: functions that wait.
+# Async functions.
 
 
 def test_async_rewards_run_concurrently_and_receive_every_column(make_trainer: Make, recorder: type) -> None:
-    """Three that each wait for the other two, one of them a plain function: one after the other, none would return."""
-    meeting = threading.Barrier(3)
+    """Three functions, one of them not async, each wait for the other two; in sequence none would return."""
+    barrier = threading.Barrier(3)
 
     async def letters(answer: list[str], **columns: Any) -> list[float]:
-        await asyncio.to_thread(meeting.wait, PATIENCE)
+        await asyncio.to_thread(barrier.wait, TIMEOUT)
         return [float(ord(letter)) for letter in answer]
 
     async def levels(level: list[int], completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        await asyncio.to_thread(meeting.wait, PATIENCE)
+        await asyncio.to_thread(barrier.wait, TIMEOUT)
         return [value + len(ids) for value, ids in zip(level, completion_ids, strict=True)]
 
     def plain(prompts: list[str], **columns: Any) -> list[float]:
-        meeting.wait(PATIENCE)
+        barrier.wait(TIMEOUT)
         return [float(prompt.removeprefix("Question ")) for prompt in prompts]
 
     rows = [{"prompt": f"Question {row}", "answer": chr(97 + row), "level": 10 * row} for row in range(8)]
-    trainer = make_trainer(None, [letters, plain, levels], rows=rows, kind=recorder, max_steps=1)
+    trainer = make_trainer(None, [letters, plain, levels], rows=rows, trainer_class=recorder, max_steps=1)
     trainer.train()
-    (scored,), (_, queries, answers) = trainer.scored, trainer.played[0]
+    (scored,), (_, queries, answers) = trainer.scored, trainer.generated[0]
     numbers = [int(bytes(query).decode().removeprefix("Question ")) for query in queries]
     assert list(scored) == ["letters", "plain", "levels"] and sorted(numbers) == list(range(8))
     assert scored["letters"] == [97 + number for number in numbers] and scored["plain"] == numbers
@@ -67,95 +68,95 @@ def test_async_rewards_run_concurrently_and_receive_every_column(make_trainer: M
 
 
 def test_async_rewards_work_inside_a_running_event_loop(make_trainer: Make, recorder: type) -> None:
-    """As in a notebook: one by its nature, and a plain one that returns something to wait for."""
+    """As in a notebook: an async function, and a plain function that returns an awaitable."""
 
-    async def together(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-        here, everyone = [], asyncio.Event()
+    async def lengths_of(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        started, all_started = [], asyncio.Event()
 
-        async def one(ids: list[int]) -> float:
-            here.append(ids)
-            if len(here) == len(completion_ids):
-                everyone.set()
-            await asyncio.wait_for(everyone.wait(), PATIENCE)
+        async def length_of(ids: list[int]) -> float:
+            started.append(ids)
+            if len(started) == len(completion_ids):
+                all_started.set()
+            await asyncio.wait_for(all_started.wait(), TIMEOUT)
             return float(len(ids))
 
-        return await asyncio.gather(*map(one, completion_ids))
+        return await asyncio.gather(*map(length_of, completion_ids))
 
-    def promise(**columns: Any) -> Any:
-        return together(**columns)
+    def awaitable(**columns: Any) -> Any:
+        return lengths_of(**columns)
 
-    trainer = make_trainer(None, [together, promise], kind=recorder, max_steps=1)
+    trainer = make_trainer(None, [lengths_of, awaitable], trainer_class=recorder, max_steps=1)
 
     async def notebook() -> Any:
         return trainer.train()
 
     assert asyncio.run(notebook()).global_step == 1
-    lengths = [float(len(ids)) for ids in trainer.played[0][2].ids]
-    assert trainer.scored == [{"together": lengths, "promise": lengths}]
+    lengths = [float(len(ids)) for ids in trainer.generated[0][2].ids]
+    assert trainer.scored == [{"lengths_of": lengths, "awaitable": lengths}]
 
 
-# 11: rewards of tokens.
+# Token rewards.
 
 
 def test_token_rewards_are_added_at_their_tokens(make_trainer: Make, recorder: type) -> None:
-    """Worked out for each episode of the second update, where policy and reference differ, beside a reward of answers."""
+    """Compute the rewards of the second update by hand, where policy and reference differ, with an answer reward added."""
     trainer = make_trainer(
-        None, [halves, low_share], kind=recorder, reward_weights=[0.5, 2.0], kl_coef=0.3, learning_rate=3e-3
+        None, [halves, low_share], trainer_class=recorder, reward_weights=[0.5, 2.0], kl_coef=0.3, learning_rate=3e-3
     )
     trainer.train()
-    wanted = {}
-    for update, (_, queries, answers) in enumerate(trainer.played):
+    expected_rewards = {}
+    for update, (_, queries, answers) in enumerate(trainer.generated):
         for query, ids in zip(queries, answers.ids, strict=True):
-            earned = [0.5 * (token / 256 - 0.5) for token in ids]
-            earned[-1] += 2 * sum(token < 128 for token in ids) / len(ids)
-            wanted[update, (*query, *ids)] = earned
+            rewards = [0.5 * (token / 256 - 0.5) for token in ids]
+            rewards[-1] += 2 * sum(token < 128 for token in ids) / len(ids)
+            expected_rewards[update, (*query, *ids)] = rewards
     inputs = trainer.steps[-1].inputs
-    distance = 0.0
+    total_kl = 0.0
     for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
-        earned = wanted[1, tuple(ids[mask.bool()].tolist())]
-        kl = (inputs["log_probs"] - inputs["reference_log_probs"])[row, : len(earned)].tolist()
-        expected = [reward - 0.3 * each for reward, each in zip(earned, kl, strict=True)]
-        assert inputs["rewards"][row, : len(earned)].tolist() == pytest.approx(expected, abs=1e-6)
-        assert not inputs["rewards"][row, len(earned) :].any()
-        assert inputs["scores"][row].item() == pytest.approx(sum(earned), abs=1e-6)
-        distance += sum(map(abs, kl))
-    assert distance > 0.1
+        rewards = expected_rewards[1, tuple(ids[mask.bool()].tolist())]
+        kl = (inputs["log_probs"] - inputs["reference_log_probs"])[row, : len(rewards)].tolist()
+        expected = [reward - 0.3 * token_kl for reward, token_kl in zip(rewards, kl, strict=True)]
+        assert inputs["rewards"][row, : len(rewards)].tolist() == pytest.approx(expected, abs=1e-6)
+        assert not inputs["rewards"][row, len(rewards) :].any()
+        assert inputs["scores"][row].item() == pytest.approx(sum(rewards), abs=1e-6)
+        total_kl += sum(map(abs, kl))
+    assert total_kl > 0.1
     for update, score in enumerate(logged(trainer, "objective/scores")):
-        sums = [sum(earned) for (number, _), earned in wanted.items() if number == update]
+        sums = [sum(rewards) for (number, _), rewards in expected_rewards.items() if number == update]
         assert score == pytest.approx(sum(sums) / 8, abs=1e-6)
-    sums = [sum(token / 256 - 0.5 for token in ids) for ids in trainer.played[0][2].ids]
+    sums = [sum(token / 256 - 0.5 for token in ids) for ids in trainer.generated[0][2].ids]
     assert logged(trainer, "rewards/halves")[0] == pytest.approx(sum(sums) / 8, abs=1e-9)
 
 
 def test_a_reward_of_the_last_token_equals_a_reward_of_the_answer(make_trainer: Make, weights_of: Make) -> None:
-    """Bit for bit, whether the tokens' rewards come as lists, as arrays or as tensors."""
+    """Bit for bit, for token rewards as lists, arrays and tensors."""
 
-    def of_last_token(kind: Any) -> Any:
-        def at_the_end(completion_ids: list[list[int]], **columns: Any) -> list[Any]:
+    def last_token_reward(container: Any) -> Any:
+        def reward(completion_ids: list[list[int]], **columns: Any) -> list[Any]:
             scores = zip(completion_ids, low_share(completion_ids), strict=True)
-            return [kind([0.0] * (len(ids) - 1) + [score]) for ids, score in scores]
+            return [container([0.0] * (len(ids) - 1) + [score]) for ids, score in scores]
 
-        return at_the_end
+        return reward
 
     tensor = partial(torch.tensor, dtype=torch.float64)
-    found = []
-    for function in (low_share, *map(of_last_token, (list, np.array, tensor))):
+    weights = []
+    for function in (low_share, *map(last_token_reward, (list, np.array, tensor))):
         trainer = make_trainer(None, function, kl_coef=0.2, num_mini_batches=2, num_ppo_epochs=1)
-        started = weights_of(trainer.model)
+        initial = weights_of(trainer.model)
         trainer.train()
-        found.append(weights_of(trainer.model))
-    assert not same(started, found[0])
-    assert [same(found[0], other) for other in found[1:]] == [True] * 3
+        weights.append(weights_of(trainer.model))
+    assert not same(initial, weights[0])
+    assert [same(weights[0], other) for other in weights[1:]] == [True] * 3
 
 
-# 11: functions that err.
+# Errors of functions.
 
 
-def no_such_book(prompt: str) -> float:
+def failing_lookup(prompt: str) -> float:
     raise LookupError(prompt)
 
 
-HERE = rf"{Path(__file__).name}:{inspect.getsourcelines(no_such_book)[1] + 1}"
+ERROR_LINE = rf"{Path(__file__).name}:{inspect.getsourcelines(failing_lookup)[1] + 1}"
 ERRORS: dict[str, tuple[Any, str]] = {
     "None": (lambda prompt: None, "returned None"),
     "NaN": (lambda prompt: float("nan"), "returned nan"),
@@ -165,71 +166,72 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "list of a token": (lambda prompt: [0.0, [1.0]], r"returned \[1.0\]"),
     "one token too few": (lambda prompt: np.zeros(1), r"returned 1 token rewards .* has 2 tokens \(completion_ids\)"),
     "no tokens": (lambda prompt: [], "returned 0 token rewards"),
-    "raises": (no_such_book, rf"raised LookupError: Question 5 \(.*{HERE}\)"),
+    "raises": (failing_lookup, rf"raised LookupError: Question 5 \(.*{ERROR_LINE}\)"),
 }
 
 
 @pytest.fixture(scope="module")
-def judged(trainers_in: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Any]:
-    """(function) -> what a trainer makes of its scores for the answer "Hi" to each of eight questions."""
+def score_with(trainers_in: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Any]:
+    """Return a function (reward function) that returns a trainer's scores of the answer "Hi" to eight questions."""
     rows = [{"prompt": f"Question {row}"} for row in range(8)]
-    chosen: list[Any] = []
+    functions: list[Any] = []
 
-    def of_the_day(**given: Any) -> Any:
-        return chosen[-1](**given)
+    def current_reward(**columns: Any) -> Any:
+        return functions[-1](**columns)
 
-    trainer = trainers_in(tmp_path_factory.mktemp("judged"))(None, of_the_day, rows=rows)
+    trainer = trainers_in(tmp_path_factory.mktemp("scores"))(None, current_reward, rows=rows)
 
-    def reward_model(function: Any) -> Any:
-        chosen.append(function)
-        return trainer.score(trainer.prompts.rows(range(8)), Completions([[72, 105]] * 8, [False] * 8))["of_the_day"]
+    def score(function: Any) -> Any:
+        functions.append(function)
+        completions = Completions([[72, 105]] * 8, [False] * 8)
+        return trainer.score(trainer.prompts.rows(range(8)), completions)["current_reward"]
 
-    return reward_model
+    return score
 
 
-@pytest.mark.parametrize("kind", ERRORS)
-def test_reward_errors_name_the_function_and_the_sample(judged: Callable[[Any], Any], kind: str) -> None:
-    wrong, message = ERRORS[kind]
+@pytest.mark.parametrize("case", ERRORS)
+def test_reward_errors_name_the_function_and_the_sample(score_with: Callable[[Any], Any], case: str) -> None:
+    result_for, message = ERRORS[case]
 
-    def strict(prompts: list[str], **columns: Any) -> list[Any]:
-        return [wrong(prompt) if prompt == "Question 5" else 0.5 for prompt in prompts]
+    def plain(prompts: list[str], **columns: Any) -> list[Any]:
+        return [result_for(prompt) if prompt == "Question 5" else 0.5 for prompt in prompts]
 
-    def one_by_one(prompts: list[str], **columns: Any) -> Any:
-        yield from strict(prompts)
+    def generator(prompts: list[str], **columns: Any) -> Any:
+        yield from plain(prompts)
 
-    async def patient(**columns: Any) -> list[Any]:
+    async def asynchronous(**columns: Any) -> list[Any]:
         await asyncio.sleep(0)
-        return strict(**columns)
+        return plain(**columns)
 
-    for function in (strict, one_by_one, patient):
-        with pytest.raises(UserError, match=f"reward function of_the_day {message}") as raised:
-            judged(function)
+    for function in (plain, generator, asynchronous):
+        with pytest.raises(UserError, match=f"reward function current_reward {message}") as raised:
+            score_with(function)
         assert "the completion 'Hi' of the prompt 'Question 5'" in str(raised.value)
         assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("result", "message"),
     [([0.0] * 7, "7 scores for 8"), ([], "0 scores for 8"), (None, "None for 8"), (0.5, "0.5 for 8")],
     ids=["seven", "none", "None", "one number"],
 )
 def test_a_reward_function_must_return_one_score_per_completion(
-    judged: Callable[[Any], Any], answer: Any, message: str
+    score_with: Callable[[Any], Any], result: Any, message: str
 ) -> None:
-    with pytest.raises(UserError, match=f"reward function of_the_day returned {message} completions; return"):
-        judged(lambda **columns: answer)
+    with pytest.raises(UserError, match=f"reward function current_reward returned {message} completions; return"):
+        score_with(lambda **columns: result)
 
 
-def test_scores_of_every_number_type_are_accepted(judged: Callable[[Any], Any]) -> None:
-    for kind in (int, bool, np.float32, np.bool_, np.array, torch.tensor):
-        assert judged(lambda prompts, kind=kind, **columns: [kind(1)] * len(prompts)) == [1.0] * 8
-    for whole in (np.ones(8), torch.ones(8, dtype=torch.bfloat16), tuple([1] * 8), np.ones(8, dtype=bool)):
-        assert judged(lambda whole=whole, **columns: whole) == [1.0] * 8
+def test_scores_of_every_number_type_are_accepted(score_with: Callable[[Any], Any]) -> None:
+    for number in (int, bool, np.float32, np.bool_, np.array, torch.tensor):
+        assert score_with(lambda prompts, number=number, **columns: [number(1)] * len(prompts)) == [1.0] * 8
+    for scores in (np.ones(8), torch.ones(8, dtype=torch.bfloat16), tuple([1] * 8), np.ones(8, dtype=bool)):
+        assert score_with(lambda scores=scores, **columns: scores) == [1.0] * 8
 
 
 def test_a_reward_error_during_training_names_the_function(make_trainer: Make) -> None:
     async def fails_later(prompts: list[str], **columns: Any) -> list[float]:
-        return [no_such_book(prompt) if prompt == "Question 5" else 0.0 for prompt in prompts]
+        return [failing_lookup(prompt) if prompt == "Question 5" else 0.0 for prompt in prompts]
 
     rows = [{"prompt": f"Question {row}"} for row in range(8)]
     with pytest.raises(UserError, match=rf"reward function fails_later {ERRORS['raises'][1]}.*of the prompt 'Quest"):
@@ -237,22 +239,22 @@ def test_a_reward_error_during_training_names_the_function(make_trainer: Make) -
 
 
 def test_a_policy_that_changes_its_logits_after_the_head_is_refused(make_policy: Any, make_trainer: Any) -> None:
-    """Probabilities are read from the head; what a model does to logits after it would be left out."""
+    """Log-probabilities are computed from the head, so a later change of the logits would be ignored."""
     model = make_policy(initializer_range=0.3)
     forward = model.forward
 
-    def bent(*args: Any, **kwargs: Any) -> Any:
+    def soft_capped(*args: Any, **kwargs: Any) -> Any:
         outputs = forward(*args, **kwargs)
         outputs.logits = 3 * torch.tanh(outputs.logits / 3)
         return outputs
 
-    model.forward = bent
-    with pytest.raises(UserError, match="are not its head on the states of its trunk"):
+    model.forward = soft_capped
+    with pytest.raises(UserError, match="are not its head applied to its last hidden states"):
         make_trainer(model)
 
 
 def test_value_head_has_the_width_of_the_projected_last_states(make_trainer: Any, tokenizer: Any) -> None:
-    """As facebook/opt-350m: 1024 wide inside, 512 where the head reads."""
+    """As in facebook/opt-350m: hidden states of width 1024, projected to 512 before the head."""
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
