@@ -149,7 +149,7 @@ MUTATIONS = [
             ),
         )
     ),
-    Mutation("states shifted by one", "ppo/roles/value.py", "response_mask, first=-1)", "response_mask, first=0)"),
+    Mutation("states shifted by one", "ppo/roles/outputs.py", "response_mask, first=-1)", "response_mask, first=0)"),
     Mutation(
         "attention's gradient looks ahead",
         "optimizations/attention.py",
@@ -160,9 +160,9 @@ MUTATIONS = [
     ),
     Mutation(
         "casts outlive the optimizer step",
-        "ppo/step.py",
-        "if self.accelerator.sync_gradients:\n            self._keep_casts(False)",
-        "if self.accelerator.sync_gradients:",
+        "ppo/trainer.py",
+        "            self.pieces.release_casts()\n",
+        "",
         "kept_casts",
         ("tests/ppo/test_frozen_layers.py",),
     ),
@@ -197,7 +197,7 @@ MUTATIONS = [
         "torch.ones_like(mask).cumsum(dim=-1) - 1",
         "a_row_alone or every_metric",
     ),
-    Mutation("mean over positions, not tokens", "ppo/update/objective.py", "losses.sum() / tokens", "losses.mean()"),
+    Mutation("mean over positions, not tokens", "ppo/update/objective.py", "torch.zeros_like(token_losses)).sum() / tokens", "torch.zeros_like(token_losses)).mean()"),
     Mutation(
         "mean over each micro-batch",
         "ppo/update/objective.py",
@@ -207,7 +207,7 @@ MUTATIONS = [
     Mutation(
         "value loss without its weight",
         "ppo/update/objective.py",
-        "policy.losses + args.vf_coef * value.losses",
+        "policy.losses + shape.vf_coef * value.losses",
         "policy.losses + value.losses",
     ),
     Mutation(
@@ -234,7 +234,7 @@ MUTATIONS = [
     Mutation(
         "losses averaged over processes",
         "ppo/update/objective.py",
-        "/ tokens * args.world_size",
+        "/ tokens * world_size",
         "/ tokens",
         "two_processes_train_like_one",
         tuple(PROCESSES),
@@ -250,7 +250,7 @@ MUTATIONS = [
     Mutation(
         "the value reads through the policy's adapter",
         "ppo/roles/value.py",
-        "with adapters.speaking(self.policy, self.value_adapter):",
+        "with use_adapter(self.policy, self.value_adapter):",
         "if True:",
         "policy_and_value_train",
         ROLES,
@@ -258,7 +258,7 @@ MUTATIONS = [
     Mutation(
         "the reference is the base, whatever the policy came with",
         "ppo/roles/build.py",
-        "trainable=False) if arrived else None",
+        "trainable=False) if came_with_adapter else None",
         "trainable=False) if False else None",
         "test_reference_of",
         ROLES,
@@ -266,7 +266,7 @@ MUTATIONS = [
     Mutation(
         "the value's gradient moves the policy as it warms up",
         "ppo/update/guard.py",
-        "drop_gradients(self.model.policy_parameters())",
+        "drop_gradients_(self.model.policy_parameters())",
         "pass",
         "value_warmup",
         STEERING,
@@ -290,15 +290,15 @@ MUTATIONS = [
     Mutation(
         "scores scaled by the last batch alone",
         "ppo/rollout/rewards.py",
-        "self.count = everyone",
+        "self.count = merged",
         "self.count = 0.0",
         "scaled",
         STEERING,
     ),
     Mutation(
         "a resumed run forgets what has moved",
-        "ppo/resume.py",
-        'self.experience.restore(told[0]["collector"])',
+        "ppo/trainer.py",
+        'self.collector.restore(saved[0]["collector"])',
         "pass",
         "killed_at_random",
         RESUME,

@@ -86,18 +86,15 @@ def test_the_reference_copies_the_trained_layers_only(make_trainer: Make, make_p
 
 
 def test_kept_casts_change_no_weight(make_trainer: Make, make_policy: Make, weights_of: Make, recorder: type) -> None:
-    """In bfloat16, with and without casting the weights anew for each piece: the same run to the last bit."""
-
-    class Anew(recorder):  # type: ignore[misc, valid-type]
-        def _keep_casts(self, on: bool) -> None:
-            return
-
+    """In bfloat16, with and without casting the weights again for each piece: the same run to the last bit."""
     found = []
-    for kind in (recorder, Anew):
+    for cache_casts in (True, False):
         trainer = make_trainer(
-            make_policy(initializer_range=0.2), kind=kind, bf16=True, max_steps=8, per_device_train_batch_size=2,
+            make_policy(initializer_range=0.2), kind=recorder, bf16=True, max_steps=8, per_device_train_batch_size=2,
             gradient_accumulation_steps=4,
         )  # fmt: skip
+        assert trainer.pieces.cache_casts
+        trainer.pieces.cache_casts = cache_casts
         trainer.train()
         found.append(weights_of(trainer.model))
     assert all(torch.equal(found[0][name], weight) for name, weight in found[1].items())

@@ -38,7 +38,8 @@ class Played(PPOTrainer):
             number = self.state.global_step // self.args.steps_per_update
             first = self.args.process_index * share
             asked = self.prompts.rows([(8 * number + first + row) % len(self.prompts) for row in range(share)])
-            completions, _ = self.answer(asked, [row_seed(5, 8 * number + first + row) for row in range(share)])
+            seeds = [row_seed(5, 8 * number + first + row) for row in range(share)]
+            completions, _ = self.collector.answer(asked, seeds, self.generate, self.score)
             scores = [sum(token < 128 for token in ids) / len(ids) for ids in completions.ids]
             self.log_of_updates.append(self.step(asked["prompt_ids"], completions.ids, scores))
 
@@ -85,7 +86,9 @@ def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
         peft_config=adapter if lora else None,
     )
     trainer.log_of_updates = []
-    trainer.collector.max_tokens = trainer.pieces.max_tokens = 24  # tokens: of each micro-batch some processes make more pieces than others
+    trainer.collector.max_tokens = trainer.pieces.max_tokens = (
+        24  # tokens: of each micro-batch some processes make more pieces than others
+    )
     return trainer
 
 
