@@ -226,12 +226,12 @@ def test_value_learning_rate_with_a_deepspeed_optimizer_is_refused() -> None:
     asked = launched_with(2, {"optimizer": {"type": "AdamW"}})
     check_parallelism(asked, "DistributedType.DEEPSPEED")
     asked.value_learning_rate = 1e-4
-    with pytest.raises(ValueError, match="one learning rate; leave it out there, or leave value_learning_rate out"):
+    with pytest.raises(ValueError, match="one learning rate; remove it there, or leave value_learning_rate out"):
         check_parallelism(asked, "DistributedType.DEEPSPEED")
 
 
 def test_deepspeed_enabled_outside_ppo_config_is_refused() -> None:
-    with pytest.raises(ValueError, match="DeepSpeed is on in an Accelerator that PPOConfig knows nothing of"):
+    with pytest.raises(ValueError, match="DeepSpeed is on in an Accelerator that PPOConfig does not know"):
         check_parallelism(launched_with(), "DistributedType.DEEPSPEED")
 
 
@@ -246,6 +246,6 @@ def test_a_model_that_was_sharded_at_loading_is_refused(
     }
     models["ref_model"] = make_policy(3)
     next(models[role].parameters()).ds_id = 0  # as ZeRO-3 leaves a weight
-    named = {"model": "policy", "reward_funcs": "reward_model"}.get(role, role)
-    with pytest.raises(ValueError, match=f"the {named} was cut apart as it was loaded under ZeRO-3.*give its folder"):
+    named = {"model": "policy", "reward_funcs": "reward model"}.get(role, role)
+    with pytest.raises(ValueError, match=f"the {named} was sharded as it was loaded under ZeRO-3.*pass its folder"):
         make_trainer(models.pop("model"), **models)
