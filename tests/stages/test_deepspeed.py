@@ -52,7 +52,7 @@ def launched(runs: Path, stage: int, processes: int, jobs: list[dict[str, Any]])
 
 
 @pytest.fixture(scope="module")
-def identity(runs: Path) -> Callable[[str], Path]:
+def alone(runs: Path) -> Callable[[str], Path]:
     def made(kind: str) -> Path:
         out = runs / f"{kind} alone"
         return out if out.exists() else small_runs.run(kind.partition(",")[0], runs, out.name, **KINDS[kind])
