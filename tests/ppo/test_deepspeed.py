@@ -93,7 +93,7 @@ def folder(
 
 
 @pytest.fixture(scope="module")
-def identity(folder: Path) -> Callable[[str], Path]:
+def run_alone(folder: Path) -> Callable[[str], Path]:
     """(case) -> the folder of the same run by one process."""
 
     def made(case: str) -> Path:
@@ -110,15 +110,17 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @under_zero(program.CASES)
-def test_deepspeed_run_matches_one_process(folder: Path, alone: Callable[[str], Path], stage: int, case: str) -> None:
+def test_deepspeed_run_matches_one_process(
+    folder: Path, run_alone: Callable[[str], Path], stage: int, case: str
+) -> None:
     """Policy and value, what was measured before there was an engine, and what was logged: gradients' norms, schedule and
     skipped steps among it."""
     expected, found = (
-        json.loads((place / "log.json").read_text()) for place in (identity(case), folder / f"{case} zero {stage}")
+        json.loads((place / "log.json").read_text()) for place in (run_alone(case), folder / f"{case} zero {stage}")
     )
-    assert farthest(weights_in(identity(case)), weights_in(folder / f"{case} zero {stage}")) < 2e-5
+    assert farthest(weights_in(run_alone(case)), weights_in(folder / f"{case} zero {stage}")) < 2e-5
     if case in ("spoilt", "over"):  # steps were left out
-        assert farthest(weights_in(identity(case)), weights_in(identity("full"))) > 1e-4
+        assert farthest(weights_in(run_alone(case)), weights_in(run_alone("full"))) > 1e-4
     rows = [(expected["before"], found["before"])]
     rows += [
         *zip(expected["log"], found["log"], strict=True),

@@ -52,7 +52,7 @@ def launched(runs: Path, stage: int, processes: int, jobs: list[dict[str, Any]])
 
 
 @pytest.fixture(scope="module")
-def alone(runs: Path) -> Callable[[str], Path]:
+def run_alone(runs: Path) -> Callable[[str], Path]:
     def made(kind: str) -> Path:
         out = runs / f"{kind} alone"
         return out if out.exists() else small_runs.run(kind.partition(",")[0], runs, out.name, **KINDS[kind])
@@ -63,7 +63,7 @@ def alone(runs: Path) -> Callable[[str], Path]:
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
-    stage: int, processes: int, runs: Path, alone: Callable[[str], Path]
+    stage: int, processes: int, runs: Path, run_alone: Callable[[str], Path]
 ) -> None:
     """Weights, and what was measured; then from its own checkpoint."""
     name = f"by {processes} zero {stage}"
@@ -74,7 +74,7 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
     done = launched(runs, stage, processes, jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in KINDS:
-        one, many = identity(kind), runs / f"{kind} {name}"
+        one, many = run_alone(kind), runs / f"{kind} {name}"
         assert farthest(small_runs.weights_in(one), small_runs.weights_in(many)) < TOLERANCE
         told = [json.loads((folder / "metrics.json").read_text()) for folder in (one, many)]
         for key in {"perplexity", "reward_accuracy", "margin", "score"} & set(told[0]):
@@ -85,7 +85,7 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in KINDS:
         weights = small_runs.weights_in(runs / f"{kind} {name} on")
-        assert farthest(small_runs.weights_in(identity(kind)), weights) < TOLERANCE
+        assert farthest(small_runs.weights_in(run_alone(kind)), weights) < TOLERANCE
 
 
 def test_what_ppo_cannot_do_there_is_refused_before_anything_is_written(runs: Path) -> None:
