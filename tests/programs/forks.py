@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 300.0  # seconds that forks may take
 GRACE = 30.0  # seconds between SIGTERM and SIGKILL, as torchrun waits for the processes beside one that failed
 Result = subprocess.CompletedProcess[str]
 
@@ -103,24 +104,24 @@ def run_recipe(name: str, words: Sequence[object], folder: Path = ROOT, **enviro
     return run_forked(run, environment)
 
 
-def run_forked(run: Callable[[], Any], environment: Mapping[str, str] | None = None, timeout: float = 300.0) -> Result:
+def run_forked(run: Callable[[], Any], environment: Mapping[str, str] | None = None) -> Result:
     """Run in one fork, which ends as a process does: with what it printed and its exit code, minus the signal that killed it."""
-    return _finish([run], [dict(environment or {})], timeout)
+    return _finish([run], [dict(environment or {})])
 
 
-def launch(processes: int, run: Callable[[], Any], timeout: float = 300.0) -> Result:
+def launch(processes: int, run: Callable[[], Any], environment: Mapping[str, str] | None = None) -> Result:
     """Run in each of several forks, which torchrun's variables join to one run. If one fails, the others are ended."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {
+    shared = dict(environment or {}) | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "forks", "GROUP_RANK": "0",
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
     }  # fmt: skip
     ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return _finish([run] * processes, ranks, timeout)
+    return _finish([run] * processes, ranks)
 
 
-def _finish(runs: Sequence[Callable[[], Any]], environments: Sequence[dict[str, str]], timeout: float) -> Result:
+def _finish(runs: Sequence[Callable[[], Any]], environments: Sequence[dict[str, str]]) -> Result:
     """Start all runs and wait for them; return the exit code of the first that failed, and the outputs one after the other."""
     with tempfile.TemporaryDirectory() as name:
         folder, children = Path(name), []
@@ -130,7 +131,7 @@ def _finish(runs: Sequence[Callable[[], Any]], environments: Sequence[dict[str, 
                 _end_as_process(run, environment, folder / str(number))
             children.append(child)
         with kill_on_error(*children):
-            code = _wait(children, time.monotonic() + timeout)
+            code = _wait(children, time.monotonic() + TIMEOUT)
         out, err = ("".join((folder / f"{n}.{kind}").read_text() for n in range(len(runs))) for kind in ("out", "err"))
     return Result([], code, out, err)
 

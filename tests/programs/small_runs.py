@@ -19,6 +19,8 @@ from rlhf_recipes.core.errors import one_line_errors
 from rlhf_recipes.training.trainer import SafeTrainer
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
+for _stage in STAGES:
+    import_module(f"rlhf_recipes.stages.{_stage}")  # here, so that forks find them imported
 STEPS = 6
 WORDS = "the cat sat on a mat and then it slept while another dog barked at nothing in the yard".split()
 

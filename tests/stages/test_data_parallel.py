@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.commands import launch as launcher
+from accelerate.commands import launch as accelerate
 from programs import forks, small_runs
 from programs.small_runs import LORA, STAGES, farthest
 
@@ -255,19 +255,21 @@ def check_refusal(result: forks.Result, message: str) -> None:
 def test_a_launch_that_would_silently_be_smaller_is_refused(
     kind: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accelerate falls back to one process, whose environment its launcher makes here."""
+    """Runs in forks, with the environment that Accelerate's launcher sets for its processes."""
     words, message = launch_words(kind, tmp_path)
-    environments: list[dict[str, str]] = []
-    monkeypatch.setattr(
-        launcher,
-        "simple_launcher",
-        lambda args: environments.append(launcher.prepare_simple_launcher_cmd_env(args)[1]),
-    )
-    launcher.launch_command(launcher.launch_command_parser().parse_args([*words, "-m", "rlhf_recipes"]))
-    out = f"refused {kind}"
-    result = forks.run_forked(lambda: small_runs.run_jobs(runs, [{"stage": "sft", "out": out}]), environments[0])
+    launches: list[tuple[int, dict[str, str]]] = []
+    one, several = accelerate.prepare_simple_launcher_cmd_env, accelerate.prepare_multi_gpu_env
+    monkeypatch.setattr(accelerate, "simple_launcher", lambda args: launches.append((1, one(args)[1])))
+    monkeypatch.setattr(accelerate, "multi_gpu_launcher", lambda args: launches.append((2, several(args))))
+    accelerate.launch_command(accelerate.launch_command_parser().parse_args([*words, "-m", "rlhf_recipes"]))
+    [(processes, environment)] = launches
+    jobs = [{"stage": "sft", "out": f"refused {kind}"}]
+    if processes == 1:
+        result = forks.run_forked(lambda: small_runs.run_jobs(runs, jobs), environment)
+    else:
+        result = forks.launch(processes, lambda: small_runs.run_jobs(runs, jobs), environment)
     check_refusal(result, message)
-    assert not (runs / out).exists()
+    assert not (runs / f"refused {kind}").exists()
 
 
 @pytest.mark.slow
