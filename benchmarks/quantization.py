@@ -1,11 +1,11 @@
-"""What 8 and 4 bits save and cost, stage by stage, and the four traps of bitsandbytes on a CPU, closed.
+"""Memory, quality and time of each stage, 8-bit and 4-bit, and the bugs of bitsandbytes with and without our workarounds.
 
     python benchmarks/quantization.py [runs/quickstart]
     python benchmarks/quantization.py [runs/quickstart] --at_once 8
 
-Each row is a process of its own, one thread, on what `make quickstart` left; under twelve minutes. It prints the tables and
-leaves them in benchmarks/results/quantization.md, and all that it measured in quantization.json beside it. Where there is a GPU
-the rows run on it (quantization_gpu.md); with several rows at once their times would say nothing, and are not told.
+Each row of a table is a separate process with one thread, on the models that `make quickstart` left. It takes less than
+twelve minutes. The tables are printed and written to benchmarks/results/quantization.md, all measurements to
+quantization.json. If there is a GPU, the rows run on it (quantization_gpu.md). With several rows at once, times are left out.
 """
 
 import argparse
@@ -24,168 +24,189 @@ from rlhf_recipes.system import describe_hardware
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("full", "8-bit", "4-bit", "4-bit double")
-ROWS = {"optimizer": ("adamw_torch_fused", "adamw_8bit"), "traps": ("-",)}
+ROWS = {"optimizer": ("adamw_torch_fused", "adamw_8bit"), "bugs": ("-",)}  # rows of the tables without precisions
 Row = dict[str, Any]
 
 
-def work(stage: str, precision: str, run: Path) -> Row:
-    """One row, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name("quantization_worker.py")), stage, precision, str(run)]
-    alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    said = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | alone)
-    if said.returncode:
-        raise SystemExit(f"{stage}, {precision}: {said.stderr[-3000:]}")
-    found: Row = json.loads(said.stdout.strip().splitlines()[-1])
-    return found
+def measured_row(table_name: str, precision: str, run: Path) -> Row:
+    """Measure one row in a separate process."""
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("quantization_worker.py")),
+        table_name,
+        precision,
+        str(run),
+    ]
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | settings)
+    if process.returncode:
+        raise SystemExit(f"{table_name}, {precision}: {process.stderr[-3000:]}")
+    row: Row = json.loads(process.stdout.strip().splitlines()[-1])
+    return row
 
 
-def size(count: float) -> str:
+def megabytes(count: float) -> str:
+    """Format bytes as MB."""
     return f"{count / 1e6:.1f}" if count >= 1e7 else f"{count / 1e6:.2f}"
 
 
-def memory(row: Row, full: Row) -> list[str]:
-    """MB held of each role, as a share of full precision, the peak of the process, and how long it took."""
-    cells = [f"{size(held)} ({held / full['roles'][role]:.0%})" for role, held in row["roles"].items()]
+def memory_cells(row: Row, full: Row) -> list[str]:
+    """Return the MB of each role (and its share of full precision), the peak of the process, and the relative time."""
+    cells = [f"{megabytes(size)} ({size / full['roles'][role]:.0%})" for role, size in row["roles"].items()]
     times = [f"{row['seconds'] / full['seconds']:.2f}x"] if "seconds" in row else []
     return [*cells, f"{row['peak'] / 2**20:.0f}", *times]
 
 
 def memory_columns(row: Row) -> list[str]:
-    return ["peak, MiB", *(["time"] if "seconds" in row else [])]
+    """Return the headings of the last cells of `memory_cells`."""
+    return ["peak, MiB", *(["time, full = 1"] if "seconds" in row else [])]
 
 
-def pair(found: dict[str, float]) -> str:
-    return f"{found['gold']:.3f} / {found['reward_model']:.2f}"
+def scores(value: dict[str, float]) -> str:
+    """Format a gold score and a reward model's score."""
+    return f"{value['gold']:.3f} / {value['reward_model']:.2f}"
 
 
-def plain(digits: int) -> Callable[[Any], str]:
-    return lambda found: f"{found:.{digits}f}"
+def number(digits: int) -> Callable[[Any], str]:
+    """Return a function that formats a number with so many digits."""
+    return lambda value: f"{value:.{digits}f}"
 
 
 BEFORE_AND_AFTER: list[tuple[str, str, Callable[[Any], str]]] = [
-    ("before", "before", plain(3)),
-    ("after", "after", plain(3)),
-    ("again", "read again", plain(3)),
-    ("merged", "merged", plain(3)),
+    ("before", "before", number(3)),
+    ("after", "after", number(3)),
+    ("again", "loaded again", number(3)),
+    ("merged", "merged", number(3)),
 ]
-# Of each stage: its heading, what is measured (key, heading, how it is told), and the roles that are held.
+# Each table: its title, its measurements (key, heading, format), and the headings of the roles.
 TABLES: dict[str, tuple[str, list[tuple[str, str, Callable[[Any], str]]], list[str]]] = {
     "eval": (
-        "Eval: the pretrained and the fine-tuned model, read in these bits",
+        "Eval: the pretrained and the fine-tuned model, quantized as they are loaded",
         [
-            ("perplexity", "perplexity of the pretrained", plain(3)),
-            ("gold", "gold of the fine-tuned", plain(3)),
-            ("kl", "its KL to itself in full, nats an answer", plain(4)),
+            ("perplexity", "perplexity of the pretrained model", number(3)),
+            ("gold", "gold score of the fine-tuned model", number(3)),
+            ("kl", "its KL to itself in full precision, nats per answer", number(4)),
         ],
         ["weights, MB"],
     ),
     "sft": (
-        "SFT by LoRA, from the pretrained model: perplexity of held-out answers",
+        "SFT with LoRA, from the pretrained model: perplexity of held-out answers",
         BEFORE_AND_AFTER,
         ["base, MB", "adapter, MB"],
     ),
     "reward": (
-        "Reward by LoRA, going on from the reward model: held-out pairs in the right order",
+        "Reward with LoRA, from the reward model: held-out pairs in the right order",
         BEFORE_AND_AFTER,
         ["base, MB", "adapter and head, MB"],
     ),
     "ppo": (
-        "PPO by LoRA, from the fine-tuned model: gold / the reward model's score of held-out answers",
-        [(key, name, pair) for key, name, _ in BEFORE_AND_AFTER],
+        "PPO with LoRA, from the fine-tuned model: gold / reward model's score of held-out answers",
+        [(key, name, scores) for key, name, _ in BEFORE_AND_AFTER],
         ["base: policy, value, reference, MB", "adapters and value head, MB", "reward model, MB"],
     ),
     "gpt2": (
-        "PPO on GPT-2's own shape (124M, random weights), one update: what is held",
+        "PPO on GPT-2's shape (124M, random weights), one update: memory",
         [],
         ["base: policy, value, reference, MB", "adapters and value head, MB", "reward model, MB"],
     ),
 }
 
 
-def table(heading: str, columns: list[str], rows: list[list[str]]) -> list[str]:
-    line = [f"| {' | '.join(['', *columns])} |", f"|{'---|' * (len(columns) + 1)}"]
-    return [f"## {heading}", "", *line, *(f"| {' | '.join(row)} |" for row in rows), ""]
+def table(title: str, columns: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a section with one table."""
+    header = [f"| {' | '.join(['', *columns])} |", f"|{'---|' * (len(columns) + 1)}"]
+    return [f"## {title}", "", *header, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def stage_table(stage: str, found: dict[str, Row]) -> list[str]:
-    heading, measured, roles = TABLES[stage]
-    columns = [*(name for _, name, _ in measured), *roles, *memory_columns(found["full"])]
-    rows = [
-        [precision, *(tell(row[key]) for key, _, tell in measured), *memory(row, found["full"])]
-        for precision, row in found.items()
+def stage_table(name: str, rows: dict[str, Row]) -> list[str]:
+    """Return the section of a stage."""
+    title, measurements, roles = TABLES[name]
+    columns = [*(heading for _, heading, _ in measurements), *roles, *memory_columns(rows["full"])]
+    cells = [
+        [precision, *(formatted(row[key]) for key, _, formatted in measurements), *memory_cells(row, rows["full"])]
+        for precision, row in rows.items()
     ]
-    return table(heading, columns, rows)
+    return table(title, columns, cells)
 
 
-def optimizer_table(found: dict[str, Row]) -> list[str]:
-    first = found["adamw_torch_fused"]
-    rows = [[name, f"{row['after']:.3f}", *memory(row, first)] for name, row in found.items()]
+def optimizer_table(rows: dict[str, Row]) -> list[str]:
+    """Return the section of the optimizers."""
+    first = rows["adamw_torch_fused"]
+    cells = [[name, f"{row['after']:.3f}", *memory_cells(row, first)] for name, row in rows.items()]
     columns = ["perplexity of held-out answers", "weights, MB", "state of AdamW, MB", *memory_columns(first)]
-    return table("SFT of all weights: an optimizer in 8 bits", columns, rows)
+    return table("SFT of all weights: an 8-bit optimizer", columns, cells)
 
 
-def traps_table(rows_found: dict[str, Row]) -> list[str]:
-    found = rows_found["-"]
-    there = " on this CPU" + ("" if found["packs"] else " (no AVX512_BF16 in it, so bitsandbytes does not pack here)")
-    there = " on this GPU" if found["gpu"] else there
-    rows = [[name, told["plain"], told["ours"]] for name, told in found["rows"].items()]
-    return table(f"The traps, in 4 bits{there}", ["plain bitsandbytes", "here"], rows)
+def bugs_table(rows: dict[str, Row]) -> list[str]:
+    """Return the section of the bugs of bitsandbytes."""
+    result = rows["-"]
+    place = " on this CPU" + ("" if result["packs"] else " (without AVX512_BF16, so bitsandbytes does not pack)")
+    place = " on this GPU" if result["gpu"] else place
+    cells = [[name, outcome["plain"], outcome["ours"]] for name, outcome in result["rows"].items()]
+    return table(f"Bugs of bitsandbytes, 4-bit{place}", ["plain bitsandbytes", "with the workarounds"], cells)
 
 
 def main() -> None:
+    """Measure every table, print it, and write all of them to results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="what make quickstart left")
-    parser.add_argument("--at_once", type=int, default=1, help="rows that run side by side")
-    parser.add_argument("--only", nargs="+", help="these tables alone; nothing is written")
-    asked = parser.parse_args()
-    if not (asked.run / "reward" / "model.safetensors").is_file():
-        raise SystemExit(f"{asked.run} is no finished quickstart; make one: make quickstart")
-    chosen = asked.only or [*TABLES, "optimizer", "traps"]
-    run = asked.run.resolve()
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(asked.at_once) as pool:
-        if "gpt2" in chosen:
-            work("gpt2", "none yet", Path(name))
-        asking = {
-            (stage, row): pool.submit(work, stage, row, Path(name) if stage == "gpt2" else run)
-            for stage in chosen
-            for row in ROWS.get(stage, PRECISIONS)
+    parser.add_argument(
+        "run", nargs="?", type=Path, default=Path("runs/quickstart"), help="folder of a finished quickstart"
+    )
+    parser.add_argument("--at_once", type=int, default=1, help="rows that run at the same time")
+    parser.add_argument("--only", nargs="+", help="measure these tables only, and write nothing")
+    options = parser.parse_args()
+    if not (options.run / "reward" / "model.safetensors").is_file():
+        raise SystemExit(f"{options.run} is not the folder of a finished quickstart; make one: make quickstart")
+    names = options.only or [*TABLES, "optimizer", "bugs"]
+    run = options.run.resolve()
+    with tempfile.TemporaryDirectory() as models, ThreadPoolExecutor(options.at_once) as pool:
+        if "gpt2" in names:
+            measured_row("gpt2", "models only", Path(models))
+        futures = {
+            (name, row): pool.submit(measured_row, name, row, Path(models) if name == "gpt2" else run)
+            for name in names
+            for row in ROWS.get(name, PRECISIONS)
         }
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         lines: list[str] = []
-        for stage in chosen:
+        for name in names:
             try:
-                rows = {row: asking[stage, row].result() for row in ROWS.get(stage, PRECISIONS)}
-            except SystemExit:  # which row failed, and how
+                rows = {row: futures[name, row].result() for row in ROWS.get(name, PRECISIONS)}
+            except SystemExit:  # it names the row and the error
                 pool.shutdown(cancel_futures=True)
                 raise
-            if asked.at_once > 1:  # how long a row took beside others says nothing
+            if options.at_once > 1:  # times of rows that run together mean nothing
                 rows = {
-                    row: {key: value for key, value in told.items() if key != "seconds"} for row, told in rows.items()
+                    row: {key: value for key, value in measurements.items() if key != "seconds"}
+                    for row, measurements in rows.items()
                 }
-            found[stage] = rows
-            told_otherwise = {"traps": traps_table, "optimizer": optimizer_table}
-            new = told_otherwise[stage](rows) if stage in told_otherwise else stage_table(stage, rows)
-            lines += new
-            print("\n".join(new), flush=True)
-    if asked.only:
+            results[name] = rows
+            own_tables = {"bugs": bugs_table, "optimizer": optimizer_table}
+            section = own_tables[name](rows) if name in own_tables else stage_table(name, rows)
+            lines += section
+            print("\n".join(section), flush=True)
+    if options.only:
         return
-    told = {"hardware": describe_hardware(), "date": str(datetime.date.today()), "seed": 42, "threads": 1}
-    gpu = found["traps"]["-"]["gpu"]
+    facts = {"hardware": describe_hardware(), "date": str(datetime.date.today()), "seed": 42, "threads": 1}
+    gpu = results["bugs"]["-"]["gpu"]
     peak = (
         "allocated on the GPU"
         if gpu
-        else "of the resident set above what the imports take, mapped checkpoint files included"
+        else "of the resident set above that of the imports, with mapped checkpoint files"
     )
-    clock = "" if asked.at_once > 1 else f" Time: seconds{'' if gpu else ' of the processor'}, to full precision."
-    many = f" --at_once {asked.at_once}" if asked.at_once > 1 else ""
-    head = (
-        f"Measured {told['date']} on {told['hardware']}, by `python benchmarks/quantization.py{many}`, seed {told['seed']}, each "
-        f"row once. Peak: {peak}.{clock}\n\n"
-    )
+    clock = "" if options.at_once > 1 else f" Time: {'seconds' if gpu else 'CPU seconds'}, relative to full precision."
+    flag = f" --at_once {options.at_once}" if options.at_once > 1 else ""
+    command = f"`python benchmarks/quantization.py{flag}`, seed {facts['seed']}, each row once"
+    head = f"Measured {facts['date']} on {facts['hardware']}, by {command}. Peak: {peak}.{clock}\n\n"
     RESULTS.mkdir(exist_ok=True)
-    kept = RESULTS / f"quantization{'_gpu' if gpu else ''}"
-    kept.with_suffix(".md").write_text(head + "\n".join(lines), encoding="utf-8")
-    kept.with_suffix(".json").write_text(json.dumps(told | found, indent=1) + "\n", encoding="utf-8")
+    path = RESULTS / f"quantization{'_gpu' if gpu else ''}"
+    path.with_suffix(".md").write_text(head + "\n".join(lines), encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(facts | results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
