@@ -1,4 +1,4 @@
-"""What must hold of rewards and of the cast: endings, reward sources, value models, and what is refused."""
+"""Tests of answer endings, reward sources, value models and unusable prompts."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def logged(trainer: Any, name: str) -> list[float]:
 
 
 def letters_of_answer(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-    """A reward that needs a column of the dataset; it can be imported, too."""
+    """Return a reward that depends on a column of the dataset."""
     return [float(len(text) + ord(letter)) for text, letter in zip(completions, answer, strict=True)]
 
 
@@ -28,11 +28,11 @@ def count_tokens(completion_ids: list[list[int]], **columns: Any) -> list[float]
     return [float(len(ids)) for ids in completion_ids]
 
 
-# 4: endings.
+# Endings of answers.
 
 
-def often(model: Any, *tokens: int) -> Any:
-    """The same model, made to write these tokens much more often."""
+def with_likely_tokens_(model: Any, *tokens: int) -> Any:
+    """Change the model so that these tokens are much more likely; return it."""
     with torch.no_grad():
         model.lm_head.weight[list(tokens)] *= 40
     return model
@@ -46,12 +46,12 @@ def often(model: Any, *tokens: int) -> Any:
 def test_answers_stop_at_the_configured_stop_ids(
     make_trainer: Make, make_policy: Make, recorder: type, options: dict[str, Any], ids: list[int]
 ) -> None:
-    model = often(make_policy(), 33, 256)
+    model = with_likely_tokens_(make_policy(), 33, 256)
     trainer = make_trainer(
-        model, kind=recorder, rows=32, per_device_train_batch_size=32, response_length=20, **options
+        model, trainer_class=recorder, rows=32, per_device_train_batch_size=32, response_length=20, **options
     )
     trainer.train()
-    _, _, answers = trainer.played[0]
+    _, _, answers = trainer.generated[0]
     for answer, stopped in zip(answers.ids, answers.stopped, strict=True):
         assert stopped == (answer[-1] in ids)
         assert not set(answer[:-1]) & set(ids)
@@ -64,13 +64,13 @@ def test_answers_stop_at_the_configured_stop_ids(
 def test_missing_eos_penalty_applies_to_answers_without_a_stop_id(
     make_trainer: Make, make_policy: Make, recorder: type, options: dict[str, Any]
 ) -> None:
-    """An answer is penalised if nothing stopped it; the score, penalty included, sits on its last token."""
-    model = often(make_policy(), 33)
-    trainer = make_trainer(model, kind=recorder, missing_eos_penalty=3.0, learning_rate=0.0, **options)
+    """An answer that no stop id ended is penalized; the score with the penalty is added at its last token."""
+    model = with_likely_tokens_(make_policy(), 33)
+    trainer = make_trainer(model, trainer_class=recorder, missing_eos_penalty=3.0, learning_rate=0.0, **options)
     trainer.train()
-    (scores,), (_, _, answers) = trainer.scored[0].values(), trainer.played[0]
+    (scores,), (_, _, answers) = trainer.scored[0].values(), trainer.generated[0]
     totals = [score - (0 if stopped else 3) for score, stopped in zip(scores, answers.stopped, strict=True)]
-    wanted = dict(zip(map(tuple, answers.ids), totals, strict=True))
+    expected = dict(zip(map(tuple, answers.ids), totals, strict=True))
     assert {True, False} == set(answers.stopped)
     inputs = trainer.steps[0].inputs
     for row, mask in enumerate(inputs["response_mask"]):
@@ -78,9 +78,11 @@ def test_missing_eos_penalty_applies_to_answers_without_a_stop_id(
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
         answer = tuple(ids[len(ids) - length :].tolist())
         rewards = inputs["rewards"][row]
-        assert rewards[length - 1].item() == pytest.approx(wanted[answer], abs=1e-6)
-        assert rewards[: length - 1].abs().max().item() < 1e-6 if length > 1 else True, "no KL, so no reward before it"
-        assert inputs["scores"][row].item() == pytest.approx(wanted[answer], abs=1e-6)
+        assert rewards[length - 1].item() == pytest.approx(expected[answer], abs=1e-6)
+        assert rewards[: length - 1].abs().max().item() < 1e-6 if length > 1 else True, (
+            "without KL only the last token has one"
+        )
+        assert inputs["scores"][row].item() == pytest.approx(expected[answer], abs=1e-6)
     assert logged(trainer, "objective/scores")[0] == pytest.approx(sum(totals) / 8, abs=1e-6)
     assert logged(trainer, "rewards/low_share")[0] == pytest.approx(sum(scores) / 8, abs=1e-6)
 
@@ -102,10 +104,10 @@ def test_saved_generation_config_equals_the_loaded_one(
     assert after == before and after["eos_token_id"] == STOP_IDS
 
 
-# 11: rewards.
+# Rewards.
 
 
-@pytest.mark.parametrize("given", ["model", "path"])
+@pytest.mark.parametrize("source", ["model", "path"])
 @pytest.mark.parametrize("labels", [1, 2])
 def test_reward_model_scores_match_a_direct_forward(
     make_trainer: Make,
@@ -113,19 +115,21 @@ def test_reward_model_scores_match_a_direct_forward(
     recorder: type,
     tokenizer: Any,
     tmp_path: Path,
-    given: str,
+    source: str,
     labels: int,
 ) -> None:
-    """As a model and as a folder; a reward model of two labels gives the log-odds of the second."""
+    """Given as a model and as a folder; with two labels the score is the log-odds of the second."""
     reward_model = make_reward_model(3, num_labels=labels, initializer_range=0.2)
     folder = tmp_path / "reward_model"
     reward_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    trainer = make_trainer(None, reward_model if given == "model" else str(folder), kind=recorder, max_steps=1)
+    trainer = make_trainer(
+        None, reward_model if source == "model" else str(folder), trainer_class=recorder, max_steps=1
+    )
     trainer.train()
-    (found,), (_, queries, answers) = trainer.scored[0].values(), trainer.played[0]
+    (scores,), (_, queries, answers) = trainer.scored[0].values(), trainer.generated[0]
     assert list(trainer.scored[0]) == ["reward_model"]
-    for query, answer, score in zip(queries, answers.ids, found, strict=True):
+    for query, answer, score in zip(queries, answers.ids, scores, strict=True):
         with torch.no_grad():
             logits = reward_model(torch.tensor([[*query, *answer]])).logits[0]
         assert score == pytest.approx((logits[-1] - (logits[0] if labels == 2 else 0)).item(), abs=1e-5)
@@ -134,18 +138,18 @@ def test_reward_model_scores_match_a_direct_forward(
 def test_reward_function_receives_prompts_completions_ids_and_columns(make_trainer: Make, recorder: type) -> None:
     calls: list[dict[str, Any]] = []
 
-    def watch(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+    def record(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
         calls.append({"prompts": prompts, "completions": completions, "ids": completion_ids, "columns": columns})
         return [0.0] * len(prompts)
 
     rows = [{"prompt": f"Question {row}", "answer": chr(97 + row), "level": row} for row in range(8)]
-    trainer = make_trainer(None, watch, rows=rows, kind=recorder, max_steps=1)
+    trainer = make_trainer(None, record, rows=rows, trainer_class=recorder, max_steps=1)
     trainer.train()
     (call,) = calls
     numbers = [int(prompt.removeprefix("Question ")) for prompt in call["prompts"]]
     assert sorted(numbers) == list(range(8))
     assert call["columns"] == {"answer": [chr(97 + number) for number in numbers], "level": numbers}
-    assert call["ids"] == trainer.played[0][2].ids
+    assert call["ids"] == trainer.generated[0][2].ids
     texts = [bytes(token for token in ids if token < 256).decode(errors="replace") for ids in call["ids"]]
     assert call["completions"] == texts
 
@@ -153,37 +157,37 @@ def test_reward_function_receives_prompts_completions_ids_and_columns(make_train
 def test_reward_function_receives_messages_for_conversations(
     make_trainer: Make, recorder: type, tokenizer: Any
 ) -> None:
-    seen: list[Any] = []
+    messages: list[Any] = []
 
-    def watch(prompts: Any, completions: Any, **columns: Any) -> list[float]:
-        seen.extend(zip(prompts, completions, strict=True))
+    def record(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+        messages.extend(zip(prompts, completions, strict=True))
         return [0.0] * len(prompts)
 
     rows = [{"prompt": [{"role": "user", "content": f"Hello {row}"}]} for row in range(8)]
-    trainer = make_trainer(None, watch, rows=rows, kind=recorder, max_steps=1)
+    trainer = make_trainer(None, record, rows=rows, trainer_class=recorder, max_steps=1)
     trainer.train()
-    _, queries, answers = trainer.played[0]
-    for (prompt, completion), query, answer in zip(seen, queries, answers.ids, strict=True):
+    _, queries, answers = trainer.generated[0]
+    for (prompt, completion), query, answer in zip(messages, queries, answers.ids, strict=True):
         assert tokenizer.decode(query) == f"<|user|>{prompt[0]['content']}<|end|><|assistant|>"
         assert completion == [{"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)}]
 
 
 def test_scores_are_the_weighted_sum_of_rewards(make_trainer: Make, make_reward_model: Make, recorder: type) -> None:
-    """A reward model, a function with a column, and a third one that is logged and not learnt from."""
+    """A reward model, a function that reads a column, and a function of weight 0, which is only logged."""
     reward_model = make_reward_model(3, initializer_range=0.2)
     rows = [{"prompt": f"Q{row}", "answer": chr(97 + row)} for row in range(8)]
     trainer = make_trainer(
-        None, [reward_model, letters_of_answer, count_tokens], rows=rows, kind=recorder, reward_weights=[2.0, -0.5, 0.0],
+        None, [reward_model, letters_of_answer, count_tokens], rows=rows, trainer_class=recorder, reward_weights=[2.0, -0.5, 0.0],
         learning_rate=0.0, max_steps=4, num_ppo_epochs=4,
     )  # fmt: skip
     trainer.train()
-    scored, (_, queries, answers) = trainer.scored[0], trainer.played[0]
+    scored, (_, queries, answers) = trainer.scored[0], trainer.generated[0]
     assert list(scored) == ["reward_model", "letters_of_answer", "count_tokens"]
     totals = [2 * first - 0.5 * second for first, second, _ in zip(*scored.values(), strict=True)]
-    wanted = {(*query, *answer): total for query, answer, total in zip(queries, answers.ids, totals, strict=True)}
+    expected = {(*query, *answer): total for query, answer, total in zip(queries, answers.ids, totals, strict=True)}
     inputs = trainer.steps[0].inputs
     for ids, mask, score in zip(inputs["input_ids"], inputs["attention_mask"], inputs["scores"], strict=True):
-        assert score.item() == pytest.approx(wanted[tuple(ids[mask.bool()].tolist())], rel=1e-6)
+        assert score.item() == pytest.approx(expected[tuple(ids[mask.bool()].tolist())], rel=1e-6)
     assert logged(trainer, "objective/scores") == pytest.approx([sum(totals) / 8], rel=1e-6)
     for name, values in scored.items():
         assert logged(trainer, f"rewards/{name}") == pytest.approx([sum(values) / 8], rel=1e-6)
@@ -196,11 +200,13 @@ def test_rewards_by_import_path_and_reward_model_keyword(
         "def brevity(completion_ids, **_):\n    return [-len(i) for i in completion_ids]\n"
     )
     monkeypatch.chdir(tmp_path)
-    trainer = make_trainer(None, None, reward_model=["my_rewards:brevity", count_tokens, count_tokens], kind=recorder)
+    trainer = make_trainer(
+        None, None, reward_model=["my_rewards:brevity", count_tokens, count_tokens], trainer_class=recorder
+    )
     trainer.train()
-    lengths = [float(len(ids)) for ids in trainer.played[0][2].ids]
+    lengths = [float(len(ids)) for ids in trainer.generated[0][2].ids]
     assert trainer.scored[0]["brevity"] == [-length for length in lengths]
-    assert list(trainer.scored[0]) == ["brevity", "count_tokens", "count_tokens_2"], "two of one name are told apart"
+    assert list(trainer.scored[0]) == ["brevity", "count_tokens", "count_tokens_2"], "equal names get a number"
     assert logged(trainer, "objective/scores")[0] == pytest.approx(sum(lengths) / 8)
 
 
@@ -225,7 +231,7 @@ def test_a_reward_of_another_type_is_a_type_error(make_trainer: Make) -> None:
         make_trainer(None, 3.5)
 
 
-# 14: value models.
+# Value models.
 
 
 def test_default_value_model_is_a_head_on_the_policy(make_trainer: Make) -> None:
@@ -249,20 +255,20 @@ def test_one_label_sequence_classifier_trains_as_value_model(
     assert not torch.equal(before["transformer.h.0.mlp.c_fc.weight"], after["transformer.h.0.mlp.c_fc.weight"])
 
 
-@pytest.mark.parametrize("kind", ["language model", "two labels", "layer"])
+@pytest.mark.parametrize("case", ["language model", "two labels", "layer"])
 def test_a_value_model_of_another_type_is_a_type_error(
-    make_trainer: Make, make_reward_model: Make, make_policy: Make, kind: str
+    make_trainer: Make, make_reward_model: Make, make_policy: Make, case: str
 ) -> None:
-    wrong, name = {
+    value_model, name = {
         "language model": (make_policy(), "GPT2LMHeadModel"),
         "two labels": (make_reward_model(num_labels=2), "GPT2ForSequenceClassification with 2 labels"),
         "layer": (torch.nn.Linear(32, 1), "Linear"),
-    }[kind]
+    }[case]
     with pytest.raises(TypeError, match=f"{name}.*AutoModelForSequenceClassification with num_labels=1, or None"):
-        make_trainer(value_model=wrong)
+        make_trainer(value_model=value_model)
 
 
-# 25: data that cannot serve.
+# Unusable prompts.
 
 
 @pytest.mark.parametrize(
@@ -283,13 +289,13 @@ def test_unusable_prompts_are_refused_at_construction(
     with pytest.raises(UserError, match=message) as raised:
         make_trainer(rows=rows)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
-    assert not (tmp_path / "out").exists(), "nothing was written"
+    assert not (tmp_path / "out").exists(), "no file was written"
 
 
 def test_a_prompt_that_just_fits_the_context_is_answered(make_trainer: Make, recorder: type) -> None:
-    trainer = make_trainer(rows=[{"prompt": "x" * 122}] * 8, kind=recorder, stop_token_id=0, max_steps=1)
+    trainer = make_trainer(rows=[{"prompt": "x" * 122}] * 8, trainer_class=recorder, stop_token_id=0, max_steps=1)
     trainer.train()
-    _, queries, answers = trainer.played[0]
+    _, queries, answers = trainer.generated[0]
     assert {len(query) for query in queries} == {122} and max(map(len, answers.ids)) == 6
 
 
@@ -307,13 +313,13 @@ def test_missing_tokenizer_and_policy_as_its_own_reference_are_refused(make_trai
 
 
 def test_training_uses_the_completions_of_an_overridden_generate(make_trainer: Make, recorder: type) -> None:
-    """`generate` may be replaced: here by answers that were written beforehand."""
+    """`generate` is overridden with fixed answers."""
 
-    class Scripted(recorder):  # type: ignore[misc, valid-type]
+    class FixedAnswers(recorder):  # type: ignore[misc, valid-type]
         def generate(self, queries: Any, seeds: Any) -> Completions:
             return Completions([[72, 105, 256]] * len(queries), [True] * len(queries))
 
-    trainer = make_trainer(kind=Scripted, rows=8, max_steps=1)
+    trainer = make_trainer(trainer_class=FixedAnswers, rows=8, max_steps=1)
     trainer.train()
     inputs = trainer.steps[0].inputs
     ends = [ids[mask.bool()][-3:] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
