@@ -62,7 +62,7 @@ def run_alone(runs: Path) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
+def test_deepspeed_runs_train_like_one_process_and_resume(
     stage: int, processes: int, runs: Path, run_alone: Callable[[str], Path]
 ) -> None:
     """Weights, and what was measured; then from its own checkpoint."""
@@ -88,7 +88,7 @@ def test_every_kind_of_run_ends_as_one_process_does_and_goes_on(
         assert farthest(small_runs.weights_in(run_alone(kind)), weights) < TOLERANCE
 
 
-def test_what_ppo_cannot_do_there_is_refused_before_anything_is_written(runs: Path) -> None:
+def test_unsupported_ppo_options_are_refused_before_anything_is_written(runs: Path) -> None:
     done = launched(runs, 2, 2, [{"stage": "ppo", "out": "ppo zero", "value_warmup_updates": 1}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1
@@ -96,7 +96,7 @@ def test_what_ppo_cannot_do_there_is_refused_before_anything_is_written(runs: Pa
     assert not (runs / "ppo zero").exists()
 
 
-def test_another_number_of_processes_is_refused_in_one_line(runs: Path) -> None:
+def test_resuming_with_another_number_of_processes_is_refused(runs: Path) -> None:
     """ZeRO's checkpoints are cut for as many processes as saved them."""
     assert launched(runs, 2, 2, [{"stage": "sft", "out": "cut for two"}]).returncode == 0
     shutil.copytree(runs / "cut for two" / "checkpoint-4", runs / "taken by one" / "checkpoint-4")
@@ -114,7 +114,7 @@ class RunsAsItIsRead:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_checkpoint_that_brings_code_is_refused(stage: int, runs: Path) -> None:
+def test_a_checkpoint_with_code_is_refused(stage: int, runs: Path) -> None:
     """DeepSpeed by itself unpickles what is there."""
     name = f"brings code {stage}"
     assert launched(runs, stage, 1, [{"stage": "sft", "out": name}]).returncode == 0

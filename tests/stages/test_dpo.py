@@ -118,7 +118,7 @@ def same_weights(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_exactly_the_answers_and_their_eos_are_compared(ask: Any, form: str) -> None:
+def test_the_loss_compares_answers_and_their_eos_only(ask: Any, form: str) -> None:
     trainer = build_dpo_trainer(*ask(FORMS[form]))
     seen = []
     for batch in trainer.get_train_dataloader():
@@ -133,7 +133,7 @@ def test_exactly_the_answers_and_their_eos_are_compared(ask: Any, form: str) -> 
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_peft": True}, {"precompute_ref_log_probs": True}], ids=str)
-def test_a_model_that_has_not_moved_is_indifferent(ask: Any, changes: dict[str, Any]) -> None:
+def test_an_untrained_model_prefers_neither_answer(ask: Any, changes: dict[str, Any]) -> None:
     """Before the first step policy and reference are one, so the loss is ln 2 whatever beta, and no pair has a margin."""
     trainer, measured = trained(ask(CHAT, CHAT, learning_rate=0.0, max_steps=2, beta=3.0, **changes))
     assert [entry["loss"] for entry in trainer.state.log_history[:2]] == pytest.approx([math.log(2)] * 2, abs=1e-5)
@@ -142,7 +142,7 @@ def test_a_model_that_has_not_moved_is_indifferent(ask: Any, changes: dict[str, 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_training_widens_the_margin_by_what_the_paper_says(ask: Any, form: str, model_folder: Path) -> None:
+def test_training_widens_the_margin_as_in_the_paper(ask: Any, form: str, model_folder: Path) -> None:
     """Every pair's margin grows, and loss, accuracy and margin are those of Rafailov et al. 2023, equation 7."""
     rows, beta = FORMS[form], 0.2
     trainer, measured = trained(ask(rows, rows, learning_rate=3e-3, max_steps=12, beta=beta))
@@ -155,7 +155,7 @@ def test_training_widens_the_margin_by_what_the_paper_says(ask: Any, form: str, 
     assert measured["eval_rewards/accuracies"] == 1.0
 
 
-def test_the_folder_is_a_model_like_any_other_and_its_recipe_makes_it_again(
+def test_the_folder_loads_anywhere_and_its_recipe_repeats_the_run(
     ask: Any, tmp_path: Path, real_plots: None
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -175,7 +175,7 @@ def test_the_folder_is_a_model_like_any_other_and_its_recipe_makes_it_again(
     assert metrics["steps"] == 3 and all(metrics[name] == pytest.approx(measured[name]) for name in kept)
 
 
-def test_a_run_that_goes_on_ends_as_one_that_never_stopped(ask: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_matches_the_uninterrupted_run(ask: Any, tmp_path: Path) -> None:
     changes = {"max_steps": 4, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     whole, _ = trained(ask(CHAT * 2, **changes))
     resumed = tmp_path / "resumed"
@@ -184,7 +184,7 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(ask: Any, tmp_path: P
     assert same_weights(whole.model, load_causal_lm(str(resumed)))
 
 
-def test_lora_leaves_an_adapter_that_loads(ask: Any, model_folder: Path) -> None:
+def test_lora_saves_an_adapter_that_loads(ask: Any, model_folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
     folder = run_dpo(*ask(CHAT, use_peft=True, learning_rate=1e-2, max_steps=8))
     assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
@@ -211,7 +211,7 @@ def test_the_reference_of_a_lora_folder_is_the_merged_model(ask: Any, model_fold
         run_dpo(*ask(PLAIN, model_name_or_path=adapter, use_peft=True))
 
 
-def test_quantized_weights_learn_through_an_adapter(
+def test_an_adapter_on_quantized_weights_is_trained(
     ask: Any, make_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
     start = tmp_path / "start"
@@ -224,7 +224,7 @@ def test_quantized_weights_learn_through_an_adapter(
     assert losses[0] == pytest.approx(math.log(2), abs=1e-3) and losses[-1] < 0.5
 
 
-def test_a_long_answer_is_cut_and_said_so(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_answer_is_truncated_with_a_warning(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
     long = [{"prompt": "Count:", "chosen": " one" * 50, "rejected": " two"}, PLAIN[0]]
     trainer = build_dpo_trainer(*ask(long))
     assert "1 of 2 pairs are longer than 128 tokens and are cut off" in caplog.text
@@ -234,7 +234,7 @@ def test_a_long_answer_is_cut_and_said_so(ask: Any, caplog: pytest.LogCaptureFix
     assert "cut off" not in caplog.text
 
 
-def test_long_prompts_can_be_left_out(ask: Any) -> None:
+def test_long_prompts_can_be_dropped(ask: Any) -> None:
     rows = [*PLAIN, {"prompt": "x" * 200, "chosen": "y", "rejected": "z"}]
     assert len(build_dpo_trainer(*ask(rows, drop_long_prompts=True)).train_dataset) == len(PLAIN)
 
@@ -257,19 +257,19 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_before_weights_are_read(ask: Any, case: str, weightless: Path, tmp_path: Path) -> None:
+def test_invalid_input_is_refused_before_weights_are_read(ask: Any, case: str, weightless: Path, tmp_path: Path) -> None:
     rows, changes, message = WRONG[case]
     with pytest.raises(UserError, match=message) as caught:
         run_dpo(*ask(rows, **{"model_name_or_path": weightless} | changes))
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_held_out_pairs_are_checked_as_well(ask: Any, weightless: Path) -> None:
+def test_held_out_pairs_are_checked(ask: Any, weightless: Path) -> None:
     with pytest.raises(UserError, match=r"the held-out split needs the columns .* but has question"):
         run_dpo(*ask(CHAT, [{"question": "a"}], model_name_or_path=weightless))
 
 
-def test_a_reward_model_cannot_answer(ask: Any, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_reward_model_as_policy_is_refused(ask: Any, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     make_reward_model(0).save_pretrained(tmp_path / "reward_model")
     make_tokenizer().save_pretrained(tmp_path / "reward_model")
     with pytest.raises(UserError, match="is a reward model, which cannot generate"):
@@ -284,7 +284,7 @@ def test_a_tokenizer_without_pad_or_eos_is_refused(ask: Any, token: str, weightl
         run_dpo(*ask(CHAT, model_name_or_path=weightless))
 
 
-def test_the_pad_token_can_be_named(ask: Any, model_folder: Path, tmp_path: Path) -> None:
+def test_the_pad_token_can_be_chosen(ask: Any, model_folder: Path, tmp_path: Path) -> None:
     """Padding with EOS changes nothing: a pair's own EOS is still compared."""
     start = tmp_path / "start"
     shutil.copytree(model_folder, start)
@@ -298,7 +298,7 @@ def test_the_pad_token_can_be_named(ask: Any, model_folder: Path, tmp_path: Path
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
-def test_an_output_folder_with_files_is_kept(ask: Any, weightless: Path, tmp_path: Path) -> None:
+def test_an_output_folder_with_other_files_is_not_overwritten(ask: Any, weightless: Path, tmp_path: Path) -> None:
     write(tmp_path / "out", mine=[{"a": 1}])
     for changes, message in (({}, "is not empty"), ({"overwrite": True}, "no stage wrote")):
         with pytest.raises(UserError, match=message):

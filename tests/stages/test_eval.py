@@ -112,7 +112,7 @@ def log_softmax_by_hand(logits: torch.Tensor, temperature: float) -> torch.Tenso
 
 
 @torch.no_grad()
-def test_the_numbers_equal_those_computed_by_hand(world: Path, pair_report: Path) -> None:
+def test_metrics_match_float64(world: Path, pair_report: Path) -> None:
     """Perplexity, bits per byte, KL, scores, EOS share and lengths: one row at a time, in float64, without padding."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -159,7 +159,7 @@ def test_the_numbers_equal_those_computed_by_hand(world: Path, pair_report: Path
     assert second["gold_score"] == pytest.approx(sum(row["gold"] for row in rows) / len(rows))
 
 
-def test_a_prompt_is_won_by_the_mean_over_its_answers(pair_report: Path) -> None:
+def test_a_prompt_is_won_by_the_mean_score_of_its_answers(pair_report: Path) -> None:
     wins = 0.0
     for index in range(len(PROMPTS)):
         first, second = (
@@ -180,7 +180,7 @@ def test_a_model_against_itself_is_a_tie(ask: Callable[..., EvalArguments]) -> N
     assert {key: again[key] for key in first} == first
 
 
-def test_side_by_side_equals_one_by_one(ask: Callable[..., EvalArguments], world: Path, tmp_path: Path) -> None:
+def test_comparing_models_changes_no_metric_of_either(ask: Callable[..., EvalArguments], world: Path, tmp_path: Path) -> None:
     """Company, order and batch size change nothing: each model is measured as it would be alone."""
     together = run_eval(ask("first", "second", batch_size=3, output_dir=str(tmp_path / "both")))
     for name in ("first", "second"):
@@ -193,7 +193,7 @@ def test_side_by_side_equals_one_by_one(ask: Callable[..., EvalArguments], world
         assert json.loads((alone / "metrics.json").read_text(encoding="utf-8"))["gold_score"] == single["gold_score"]
 
 
-def test_greedy_answers_leave_kl_out_and_a_function_reward_models(ask: Callable[..., EvalArguments]) -> None:
+def test_greedy_answers_have_no_kl_and_a_function_can_be_the_reward_model(ask: Callable[..., EvalArguments]) -> None:
     report = run_eval(
         ask("first", "second", temperature=0.0, reward_model="test_eval:letter_share", text_dataset_name=None)
     )
@@ -202,7 +202,7 @@ def test_greedy_answers_leave_kl_out_and_a_function_reward_models(ask: Callable[
     assert {"kl", "perplexity", "reward_positive"}.isdisjoint(second)
 
 
-def test_prompts_are_cut_and_spread(ask: Callable[..., EvalArguments]) -> None:
+def test_limited_prompts_are_spread_and_truncated(ask: Callable[..., EvalArguments]) -> None:
     """Two of four prompts: the first and the third, and six tokens of each."""
     report = run_eval(ask("first", num_prompts=2, prompt_tokens=6, completions_per_prompt=3))
     rows = rows_of(report, "first")
@@ -211,7 +211,7 @@ def test_prompts_are_cut_and_spread(ask: Callable[..., EvalArguments]) -> None:
     assert len({row["completion"] for row in rows[:3]}) > 1, "each answer draws its own random numbers"
 
 
-def test_the_folder_tells_what_was_asked(pair_report: Path) -> None:
+def test_the_report_folder_records_the_request(pair_report: Path) -> None:
     card = (pair_report / "README.md").read_text(encoding="utf-8")
     table = card.split("```yaml")[0]
     numbers = measured(pair_report)
@@ -224,7 +224,7 @@ def test_the_folder_tells_what_was_asked(pair_report: Path) -> None:
     assert [Path(model).name for model in again.models] == ["first", "second"]
 
 
-def test_names_are_short_and_never_shared() -> None:
+def test_model_names_are_short_and_unique() -> None:
     assert name_models(["runs/a/sft/", "runs/a/ppo"]) == ["sft", "ppo"]
     assert name_models(["a/sft", "b/sft", "gpt2"]) == ["a/sft", "b/sft", "gpt2"]
     assert name_models(["a/sft", "a/sft"]) == ["a/sft", "a/sft (2)"]
@@ -276,7 +276,7 @@ def test_numbers_out_of_range_are_refused() -> None:
             EvalArguments(**changes)  # type: ignore[arg-type]
 
 
-def test_a_report_is_not_written_over(ask: Callable[..., EvalArguments]) -> None:
+def test_a_report_is_not_overwritten(ask: Callable[..., EvalArguments]) -> None:
     arguments = ask("first")
     Path(arguments.output_dir).mkdir()
     Path(arguments.output_dir, "mine.txt").write_text("mine", encoding="utf-8")
@@ -306,13 +306,13 @@ def by_token(completion_ids: list[list[int]], **columns: Any) -> list[list[float
     return [[0.5] * len(ids) for ids in completion_ids]
 
 
-def test_rewards_of_tokens_are_summed(ask: Callable[..., EvalArguments]) -> None:
+def test_token_rewards_are_summed(ask: Callable[..., EvalArguments]) -> None:
     folder = run_eval(ask("first", reward_model="test_eval:by_token", gold=None))
     rows = rows_of(folder, "first")
     assert len({row["tokens"] for row in rows}) > 1 and all(row["reward"] == row["tokens"] / 2 for row in rows)
 
 
-def test_columns_with_names_that_rewards_are_called_with_are_left_out(
+def test_columns_named_like_reward_arguments_are_ignored(
     ask: Callable[..., EvalArguments], tmp_path: Path
 ) -> None:
     rows = [row | {"completions": ["x"], "prompt_ids": [1], "completion_ids": [2], "prompts": "y"} for row in PROMPTS]
@@ -324,7 +324,7 @@ def test_columns_with_names_that_rewards_are_called_with_are_left_out(
 
 
 @pytest.mark.parametrize("bad", [None, [{"from": "human", "value": "Hi"}], [{"role": "user", "content": None}], []])
-def test_what_is_no_prompt_is_named_and_not_asked(bad: Any, ask: Callable[..., EvalArguments], tmp_path: Path) -> None:
+def test_invalid_prompts_are_named(bad: Any, ask: Callable[..., EvalArguments], tmp_path: Path) -> None:
     good = [{"role": "user", "content": "Hi"}] if isinstance(bad, list) else "Hi"
     rows = [{"prompt": prompt, "answer": "a"} for prompt in (good, bad)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

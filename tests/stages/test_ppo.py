@@ -49,7 +49,7 @@ def options(**changed: Any) -> tuple[PPOArguments, ModelConfig, PPOConfig]:
     return parse_arguments(PPOArguments, ModelConfig, PPOConfig, argv=argv)
 
 
-def test_folders_in_folder_out(place: Path, real_plots: None) -> None:
+def test_the_output_folder_holds_policy_value_samples_and_metrics(place: Path, real_plots: None) -> None:
     """The policy that is left loads anywhere and has moved; the value model, samples and numbers lie beside it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,7 +67,7 @@ def test_folders_in_folder_out(place: Path, real_plots: None) -> None:
     assert (folder / "curves.png").stat().st_size > 1000
 
 
-def test_prompts_without_a_held_out_split_are_enough(place: Path) -> None:
+def test_a_lora_run_without_held_out_prompts_works(place: Path) -> None:
     """And with an adapter: the folder is read with its base, and its value lies beside it."""
     from rlhf_recipes.models.loading import load_causal_lm
 
@@ -103,7 +103,7 @@ def test_a_value_model_starts_from_a_reward_model(place: Path) -> None:
     assert not torch.equal(value.score.weight, start.score.weight)
 
 
-def test_texts_become_prompts(tokenizer: Any) -> None:
+def test_prompts_are_the_first_tokens_of_texts(tokenizer: Any) -> None:
     """The first tokens of each text, here bytes, and no text that is empty; other columns stay."""
     from datasets import Dataset
 
@@ -112,7 +112,7 @@ def test_texts_become_prompts(tokenizer: Any) -> None:
     assert prompts.to_list() == [{"label": 1, "prompt": "a long"}, {"label": 1, "prompt": "ok"}]
 
 
-def test_metrics_name_the_first_and_the_last_update() -> None:
+def test_metrics_hold_the_first_and_the_last_update() -> None:
     keys = ("objective/scores", "objective/kl", "completions/mean_length", "completions/eos_share", "episode")
     log = [{"loss": 1.0}, *({key: float(number) for key in keys} for number in (1, 2, 3)), {"train_loss": 1.0}]
     assert ppo_metrics(log)["score_before"] == 1.0 and ppo_metrics(log)["score"] == 3.0
@@ -176,7 +176,7 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "changed", "words"), BAD, ids=[words for _, _, words in BAD])
-def test_bad_input_is_refused(
+def test_invalid_input_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], changed: dict[str, Any], words: str
 ) -> None:
     """One line that names the remedy, no weights read, nothing written."""

@@ -96,7 +96,7 @@ def run(place: Path) -> Path:
     return run_pretrain(*ask(place, place / "run", max_steps=30, warmup_steps=3, **options, **prompts))
 
 
-def test_it_learns_from_log_vocabulary_down(run: Path) -> None:
+def test_the_loss_starts_at_log_vocabulary_and_falls(run: Path) -> None:
     losses = [entry["loss"] for entry in log_of(run) if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in log_of(run) if "eval_loss" in entry]
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def test_it_learns_from_log_vocabulary_down(run: Path) -> None:
     assert metrics["perplexity"] < VOCABULARY / 8 and metrics["steps"] == 30
 
 
-def test_perplexity_is_that_of_the_folder_left(run: Path, place: Path) -> None:
+def test_perplexity_matches_the_saved_model(run: Path, place: Path) -> None:
     """Recomputed from the files alone: each held-out line after an EOS, token by token, in float64."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -126,7 +126,7 @@ def test_perplexity_is_that_of_the_folder_left(run: Path, place: Path) -> None:
     assert tokenizer.model_max_length == BLOCK == model.config.n_positions
 
 
-def test_samples_follow_an_end_of_text_and_are_the_models(run: Path) -> None:
+def test_samples_start_after_eos_and_match_the_model(run: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     samples = (run / "samples.md").read_text(encoding="utf-8")
@@ -142,14 +142,14 @@ def test_samples_follow_an_end_of_text_and_are_the_models(run: Path) -> None:
     assert samples.endswith(f"- **the c**{gap}{escape_markdown(first)}\n- {escape_markdown(second)}\n")
 
 
-def test_what_was_asked_can_be_asked_again(run: Path, tmp_path: Path, real_plots: None) -> None:
+def test_the_run_repeats_from_its_recipe(run: Path, tmp_path: Path, real_plots: None) -> None:
     argv = ["--config", str(run / "recipe.yaml"), "--output_dir", str(tmp_path / "again")]
     again = run_pretrain(*parse_arguments(PretrainArguments, ModelConfig, PretrainConfig, argv=argv))
     assert all(torch.equal(weight, weights_of(run)[name]) for name, weight in weights_of(again).items())
     assert not (again / "training_args.bin").exists() and (again / "curves.png").stat().st_size > 1000
 
 
-def test_blocks_are_the_joined_documents(place: Path, tmp_path: Path) -> None:
+def test_blocks_are_the_concatenated_documents(place: Path, tmp_path: Path) -> None:
     trainer = build_pretrain_trainer(*ask(place, tmp_path / "out"))
     joined = [token for line in LINES for token in [*line.encode(), END]]
     whole = [joined[start : start + BLOCK] for start in range(0, len(joined) - BLOCK + 1, BLOCK)]
@@ -179,7 +179,7 @@ def test_a_stream_trains_on_the_blocks_in_order(place: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2), (1, 4)])
-def test_l1_adds_its_sign_to_the_gradient_once_a_step(
+def test_l1_adds_the_sign_of_weights_to_the_gradient_once_a_step(
     place: Path, tmp_path: Path, batch: int, accumulation: int
 ) -> None:
     """After one step of size 0.05, weights differ from a run without the penalty by 0.05 * 0.1 * sign(w)."""
@@ -196,7 +196,7 @@ def test_l1_adds_its_sign_to_the_gradient_once_a_step(
     assert 0 < spared < len(plain)
 
 
-def test_l1_is_in_the_training_loss_and_not_in_the_held_out_loss(place: Path, tmp_path: Path) -> None:
+def test_l1_is_in_the_training_loss_but_not_in_the_held_out_loss(place: Path, tmp_path: Path) -> None:
     plain = build_pretrain_trainer(*ask(place, tmp_path / "out"))
     pulled = build_pretrain_trainer(*ask(place, tmp_path / "out", l1_penalty=0.25))
     size = sum(float(w.detach().double().abs().sum()) for w in plain.model.parameters() if w.dim() == 2)
@@ -206,7 +206,7 @@ def test_l1_is_in_the_training_loss_and_not_in_the_held_out_loss(place: Path, tm
     assert plain.evaluate()["eval_loss"] == pulled.evaluate()["eval_loss"]
 
 
-def test_loss_is_float32_where_the_layers_are_bfloat16(place: Path, tmp_path: Path) -> None:
+def test_loss_is_float32_when_layers_are_bfloat16(place: Path, tmp_path: Path) -> None:
     trainer = build_pretrain_trainer(*ask(place, tmp_path / "out", bf16=True, max_steps=1, l1_penalty=1e-4))
     seen: list[torch.dtype] = []
     trainer.model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *call: seen.append(call[2].dtype))
@@ -217,7 +217,7 @@ def test_loss_is_float32_where_the_layers_are_bfloat16(place: Path, tmp_path: Pa
     assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
 
 
-def test_what_was_trained_in_bfloat16_is_measured_in_its_own_precision(place: Path, tmp_path: Path) -> None:
+def test_a_bfloat16_run_is_evaluated_in_bfloat16(place: Path, tmp_path: Path) -> None:
     folder = run_pretrain(*ask(place, tmp_path / "out", bf16=True, max_steps=1))
     lines = [row["text"] for row in load_split(str(place / "text"), "test")]
     again = perplexity(load_causal_lm(str(folder)), load_tokenizer(str(folder)), lines)
@@ -261,7 +261,7 @@ def test_learning_rate_warms_up_and_decays(
     ("<b>", "**x** ![y](z)", r"**\<b\>**\*\*x\*\* \!\[y\](z)"),
     ("", "# x", r"\# x"), ("", "- x", r"\- x"), ("", "1. x_y", r"1\. x\_y"), ("", ".x", r"\.x"),
 ])  # fmt: skip
-def test_samples_are_text_whatever_is_in_them(prompt: str, text: str, line: str) -> None:
+def test_samples_are_escaped(prompt: str, text: str, line: str) -> None:
     assert _continued(prompt, text) == line
 
 
@@ -271,7 +271,7 @@ def test_the_same_seed_gives_the_same_weights(place: Path, tmp_path: Path) -> No
     assert not torch.equal(runs[0]["transformer.wte.weight"], runs[2]["transformer.wte.weight"])
 
 
-def test_a_resumed_run_ends_where_the_unbroken_one_does(place: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_matches_the_uninterrupted_run(place: Path, tmp_path: Path) -> None:
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "dropout": 0.2}
     samples = {"eval_strategy": "steps", "eval_steps": 2, "sample_prompts": ["the"], "sample_tokens": 4}
     whole = weights_of(run_pretrain(*ask(place, tmp_path / "out", **options, **samples)))
@@ -283,7 +283,7 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(place: Path, tmp_path: P
     assert (tmp_path / "out" / "samples.md").read_text(encoding="utf-8") == text
 
 
-def test_going_on_from_a_checkpoint(run: Path, place: Path, tmp_path: Path) -> None:
+def test_continued_pretraining_starts_from_the_checkpoint(run: Path, place: Path, tmp_path: Path) -> None:
     """It starts at the loss where the checkpoint stood, with its tokenizer and context, and the dropout asked for."""
     options = {"model_name_or_path": str(run), "model_size": None, "tokenizer_name": None, "max_length": None}
     trainer = build_pretrain_trainer(*ask(place, tmp_path / "out", **options, dropout=0.3))
@@ -300,7 +300,7 @@ def test_going_on_from_a_checkpoint(run: Path, place: Path, tmp_path: Path) -> N
     assert trainer.train().training_loss == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_text_files_and_further_datasets(place: Path, tmp_path: Path) -> None:
+def test_text_files_and_extra_datasets_are_read(place: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("\n".join(VERSE * 10) + "\n", encoding="utf-8")
     extra = {"dataset_name": str(tmp_path / "book.txt"), "extra_dataset_names": [str(place / "text")]}
     folder = run_pretrain(*ask(place, tmp_path / "out", **extra))
@@ -365,7 +365,7 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_INPUT, ids=[message for _, message in BAD_INPUT])
-def test_bad_input_is_one_line_and_leaves_nothing(
+def test_invalid_input_is_one_line_and_writes_nothing(
     place: Path, others: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     def filled(value: Any) -> Any:
@@ -381,7 +381,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     "options",
     [{"model_size": "huge"}, {"dropout": 1.0}, {"l1_penalty": -1.0}, {"max_length": 1}, {"sample_tokens": 0}],
 )
-def test_arguments_are_checked_on_arrival(options: dict[str, Any]) -> None:
+def test_invalid_arguments_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         PretrainArguments(**options)
 
@@ -396,7 +396,7 @@ def test_the_recipe_prints_one_line_and_exits_2(place: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(place: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(place: Path, tmp_path: Path) -> None:
     """Two ranks of two blocks each against one of four: the same weights, with the penalty counted once."""
     alone = trained(place, tmp_path / "alone", l1_penalty=0.01, **PLAIN_STEP)
     flags = {
@@ -415,7 +415,7 @@ def test_two_processes_learn_what_one_does(place: Path, tmp_path: Path) -> None:
     assert "perplexity" in json.loads((tmp_path / "both" / "metrics.json").read_text(encoding="utf-8"))
 
 
-def test_every_process_samples_and_the_first_one_writes(run: Path, tmp_path: Path) -> None:
+def test_every_process_samples_and_rank_0_writes(run: Path, tmp_path: Path) -> None:
     """Each pass over weights that are cut apart is a meeting of all: who stayed away would let the others wait."""
     from types import SimpleNamespace
 

@@ -37,18 +37,18 @@ def filled(folder: Path, *names: str) -> Path:
         (["corpus_only.csv"], "dataset"),
     ],
 )
-def test_a_folder_is_taken_for_what_it_holds(names: list[str], kind: str, tmp_path: Path) -> None:
+def test_the_kind_of_a_folder_follows_from_its_files(names: list[str], kind: str, tmp_path: Path) -> None:
     assert repo_type_of(filled(tmp_path, *names)) == kind
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is neither a stage's output nor a dataset"):
         repo_type_of(filled(tmp_path, "letter.docx", "pictures/cat.png"))
     with pytest.raises(UserError, match="no folder to push"):
         run_push(PushArguments())
 
 
-def test_rows_get_a_card_that_says_where_each_split_is(tmp_path: Path) -> None:
+def test_the_card_of_a_dataset_names_the_file_of_each_split(tmp_path: Path) -> None:
     rows = [{"prompt": "one", "an|swer": 1}, {"prompt": "two", "an|swer": 2}]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "train-00000-of-00002.jsonl").write_text(text)
@@ -66,7 +66,7 @@ def test_rows_get_a_card_that_says_where_each_split_is(tmp_path: Path) -> None:
     assert push._dataset_cards(tmp_path) == {}
 
 
-def test_the_command_to_try_again_is_the_one_that_was_given(tmp_path: Path) -> None:
+def test_the_command_to_retry_repeats_the_given_flags(tmp_path: Path) -> None:
     repo = Repo("me/model", private=False, revision="side")
     told = retry_command(tmp_path / "a b", repo, ["--base_model", "me/sft"])
     words = shlex.split(told)[4:]
@@ -75,7 +75,7 @@ def test_the_command_to_try_again_is_the_one_that_was_given(tmp_path: Path) -> N
     assert (asked.hub_private_repo, asked.hub_revision) == (False, "side")
 
 
-def test_an_adapter_gets_the_id_of_its_base_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_base_model_id_replaces_only_the_base_in_an_adapter_config(tmp_path: Path) -> None:
     for place in ("", "value_model/", "checkpoint-3/"):
         filled(tmp_path, f"{place}adapter_config.json").joinpath(f"{place}adapter_config.json").write_text(
             json.dumps({"base_model_name_or_path": "runs/sft", "r": 4})
@@ -86,7 +86,7 @@ def test_an_adapter_gets_the_id_of_its_base_and_keeps_the_rest(tmp_path: Path) -
     assert "runs/sft" in (tmp_path / "adapter_config.json").read_text()
 
 
-def test_hidden_files_and_links_to_nowhere_are_left_out(tmp_path: Path) -> None:
+def test_hidden_files_and_broken_links_are_not_pushed(tmp_path: Path) -> None:
     filled(
         tmp_path, "config.json", ".env", ".git/config", "value_model/.cache/x", "value_model/config.json", ".saving/a"
     )

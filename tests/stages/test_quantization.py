@@ -66,7 +66,7 @@ def whole(bits_world: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_cut_goes_on_bit_for_bit(case: str, bits_world: Path, whole: Callable[[str], Path]) -> None:
+def test_a_resumed_run_matches_the_uninterrupted_run(case: str, bits_world: Path, whole: Callable[[str], Path]) -> None:
     stage, options = CASES[case]
     given = options | ({"value_model": str(bits_world / "reward_model")} if "value_model" in options else {})
     expected, out = small_runs.end_of(whole(case)), f"{case}, cut"
@@ -82,7 +82,7 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(case: str, bits_world: Path, who
 
 
 @pytest.mark.parametrize("case", [case for case, (_, options) in CASES.items() if options.get("use_peft")])
-def test_what_is_left_is_an_adapter_that_learnt(case: str, whole: Callable[[str], Path]) -> None:
+def test_the_output_is_a_trained_adapter(case: str, whole: Callable[[str], Path]) -> None:
     folder = whole(case)
     weights = load_file(folder / "adapter_model.safetensors")
     up = [value for name, value in weights.items() if "lora_B" in name]
@@ -98,7 +98,7 @@ def test_what_is_left_is_an_adapter_that_learnt(case: str, whole: Callable[[str]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "AdamW" in case])
-def test_the_moments_of_large_tensors_are_kept_in_8_bits(
+def test_moments_of_large_tensors_are_8_bit(
     case: str, bits_world: Path, whole: Callable[[str], Path]
 ) -> None:
     saved = torch.load(list_checkpoints(whole(case))[0] / "optimizer.pt", weights_only=True)
@@ -114,7 +114,7 @@ def test_the_moments_of_large_tensors_are_kept_in_8_bits(
     assert {each.dtype for each in large} == {torch.float32} and sum(each.numel() >= BIG for each in large) == 2 * 2
 
 
-def test_8_bit_moments_learn_as_32_bit_ones(bits_world: Path, whole: Callable[[str], Path]) -> None:
+def test_8_bit_moments_train_like_32_bit_moments(bits_world: Path, whole: Callable[[str], Path]) -> None:
     def losses(folder: Path) -> list[float]:
         log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return [entry["loss"] for entry in log if "loss" in entry]
@@ -143,7 +143,7 @@ def ask(bits_world: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_eval_reads_models_reference_and_reward_model_each_in_the_bits_it_is_told(
+def test_eval_quantizes_models_reference_and_reward_model_separately(
     bits: int, ask: Callable[..., dict[str, Any]], bits_world: Path
 ) -> None:
     """Against the same measured by hand on models that were read one by one."""
@@ -176,7 +176,7 @@ def test_eval_reads_models_reference_and_reward_model_each_in_the_bits_it_is_tol
 
 
 @pytest.mark.parametrize("case", ["sft, 4 bits", "ppo, 4 bits"])
-def test_eval_reads_an_adapter_on_its_base_in_bits_and_merged_in_full(
+def test_eval_loads_an_adapter_on_its_quantized_or_merged_base(
     case: str, ask: Callable[..., dict[str, Any]], whole: Callable[[str], Path]
 ) -> None:
     folder = str(whole(case))
@@ -186,7 +186,7 @@ def test_eval_reads_an_adapter_on_its_base_in_bits_and_merged_in_full(
     assert quantized["perplexity"] != merged["perplexity"]
 
 
-def test_the_perplexity_that_sft_tells_is_that_of_the_adapter_on_its_quantized_base(
+def test_the_perplexity_of_sft_is_that_of_the_adapter_on_its_quantized_base(
     whole: Callable[[str], Path], bits_world: Path
 ) -> None:
     from rlhf_recipes.evaluation.language_model import completion_perplexity
@@ -206,7 +206,7 @@ def test_the_perplexity_that_sft_tells_is_that_of_the_adapter_on_its_quantized_b
 
 
 @pytest.mark.parametrize("stage", ["dpo", "rloo"])
-def test_dpo_and_rloo_learn_by_an_adapter_in_bits(
+def test_dpo_and_rloo_train_an_adapter_on_quantized_weights(
     stage: str, bits_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward_models: list[Any] = []
@@ -225,7 +225,7 @@ def test_dpo_and_rloo_learn_by_an_adapter_in_bits(
     assert kinds == ([8] if stage == "rloo" else [])
 
 
-def test_ppo_goes_on_with_what_sft_left_in_bits(bits_world: Path, whole: Callable[[str], Path]) -> None:
+def test_ppo_trains_on_the_quantized_output_of_sft(bits_world: Path, whole: Callable[[str], Path]) -> None:
     """One base in 4 bits for all: sft's adapter is policy and reference, the reward model's rides, the value has its own."""
     start, reward_model = whole("sft, 4 bits"), whole("reward, 4 bits")
     asked = {"load_in_4bit": True, "use_bnb_nested_quant": True, "max_steps": 4, "save_strategy": "no"}
@@ -240,7 +240,7 @@ def test_ppo_goes_on_with_what_sft_left_in_bits(bits_world: Path, whole: Callabl
     assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_value_model_starts_from_a_reward_model_or_from_its_adapter(
+def test_a_value_model_starts_from_a_reward_model_or_its_adapter(
     whole: Callable[[str], Path], bits_world: Path
 ) -> None:
     """In bits each learns by one adapter and the head; in full precision by all weights."""
@@ -273,7 +273,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_before_weights_are_read(
+def test_invalid_input_is_refused_before_weights_are_read(
     case: str, bits_world: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole("sft, 4 bits")
@@ -298,12 +298,12 @@ def test_what_is_wrong_is_said_before_weights_are_read(
         ({"frozen_bits": 2}, "give 8 or 4"),
     ],
 )
-def test_eval_is_not_asked_for_what_there_is_not(given: dict[str, Any], message: str) -> None:
+def test_eval_refuses_quantization_without_such_a_model(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         EvalArguments(**given)
 
 
-def test_a_model_saved_in_bits_learns_by_an_adapter(bits_world: Path) -> None:
+def test_an_adapter_on_a_saved_quantized_model_is_trained(bits_world: Path) -> None:
     folder = bits_world / "saved in bits"
     load_causal_lm(str(bits_world / "model"), **quantization_kwargs(4)).save_pretrained(folder)
     load_tokenizer(str(bits_world / "model")).save_pretrained(folder)

@@ -106,7 +106,7 @@ def metrics_of(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_loss_and_metrics_of_pairs_are_those_computed_by_hand(ask: Any, form: str) -> None:
+def test_loss_and_metrics_of_pairs_match_float64(ask: Any, form: str) -> None:
     """Learning rate 0 leaves the reward model as it began, so that every number can be recomputed from its folder."""
     rows, texts = FORMS[form]
     folder = run_reward(*ask(rows, rows, learning_rate=0.0, max_steps=1))
@@ -177,7 +177,7 @@ def test_a_short_run_learns_a_planted_preference(ask: Any, real_plots: None) -> 
     assert not (folder / "training_args.bin").exists()
 
 
-def test_pad_that_is_eos_gives_the_same_scores_in_training_and_to_ppo(
+def test_pad_equal_to_eos_gives_equal_scores_in_training_and_ppo(
     ask: Any, make_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
     start = tmp_path / "start"
@@ -195,7 +195,7 @@ def test_pad_that_is_eos_gives_the_same_scores_in_training_and_to_ppo(
     assert metrics_of(folder)["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
 
 
-def test_the_loss_of_labels_is_the_cross_entropy_by_hand(ask: Any) -> None:
+def test_the_loss_of_labels_matches_cross_entropy_in_float64(ask: Any) -> None:
     folder = run_reward(*ask(LABELLED, LABELLED, learning_rate=0.0, max_steps=1, per_device_train_batch_size=4))
     reward_model, tokenizer = load_reward_model(str(folder)).eval(), load_tokenizer(str(folder))
     logits = [logits_by_hand(reward_model, tokenizer, row["text"] + EOS) for row in LABELLED]
@@ -247,7 +247,7 @@ def test_a_short_run_learns_planted_sentiment(ask: Any) -> None:
     assert measured["calibration_error"] < 0.3 and max(confident) > 0.9
 
 
-def test_accumulated_batches_weigh_like_one(ask: Any) -> None:
+def test_gradient_accumulation_changes_no_weight(ask: Any) -> None:
     """4 x 1 and 1 x 4 rows are the same step; the classifiers of transformers alone would sum what is accumulated."""
     weights = []
     for batch, accumulate in ((4, 1), (1, 4)):
@@ -259,7 +259,7 @@ def test_accumulated_batches_weigh_like_one(ask: Any) -> None:
     torch.testing.assert_close(weights[0][1], weights[1][1], rtol=1e-5, atol=1e-7)
 
 
-def test_only_texts_that_were_not_cut_end_with_eos(tokenizer: Any) -> None:
+def test_truncated_texts_do_not_end_with_eos(tokenizer: Any) -> None:
     rows = encode_labelled_texts({"text": ["ab", "abc", "abcd", "abcde"], "label": [0, 1, True, 0]}, tokenizer, 4)
     eos = tokenizer.eos_token_id
     assert rows["input_ids"] == [[97, 98, eos], [97, 98, 99, eos], [97, 98, 99, 100], [97, 98, 99, 100]]
@@ -269,7 +269,7 @@ def test_only_texts_that_were_not_cut_end_with_eos(tokenizer: Any) -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and batch["labels"].tolist() == [1, 0]
 
 
-def test_the_seed_draws_the_head(ask: Any) -> None:
+def test_the_seed_initializes_the_head(ask: Any) -> None:
     heads = [build_reward_trainer(*ask(CHAT, seed=seed)).model.score.weight for seed in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert heads[0].shape == (1, 32)
@@ -316,7 +316,7 @@ def test_lora_trains_adapters_and_head_and_loads_as_a_reward_model(
     assert loaded == pytest.approx(live, rel=1e-4, abs=1e-4 if weights == "float" else 0.4)
 
 
-def test_a_reward_model_starts_from_a_lora_language_model(
+def test_a_reward_model_starts_from_a_merged_lora_model(
     ask: Any, make_model: Any, model_folder: Path, tmp_path: Path
 ) -> None:
     """Its trunk is the merged one: the adapter's effect is seen in the scores."""
@@ -338,7 +338,7 @@ def test_a_reward_model_starts_from_a_lora_language_model(
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
-def test_pairs_that_are_too_long_are_left_out_and_counted(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_pairs_that_are_too_long_are_dropped_and_counted(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
     long = {"prompt": "a", "chosen": "b" * 50, "rejected": "c"}
     folder = run_reward(*ask([*PROMPTED, long], [*PROMPTED, long], max_length=30, max_steps=1))
     assert metrics_of(folder)["pairs"] == 2
@@ -372,7 +372,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_before_weights_are_read(
+def test_invalid_input_is_refused_before_weights_are_read(
     ask: Any, case: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model's folder holds no weights, so whoever tried to read them would complain of that instead."""
@@ -385,12 +385,12 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_kind_of_reward_model_is_one_of_three() -> None:
+def test_an_unknown_reward_type_is_refused() -> None:
     with pytest.raises(UserError, match="unknown reward_type 'jury'; choose one of auto, ranking, classifier"):
         RewardArguments(reward_type="jury")
 
 
-def test_a_reward_model_with_other_labels_is_no_start(
+def test_a_reward_model_with_another_number_of_labels_is_refused_as_start(
     ask: Any, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
     make_reward_model(0, num_labels=2).save_pretrained(tmp_path / "classifier")
@@ -410,7 +410,7 @@ def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, model_folder: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_reward_model_is_worth_is_measured_on_the_rows_that_it_learns_from(ask: Any, tmp_path: Path) -> None:
+def test_metrics_use_the_same_rows_and_columns_as_training(ask: Any, tmp_path: Path) -> None:
     """A prompt that only one of two sources has is read in neither."""
     further = write(tmp_path / "further", train=PLAIN * 2)
     folder = run_reward(*ask(PROMPTED * 2, PROMPTED, extra_dataset_names=further, max_steps=1))

@@ -138,7 +138,7 @@ def test_the_score_rises(place: Path, real_plots: None) -> None:
     assert "`rloo` stage" in (folder / "README.md").read_text() and not list(folder.rglob("*.bin"))
 
 
-def test_lora_leaves_an_adapter_that_loads(place: Path, make_model: Any) -> None:
+def test_lora_saves_an_adapter_that_loads(place: Path, make_model: Any) -> None:
     make_model(initializer_range=0.2).save_pretrained("policy")
     before = {path.name: path.read_bytes() for path in (place / "policy").iterdir()}
     folder = run_rloo(*options(**LEARNING, learning_rate=3e-2, use_peft=True, lora_r=8, lora_dropout=0.0))
@@ -148,7 +148,7 @@ def test_lora_leaves_an_adapter_that_loads(place: Path, make_model: Any) -> None
     assert load_causal_lm(str(folder)).generation_config.eos_token_id == [EOS]
 
 
-def test_the_penalty_holds_the_policy_near_its_reference(place: Path) -> None:
+def test_beta_keeps_the_policy_near_its_reference(place: Path) -> None:
     free, held = (
         batches(trained(**LEARNING | {"learning_rate": 3e-3, "beta": beta, "max_steps": 16})[0])
         for beta in (1e-6, 2.0)
@@ -162,7 +162,7 @@ OTHER_VOCABULARY = "another_reward_model"
 
 @pytest.mark.parametrize("form", ["plain", "chat"])
 @pytest.mark.parametrize("reward_model", ["reward_model", OTHER_VOCABULARY])
-def test_a_reward_model_scores_as_it_does_in_ppo(
+def test_a_reward_model_scores_as_in_ppo(
     place: Path, form: str, reward_model: str, make_reward_model: Any, make_tokenizer: Any
 ) -> None:
     """The very answers that RLOO sampled and scored, handed to PPOTrainer's scoring: prompt, EOS and all."""
@@ -196,7 +196,7 @@ def test_a_reward_model_scores_as_it_does_in_ppo(
     assert ended == {True, False}
 
 
-def test_functions_get_the_datasets_columns_as_in_ppo(place: Path) -> None:
+def test_reward_functions_receive_the_dataset_columns_as_in_ppo(place: Path) -> None:
     """By name and row by row; they may be async, and what they give token by token is added up."""
     names = " ".join(f"rloo_rewards:{name}" for name in ("wanted_letters", "by_token", "remember"))
     trainer = build_rloo_trainer(*options(reward=names))
@@ -212,7 +212,7 @@ def test_functions_get_the_datasets_columns_as_in_ppo(place: Path) -> None:
         assert mean == pytest.approx(sum(counts) / len(counts))
 
 
-def test_padding_moves_no_position(place: Path) -> None:
+def test_padding_does_not_shift_positions(place: Path) -> None:
     """The log-probabilities that are learnt from are those of each prompt and answer alone, in float64."""
     trainer = build_rloo_trainer(*options(temperature=0.7))
     trainer.model.train()
@@ -236,7 +236,7 @@ def test_padding_moves_no_position(place: Path) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.0])
-def test_without_a_learning_rate_nothing_moves(place: Path, beta: float) -> None:
+def test_zero_learning_rate_changes_no_weight(place: Path, beta: float) -> None:
     trainer, measured = trained(learning_rate=0.0, beta=beta)
     assert same_weights("policy", trainer.model)
     kept = [entry[name] for entry in (*batches(trainer), measured) for name in ("kl", "eval_kl") if name in entry]
@@ -256,7 +256,7 @@ def test_the_reference_of_a_lora_folder_is_the_merged_model(place: Path, tokeniz
     assert batches(trainer)[-1]["kl"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_scores_are_normalised_weighed_and_lowered_for_want_of_an_end(place: Path) -> None:
+def test_scores_are_normalized_weighted_and_lowered_without_eos(place: Path) -> None:
     changes = {
         "reward": "reward model rloo_rewards:low_share",
         "reward_weights": "0.5 3.0",
@@ -274,7 +274,7 @@ def test_scores_are_normalised_weighed_and_lowered_for_want_of_an_end(place: Pat
     assert scaled["reward"] == pytest.approx(total, abs=1e-5)
 
 
-def test_left_over_generation_settings_change_no_answer(place: Path) -> None:
+def test_leftover_generation_settings_change_no_answer(place: Path) -> None:
     """They would sample from another distribution than the one that is trained."""
     changes = {"reward": "rloo_rewards:remember", "learning_rate": 0.0}
     build_rloo_trainer(*options(**changes)).train()
@@ -295,7 +295,7 @@ def test_the_run_repeats_from_its_recipe(place: Path) -> None:
     assert not same_weights(folder, trained(seed=1)[0].model)
 
 
-def test_a_run_that_goes_on_ends_as_one_that_never_stopped(place: Path) -> None:
+def test_a_resumed_run_matches_the_uninterrupted_run(place: Path) -> None:
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     whole, _ = trained(**changes)
     shutil.copytree(place / "out" / "checkpoint-2", place / "resumed" / "checkpoint-2")
@@ -303,13 +303,13 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(place: Path) -> None:
     assert same_weights(whole.model, resumed)
 
 
-def test_it_does_not_replace_rows_that_it_reads_besides(place: Path) -> None:
+def test_extra_datasets_are_not_overwritten(place: Path) -> None:
     shutil.copytree(place / "prompts", place / "besides" / "prompts")
     with pytest.raises(UserError, match="holds the input besides/prompts"):
         run_rloo(*options(output_dir="besides", extra_dataset_names="besides/prompts", overwrite=True))
 
 
-def test_answers_are_counted_once_however_often_they_are_learnt_from() -> None:
+def test_answers_used_several_times_are_counted_once() -> None:
     shape = {"per_device_train_batch_size": 8, "num_generations": 4}
     config = RLOOConfig("out", steps_per_generation=2, num_iterations=3, **shape)
     assert config.answers == 16
@@ -318,7 +318,7 @@ def test_answers_are_counted_once_however_often_they_are_learnt_from() -> None:
     assert config.answers == 32 and config.episodes(3) == 96
 
 
-def test_metrics_name_the_first_and_the_last_batch() -> None:
+def test_metrics_hold_the_first_and_the_last_batch() -> None:
     keys = ("reward", "kl", "completions/mean_length", "completions/clipped_ratio")
     log = [{"loss": 1.0}, *(dict.fromkeys(keys, number / 8) for number in (1, 2, 4)), {"train_loss": 1.0}]
     expected = {"score_before": 0.125, "kl_before": 0.125**2, "length_before": 0.125, "eos_share_before": 0.875}
@@ -392,7 +392,7 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("spoil", "changed", "words"), BAD, ids=[f"{index}-{bad[2]}" for index, bad in enumerate(BAD)]
 )
-def test_bad_input_is_refused(
+def test_invalid_input_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], changed: dict[str, Any], words: str
 ) -> None:
     """One line that names the remedy, no weights read, nothing written."""

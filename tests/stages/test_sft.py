@@ -94,7 +94,7 @@ def words_with_loss(trainer: Any, tokenizer: Any) -> list[str]:
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_exactly_the_answers_and_their_eos_carry_loss(ask: Any, form: str, pad_is_eos: bool) -> None:
+def test_only_answers_and_their_eos_have_loss(ask: Any, form: str, pad_is_eos: bool) -> None:
     """Padding with EOS changes nothing: the EOS that ends an answer carries loss, the padding does not."""
     rows, expected = FORMS[form]
     trainer = build_sft_trainer(*ask(rows))
@@ -104,7 +104,7 @@ def test_exactly_the_answers_and_their_eos_carry_loss(ask: Any, form: str, pad_i
     assert sorted(words_with_loss(trainer, trainer.processing_class)) == sorted(expected)
 
 
-def test_the_loss_on_messages_can_be_widened_to_all_turns(ask: Any) -> None:
+def test_loss_on_all_turns_of_messages_is_an_option(ask: Any) -> None:
     trainer = build_sft_trainer(*ask(MESSAGES[1:] * 2, assistant_only_loss=False))
     words = words_with_loss(trainer, trainer.processing_class)
     assert words[0] == "<|system|>s<|end|><|user|>h<|end|><|assistant|>i" + EOS
@@ -128,7 +128,7 @@ def bare_folder(
 
 
 @pytest.mark.parametrize("form", ["chat", "messages"])
-def test_a_vocabulary_without_roles_and_template_learns_chats(ask: Any, bare_folder: Path, form: str) -> None:
+def test_a_tokenizer_without_roles_and_template_trains_on_chats(ask: Any, bare_folder: Path, form: str) -> None:
     rows, expected = FORMS[form]
     trainer = build_sft_trainer(*ask(rows, model_name_or_path=bare_folder))
     assert sorted(words_with_loss(trainer, trainer.processing_class)) == sorted(expected)
@@ -169,7 +169,7 @@ def test_the_loss_is_the_cross_entropy_of_the_answers(ask: Any, tmp_path: Path) 
     assert metrics["held_out_tokens"] == tokens
 
 
-def test_runs_of_trained_tokens_are_parted() -> None:
+def test_completions_are_split_by_their_token_mask() -> None:
     row = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, 6, 7, -100, 9, 10]}
     assert loss_spans([row]) == [([5], [6, 7]), ([5, 6, 7, 8], [9, 10])]
     assert loss_spans([{"input_ids": [5, 6], "labels": [5, 6]}]) == [([], [5, 6])]
@@ -177,7 +177,7 @@ def test_runs_of_trained_tokens_are_parted() -> None:
     assert loss_spans([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
 
 
-def test_packing_keeps_the_masks_and_the_documents_apart(ask: Any) -> None:
+def test_packed_rows_have_the_loss_of_separate_rows(ask: Any) -> None:
     """Rows packed into one sequence carry the same loss as each of them alone."""
     trainer = build_sft_trainer(*ask(CHAT * 3, CHAT, packing=True, per_device_train_batch_size=1, max_length=96))
     assert len(trainer.train_dataset) < len(CHAT) * 3
@@ -194,7 +194,7 @@ def test_packing_keeps_the_masks_and_the_documents_apart(ask: Any) -> None:
     assert measured / tokens == pytest.approx(nats / tokens, rel=1e-4)
 
 
-def test_a_long_answer_is_cut_and_a_long_prompt_refused(ask: Any) -> None:
+def test_a_long_answer_is_truncated_and_a_long_prompt_refused(ask: Any) -> None:
     long = [{"prompt": "Count:", "completion": " one" * 20}] * 2
     trainer = build_sft_trainer(*ask(long, max_length=16))
     assert [len(row["input_ids"]) for row in trainer.train_dataset] == [16, 16]
@@ -206,7 +206,7 @@ def test_a_long_answer_is_cut_and_a_long_prompt_refused(ask: Any) -> None:
         build_sft_trainer(*ask(long, max_length=6))
 
 
-def test_long_prompts_can_be_left_out(ask: Any) -> None:
+def test_long_prompts_can_be_dropped(ask: Any) -> None:
     rows = [*PLAIN, {"prompt": "x" * 200, "completion": "y"}]
     trainer = build_sft_trainer(*ask(rows, drop_long_prompts=True))
     assert sorted(words_with_loss(trainer, trainer.processing_class)) == sorted(FORMS["plain"][1])
@@ -278,7 +278,7 @@ def test_lora_changes_only_the_adapter(ask: Any, model_folder: Path) -> None:
         assert not torch.allclose(load_causal_lm(str(model_folder))(ids).logits, expected, atol=1e-3)
 
 
-def test_a_lora_folder_can_be_fine_tuned_on(ask: Any, tmp_path: Path) -> None:
+def test_a_lora_folder_can_be_fine_tuned_further(ask: Any, tmp_path: Path) -> None:
     """Going on without LoRA trains the merged weights, and leaves a whole model."""
     adapter = run_sft(*ask(CHAT * 2, use_peft=True, learning_rate=1e-2, max_steps=3))
     again = {"model_name_or_path": adapter, "output_dir": tmp_path / "again"}
@@ -342,7 +342,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_before_weights_are_read(
+def test_invalid_input_is_refused_before_weights_are_read(
     ask: Any, case: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model's folder holds no weights, so whoever tried to read them would complain of that instead."""
@@ -360,7 +360,7 @@ def test_what_is_wrong_is_said_before_weights_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_template_without_marks_cannot_part_the_turns(ask: Any, model_folder: Path, tmp_path: Path) -> None:
+def test_a_template_without_generation_marks_is_refused(ask: Any, model_folder: Path, tmp_path: Path) -> None:
     start = tmp_path / "start"
     shutil.copytree(model_folder, start, ignore=shutil.ignore_patterns("*.safetensors"))
     (start / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
@@ -368,7 +368,7 @@ def test_a_template_without_marks_cannot_part_the_turns(ask: Any, model_folder: 
         run_sft(*ask(MESSAGES, model_name_or_path=start))
 
 
-def test_a_run_that_goes_on_ends_as_one_that_never_stopped(ask: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_matches_the_uninterrupted_run(ask: Any, tmp_path: Path) -> None:
     changes = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     whole = run_sft(*ask(CHAT * 4, **changes))
     checkpoint = whole / "checkpoint-2"
@@ -379,7 +379,7 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(ask: Any, tmp_path: P
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_output_folder_with_files_is_kept(ask: Any, tmp_path: Path) -> None:
+def test_an_output_folder_with_other_files_is_not_overwritten(ask: Any, tmp_path: Path) -> None:
     write(tmp_path / "out", mine=[{"a": 1}])
     with pytest.raises(UserError, match="is not empty"):
         run_sft(*ask(CHAT))
@@ -399,7 +399,7 @@ def test_a_tokenizer_without_pad_or_eos_is_refused(ask: Any, token: str, model_f
         run_sft(*ask(CHAT, model_name_or_path=start))
 
 
-def test_the_pad_token_can_be_named(ask: Any, bare_folder: Path, tmp_path: Path) -> None:
+def test_the_pad_token_can_be_chosen(ask: Any, bare_folder: Path, tmp_path: Path) -> None:
     """As for the released GPT-2, whose tokenizer has none; the folder that is left needs no further help."""
     start = tmp_path / "start"
     shutil.copytree(bare_folder, start)
@@ -421,7 +421,7 @@ def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, model_folder: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_text_with_a_bos_is_measured_as_it_is_trained_on(
+def test_text_with_a_bos_is_measured_as_trained(
     ask: Any, make_tokenizer_with_bos: Any, model_folder: Path, tmp_path: Path
 ) -> None:
     """Nobody is asked for the BOS; what TRL trains on is what is sampled from."""

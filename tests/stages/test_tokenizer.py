@@ -75,7 +75,7 @@ def test_random_unicode_round_trips(trained: Any) -> None:
     assert {"Mn", "Cc", "Cf", "Lo", "So", "Co", "Cn"} <= seen, "the strings held the hard kinds of characters"
 
 
-def test_it_is_what_the_stages_expect_of_a_gpt2_tokenizer(trained: Any) -> None:
+def test_the_tokenizer_has_what_stages_expect_of_gpt2(trained: Any) -> None:
     assert type(trained).__name__.startswith("GPT2Tokenizer")
     assert trained.is_fast and len(trained) == 300 == len(set(trained.get_vocab().values()))
     assert trained.convert_ids_to_tokens(range(5)) == SPECIAL
@@ -87,7 +87,7 @@ def test_it_is_what_the_stages_expect_of_a_gpt2_tokenizer(trained: Any) -> None:
     assert trained.decode(ids_of(trained, "<|user|>hi"), skip_special_tokens=True) == "hi"
 
 
-def test_a_model_folder_loads_it_the_same(trained: Any, make_model: Any, tmp_path: Path) -> None:
+def test_a_model_folder_loads_the_same_tokenizer(trained: Any, make_model: Any, tmp_path: Path) -> None:
     """Beside a GPT-2 config.json, AutoTokenizer takes another way through its classes."""
     from transformers import AutoTokenizer
 
@@ -98,7 +98,7 @@ def test_a_model_folder_loads_it_the_same(trained: Any, make_model: Any, tmp_pat
         assert ids_of(again, text) == ids_of(trained, text) and again.decode(ids_of(again, text)) == text
 
 
-def test_merges_are_those_of_byte_pair_encoding(tmp_path: Path) -> None:
+def test_merges_match_byte_pair_encoding_by_hand(tmp_path: Path) -> None:
     """By hand: `abab` counts ab 4 (in two words), ` c` 3; the first merge is the most frequent pair, and so on."""
     tokenizer = train(tmp_path, ["ab", "ab", "abc", "abc", "bc"], vocab_size=256 + 5 + 2)
     assert tokenizer.convert_ids_to_tokens([261, 262]) == ["ab", "abc"]
@@ -112,7 +112,7 @@ def test_min_frequency_and_special_tokens(tmp_path: Path) -> None:
     assert len(tokenizer) == 256 + 6 + 1
 
 
-def test_measured_on_held_out_text(tmp_path: Path) -> None:
+def test_metrics_are_of_held_out_text(tmp_path: Path) -> None:
     held_out = ["the cat sat", "🙂猫"]
     write_rows(tmp_path / "data" / "test.jsonl", [{"text": text} for text in held_out])
     tokenizer = train(tmp_path)
@@ -121,14 +121,14 @@ def test_measured_on_held_out_text(tmp_path: Path) -> None:
     assert metrics == {"vocab_size": 300, "bytes_per_token": size / count, "bytes": size, "tokens": count}
 
 
-def test_the_same_text_gives_the_same_files_streamed_or_not(tmp_path: Path) -> None:
+def test_streaming_gives_the_same_files(tmp_path: Path) -> None:
     for name, streaming in (("a", False), ("b", False), ("c", True)):
         train(tmp_path / name, dataset_streaming=streaming)
     first, *others = [(tmp_path / name / "tokenizer" / "tokenizer.json").read_bytes() for name in "abc"]
     assert others == [first, first]
 
 
-def test_conversations_and_pairs_give_their_words(tmp_path: Path) -> None:
+def test_conversations_and_pairs_give_the_merges_of_their_text(tmp_path: Path) -> None:
     """Each form of the same words gives the same merges as the words as plain lines."""
     turn = {"user": "who is the cat", "assistant": "the cat is a cat"}
     messages = [{"role": role, "content": words} for role, words in turn.items()]
@@ -147,7 +147,7 @@ def test_conversations_and_pairs_give_their_words(tmp_path: Path) -> None:
         assert merges == json.loads(wanted.backend_tokenizer.to_str())["model"]["merges"], name
 
 
-def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path / "data.jsonl", [{"text": line} for line in LINES])
     arguments = TokenizerArguments(
         dataset_name=str(tmp_path / "data.jsonl"), vocab_size=300, output_dir=str(tmp_path / "out")
@@ -173,7 +173,7 @@ def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.Monke
         ({"output_dir": "{file}"}, "is a file"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_input_is_one_line_and_writes_nothing(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     data = tmp_path / "data"
     write_rows(data / "train.jsonl", [{"number": 1, "text": "text"}])
     places = {"data": str(data), "file": str(data / "train.jsonl")}
@@ -194,7 +194,7 @@ def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_limit_counts_the_rows_of_all_sources_together_and_none_of_the_held_out(tmp_path: Path) -> None:
+def test_a_row_limit_counts_all_training_sources_together(tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [{"text": "aa"}] * 3)
     write_rows(tmp_path / "data" / "test.jsonl", [{"text": "xyz"}] * 5)
     write_rows(tmp_path / "more" / "train.jsonl", [{"text": "bb bb"}] * 3)
@@ -208,7 +208,7 @@ def test_a_limit_counts_the_rows_of_all_sources_together_and_none_of_the_held_ou
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["bytes"] == 15
 
 
-def test_a_filter_may_name_a_column_that_only_a_further_source_has(tmp_path: Path) -> None:
+def test_a_row_filter_may_use_a_column_of_one_source(tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "train.jsonl", [{"text": "aa"}])
     write_rows(tmp_path / "more" / "train.jsonl", [{"text": word, "source": word} for word in ("bb", "cc")])
     arguments = TokenizerArguments(

@@ -48,7 +48,7 @@ def brings_code(runs: Path, ran: Path) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
-def test_code_of_a_model_needs_its_flag(
+def test_code_of_a_model_runs_only_with_its_flag(
     stage: str, brings_code: Path, ran: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where somebody would say yes at the terminal, where transformers would ask."""
@@ -60,7 +60,7 @@ def test_code_of_a_model_needs_its_flag(
 
 
 @pytest.mark.parametrize("load", [load_config, load_causal_lm, load_reward_model])
-def test_the_functions_need_it_too(
+def test_loading_functions_need_the_flag_for_code(
     load: Callable[..., Any], brings_code: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *words: "y")
@@ -69,7 +69,7 @@ def test_the_functions_need_it_too(
     assert not ran.exists()
 
 
-def test_the_trainer_needs_it_too(brings_code: Path, ran: Path, tmp_path: Path) -> None:
+def test_the_trainer_needs_the_flag_for_code(brings_code: Path, ran: Path, tmp_path: Path) -> None:
     args = PPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(UserError, match="contains Python code"):
         PPOTrainer(str(brings_code), [len], args, [{"prompt": "a"}])
@@ -77,7 +77,7 @@ def test_the_trainer_needs_it_too(brings_code: Path, ran: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_with_its_flag_it_learns_as_the_same_model_without_code_does(
+def test_a_model_with_code_trains_like_the_same_model_without(
     stage: str, brings_code: Path, ran: Path, runs: Path
 ) -> None:
     own = small_runs.run(stage, runs, f"own {stage}", model_name_or_path=brings_code.name, trust_remote_code=True)
@@ -88,7 +88,7 @@ def test_with_its_flag_it_learns_as_the_same_model_without_code_does(
 
 
 @pytest.mark.parametrize("name", ["../../climbed", "/climbed", "deep\\climbed", ""])
-def test_a_chat_template_is_not_saved_elsewhere(name: str, runs: Path, tmp_path: Path) -> None:
+def test_a_chat_template_is_not_saved_outside_the_folder(name: str, runs: Path, tmp_path: Path) -> None:
     """Each of several templates becomes a file of its name."""
     folder = tmp_path / "model"
     shutil.copytree(runs / "model", folder)
@@ -103,7 +103,7 @@ def test_a_chat_template_is_not_saved_elsewhere(name: str, runs: Path, tmp_path:
     assert not list(tmp_path.parent.rglob("climbed*"))
 
 
-def test_several_chat_templates_with_plain_names_are_kept(runs: Path, tmp_path: Path) -> None:
+def test_several_chat_templates_with_plain_names_are_saved(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(runs / "model", folder)
     tokenizer = load_tokenizer(str(folder))
@@ -112,7 +112,7 @@ def test_several_chat_templates_with_plain_names_are_kept(runs: Path, tmp_path: 
     assert load_tokenizer(str(folder)).chat_template == {"default": "a", "tool_use": "b"}
 
 
-def test_a_run_does_not_replace_the_model_that_an_adapter_is_on(runs: Path) -> None:
+def test_a_run_does_not_overwrite_the_base_of_an_adapter(runs: Path) -> None:
     small_runs.run("sft", runs, "adapter", **small_runs.LORA)
     shutil.copytree(runs / "model", runs / "based on")
     for folder in ("based on", "adapter"):
@@ -126,13 +126,13 @@ def test_a_run_does_not_replace_the_model_that_an_adapter_is_on(runs: Path) -> N
 
 
 @pytest.mark.parametrize("told", ["{", "[]", '{"base_model_name_or_path": 3}', '{"base_model_name_or_path": "CYCLE"}'])
-def test_an_adapter_that_names_no_base_is_refused_in_one_line(told: str, runs: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_base_is_refused(told: str, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(told.replace("CYCLE", str(tmp_path)))
     with pytest.raises(UserError):
         small_runs.run("ppo", runs, "on nothing", model_name_or_path=str(tmp_path))
 
 
-def test_adapters_on_one_another_are_refused_in_one_line(runs: Path, tmp_path: Path) -> None:
+def test_adapters_that_name_each_other_as_base_are_refused(runs: Path, tmp_path: Path) -> None:
     for one, other in ("ab", "ba"):
         (tmp_path / one).mkdir()
         config = {"base_model_name_or_path": str(tmp_path / other)}
@@ -142,7 +142,7 @@ def test_adapters_on_one_another_are_refused_in_one_line(runs: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("named", ["model_name_or_path", "dataset_name", "reward"])
-def test_a_run_does_not_replace_what_it_reads(named: str, runs: Path) -> None:
+def test_a_run_does_not_overwrite_its_inputs(named: str, runs: Path) -> None:
     """A path that leads out of the output folder and back into an input."""
     read = small_runs.flags("ppo", runs, "out")
     source = Path(read[read.index(f"--{named}") + 1])
