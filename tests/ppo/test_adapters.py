@@ -1,4 +1,4 @@
-"""Points 17, 18 and 23: one base for all roles, what is saved of each, and bases in 4 and 8 bits."""
+"""Tests of adapters: one base for all models, saving and loading, and bases quantized to 4 and 8 bits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +42,7 @@ def policy(base: Path) -> Any:
 
 
 def with_sft_adapter(policy: Any) -> Any:
-    """The policy with an adapter that already says something."""
+    """Return the policy with an adapter that changes its outputs."""
     from peft import get_peft_model
 
     torch.manual_seed(3)
@@ -51,7 +51,7 @@ def with_sft_adapter(policy: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def reward_model_on_base(base: Path, tokenizer: Any) -> Path:
-    """A reward model's folder: an adapter and a head on the policy's base, as the reward stage leaves them."""
+    """Return a reward model's folder, an adapter and a head on the policy's base, as the reward stage writes it."""
     from peft import get_peft_model
 
     from rlhf_recipes.models.loading import save_reward_model_config
@@ -67,14 +67,15 @@ def reward_model_on_base(base: Path, tokenizer: Any) -> Path:
     return folder
 
 
-def told_of(trainer: PPOTrainer) -> Any:
-    """A rollout of the policy as it is, on four prompts."""
-    asked = trainer.prompts.rows(range(4))
+def rollout_of(trainer: PPOTrainer) -> Any:
+    """Return a rollout of the current policy with fixed answers to four prompts."""
+    prompts = trainer.prompts.rows(range(4))
     answers = Completions([[5, 6, 7], [8, 9], [10], [11, 12, 200]], [False, False, False, True])
-    return trainer.collector.rollout(asked["prompt_ids"], answers, {"none": [0.0] * 4}, None, identity)
+    return trainer.collector.rollout(prompts["prompt_ids"], answers, {"none": [0.0] * 4}, None, identity)
 
 
 def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of the weights that belong to no adapter."""
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" not in name}
 
 
@@ -85,20 +86,20 @@ def test_one_copy_of_the_base_serves_all_four_models(
     trainer = make_trainer(policy, [str(reward_model_on_base)], peft_config=lora())
     (reward,) = trainer.rewards
     modules = [trainer.model, trainer.collector.reference.module, reward.model]
-    held = {weight.data_ptr(): weight for module in modules for weight in module.parameters()}
+    storages = {weight.data_ptr(): weight for module in modules for weight in module.parameters()}
     adapters = sum(weight.numel() for name, weight in trainer.model.named_parameters() if "lora_" in name)
     heads = sum(
         weight.numel() for module in (trainer.model.value_model, reward.model) for weight in module.parameters()
     )
-    assert sum(weight.numel() for weight in held.values()) == size + adapters + heads
+    assert sum(weight.numel() for weight in storages.values()) == size + adapters + heads
     assert adapters < 3 * 0.2 * size  # policy, value and reward model
     before, frozen = weights_of(trainer.model), base_weights(trainer.model.policy)
     trainer.train()
     after = weights_of(trainer.model)
-    moved = {name for name in after if not torch.equal(before[name], after[name])}
-    assert {name.split(".")[-2] for name in moved if "lora_" in name} == {"default", "ppo_value"}
+    trained = {name for name in after if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[-2] for name in trained if "lora_" in name} == {"default", "ppo_value"}
     assert all(torch.equal(weight, frozen[name]) for name, weight in base_weights(trainer.model.policy).items())
-    assert {name for name in moved if "lora_" not in name} == {
+    assert {name for name in trained if "lora_" not in name} == {
         "value_model.score.weight", "value_model.score.bias"
     }  # fmt: skip
 
@@ -107,20 +108,20 @@ def test_reference_of_a_new_adapter_is_the_base(policy: Any, base: Path, make_tr
     plain = make_trainer(AutoModelForCausalLM.from_pretrained(base))
     trainer = make_trainer(policy, peft_config=lora())
     trainer.train()
-    rollout, expected = told_of(trainer), told_of(plain)
+    rollout, expected = rollout_of(trainer), rollout_of(plain)
     torch.testing.assert_close(rollout.reference_log_probs, expected.log_probs)
     assert (rollout.log_probs - expected.log_probs).abs().max() > 1e-3
 
 
 def test_reference_of_an_existing_adapter_is_its_initial_state(policy: Any, make_trainer: Make) -> None:
     trainer = make_trainer(with_sft_adapter(policy))
-    before = told_of(trainer)
+    before = rollout_of(trainer)
     torch.testing.assert_close(before.reference_log_probs, before.log_probs)
     with trainer.model.policy.disable_adapter(), torch.no_grad():
         plain = trainer.model.policy(torch.tensor([[1, 2, 3]])).logits
     assert (plain - trainer.model.policy(torch.tensor([[1, 2, 3]])).logits).abs().max() > 0.01
     trainer.train()
-    after = told_of(trainer)
+    after = rollout_of(trainer)
     torch.testing.assert_close(after.reference_log_probs, before.log_probs)
     assert (after.log_probs - before.log_probs).abs().max() > 1e-3
 
@@ -130,57 +131,57 @@ def test_named_adapters_are_used_as_policy_and_reference(policy: Any, make_train
     torch.manual_seed(4)
     model.add_adapter("start", lora(init_lora_weights=False))
     trainer = make_trainer(model, model_adapter_name="sft", ref_adapter_name="start")
-    rollout = told_of(trainer)
+    rollout = rollout_of(trainer)
     assert (rollout.log_probs - rollout.reference_log_probs).abs().max() > 1e-3
-    kept = {name: w.detach().clone() for name, w in model.named_parameters() if ".start." in name}
+    initial = {name: w.detach().clone() for name, w in model.named_parameters() if ".start." in name}
     trainer.train()
-    assert all(torch.equal(w, kept[name]) for name, w in model.named_parameters() if ".start." in name)
+    assert all(torch.equal(w, initial[name]) for name, w in model.named_parameters() if ".start." in name)
     with pytest.raises(ValueError, match="no adapter other; it has sft, start"):
         make_trainer(model, model_adapter_name="other")
 
 
 def test_an_adapter_loaded_without_is_trainable_is_refused(policy: Any, make_trainer: Make) -> None:
-    """As PeftModel.from_pretrained reads one by default."""
+    """PeftModel.from_pretrained loads a frozen adapter by default."""
     model = with_sft_adapter(policy).requires_grad_(False)
     with pytest.raises(ValueError, match="is_trainable=True"):
         make_trainer(model)
 
 
-@pytest.mark.parametrize("still", ["policy", "value"])
+@pytest.mark.parametrize("frozen", ["policy", "value"])
 def test_policy_and_value_train_separate_adapters(
-    still: str, policy: Any, make_trainer: Make, weights_of: Make
+    frozen: str, policy: Any, make_trainer: Make, weights_of: Make
 ) -> None:
-    """A loss of one alone moves that one's adapter alone."""
-    options = {"vf_coef": 0.0} if still == "value" else {"value_warmup_updates": 100}
+    """The policy loss alone trains the policy's adapter only, the value loss alone the value's."""
+    options = {"vf_coef": 0.0} if frozen == "value" else {"value_warmup_updates": 100}
     trainer = make_trainer(policy, peft_config=lora(), **options)
     before = weights_of(trainer.model)
     trainer.train()
-    moved = {
+    trained = {
         name.split(".")[-2]
         for name, weight in weights_of(trainer.model).items()
         if "lora_" in name and not torch.equal(weight, before[name])
     }
-    assert moved == {"default" if still == "value" else "ppo_value"}
+    assert trained == {"default" if frozen == "value" else "ppo_value"}
 
 
 def test_shared_base_reward_model_scores_like_a_separate_one(
     policy: Any, reward_model_on_base: Path, make_trainer: Make, tokenizer: Any
 ) -> None:
     trainer = make_trainer(policy, [str(reward_model_on_base)], peft_config=lora())
-    (riding,) = trainer.rewards
-    assert isinstance(riding.model, SharedBaseRewardModel)
-    alone_on_its_base = load_reward(load_reward_model(str(reward_model_on_base)), tokenizer)
+    (shared,) = trainer.rewards
+    assert isinstance(shared.model, SharedBaseRewardModel)
+    separate = load_reward(load_reward_model(str(reward_model_on_base)), tokenizer)
     rows = [[5, 6, 7, 8], [9], [10, 11, 12], [13] * 20]
-    expected = alone_on_its_base.score_ids(rows)
-    assert riding.score_ids(rows) == pytest.approx(expected, abs=1e-5)
+    expected = separate.score_ids(rows)
+    assert shared.score_ids(rows) == pytest.approx(expected, abs=1e-5)
     trainer.train()
-    assert riding.score_ids(rows) == pytest.approx(expected, abs=1e-5)
+    assert shared.score_ids(rows) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_reward_model_on_another_base_is_not_shared(
     policy: Any, reward_model_on_base: Path, base: Path, make_trainer: Make
 ) -> None:
-    """A policy whose adapter was merged is another base, and so is a policy without an adapter."""
+    """A policy with a merged adapter is another base; a policy without an adapter trains its base."""
     from peft import get_peft_model
 
     with pytest.raises(ValueError, match="has an adapter already; leave peft_config out"):
@@ -205,13 +206,13 @@ def test_reference_of_a_second_trainer_is_the_trained_policy(
     model = with_sft_adapter(policy)
     first = make_trainer(model, [str(reward_model_on_base)])
     first.train()
-    left = told_of(first).log_probs
+    trained = rollout_of(first).log_probs
     second = make_trainer(model, [str(reward_model_on_base)])
-    torch.testing.assert_close(told_of(second).reference_log_probs, left)
+    torch.testing.assert_close(rollout_of(second).reference_log_probs, trained)
 
 
 def test_model_card_names_base_model_and_dataset(make_trainer: Make, make_policy: Make) -> None:
-    """What push_to_hub(dataset_name=...) writes, if the stage has not written a card of its own."""
+    """push_to_hub(dataset_name=...) writes this card unless the stage has written one."""
     policy = make_policy()
     policy.name_or_path = "someone/base"
     trainer = make_trainer(policy)
@@ -223,33 +224,33 @@ def test_model_card_names_base_model_and_dataset(make_trainer: Make, make_policy
     assert (Path(trainer.args.output_dir) / "README.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("kind", ["plain", "adapter", "reward_model"])
+@pytest.mark.parametrize("case", ["plain", "adapter", "reward_model"])
 def test_saved_policy_and_value_load_again(
-    kind: str, policy: Any, base: Path, make_reward_model: Make, make_trainer: Make, tmp_path: Path
+    case: str, policy: Any, base: Path, make_reward_model: Make, make_trainer: Make, tmp_path: Path
 ) -> None:
-    """The policy by AutoModelForCausalLM; the value by a trainer that has learnt nothing yet."""
-    options: dict[str, Any] = {"peft_config": lora()} if kind == "adapter" else {}
-    if kind == "reward_model":
+    """Load the policy with AutoModelForCausalLM and the value in a new trainer."""
+    options: dict[str, Any] = {"peft_config": lora()} if case == "adapter" else {}
+    if case == "reward_model":
         options = {"value_model": make_reward_model(5)}
     trainer = make_trainer(policy, **options)
     trainer.train()
     trainer.save_model()
-    expected, folder = told_of(trainer), Path(trainer.args.output_dir)
+    expected, folder = rollout_of(trainer), Path(trainer.args.output_dir)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, trainer.model.policy.eval()(ids).logits)
     assert loaded.generation_config.eos_token_id == policy.generation_config.eos_token_id
-    if kind == "reward_model":
+    if case == "reward_model":
         value = AutoModelForSequenceClassification.from_pretrained(folder / "value_model", num_labels=1)
         assert torch.equal(value.score.weight, trainer.model.value_model.score.weight)
         options = {"value_model": make_reward_model(6)}
-    fresh = make_trainer(AutoModelForCausalLM.from_pretrained(base), **options)
-    assert (told_of(fresh).values - expected.values).abs().max() > 1e-4
-    fresh.model.load_pretrained(folder)
-    again = told_of(fresh)
-    torch.testing.assert_close(again.values, expected.values)
-    torch.testing.assert_close(again.log_probs, expected.log_probs)
+    loading = make_trainer(AutoModelForCausalLM.from_pretrained(base), **options)
+    assert (rollout_of(loading).values - expected.values).abs().max() > 1e-4
+    loading.model.load_pretrained(folder)
+    rollout = rollout_of(loading)
+    torch.testing.assert_close(rollout.values, expected.values)
+    torch.testing.assert_close(rollout.log_probs, expected.log_probs)
 
 
 def test_save_value_model_false_does_not_apply_to_checkpoints(policy: Any, make_trainer: Make) -> None:
@@ -265,34 +266,34 @@ def test_save_value_model_false_does_not_apply_to_checkpoints(policy: Any, make_
 def test_policy_and_value_adapters_train_on_a_quantized_base(
     bits: int, base: Path, make_trainer: Make, weights_of: Make
 ) -> None:
-    given = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {}
-    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **given)
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {}
+    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **options)
     trainer = make_trainer(str(base), peft_config=lora(), quantization_config=quantized, response_length=4)
-    kinds = {type(module).__name__ for module in trainer.model.policy.modules()}
-    assert kinds & {"Linear4bit", "Linear8bitLt"}
+    layers = {type(module).__name__ for module in trainer.model.policy.modules()}
+    assert layers & {"Linear4bit", "Linear8bitLt"}
     before = weights_of(trainer.model)
-    first = told_of(trainer)
+    first = rollout_of(trainer)
     trainer.train()
     after = weights_of(trainer.model)
-    moved = {name.split(".")[-2] for name in after if "lora_" in name and not torch.equal(before[name], after[name])}
-    assert moved == {"default", "ppo_value"}
+    trained = {name.split(".")[-2] for name in after if "lora_" in name and not torch.equal(before[name], after[name])}
+    assert trained == {"default", "ppo_value"}
     trainer.save_model()
-    fresh = make_trainer(str(base), peft_config=lora(), quantization_config=quantized, response_length=4)
-    fresh.model.load_pretrained(trainer.args.output_dir)
-    last = told_of(fresh)
-    torch.testing.assert_close(last.log_probs, told_of(trainer).log_probs)
-    torch.testing.assert_close(last.values, told_of(trainer).values)
+    loading = make_trainer(str(base), peft_config=lora(), quantization_config=quantized, response_length=4)
+    loading.model.load_pretrained(trainer.args.output_dir)
+    last = rollout_of(loading)
+    torch.testing.assert_close(last.log_probs, rollout_of(trainer).log_probs)
+    torch.testing.assert_close(last.values, rollout_of(trainer).values)
     assert (last.log_probs - first.log_probs).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("begins", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("initialization", ["pissa", "pissa_niter_4", "olora"])
 def test_an_adapter_whose_initialization_changes_the_base_is_refused(
-    begins: str, policy: Any, make_trainer: Make
+    initialization: str, policy: Any, make_trainer: Make
 ) -> None:
-    """The base is the reference, and the value's adapter is on it too."""
+    """The reference and the value's adapter use the base, too."""
     before = base_weights(policy)
     with pytest.raises(UserError, match="changes the base"):
-        make_trainer(policy, peft_config=lora(init_lora_weights=begins))
+        make_trainer(policy, peft_config=lora(init_lora_weights=initialization))
     assert all(torch.equal(weight, before[name]) for name, weight in base_weights(policy).items())
 
 
@@ -307,22 +308,22 @@ def test_copying_a_pissa_adapter_does_not_change_the_base_again(policy: Any, mak
     after = {name: weight for name, weight in base_weights(trainer.model.policy).items() if name in before}
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     torch.testing.assert_close(trainer.model.policy(ids).logits, expected)
-    told = told_of(trainer)
-    torch.testing.assert_close(told.reference_log_probs, told.log_probs)
+    rollout = rollout_of(trainer)
+    torch.testing.assert_close(rollout.reference_log_probs, rollout.log_probs)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-@pytest.mark.parametrize("arrives", [False, True])
+@pytest.mark.parametrize("existing", [False, True])
 def test_an_adapter_that_trains_biases_of_the_base_is_refused(
-    bias: str, arrives: bool, policy: Any, make_trainer: Make
+    bias: str, existing: bool, policy: Any, make_trainer: Make
 ) -> None:
-    """They stay as learnt where the adapter is off, so the reference would move."""
+    """Trained biases stay changed when the adapter is disabled, so the reference would change."""
     from peft import get_peft_model
 
-    given = {} if arrives else {"peft_config": lora(bias=bias)}
-    model = get_peft_model(policy, lora(bias=bias)) if arrives else policy
+    options = {} if existing else {"peft_config": lora(bias=bias)}
+    model = get_peft_model(policy, lora(bias=bias)) if existing else policy
     with pytest.raises(UserError, match="trains biases of the base"):
-        make_trainer(model, value_adapter=False, **given)
+        make_trainer(model, value_adapter=False, **options)
 
 
 def test_the_trained_adapter_is_refused_as_reference(policy: Any, make_trainer: Make) -> None:

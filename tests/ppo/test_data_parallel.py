@@ -1,4 +1,4 @@
-"""Two processes joined by gloo, against one that does the work of both."""
+"""Tests of two processes (gloo) against one process with twice the batch."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ STOP_IDS = list(range(200, 256))
 def folder(
     tmp_path_factory: pytest.TempPathFactory, make_model: Make, make_reward_model: Make, tokenizer: Any
 ) -> Path:
-    """The folder with the runs of two processes."""
+    """Return the folder with the runs of two processes."""
     folder = tmp_path_factory.mktemp("processes")
     model = make_model(0, initializer_range=0.1)
     model.generation_config.eos_token_id = STOP_IDS
@@ -36,7 +36,7 @@ def folder(
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the policy and of its value, wherever that was saved."""
+    """Return the weights of policy and value in a folder; the value may be in its own folder."""
     return {
         f"{path.parent.name == 'value_model'}:{name}": tensor
         for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("value_model/*.safetensors"))
@@ -46,26 +46,28 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", ["plain", "value-model", "lora"])
 def test_two_processes_train_like_one_of_twice_the_batch(folder: Path, case: str) -> None:
-    """With whitened rewards, answers of unequal length and a last update that is filled up: weights and metrics."""
-    alone = program.train(folder, case, 8, **program.CASES[case])
+    """Equal weights and metrics, with whitened rewards, answers of unequal length and a last update filled from the start."""
+    single = program.train(folder, case, 8, **program.CASES[case])
     one, two = (weights_in(folder / f"{case}-by-{processes}") for processes in (1, 2))
     untrained = weights_in(folder / "policy")
-    # Of an adapter the second factor is zero until it has learnt something.
+    # The second factor of a new adapter is zero; the first is random.
     start = {name: untrained.get(name, torch.zeros_like(one[name])) for name in one if "lora_A" not in name}
     assert one.keys() == two.keys() and (case == "lora" or len(one) > len(untrained))
     assert max((one[name] - start[name]).abs().max().item() for name in start) > 1e-3
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
-    told = json.loads((folder / f"{case}-by-2" / "log.json").read_text())
-    assert [entry["step"] for entry in told] == [entry["step"] for entry in alone.state.log_history]
-    for mine, theirs in zip(alone.state.log_history, told, strict=True):
-        same = {
-            name: value for name, value in mine.items() if not name.startswith(("time/", "train_")) and name != "eps"
+    log = json.loads((folder / f"{case}-by-2" / "log.json").read_text())
+    assert [entry["step"] for entry in log] == [entry["step"] for entry in single.state.log_history]
+    for single_metrics, metrics in zip(single.state.log_history, log, strict=True):
+        expected = {
+            name: value
+            for name, value in single_metrics.items()
+            if not name.startswith(("time/", "train_")) and name != "eps"
         }
-        assert {name: theirs[name] for name in same} == pytest.approx(same, rel=1e-3, abs=1e-5)
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_all_processes_hold_the_same_weights(folder: Path) -> None:
-    """Also with minibatches, with micro-batches that are empty, and after a step that one process had to skip."""
+    """Also with minibatches, empty micro-batches, and a step that one process made all skip."""
     assert json.loads((folder / "equal.json").read_text()) == dict.fromkeys(program.CASES, True)
 
 
@@ -74,8 +76,9 @@ def test_two_processes_save_each_checkpoint_once(folder: Path) -> None:
         saved = sorted(path.name for path in (folder / f"{case}-by-2").glob("checkpoint-*"))
         steps = 3 * 2 * program.CASES[case].get("num_mini_batches", 1)
         assert saved == sorted({f"checkpoint-{step}" for step in [*range(4, steps + 1, 4), steps]})
-        end, last = weights_in(folder / f"{case}-by-2"), weights_in(folder / f"{case}-by-2" / f"checkpoint-{steps}")
-        assert end.keys() == last.keys() and all(torch.equal(end[name], last[name]) for name in end)
+        final = weights_in(folder / f"{case}-by-2")
+        last = weights_in(folder / f"{case}-by-2" / f"checkpoint-{steps}")
+        assert final.keys() == last.keys() and all(torch.equal(final[name], last[name]) for name in final)
 
 
 def test_a_non_finite_loss_of_one_process_skips_the_step_on_all(folder: Path) -> None:
@@ -85,10 +88,10 @@ def test_a_non_finite_loss_of_one_process_skips_the_step_on_all(folder: Path) ->
 
 
 def test_unsupported_parallelism_is_refused_with_the_fix() -> None:
-    asked = SimpleNamespace(n_gpu=1, deepspeed_plugin=None)
+    args = SimpleNamespace(n_gpu=1, deepspeed_plugin=None)
     with pytest.raises(ValueError, match=r"does not run under Megatron.*accelerate_configs/fsdp2\.yaml"):
-        check_parallelism(asked, DistributedType.MEGATRON_LM)
+        check_parallelism(args, DistributedType.MEGATRON_LM)
     with pytest.raises(ValueError, match="one process sees 2 GPUs"):
         check_parallelism(SimpleNamespace(n_gpu=2), DistributedType.NO)
     for allowed in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
-        check_parallelism(asked, allowed)
+        check_parallelism(args, allowed)

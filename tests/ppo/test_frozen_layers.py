@@ -1,4 +1,4 @@
-"""What makes an update quick changes nothing about it: layers that stand still, kept casts, pieces of like length."""
+"""Tests of frozen lower layers, kept casts and split minibatches: they speed up an update and change no result."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +15,15 @@ ADAPTER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def freeze_all_but_the_last_layer(policy: Any) -> Any:
-    """By hand: what the option does, without its reading anything once."""
+def freeze_all_but_the_last_layer_(policy: Any) -> Any:
+    """Freeze by hand the layers that num_layers_unfrozen=1 freezes, without caching their outputs."""
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_("transformer.h.1." in name or "ln_f" in name)
     return policy
 
 
 def logged(trainer: Any) -> list[dict[str, float]]:
-    """What was said of each update, but for what the clock says."""
+    """Return the logged metrics of each update, without the times."""
     return [
         {name: value for name, value in entry.items() if not name.startswith(("time/", "eps"))}
         for entry in trainer.state.log_history
@@ -35,27 +35,27 @@ def logged(trainer: Any) -> list[dict[str, float]]:
 def test_num_layers_unfrozen_matches_manual_freezing(
     make_trainer: Make, make_policy: Make, weights_of: Make, options: dict[str, Any]
 ) -> None:
-    # Adam would make whole steps out of the rounding of gradients that are zero, such as those of the keys' biases.
+    # Adam turns rounding errors of zero gradients (biases of keys) into full steps; SGD does not.
     options = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 12} | options
-    plain = make_trainer(freeze_all_but_the_last_layer(make_policy(initializer_range=0.2)), **options)
-    once = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, **options)
-    start = weights_of(once.model)
-    for trainer in (plain, once):
+    plain = make_trainer(freeze_all_but_the_last_layer_(make_policy(initializer_range=0.2)), **options)
+    cached = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, **options)
+    initial = weights_of(cached.model)
+    for trainer in (plain, cached):
         trainer.train()
-    wanted, found = weights_of(plain.model), weights_of(once.model)
-    assert found.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        torch.testing.assert_close(found[name], weight, atol=2e-5, rtol=0, msg=name)
-        moved = not torch.equal(found[name], start[name])
-        assert moved == (".h.1." in name or "ln_f" in name or "value" in name), name
-    for one, other in zip(logged(once), logged(plain), strict=True):
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    expected, weights = weights_of(plain.model), weights_of(cached.model)
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, atol=2e-5, rtol=0, msg=name)
+        trained = not torch.equal(weights[name], initial[name])
+        assert trained == (".h.1." in name or "ln_f" in name or "value" in name), name
+    for metrics, expected_metrics in zip(logged(cached), logged(plain), strict=True):
+        assert metrics == pytest.approx(expected_metrics, rel=1e-3, abs=1e-4)
 
 
 def test_frozen_layers_run_once_per_rollout_and_never_in_optimizer_steps(
     make_trainer: Make, make_policy: Make
 ) -> None:
-    """Every position of every episode once, in all of an update, beside what answering takes."""
+    """They run once at every position of every episode per update, not counting generation."""
     model = make_policy()
     trainer = make_trainer(model, num_layers_unfrozen=1, num_ppo_epochs=3, max_steps=3, rows=8)
     tokens = {0: 0, 1: 0}
@@ -63,88 +63,90 @@ def test_frozen_layers_run_once_per_rollout_and_never_in_optimizer_steps(
         model.transformer.h[layer].register_forward_pre_hook(
             lambda _, inputs, layer=layer: tokens.__setitem__(layer, tokens[layer] + inputs[0].shape[:2].numel())
         )
-    inner, widths = trainer.generate, []
+    generate_answers, lengths = trainer.generate, []
 
     def generate(*args: Any) -> Any:
-        answers = inner(*args)
+        answers = generate_answers(*args)
         tokens.update({0: 0, 1: 0})
-        widths.extend(len(query) + len(ids) for query, ids in zip(args[0], answers.ids, strict=True))
+        lengths.extend(len(query) + len(ids) for query, ids in zip(args[0], answers.ids, strict=True))
         return answers
 
     trainer.generate = generate
     trainer.train()
-    assert sum(widths) <= tokens[0] <= 8 * max(widths), "once"
-    assert tokens[1] == tokens[0] * (1 + 3), "the policy's upper layer: in the rollout and in each epoch"
+    assert sum(lengths) <= tokens[0] <= 8 * max(lengths), "once"
+    assert tokens[1] == tokens[0] * (1 + 3), "the trained layer of the policy: in the rollout and in each epoch"
 
 
 def test_the_reference_copies_the_trained_layers_only(make_trainer: Make, make_policy: Make) -> None:
     trainer = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, learning_rate=0.0)
-    copied = sum(each.numel() for each in trainer.collector.reference.module.trunk.h.parameters())
-    assert copied == sum(each.numel() for each in trainer.model.policy.transformer.h[1].parameters())
+    copied = sum(weight.numel() for weight in trainer.collector.reference.module.trunk.h.parameters())
+    assert copied == sum(weight.numel() for weight in trainer.model.policy.transformer.h[1].parameters())
     trainer.train()
     assert all(entry["objective/kl"] == pytest.approx(0, abs=1e-6) for entry in logged(trainer))
 
 
 def test_kept_casts_change_no_weight(make_trainer: Make, make_policy: Make, weights_of: Make, recorder: type) -> None:
-    """In bfloat16, with and without casting the weights again for each piece: the same run to the last bit."""
-    found = []
+    """In bfloat16, keeping the casts or casting the weights again for each piece gives the same run bit for bit."""
+    weights = []
     for cache_casts in (True, False):
         trainer = make_trainer(
-            make_policy(initializer_range=0.2), kind=recorder, bf16=True, max_steps=8, per_device_train_batch_size=2,
+            make_policy(initializer_range=0.2), trainer_class=recorder, bf16=True, max_steps=8, per_device_train_batch_size=2,
             gradient_accumulation_steps=4,
         )  # fmt: skip
         assert trainer.pieces.cache_casts
         trainer.pieces.cache_casts = cache_casts
         trainer.train()
-        found.append(weights_of(trainer.model))
-    assert all(torch.equal(found[0][name], weight) for name, weight in found[1].items())
+        weights.append(weights_of(trainer.model))
+    assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
     assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.autocast_decrement_nesting() == -1
-    assert torch.autocast_increment_nesting() == 0, "nothing is kept when the run is over"
+    assert torch.autocast_increment_nesting() == 0, "no cast is kept after the run"
 
 
 def test_splitting_a_minibatch_changes_no_weight(make_trainer: Make, make_policy: Make, weights_of: Make) -> None:
-    """One piece of all eight episodes, or a piece for each: the same weights but for rounding."""
-    found, pieces = [], []
+    """One piece with all eight episodes, or one piece per episode: equal weights up to rounding."""
+    weights, pieces = [], []
     for tokens in (10_000, 1):
         trainer = make_trainer(make_policy(initializer_range=0.2), max_steps=8, optim="sgd", learning_rate=0.05)
         trainer.collector.max_tokens = trainer.pieces.max_tokens = tokens
-        inner, rows = trainer.compute_loss, []
+        compute_loss, rows = trainer.compute_loss, []
 
-        def counted(model: Any, inputs: Any, inner: Any = inner, rows: Any = rows, **told: Any) -> Any:
+        def counted(
+            model: Any, inputs: Any, compute_loss: Any = compute_loss, rows: Any = rows, **options: Any
+        ) -> Any:
             rows.append(len(inputs["input_ids"]))
-            return inner(model, inputs, **told)
+            return compute_loss(model, inputs, **options)
 
         trainer.compute_loss = counted
         trainer.train()
-        found.append(weights_of(trainer.model))
+        weights.append(weights_of(trainer.model))
         pieces.append(rows)
     assert pieces == [[8] * 8, [1] * 64]
-    for name, weight in found[0].items():
-        torch.testing.assert_close(found[1][name], weight, atol=2e-5, rtol=0, msg=name)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=2e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("separate", ["value_model", "ref_model"])
 def test_separate_value_and_reference_models_run_all_layers(
     make_trainer: Make, make_policy: Make, make_reward_model: Make, separate: str
 ) -> None:
-    """A value model, or a reference, of another make has no use for the policy's lower states."""
-    own = {"value_model": make_reward_model(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
+    """A separate value or reference model cannot use the policy's cached states."""
+    model = {"value_model": make_reward_model(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
     plain = make_trainer(
-        freeze_all_but_the_last_layer(make_policy(initializer_range=0.2)), max_steps=4, **{separate: own}
+        freeze_all_but_the_last_layer_(make_policy(initializer_range=0.2)), max_steps=4, **{separate: model}
     )
-    own = {"value_model": make_reward_model(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
-    once = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, max_steps=4, **{separate: own})
-    for trainer in (plain, once):
+    model = {"value_model": make_reward_model(4), "ref_model": make_policy(5, initializer_range=0.2)}[separate]
+    cached = make_trainer(make_policy(initializer_range=0.2), num_layers_unfrozen=1, max_steps=4, **{separate: model})
+    for trainer in (plain, cached):
         trainer.train()
-    for one, other in zip(logged(once), logged(plain), strict=True):
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    for metrics, expected_metrics in zip(logged(cached), logged(plain), strict=True):
+        assert metrics == pytest.approx(expected_metrics, rel=1e-3, abs=1e-4)
 
 
 def test_an_adapter_is_added_to_the_trained_layers_only(make_trainer: Make, make_policy: Make) -> None:
     trainer = make_trainer(
         make_policy(initializer_range=0.2), num_layers_unfrozen=1, peft_config=LoraConfig(**ADAPTER), max_steps=8
     )
-    names = [name for name, each in trainer.model.named_parameters() if each.requires_grad]
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert names and all(".h.1." in name or "value" in name for name in names)
     trainer.train()
     first, last = logged(trainer)[0], logged(trainer)[-1]

@@ -1,4 +1,4 @@
-"""Point 13: runs that are really killed, and end as the one that was not. See programs/kill_and_resume.py."""
+"""Tests of resuming: killed and resumed runs match the uninterrupted run. See programs/kill_and_resume.py."""
 
 import os
 import random
@@ -22,8 +22,8 @@ def policy(tmp_path_factory: pytest.TempPathFactory, make_policy: Make, tokenize
 
 
 @pytest.fixture(scope="module")
-def whole(policy: Path) -> dict[str, Any]:
-    """Of each case, how the uninterrupted run ended."""
+def uninterrupted(policy: Path) -> dict[str, Any]:
+    """Return the results of the uninterrupted run of each case."""
     for case in kill_and_resume.CASES:
         assert not forks.was_killed(lambda case=case: kill_and_resume.train(policy, policy.parent / case, case))
     return {case: kill_and_resume.end_of(policy.parent / case) for case in kill_and_resume.CASES}
@@ -31,34 +31,37 @@ def whole(policy: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", ["full", "upper", "lora"])
 def test_runs_killed_at_random_match_the_uninterrupted_run(
-    case: str, policy: Path, whole: dict[str, Any], tmp_path: Path
+    case: str, policy: Path, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     draw = random.Random(case)
     assert kill_and_resume.killed_until_done(policy, tmp_path, case, draw, longest=1.0) > 0
-    assert small_runs.identical(kill_and_resume.end_of(tmp_path), whole[case])
+    assert small_runs.identical(kill_and_resume.end_of(tmp_path), uninterrupted[case])
 
 
-def kill_at(owner: Any, name: str, call: int, cut: bool) -> None:
-    """From now on the process dies in the so manieth call of a function, having written half of its file if `cut`."""
+def kill_at_(owner: Any, name: str, call: int, truncate: bool) -> None:
+    """Patch a function so that the process kills itself in call number `call`.
+
+    truncate: the function writes a file, of which the first half is left.
+    """
     function, calls = getattr(owner, name), 0
 
-    def deadly(*args: Any, **kwargs: Any) -> Any:
+    def killing(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls < call:
             return function(*args, **kwargs)
-        if cut:
+        if truncate:
             path = next(Path(value) for value in reversed(args) if isinstance(value, (str, Path)))
             function(*args, **kwargs)
-            whole = path.read_bytes()
-            path.write_bytes(whole[: len(whole) // 2])
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(owner, name, deadly)
+    setattr(owner, name, killing)
 
 
-def places() -> dict[str, tuple[Any, str, int, bool]]:
-    """Where a run is cut off: owner and name of a function, in which call, and whether its file is cut as well."""
+def kill_points() -> dict[str, tuple[Any, str, int, bool]]:
+    """Return the arguments of `kill_at_` for each name in `KILL_POINTS`."""
     import torch
     from transformers import TrainerState
 
@@ -69,39 +72,39 @@ def places() -> dict[str, tuple[Any, str, int, bool]]:
     from rlhf_recipes.training import trainer as safe_trainer
 
     return {
-        "as it answers": (PPOTrainer, "generate", 3, False),
-        "as it scores": (PPOTrainer, "score", 4, False),
-        "between two minibatches": (PPOTrainer, "compute_loss", 13, False),
-        "as the value is saved": (value_head, "save_file", 6, True),
-        "as the rollout is saved": (resuming, "save_file", 5, True),
-        "as the optimizer is saved": (torch, "save", 16, True),
-        "as the state is saved": (TrainerState, "save_to_json", 7, True),
-        "as an old checkpoint goes": (safe_trainer, "rotate_checkpoints", 7, False),
-        "as answers are written": (callbacks.CompletionsFile, "add", 3, False),
+        "in generate": (PPOTrainer, "generate", 3, False),
+        "in score": (PPOTrainer, "score", 4, False),
+        "between minibatches": (PPOTrainer, "compute_loss", 13, False),
+        "saving the value": (value_head, "save_file", 6, True),
+        "saving the rollout": (resuming, "save_file", 5, True),
+        "saving the optimizer": (torch, "save", 16, True),
+        "saving the state": (TrainerState, "save_to_json", 7, True),
+        "deleting an old checkpoint": (safe_trainer, "rotate_checkpoints", 7, False),
+        "writing completions": (callbacks.CompletionsFile, "add", 3, False),
     }
 
 
-PLACES = [
-    "as it answers", "as it scores", "between two minibatches", "as the value is saved", "as the rollout is saved",
-    "as the optimizer is saved", "as the state is saved", "as an old checkpoint goes", "as answers are written",
+KILL_POINTS = [
+    "in generate", "in score", "between minibatches", "saving the value", "saving the rollout", "saving the optimizer",
+    "saving the state", "deleting an old checkpoint", "writing completions",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("point", KILL_POINTS)
 def test_a_run_killed_at_a_chosen_call_matches_the_uninterrupted_run(
-    place: str, policy: Path, whole: dict[str, Any], tmp_path: Path
+    point: str, policy: Path, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
-    def die() -> None:
-        kill_at(*places()[place])
+    def killed_run() -> None:
+        kill_at_(*kill_points()[point])
         kill_and_resume.train(policy, tmp_path, "full")
 
-    assert forks.was_killed(die), "the run was to be cut off"
+    assert forks.was_killed(killed_run), "the run ended before the chosen call"
     assert not forks.was_killed(lambda: kill_and_resume.train(policy, tmp_path, "full"))
-    assert small_runs.identical(kill_and_resume.end_of(tmp_path), whole["full"])
+    assert small_runs.identical(kill_and_resume.end_of(tmp_path), uninterrupted["full"])
 
 
 @pytest.mark.slow
 def test_thirty_random_kills_match_the_uninterrupted_run(policy: Path) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         kill_and_resume.main(policy.parent, 30, seed=1)
-    assert ended.value.code == 0
+    assert exited.value.code == 0
