@@ -20,14 +20,8 @@ from rlhf_recipes.data.chat import (
 )
 from rlhf_recipes.data.checks import keep_fitting_prompts, require_held_out, require_text, require_texts
 from rlhf_recipes.data.packing import pack_documents
-from rlhf_recipes.data.sources import (
-    has_columns,
-    load_split,
-    load_test_split,
-    load_train_and_test,
-    require_columns,
-    write_rows,
-)
+from rlhf_recipes.data.rows import has_columns, require_columns, write_rows
+from rlhf_recipes.data.sources import load_split, load_test_split, load_train_and_test
 
 ROWS = [
     {"text": f"row {index}", "source": "even" if index % 2 == 0 else "odd", "year": index // 3} for index in range(9)

@@ -22,15 +22,13 @@ from rlhf_recipes.data.checks import (
 )
 from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.prompts import RESERVED_COLUMNS, Prompts, read_prompt
+from rlhf_recipes.data.rows import first_row, require_columns, write_rows
 from rlhf_recipes.data.sources import (
     data_splits,
-    first_row,
     load_split,
     load_test_split,
     load_train_and_test,
     load_training_sources,
-    require_columns,
-    write_rows,
 )
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.chat import bos_prefix, ensure_chat_template_, is_conversation, prompt_ids, prompt_text
-from rlhf_recipes.data.sources import first_row, require_columns
+from rlhf_recipes.data.rows import first_row, require_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.core.conversion import to_python
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.chat import is_conversation, plain_text, prompt_ids
-from rlhf_recipes.data.sources import first_row, require_columns
+from rlhf_recipes.data.rows import first_row, require_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

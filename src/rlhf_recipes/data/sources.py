@@ -1,16 +1,15 @@
 """Datasets from a folder, a file or a Hub id: splits, filters, limits and required columns."""
 
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.files import write_text
+from rlhf_recipes.data.rows import filter_rows, first_row, parse_row_filter, require_filtered_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -92,7 +91,7 @@ def load_training_sources(arguments: DatasetArguments, name: str | None = None, 
     rules = parse_row_filter(arguments.row_filter or [])
     split, config = arguments.dataset_train_split, arguments.dataset_config
     datasets = [load_split(source, split, config=config, streaming=streaming) for source in sources]
-    _require_filtered_columns(datasets, rules)
+    require_filtered_columns(datasets, rules)
     return [
         filter_rows(dataset, rules, f"{source} ({split})") for dataset, source in zip(datasets, sources, strict=True)
     ]
@@ -110,41 +109,6 @@ def _load_test(arguments: DatasetArguments, source: str, streaming: bool) -> "An
         if path.exists():
             raise
         return None  # a Hub dataset without the split
-
-
-def parse_row_filter(conditions: Sequence[str]) -> dict[str, set[str]]:
-    """Parse ``["source=imdb", "source=web"]`` to ``{"source": {"imdb", "web"}}``: allowed values by column."""
-    rules: dict[str, set[str]] = {}
-    for condition in conditions:
-        column, equals, value = condition.partition("=")
-        if not column or not equals:
-            raise UserError(f"row_filter {condition!r} is not of the form column=value; write --row_filter source=web")
-        rules.setdefault(column, set()).add(value)
-    return rules
-
-
-def filter_rows(dataset: Any, rules: Mapping[str, set[str]], name: str = "dataset") -> Any:
-    """Return the rows whose columns hold one of the allowed values, compared as text; absent columns are ignored.
-
-    Raises:
-        UserError: no row is left.
-    """
-    present = first_row(dataset) or {}
-    for column, allowed in rules.items():
-        if column in present:
-            dataset = dataset.filter(lambda value, allowed=allowed: str(value) in allowed, input_columns=[column])
-    if first_row(dataset) is None:
-        conditions = ", ".join(f"{column} in {sorted(allowed)}" for column, allowed in rules.items())
-        raise UserError(f"{name} has no row with {conditions}; change --row_filter")
-    return dataset
-
-
-def _require_filtered_columns(datasets: Sequence[Any], rules: Mapping[str, set[str]]) -> None:
-    """Raise UserError if a filtered column is in none of the datasets."""
-    for column in rules:
-        if not any(has_columns(dataset, column) for dataset in datasets):
-            present = ", ".join(first_row(datasets[0]) or {})
-            raise UserError(f"row_filter names the column {column}, but the dataset has {present}; name one of these")
 
 
 def _concatenated(datasets: Sequence[Any]) -> Any:
@@ -185,36 +149,6 @@ def _is_stream(dataset: Any) -> bool:
     from datasets import IterableDataset
 
     return isinstance(dataset, IterableDataset)
-
-
-def first_row(dataset: Any) -> dict[str, Any] | None:
-    """Return the first row, or None without rows."""
-    return next(iter(dataset), None)
-
-
-def has_columns(dataset: Any, *columns: str) -> bool:
-    """Whether the dataset has rows and all of these columns."""
-    row = first_row(dataset)
-    return row is not None and all(column in row for column in columns)
-
-
-def require_columns(dataset: Any, *choices: Sequence[str], role: str = "dataset") -> Sequence[str]:
-    """Return the first of `choices`, each a set of column names, that the dataset has.
-
-    Raises:
-        UserError: it has none of them; the message lists the columns that exist.
-    """
-    for columns in choices:
-        if has_columns(dataset, *columns):
-            return columns
-    needed = " or ".join("+".join(columns) for columns in choices)
-    present = ", ".join(first_row(dataset) or {})
-    raise UserError(f"{role} needs the columns {needed}, but has {present}; rename them or give another dataset")
-
-
-def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write JSON Lines atomically and return the path."""
-    return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _has_file_ending(path: Path) -> bool:

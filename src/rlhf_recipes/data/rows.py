@@ -1,0 +1,74 @@
+"""The rows of a dataset: which columns they have, which of them are kept, and how they are written."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.files import write_text
+
+
+def parse_row_filter(conditions: Sequence[str]) -> dict[str, set[str]]:
+    """Parse ``["source=imdb", "source=web"]`` to ``{"source": {"imdb", "web"}}``: allowed values by column."""
+    rules: dict[str, set[str]] = {}
+    for condition in conditions:
+        column, equals, value = condition.partition("=")
+        if not column or not equals:
+            raise UserError(f"row_filter {condition!r} is not of the form column=value; write --row_filter source=web")
+        rules.setdefault(column, set()).add(value)
+    return rules
+
+
+def filter_rows(dataset: Any, rules: Mapping[str, set[str]], name: str = "dataset") -> Any:
+    """Return the rows whose columns hold one of the allowed values, compared as text; absent columns are ignored.
+
+    Raises:
+        UserError: no row is left.
+    """
+    present = first_row(dataset) or {}
+    for column, allowed in rules.items():
+        if column in present:
+            dataset = dataset.filter(lambda value, allowed=allowed: str(value) in allowed, input_columns=[column])
+    if first_row(dataset) is None:
+        conditions = ", ".join(f"{column} in {sorted(allowed)}" for column, allowed in rules.items())
+        raise UserError(f"{name} has no row with {conditions}; change --row_filter")
+    return dataset
+
+
+def require_filtered_columns(datasets: Sequence[Any], rules: Mapping[str, set[str]]) -> None:
+    """Raise UserError if a filtered column is in none of the datasets."""
+    for column in rules:
+        if not any(has_columns(dataset, column) for dataset in datasets):
+            present = ", ".join(first_row(datasets[0]) or {})
+            raise UserError(f"row_filter names the column {column}, but the dataset has {present}; name one of these")
+
+
+def first_row(dataset: Any) -> dict[str, Any] | None:
+    """Return the first row, or None without rows."""
+    return next(iter(dataset), None)
+
+
+def has_columns(dataset: Any, *columns: str) -> bool:
+    """Whether the dataset has rows and all of these columns."""
+    row = first_row(dataset)
+    return row is not None and all(column in row for column in columns)
+
+
+def require_columns(dataset: Any, *choices: Sequence[str], role: str = "dataset") -> Sequence[str]:
+    """Return the first of `choices`, each a set of column names, that the dataset has.
+
+    Raises:
+        UserError: it has none of them; the message lists the columns that exist.
+    """
+    for columns in choices:
+        if has_columns(dataset, *columns):
+            return columns
+    needed = " or ".join("+".join(columns) for columns in choices)
+    present = ", ".join(first_row(dataset) or {})
+    raise UserError(f"{role} needs the columns {needed}, but has {present}; rename them or give another dataset")
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write JSON Lines atomically and return the path."""
+    return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
