@@ -1,4 +1,4 @@
-"""Pretraining: what is packed, what one step does to the weights, what is measured, resumed, continued and refused."""
+"""The pretrain stage: packing, one optimizer step, metrics, resuming, continued pretraining, and what it refuses."""
 
 import json
 import math
@@ -17,7 +17,8 @@ from programs import forks
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.markdown import escape_markdown
-from rlhf_recipes.data.sources import load_split, write_rows
+from rlhf_recipes.data.rows import write_rows
+from rlhf_recipes.data.sources import load_split
 from rlhf_recipes.evaluation.language_model import perplexity
 from rlhf_recipes.generation.sampling import generate
 from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
@@ -54,18 +55,18 @@ Parts = tuple[PretrainArguments, ModelConfig, PretrainConfig]
 
 
 def ask(place: Path, output: Path, **options: Any) -> Parts:
-    """The three arguments of a short run of the tiny model, with `options` going to whichever knows them."""
-    asked: dict[str, Any] = {
+    """Return the three arguments of a short run of the tiny model; each option goes to the dataclass that has it."""
+    values: dict[str, Any] = {
         "dataset_name": str(place / "text"), "tokenizer_name": str(place / "tokenizer"), "model_size": "tiny",
         "max_length": BLOCK, "dropout": 0.0, "output_dir": str(output), "max_steps": 2,
         "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 1, "learning_rate": 2e-3,
     }  # fmt: skip
-    asked |= options
+    values |= options
     parts = []
     for kind in (PretrainArguments, ModelConfig, PretrainConfig):
-        known = {key: asked.pop(key) for key in list(asked) if key in kind.__dataclass_fields__}
+        known = {key: values.pop(key) for key in list(values) if key in kind.__dataclass_fields__}
         parts.append(kind(**known))
-    assert not asked, f"unknown: {asked}"
+    assert not values, f"unknown: {values}"
     return tuple(parts)  # type: ignore[return-value]
 
 
@@ -76,7 +77,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def trained(place: Path, output: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """The weights after training, by name; what `run_pretrain` adds around it is left out."""
+    """Return the weights after training by name, without running the rest of `run_pretrain`."""
     trainer = build_pretrain_trainer(*ask(place, output, **options))
     trainer.train()
     return dict(trainer.model.named_parameters())
@@ -90,7 +91,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def run(place: Path) -> Path:
-    """A run of 30 steps that evaluates and samples on its way."""
+    """A run of 30 steps that evaluates and samples during training."""
     options = {"eval_strategy": "steps", "eval_steps": 15, "save_strategy": "steps", "save_steps": 30}
     prompts = {"sample_prompts": ["the c", ""], "sample_tokens": 8}
     return run_pretrain(*ask(place, place / "run", max_steps=30, warmup_steps=3, **options, **prompts))
@@ -284,7 +285,7 @@ def test_a_resumed_run_matches_the_uninterrupted_run(place: Path, tmp_path: Path
 
 
 def test_continued_pretraining_starts_from_the_checkpoint(run: Path, place: Path, tmp_path: Path) -> None:
-    """It starts at the loss where the checkpoint stood, with its tokenizer and context, and the dropout asked for."""
+    """It starts at the loss of the checkpoint, with its tokenizer and context and the requested dropout."""
     options = {"model_name_or_path": str(run), "model_size": None, "tokenizer_name": None, "max_length": None}
     trainer = build_pretrain_trainer(*ask(place, tmp_path / "out", **options, dropout=0.3))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(log_of(run)[-1]["eval_loss"], rel=1e-5)
@@ -312,7 +313,7 @@ def test_text_files_and_extra_datasets_are_read(place: Path, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def others(place: Path, make_model: Callable[..., Any], make_reward_model: Callable[..., Any]) -> Path:
-    """Models whose weights are gone, so that a check that reads them fails otherwise; and datasets with faults."""
+    """Models without weights, so that reading them would fail in another way; and invalid datasets."""
     folder = place / "others"
     for name, model in (
         ("model", make_model()),
@@ -371,9 +372,9 @@ def test_invalid_input_is_one_line_and_writes_nothing(
     def filled(value: Any) -> Any:
         return value.format(others=others, place=place) if isinstance(value, str) else value
 
-    asked = {key: filled(value) for key, value in options.items()}
+    values = {key: filled(value) for key, value in options.items()}
     with pytest.raises(UserError, match=message) as caught:
-        run_pretrain(*ask(place, **{"output": tmp_path / "out", **asked}))
+        run_pretrain(*ask(place, **{"output": tmp_path / "out", **values}))
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
@@ -397,7 +398,7 @@ def test_the_recipe_prints_one_line_and_exits_2(place: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(place: Path, tmp_path: Path) -> None:
-    """Two ranks of two blocks each against one of four: the same weights, with the penalty counted once."""
+    """Two ranks of two blocks against one of four: equal weights, and the penalty counts once."""
     alone = trained(place, tmp_path / "alone", l1_penalty=0.01, **PLAIN_STEP)
     flags = {
         "dataset_name": place / "text", "tokenizer_name": place / "tokenizer", "output_dir": tmp_path / "both",
@@ -416,12 +417,12 @@ def test_two_processes_train_like_one(place: Path, tmp_path: Path) -> None:
 
 
 def test_every_process_samples_and_rank_0_writes(run: Path, tmp_path: Path) -> None:
-    """Each pass over weights that are cut apart is a meeting of all: who stayed away would let the others wait."""
+    """A forward pass over sharded weights is collective: if one rank skipped it, the others would wait."""
     from types import SimpleNamespace
 
     model, tokenizer = load_causal_lm(str(run)), load_tokenizer(str(run))
     read: list[int] = []
-    model.register_forward_hook(lambda *told: read.append(1))
+    model.register_forward_hook(lambda *_: read.append(1))
     counts = []
     for first in (True, False):
         read.clear()

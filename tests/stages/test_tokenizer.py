@@ -1,4 +1,4 @@
-"""A trained tokenizer gives every text back, loads like GPT-2's, and learns what the arguments say."""
+"""The tokenizer stage: every text round-trips, the tokenizer loads like GPT-2's, and training follows the arguments."""
 
 import json
 import random
@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.chat import chat_template
-from rlhf_recipes.data.sources import write_rows
+from rlhf_recipes.data.rows import write_rows
 from rlhf_recipes.stages.tokenizer import TokenizerArguments, _load_texts, _texts, run_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_hard_texts_round_trip(trained: Any, text: str) -> None:
 
 
 def test_random_unicode_round_trips(trained: Any) -> None:
-    """Two hundred strings over all of Unicode but the surrogates, which no UTF-8 text can hold."""
+    """Two hundred strings over all of Unicode except surrogates, which UTF-8 cannot encode."""
     chance = random.Random(0)
     ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000), (0x4E00, 0x9FFF)]
     seen = set()
@@ -88,7 +88,7 @@ def test_the_tokenizer_has_what_stages_expect_of_gpt2(trained: Any) -> None:
 
 
 def test_a_model_folder_loads_the_same_tokenizer(trained: Any, make_model: Any, tmp_path: Path) -> None:
-    """Beside a GPT-2 config.json, AutoTokenizer takes another way through its classes."""
+    """Next to a GPT-2 config.json, AutoTokenizer chooses another class."""
     from transformers import AutoTokenizer
 
     make_model(vocab_size=300).save_pretrained(tmp_path)
@@ -129,7 +129,7 @@ def test_streaming_gives_the_same_files(tmp_path: Path) -> None:
 
 
 def test_conversations_and_pairs_give_the_merges_of_their_text(tmp_path: Path) -> None:
-    """Each form of the same words gives the same merges as the words as plain lines."""
+    """Each format of the same words gives the merges of the words as plain lines."""
     turn = {"user": "who is the cat", "assistant": "the cat is a cat"}
     messages = [{"role": role, "content": words} for role, words in turn.items()]
     forms: dict[str, dict[str, Any]] = {
@@ -202,8 +202,8 @@ def test_a_row_limit_counts_all_training_sources_together(tmp_path: Path) -> Non
         dataset_name=str(tmp_path / "data"), extra_dataset_names=[str(tmp_path / "more")], max_train_samples=4,
         output_dir=str(tmp_path / "out"), vocab_size=300,
     )  # fmt: skip
-    learnt_from, _ = _load_texts(arguments)
-    assert list(_texts(learnt_from, arguments, 4)) == ["aa", "aa", "aa", "bb bb"]
+    train_rows, _ = _load_texts(arguments)
+    assert list(_texts(train_rows, arguments, 4)) == ["aa", "aa", "aa", "bb bb"]
     run_tokenizer(arguments)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["bytes"] == 15
 
