@@ -287,7 +287,7 @@ def table(columns: Iterable[str], found: dict[Job, list[str]]) -> list[str]:
 
 def largest_difference(one: Path, other: Path) -> str:
     """Return the largest difference of any weight between two runs."""
-    return f"{small_runs.farthest(small_runs.weights_in(one), small_runs.weights_in(other)):.0e}"
+    return f"{small_runs.largest_difference(small_runs.weights_in(one), small_runs.weights_in(other)):.0e}"
 
 
 def fsdp2(folder: Path, processes: int) -> list[str]:
@@ -300,7 +300,7 @@ def fsdp2(folder: Path, processes: int) -> list[str]:
         return [f"- {processes} processes: {error}"]
     lines = []
     for case in train_ppo_fsdp.CASES:
-        trainer = train_ppo_fsdp.made(place, f"{case} alone", case)
+        trainer = train_ppo_fsdp.make_trainer(place, f"{case} alone", case)
         trainer.train()
         trainer.save_model()
         whole = largest_difference(place / f"{case} alone", place / f"{case} sharded")

@@ -82,9 +82,9 @@ def test_two_processes_save_each_checkpoint_once(folder: Path) -> None:
 
 
 def test_a_non_finite_loss_of_one_process_skips_the_step_on_all(folder: Path) -> None:
-    log = json.loads((folder / "spoilt-by-2" / "log.json").read_text())
+    log = json.loads((folder / "non-finite-by-2" / "log.json").read_text())
     assert [entry["val/skipped_steps"] for entry in log if "val/skipped_steps" in entry] == [1.0, 1.0, 1.0]
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_in(folder / "spoilt-by-2").values())
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_in(folder / "non-finite-by-2").values())
 
 
 def test_unsupported_parallelism_is_refused_with_the_fix() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from programs import forks
 from programs import train_ppo_fsdp as program
-from programs.small_runs import farthest
+from programs.small_runs import largest_difference
 from safetensors.torch import load_file
 
 Make = Callable[..., Any]
@@ -44,7 +44,7 @@ def single_process_run(folder: Path) -> Callable[[str], Any]:
 
     def trained(case: str) -> Any:
         if case not in trainers:
-            trainers[case] = program.made(folder, f"{case} single", case)
+            trainers[case] = program.make_trainer(folder, f"{case} single", case)
             trainers[case].train()
             trainers[case].save_model()
         return trainers[case]
@@ -69,7 +69,7 @@ def test_fsdp_run_matches_one_process(folder: Path, single_process_run: Callable
     """Equal policy, value and log, with answers of unequal length and different numbers of pieces."""
     single_log = single_process_run(case).state.log_history
     single, sharded = weights_in(folder / f"{case} single"), weights_in(folder / f"{case} sharded")
-    assert farthest(single, sharded) < 2e-5
+    assert largest_difference(single, sharded) < 2e-5
     log = json.loads((folder / f"{case} sharded" / "log.json").read_text())
     assert [entry["step"] for entry in log] == [entry["step"] for entry in single_log]
     for single_metrics, metrics in zip(single_log, log, strict=True):
@@ -86,10 +86,10 @@ def test_fsdp_run_resumes_with_any_number_of_processes(
     folder: Path, single_process_run: Callable[[str], Any], case: str
 ) -> None:
     """In the middle of an update: with two processes bit for bit, and with one process and unsharded weights."""
-    assert farthest(weights_in(folder / f"{case} sharded"), weights_in(folder / f"{case} resumed")) == 0
+    assert largest_difference(weights_in(folder / f"{case} sharded"), weights_in(folder / f"{case} resumed")) == 0
     single_process_run(case)
     shutil.copytree(folder / f"{case} sharded" / "checkpoint-3", folder / f"{case} gathered" / "checkpoint-3")
-    trainer = program.made(folder, f"{case} gathered", case)
+    trainer = program.make_trainer(folder, f"{case} gathered", case)
     trainer.train(resume_from_checkpoint="auto")
     trainer.save_model()
-    assert farthest(weights_in(folder / f"{case} single"), weights_in(folder / f"{case} gathered")) < 2e-5
+    assert largest_difference(weights_in(folder / f"{case} single"), weights_in(folder / f"{case} gathered")) < 2e-5

@@ -60,7 +60,7 @@ def expected_episodes(float64_ppo: ModuleType, trainer: Any, update: int) -> dic
         episode = float64_ppo.Episode(policy.log_probs, reference.log_probs, policy.values, score, stopped)
         episodes[(*query, *answer)] = episode
     names = ("kl_coef", "kl_estimator", "gamma", "lam", "whiten_rewards", "missing_eos_penalty")
-    float64_ppo.play(list(episodes.values()), **{name: getattr(args, name) for name in names})
+    float64_ppo.complete_(list(episodes.values()), **{name: getattr(args, name) for name in names})
     return episodes
 
 
@@ -163,7 +163,7 @@ def test_one_update_matches_float64_to_six_digits(run: Any, float64_ppo: ModuleT
             episodes[key] = float64_ppo.Episode(*outputs.values(), score_of[key], bool(step.inputs["stopped"][row]))
             results[key] = {name: step.inputs[name][row, :length].double().numpy() for name in COMPUTED}
     names = ("kl_coef", "kl_estimator", "gamma", "lam", "whiten_rewards", "missing_eos_penalty")
-    float64_ppo.play(list(episodes.values()), **{name: getattr(args, name) for name in names})
+    float64_ppo.complete_(list(episodes.values()), **{name: getattr(args, name) for name in names})
     for key, episode in episodes.items():
         for name in COMPUTED:
             np.testing.assert_allclose(results[key][name], getattr(episode, name), rtol=1e-6, atol=1e-6, err_msg=name)

@@ -26,7 +26,7 @@ def uninterrupted(policy: Path) -> dict[str, Any]:
     """Return the results of the uninterrupted run of each case."""
     for case in kill_and_resume.CASES:
         assert not forks.was_killed(lambda case=case: kill_and_resume.train(policy, policy.parent / case, case))
-    return {case: kill_and_resume.end_of(policy.parent / case) for case in kill_and_resume.CASES}
+    return {case: kill_and_resume.saved_state(policy.parent / case) for case in kill_and_resume.CASES}
 
 
 @pytest.mark.parametrize("case", ["full", "upper", "lora"])
@@ -35,7 +35,7 @@ def test_runs_killed_at_random_match_the_uninterrupted_run(
 ) -> None:
     draw = random.Random(case)
     assert kill_and_resume.killed_until_done(policy, tmp_path, case, draw, longest=1.0) > 0
-    assert small_runs.identical(kill_and_resume.end_of(tmp_path), uninterrupted[case])
+    assert small_runs.identical(kill_and_resume.saved_state(tmp_path), uninterrupted[case])
 
 
 def kill_at_(owner: Any, name: str, call: int, truncate: bool) -> None:
@@ -100,7 +100,7 @@ def test_a_run_killed_at_a_chosen_call_matches_the_uninterrupted_run(
 
     assert forks.was_killed(killed_run), "the run ended before the chosen call"
     assert not forks.was_killed(lambda: kill_and_resume.train(policy, tmp_path, "full"))
-    assert small_runs.identical(kill_and_resume.end_of(tmp_path), uninterrupted["full"])
+    assert small_runs.identical(kill_and_resume.saved_state(tmp_path), uninterrupted["full"])
 
 
 @pytest.mark.slow

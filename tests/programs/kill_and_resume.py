@@ -1,6 +1,6 @@
-"""A short PPO run that goes on where it was killed, and a parent that kills it: used by tests and by hand.
+"""Kill short PPO runs at random moments and resume them; used by tests and by hand.
 
-kill_and_resume.py FOLDER KILLS [SEED]     kill runs of every case in FOLDER until there were so many kills, and tell the tally
+kill_and_resume.py FOLDER KILLS [SEED]     kill runs of every case in FOLDER until there were KILLS kills; print the counts
 """
 
 import json
@@ -36,7 +36,7 @@ def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 
 
 def train(policy: Path, folder: Path, case: str) -> PPOTrainer:
-    """The whole run, or what is left of it after the last complete checkpoint in the folder."""
+    """Run PPO, or the rest of it after the last complete checkpoint in the folder."""
     options = dict(CASES[case])
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     args = PPOConfig(
@@ -58,8 +58,8 @@ def train(policy: Path, folder: Path, case: str) -> PPOTrainer:
     return trainer
 
 
-def end_of(folder: Path) -> dict[str, Any]:
-    """Everything that a finished run left in its last checkpoint and beside it, but for what the clock says."""
+def saved_state(folder: Path) -> dict[str, Any]:
+    """Return everything that a finished run saved in its last checkpoint and beside it, without times."""
     last = folder / f"checkpoint-{STEPS}"
     state = json.loads((last / "trainer_state.json").read_text())
     log = [
@@ -68,16 +68,16 @@ def end_of(folder: Path) -> dict[str, Any]:
     ]
     weights = {str(path.relative_to(last)): load_file(path) for path in sorted(last.rglob("*model*.safetensors"))}
     weights |= {str(path.relative_to(last)): load_file(path) for path in sorted(last.rglob("value_head.safetensors"))}
-    kept = {name: torch.load(last / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler")}
-    told = json.loads((last / "progress_0.json").read_text())
+    states = {name: torch.load(last / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler")}
+    progress = json.loads((last / "progress_0.json").read_text())
     answers = (folder / "completions.jsonl").read_text()
-    return {"log": log, "weights": weights, **kept, "experience": told["collector"], "answers": answers}
+    return {"log": log, "weights": weights, **states, "collector": progress["collector"], "answers": answers}
 
 
 def killed_until_done(policy: Path, folder: Path, case: str, draw: random.Random, longest: float) -> int:
-    """Kill the run at random moments until it has ended; returns how often it was killed.
+    """Kill the run at random moments until it has ended; return how often it was killed.
 
-    The moments come later and later, so that it ends on a machine of any speed.
+    The moments come later each time, so that it ends on a machine of any speed.
     """
     kills = 0
     while was_killed(lambda: train(policy, folder, case), draw.uniform(0.0, longest * (1 + kills / 10))):
@@ -87,22 +87,22 @@ def killed_until_done(policy: Path, folder: Path, case: str, draw: random.Random
 
 def main(folder: Path, wanted: int, seed: int = 0) -> None:
     torch.set_num_threads(1)
-    draw, tally = random.Random(seed), {}
+    draw, counts = random.Random(seed), {}
     for case in CASES:
         shutil.rmtree(folder / case, ignore_errors=True)
         started = time.monotonic()
-        was_killed(lambda case=case: train(folder / "policy", folder / case / "whole", case))  # type: ignore[misc]
-        longest, expected = time.monotonic() - started, end_of(folder / case / "whole")
+        was_killed(lambda case=case: train(folder / "policy", folder / case / "uninterrupted", case))  # type: ignore[misc]
+        longest, expected = time.monotonic() - started, saved_state(folder / case / "uninterrupted")
         kills = runs = mismatches = 0
         while kills < wanted / len(CASES):
             part = folder / case / str(runs)
             kills += killed_until_done(folder / "policy", part, case, draw, longest)
             runs += 1
-            mismatches += not identical(end_of(part), expected)
+            mismatches += not identical(saved_state(part), expected)
             print(f"{case}: {kills} kills and resumes in {runs} runs, {mismatches} mismatches", flush=True)
-        tally[case] = {"kills": kills, "runs": runs, "mismatches": mismatches}
-    print(json.dumps(tally))
-    sys.exit(1 if any(each["mismatches"] for each in tally.values()) else 0)
+        counts[case] = {"kills": kills, "runs": runs, "mismatches": mismatches}
+    print(json.dumps(counts))
+    sys.exit(1 if any(each["mismatches"] for each in counts.values()) else 0)
 
 
 if __name__ == "__main__":

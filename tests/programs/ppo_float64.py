@@ -1,4 +1,4 @@
-"""PPO once more, in NumPy and float64, one episode and one token at a time: what the trainer must agree with.
+"""PPO in NumPy and float64, one episode and one token at a time: the reference that the trainer must match.
 
 Written from the papers' formulas and nothing else; it imports no line of what it checks.
 """
@@ -15,7 +15,7 @@ Row = np.ndarray
 
 @dataclass
 class Episode:
-    """One answer without any padding; each array holds one number a generated token, in float64."""
+    """One answer without padding; each array holds one float64 number per generated token."""
 
     log_probs: Row
     reference_log_probs: Row
@@ -28,7 +28,7 @@ class Episode:
     returns: Row = field(default_factory=lambda: np.zeros(0))
 
 
-def play(
+def complete_(
     episodes: Sequence[Episode],
     *,
     kl_coef: float = 0.05,
@@ -38,7 +38,7 @@ def play(
     whiten_rewards: bool = False,
     missing_eos_penalty: float | None = None,
 ) -> None:
-    """Fills in what follows from scores, log-probabilities and values; `score` becomes the one that is learnt from."""
+    """Fill in KL, rewards, advantages and returns; `score` becomes the score that is trained on."""
     for episode in episodes:
         difference = episode.log_probs - episode.reference_log_probs
         episode.kl = difference if kl_estimator == "k1" else np.exp(-difference) - 1 + difference
@@ -48,19 +48,19 @@ def play(
         if len(episode.rewards):
             episode.rewards[-1] += episode.score
     if whiten_rewards:
-        everything = flat(episode.rewards for episode in episodes)
+        every_token = flat(episode.rewards for episode in episodes)
         for episode in episodes:
-            episode.rewards = (episode.rewards - everything.mean()) / everything.std(ddof=1) + everything.mean()
+            episode.rewards = (episode.rewards - every_token.mean()) / every_token.std(ddof=1) + every_token.mean()
     for episode in episodes:
         episode.advantages = advantages_of(episode.rewards, episode.values, gamma, lam)
         episode.returns = episode.advantages + episode.values
-    everything = flat(episode.advantages for episode in episodes)
+    every_token = flat(episode.advantages for episode in episodes)
     for episode in episodes:
-        episode.advantages = (episode.advantages - everything.mean()) / everything.std(ddof=1)
+        episode.advantages = (episode.advantages - every_token.mean()) / every_token.std(ddof=1)
 
 
 def advantages_of(rewards: Row, values: Row, gamma: float, lam: float) -> Row:
-    """The sum over later tokens of (gamma lam)^distance times their temporal-difference error."""
+    """Return the sums over later tokens of (gamma lam)^distance times their temporal-difference error."""
     after = np.append(values, 0.0)
     errors = [rewards[t] + gamma * after[t + 1] - after[t] for t in range(len(rewards))]
     sums = [sum((gamma * lam) ** (k - t) * errors[k] for k in range(t, len(errors))) for t in range(len(errors))]
@@ -68,14 +68,14 @@ def advantages_of(rewards: Row, values: Row, gamma: float, lam: float) -> Row:
 
 
 def policy_loss(new: float, old: float, advantage: float, cliprange: float) -> tuple[float, bool]:
-    """The negated minimum of the two surrogates, and whether the clipped one was the smaller."""
+    """Return the negated minimum of the two surrogates, and whether the clipped one was smaller."""
     ratio = math.exp(new - old)
     free, held = ratio * advantage, min(max(ratio, 1 - cliprange), 1 + cliprange) * advantage
     return -min(free, held), held < free
 
 
 def value_loss(new: float, old: float, wanted: float, cliprange: float) -> tuple[float, bool]:
-    """Half of the greater squared error, and whether that was the clipped one."""
+    """Return half of the larger squared error, and whether that was the clipped one."""
     held = min(max(new, old - cliprange), old + cliprange)
     return 0.5 * max((new - wanted) ** 2, (held - wanted) ** 2), (held - wanted) ** 2 > (new - wanted) ** 2
 
@@ -86,7 +86,7 @@ def flat(rows: Iterable[Row]) -> Row:
 
 @dataclass
 class Reading:
-    """What a model says of one answer at a temperature, read in float64 from all its logits."""
+    """Log-probabilities, entropies and values of one answer at a temperature, in float64 from all logits."""
 
     log_probs: Row
     entropies: Row
@@ -94,7 +94,7 @@ class Reading:
 
 
 def read(both: Any, prompt: Sequence[int], answer: Sequence[int], temperature: float) -> Reading:
-    """both: a `PolicyAndValue`, or any causal language model (whose values are zero). Batch of one, no padding."""
+    """Read one answer without padding. both: a `PolicyAndValue`, or a causal language model, whose values are zero."""
     import torch
 
     policy = getattr(both, "policy", both)

@@ -1,6 +1,6 @@
-"""Each training stage as a run of seconds, so that it can be killed, launched on several processes, and compared.
+"""Each training stage as a run of seconds that can be killed, launched on several processes, and compared.
 
-small_runs.py FOLDER JOBS       run the stages that the JSON file JOBS lists, one after the other: started by torchrun
+small_runs.py FOLDER JOBS       run the stages in the JSON file JOBS one after the other; torchrun starts it
 """
 
 import json
@@ -24,14 +24,14 @@ for _stage in STAGES:
 STEPS = 6
 WORDS = "the cat sat on a mat and then it slept while another dog barked at nothing in the yard".split()
 
-# Of 8 rows a step, by any number of processes. A bias of attention keys has no gradient but rounding, which Adam with its
-# usual epsilon would blow up to whole steps.
-SHARED: dict[str, Any] = {
+# 8 rows a step on any number of processes. The bias of attention keys has a gradient of rounding errors only, which Adam
+# with its default epsilon would scale to full steps.
+SHARED_FLAGS: dict[str, Any] = {
     "max_steps": STEPS, "global_batch_size": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-3,
     "adam_epsilon": 1e-6, "logging_steps": 4, "save_steps": 2, "save_strategy": "steps", "report_to": "none",
     "disable_tqdm": True, "seed": 3, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine",
 }  # fmt: skip
-OWN: dict[str, dict[str, Any]] = {
+STAGE_FLAGS: dict[str, dict[str, Any]] = {
     "pretrain": {"tokenizer_name": "model", "dataset_name": "text", "max_length": 32},
     "sft": {"dataset_name": "demonstrations", "eval_strategy": "steps", "eval_steps": 3},
     "reward": {"dataset_name": "preferences"},
@@ -53,48 +53,48 @@ def prepare(folder: Path, model: Any, reward_model: Any, tokenizer: Any) -> Path
     for name, module in (("model", model), ("reward_model", reward_model)):
         module.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    said = [" ".join(WORDS[start % 7 : start % 7 + 2 + start % 5]) for start in range(43)]
+    lines = [" ".join(WORDS[start % 7 : start % 7 + 2 + start % 5]) for start in range(43)]
     rows: dict[str, list[dict[str, Any]]] = {
-        "text": [{"text": f"{line} {index}"} for index, line in enumerate((said * 2)[:70])],
-        "demonstrations": [{"prompt": f"{index}?", "completion": f" {line}"} for index, line in enumerate(said)],
+        "text": [{"text": f"{line} {index}"} for index, line in enumerate((lines * 2)[:70])],
+        "demonstrations": [{"prompt": f"{index}?", "completion": f" {line}"} for index, line in enumerate(lines)],
         "preferences": [
             {"prompt": f"{index}?", "chosen": f" {line}", "rejected": f" {line[::-1]} no"}
-            for index, line in enumerate(said)
+            for index, line in enumerate(lines)
         ],
-        "prompts": [{"prompt": f"{line} {index}"} for index, line in enumerate(said[:20])],
+        "prompts": [{"prompt": f"{line} {index}"} for index, line in enumerate(lines[:20])],
     }
-    for name, each in rows.items():
+    for name, records in rows.items():
         (folder / name).mkdir(parents=True)
-        for split, part in (("train", each), ("test", each[:8])):
+        for split, part in (("train", records), ("test", records[:8])):
             (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
 
 
 def flags(stage: str, folder: Path, out: str, **changes: Any) -> list[str]:
-    """The command line of a run; names of folders are meant below `folder`."""
-    given = {"model_name_or_path": "model"} | SHARED | OWN[stage] | {"output_dir": out} | changes
+    """Return the command line of a run; paths are relative to `folder`."""
+    values = {"model_name_or_path": "model"} | SHARED_FLAGS | STAGE_FLAGS[stage] | {"output_dir": out} | changes
     words: list[str] = []
-    for name, value in given.items():
+    for name, value in values.items():
         if value is not None:
-            place = name in FOLDERS and ":" not in str(value)
-            words += [f"--{name}", str(folder / value) if place else str(value)]
+            is_path = name in FOLDERS and ":" not in str(value)
+            words += [f"--{name}", str(folder / value) if is_path else str(value)]
     return words
 
 
 def run(stage: str, folder: Path, out: str, **changes: Any) -> Path:
-    """The whole run, or what `resume="auto"` finds left to do."""
+    """Run a stage, or the rest of it with `resume="auto"`; return its output folder."""
     torch.set_num_threads(1)
-    act: Callable[..., Path] = getattr(import_module(f"rlhf_recipes.stages.{stage}"), f"run_{stage}")
-    types = [hint for name, hint in get_type_hints(act).items() if name != "return"]
-    return act(*parse_arguments(*types, argv=flags(stage, folder, out, **changes)))
+    run_stage: Callable[..., Path] = getattr(import_module(f"rlhf_recipes.stages.{stage}"), f"run_{stage}")
+    types = [hint for name, hint in get_type_hints(run_stage).items() if name != "return"]
+    return run_stage(*parse_arguments(*types, argv=flags(stage, folder, out, **changes)))
 
 
-def end_of(folder: Path) -> dict[str, Any]:
-    """All that a finished run left of what it learnt and logged, but for what the clock says."""
+def saved_state(folder: Path) -> dict[str, Any]:
+    """Return the weights, optimizer and log of a finished run, without times."""
     state = json.loads((folder / "trainer_state.json").read_text())
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    kept = {name: torch.load(last / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler")}
-    return {"log": [timeless(entry) for entry in state["log_history"]], "weights": weights_in(folder), **kept}
+    states = {name: torch.load(last / f"{name}.pt", weights_only=True) for name in ("optimizer", "scheduler")}
+    return {"log": [without_times(entry) for entry in state["log_history"]], "weights": weights_in(folder), **states}
 
 
 def identical(one: Any, other: Any) -> bool:
@@ -109,18 +109,18 @@ def identical(one: Any, other: Any) -> bool:
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor that a run left at its end, the value's too."""
+    """Return every tensor of the saved model, the value model's too."""
     paths = [path for path in folder.rglob("*.safetensors") if "checkpoint-" not in str(path.relative_to(folder))]
     return {f"{path.relative_to(folder)}:{name}": each for path in paths for name, each in load_file(path).items()}
 
 
-def farthest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
-    """The largest difference of any weight. Both have the same ones; a tied head is saved once."""
+def largest_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """Return the largest absolute difference of any weight. A tied head is saved once."""
     assert one.keys() == other.keys() and one
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-CLOCK = (
+TIMES = (
     "time/",
     "train_runtime",
     "train_samples_per",
@@ -131,25 +131,25 @@ CLOCK = (
 )
 
 
-def timeless(entry: Mapping[str, Any]) -> dict[str, Any]:
-    # `train_loss` is of the steps of one call, as Trainer has it; flops are counted by Trainer from zero on.
-    left_out = {"eps", "train_loss", "total_flos", "train_tokens_per_second"}
-    return {name: value for name, value in entry.items() if not name.startswith(CLOCK) and name not in left_out}
+def without_times(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a log entry without times and without what Trainer restarts in each call of `train`."""
+    restarted = {"eps", "train_loss", "total_flos", "train_tokens_per_second"}
+    return {name: value for name, value in entry.items() if not name.startswith(TIMES) and name not in restarted}
 
 
 def die_at(step: int, how: str) -> None:
-    """From now on the last process of the run dies in this optimizer step: by a signal, or of an error."""
-    take = SafeTrainer.training_step
+    """From now on the last process of the run dies in this optimizer step: of a signal, or of an error."""
+    training_step = SafeTrainer.training_step
 
-    def deadly(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def die(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step and self.args.process_index == self.args.world_size - 1:
-            SafeTrainer.training_step = take  # type: ignore[method-assign]
+            SafeTrainer.training_step = training_step  # type: ignore[method-assign]
             if how == "error":
                 raise RuntimeError("this process fails on purpose")
             os.kill(os.getpid(), int(how))
-        return take(self, *args, **kwargs)
+        return training_step(self, *args, **kwargs)
 
-    SafeTrainer.training_step = deadly  # type: ignore[method-assign]
+    SafeTrainer.training_step = die  # type: ignore[method-assign]
 
 
 def run_jobs(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> None:

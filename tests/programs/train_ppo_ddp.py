@@ -1,6 +1,6 @@
-"""Trains small policies by PPO, alone or as one of several processes, and leaves their weights: run by torchrun.
+"""PPO on small policies, by one process or as one of several, which saves the weights.
 
-train_ppo_ddp.py FOLDER EPISODES     a policy in FOLDER/policy, so many episodes of each process an update
+train_ppo_ddp.py FOLDER EPISODES     a policy in FOLDER/policy; EPISODES per process and update; torchrun starts it
 """
 
 import json
@@ -17,13 +17,13 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.trainer import PPOTrainer
 
 
-class Spoilt(PPOTrainer):
-    """The last process has a loss that is not finite in the second optimizer step."""
+class NonFinite(PPOTrainer):
+    """The loss of the last process is not finite in the second optimizer step."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        here = self.args.process_index == self.args.world_size - 1 and self.state.global_step == 1
-        return loss * torch.nan if here else loss
+        broken = self.args.process_index == self.args.world_size - 1 and self.state.global_step == 1
+        return loss * torch.nan if broken else loss
 
 
 def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -31,11 +31,11 @@ def low_share(completion_ids: list[list[int]], **columns: Any) -> list[float]:
 
 
 def train(folder: Path, name: str, episodes: int, kind: type[PPOTrainer] = PPOTrainer, **options: Any) -> PPOTrainer:
-    """One run; it saves in the middle and at the end, into FOLDER/NAME-by-PROCESSES."""
+    """Run PPO; save in the middle and at the end in FOLDER/NAME-by-PROCESSES."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     separate, lora = options.pop("separate", False), options.pop("lora", False)
     reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
-    # A bias of attention keys has no gradient but rounding, which Adam would blow up to whole steps.
+    # The bias of attention keys has a gradient of rounding errors only, which Adam would scale to full steps.
     args = PPOConfig(
         adam_epsilon=1e-6,
         output_dir=str(folder / f"{name}-by-{processes}"), per_device_train_batch_size=episodes // 2,
@@ -52,7 +52,9 @@ def train(folder: Path, name: str, episodes: int, kind: type[PPOTrainer] = PPOTr
         if lora
         else None,
     )
-    trainer.collector.max_tokens = trainer.pieces.max_tokens = 24  # tokens: a micro-batch comes in pieces, of another number in each process
+    trainer.collector.max_tokens = trainer.pieces.max_tokens = (
+        24  # tokens: a micro-batch comes in pieces, of another number in each process
+    )
     trainer.train()
     trainer.save_model()
     if trainer.args.should_save:
@@ -60,25 +62,25 @@ def train(folder: Path, name: str, episodes: int, kind: type[PPOTrainer] = PPOTr
     return trainer
 
 
-def equal_everywhere(trainer: PPOTrainer) -> bool:
-    """Whether every process ended with the very same weights."""
-    mine = torch.cat([tensor.detach().double().flatten() for tensor in trainer.model.parameters()])
-    everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everyone, mine)
-    return all(torch.equal(mine, other) for other in everyone)
+def all_ranks_equal(trainer: PPOTrainer) -> bool:
+    """Return whether all processes ended with the same weights."""
+    weights = torch.cat([tensor.detach().double().flatten() for tensor in trainer.model.parameters()])
+    gathered = [torch.empty_like(weights) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, weights)
+    return all(torch.equal(weights, other) for other in gathered)
 
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"whiten_rewards": True, "missing_eos_penalty": 1.0},
     "value-model": {"separate": True, "vf_coef": 1.0},
     "lora": {"lora": True, "use_score_scaling": True, "value_warmup_updates": 1, "target_kl": 0.05},
-    "spoilt": {"kind": Spoilt, "num_mini_batches": 4},
+    "non-finite": {"kind": NonFinite, "num_mini_batches": 4},
 }
 
 
 def main(folder: Path, episodes: int) -> None:
     torch.set_num_threads(1)
-    equal = {name: equal_everywhere(train(folder, name, episodes, **options)) for name, options in CASES.items()}
+    equal = {name: all_ranks_equal(train(folder, name, episodes, **options)) for name, options in CASES.items()}
     if torch.distributed.get_rank() == 0:
         (folder / "equal.json").write_text(json.dumps(equal))
     torch.distributed.barrier()

@@ -1,6 +1,7 @@
-"""PPO under DeepSpeed on CPU processes: run by `accelerate launch`.
+"""PPO under DeepSpeed on CPU processes.
 
-train_ppo_deepspeed.py FOLDER STAGE     policies in FOLDER/policy and FOLDER/rotary, and a reward model in FOLDER/reward_model
+train_ppo_deepspeed.py FOLDER STAGE     policies in FOLDER/policy and FOLDER/rotary, a reward model in FOLDER/reward_model;
+                                        `accelerate launch` starts it
 """
 
 import json
@@ -20,28 +21,28 @@ from rlhf_recipes.ppo.trainer import PPOTrainer
 STEPS = 10
 
 
-class Spoilt(PPOTrainer):
-    """The last process has a loss that is not finite in the second optimizer step."""
+class NonFinite(PPOTrainer):
+    """The loss of the last process is not finite in the second optimizer step."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
-        here = self.args.process_index == self.args.world_size - 1 and self.state.global_step == 1
-        return loss * torch.nan if here else loss
+        broken = self.args.process_index == self.args.world_size - 1 and self.state.global_step == 1
+        return loss * torch.nan if broken else loss
 
 
-class Played(PPOTrainer):
-    """A loop of the caller's own, over the same prompts and seeds, with a score that depends on the answer."""
+class Manual(PPOTrainer):
+    """Trains by `step` in a loop over the same prompts and seeds; the score depends on the answer."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         share = self.args.episodes_per_process
         while self.state.global_step < self.args.max_steps:
             number = self.state.global_step // self.args.steps_per_update
             first = self.args.process_index * share
-            asked = self.prompts.rows([(8 * number + first + row) % len(self.prompts) for row in range(share)])
+            prompts = self.prompts.rows([(8 * number + first + row) % len(self.prompts) for row in range(share)])
             seeds = [row_seed(5, 8 * number + first + row) for row in range(share)]
-            completions, _ = self.collector.answer(asked, seeds, self.generate, self.score)
+            completions, _ = self.collector.answer(prompts, seeds, self.generate, self.score)
             scores = [sum(token < 128 for token in ids) / len(ids) for ids in completions.ids]
-            self.log_of_updates.append(self.step(asked["prompt_ids"], completions.ids, scores))
+            self.log_of_updates.append(self.step(prompts["prompt_ids"], completions.ids, scores))
 
     log_of_updates: list[dict[str, float]]
 
@@ -51,21 +52,21 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "upper": {"num_layers_unfrozen": 1},
     "value": {"value_model": True, "value_learning_rate": 3e-4, "gradient_checkpointing": True},
-    "spoilt": {"kind": Spoilt, "num_mini_batches": 2},
-    "over": {"target_kl": 1e-3, "num_mini_batches": 2},
-    "played": {"kind": Played, "lr_scheduler_type": "linear"},
+    "non-finite": {"kind": NonFinite, "num_mini_batches": 2},
+    "above target_kl": {"target_kl": 1e-3, "num_mini_batches": 2},
+    "manual": {"kind": Manual, "lr_scheduler_type": "linear"},
 }
-# In bfloat16, where DeepSpeed holds weights that nobody else does: no other run is the same.
-LOW: dict[str, dict[str, Any]] = {
-    "low rotary": {"bf16": True, "policy": "rotary"},
-    "low upper": {"bf16": True, "num_layers_unfrozen": 1},
-    "low played": {"bf16": True, "kind": Played},
+# In bfloat16 DeepSpeed also casts weights that other runs keep in float32, so no other run has the same numbers.
+BF16: dict[str, dict[str, Any]] = {
+    "bf16 rotary": {"bf16": True, "policy": "rotary"},
+    "bf16 upper": {"bf16": True, "num_layers_unfrozen": 1},
+    "bf16 manual": {"bf16": True, "kind": Manual},
 }
-ALL = CASES | LOW
-RESUMED = [case for case, options in ALL.items() if options.get("kind") is not Played]
+ALL = CASES | BF16
+RESUMED = [case for case, options in ALL.items() if options.get("kind") is not Manual]
 
 
-def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
+def make_trainer(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
     options = dict(ALL[case])
     kind, lora = options.pop("kind", PPOTrainer), options.pop("lora", False)
     policy = options.pop("policy", "policy")
@@ -101,20 +102,20 @@ def value_model(folder: Path) -> Any:
         return AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
 
 
-def ran(folder: Path, out: str, case: str, resume: str | None = None) -> PPOTrainer:
-    """A run that has ended and saved its model, and what it logged; evaluated before it learnt anything."""
-    trainer = made(folder, out, case)
+def train_and_save(folder: Path, out: str, case: str, resume: str | None = None) -> PPOTrainer:
+    """Evaluate, train, save the model and the log; return the trainer."""
+    trainer = make_trainer(folder, out, case)
     before = trainer.evaluate() if resume is None else {}
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if trainer.args.should_save:
-        told = {"before": before, "log": trainer.state.log_history, "updates": trainer.log_of_updates}
-        (folder / out / "log.json").write_text(json.dumps(told))
+        log = {"before": before, "log": trainer.state.log_history, "updates": trainer.log_of_updates}
+        (folder / out / "log.json").write_text(json.dumps(log))
     return trainer
 
 
 def share_of(trainer: PPOTrainer) -> float:
-    """What this process keeps of the policy's and the value's weights, between two passes."""
+    """Return the share of the weights of policy and value that this process holds between two passes."""
     weights: list[Any] = list(trainer.model.parameters())
     held = sum(each.ds_tensor.numel() if hasattr(each, "ds_tensor") else each.numel() for each in weights)
     whole = sum(each.numel() for each in weights if not hasattr(each, "ds_tensor"))
@@ -125,14 +126,14 @@ def main(folder: Path, stage: int) -> None:
     torch.set_num_threads(1)
     shares = {}
     for case in ALL:
-        trainer = ran(folder, f"{case} zero {stage}", case)
+        trainer = train_and_save(folder, f"{case} zero {stage}", case)
         shares[case] = share_of(trainer)
         if trainer.args.should_save and case in RESUMED:
-            place = folder / f"{case} zero {stage} on" / "checkpoint-3"
-            shutil.copytree(folder / f"{case} zero {stage}" / "checkpoint-3", place)
+            checkpoint = folder / f"{case} zero {stage} resumed" / "checkpoint-3"
+            shutil.copytree(folder / f"{case} zero {stage}" / "checkpoint-3", checkpoint)
         torch.distributed.barrier()
         if case in RESUMED:
-            ran(folder, f"{case} zero {stage} on", case, resume="auto")  # on from the middle of an update
+            train_and_save(folder, f"{case} zero {stage} resumed", case, resume="auto")  # from the middle of an update
     if os.environ["RANK"] == "0":
         (folder / f"shares {stage}.json").write_text(json.dumps(shares))
     torch.distributed.barrier()

@@ -1,6 +1,6 @@
-"""PPO on weights that FSDP2 has cut apart over CPU processes: run by torchrun.
+"""PPO on weights that FSDP2 shards over CPU processes.
 
-train_ppo_fsdp.py FOLDER     a policy in FOLDER/policy and a reward model in FOLDER/reward_model
+train_ppo_fsdp.py FOLDER     a policy in FOLDER/policy and a reward model in FOLDER/reward_model; torchrun starts it
 """
 
 import json
@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class Sharded(PPOTrainer):
-    """As FSDP2 through Accelerate would have it: each layer by itself, and what is left with the whole."""
+    """Shards like FSDP2 under Accelerate: each layer alone, and the remaining weights with the model."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,7 +41,7 @@ class Sharded(PPOTrainer):
             self.is_distributed_loading_by_transformers = True  # so that Accelerate does not wrap it again
 
 
-def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
+def make_trainer(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
     options = dict(CASES[case])
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     args = PPOConfig(
@@ -58,38 +58,40 @@ def made(folder: Path, out: str, case: str, **changes: Any) -> PPOTrainer:
         [{"prompt": f"held out {row}"} for row in range(5)],
         peft_config=adapter if options.get("lora") else None,
     )
-    trainer.collector.max_tokens = trainer.pieces.max_tokens = 24  # tokens: of each micro-batch some processes make more pieces than others
+    trainer.collector.max_tokens = trainer.pieces.max_tokens = (
+        24  # tokens: of each micro-batch some processes make more pieces than others
+    )
     return trainer
 
 
 def shares(trainer: PPOTrainer) -> dict[str, float]:
-    """What of the trainer's weights, gradients' and moments' size this process keeps."""
+    """Return the share of weights and of optimizer moments that this process holds, and the number of sharded layers."""
     weights = [each for each in trainer.model.parameters() if isinstance(each, DTensor)]
     moments = [state["exp_avg"] for state in trainer.optimizer.state.values()]
-    held = {"weights": weights, "moments": moments}
+    sharded = {"weights": weights, "moments": moments}
     return {
         name: sum(each.to_local().numel() for each in tensors) / sum(each.numel() for each in tensors)
-        for name, tensors in held.items()
+        for name, tensors in sharded.items()
     } | {"layers": sum(isinstance(module, FSDPModule) for module in trainer.model.modules())}
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    told = {}
+    held = {}
     for case in CASES:
-        trainer = made(folder, f"{case} sharded", case)
+        trainer = make_trainer(folder, f"{case} sharded", case)
         trainer.train()
         trainer.save_model()
-        told[case] = shares(trainer)
+        held[case] = shares(trainer)
         if trainer.args.should_save:
             (folder / f"{case} sharded" / "log.json").write_text(json.dumps(trainer.state.log_history))
             shutil.copytree(folder / f"{case} sharded" / "checkpoint-3", folder / f"{case} resumed" / "checkpoint-3")
         torch.distributed.barrier()
-        again = made(folder, f"{case} resumed", case)  # on from the middle of an update
-        again.train(resume_from_checkpoint="auto")
-        again.save_model()
+        resumed = make_trainer(folder, f"{case} resumed", case)  # from the middle of an update
+        resumed.train(resume_from_checkpoint="auto")
+        resumed.save_model()
     if os.environ["RANK"] == "0":
-        (folder / "shares.json").write_text(json.dumps(told))
+        (folder / "shares.json").write_text(json.dumps(held))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from accelerate.commands import launch as accelerate
 from programs import forks, small_runs
-from programs.small_runs import LORA, STAGES, farthest
+from programs.small_runs import LORA, STAGES, largest_difference
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.folders.checkpoints import list_checkpoints
@@ -88,19 +88,19 @@ def run_alone(runs: Path) -> Callable[[str], Path]:
 def test_several_processes_train_like_one(
     kind: str, processes: int, run_by: Callable[[str, int], Path], run_alone: Callable[[str], Path], runs: Path
 ) -> None:
-    """Weights and logs agree; and the weights moved."""
+    """Compares weights and logs; and the weights changed."""
     one, many = run_alone(kind), run_by(kind, processes)
     start = small_runs.weights_in(runs / "model")
-    learnt = small_runs.weights_in(one)
-    moved = {name: learnt[name] for name in learnt if name in start or "lora_B" in name}
-    assert farthest(moved, {name: start.get(name, torch.zeros_like(moved[name])) for name in moved}) > 1e-3
-    assert farthest(learnt, small_runs.weights_in(many)) < TOLERANCE
+    trained = small_runs.weights_in(one)
+    moved = {name: trained[name] for name in trained if name in start or "lora_B" in name}
+    assert largest_difference(moved, {name: start.get(name, torch.zeros_like(moved[name])) for name in moved}) > 1e-3
+    assert largest_difference(trained, small_runs.weights_in(many)) < TOLERANCE
     expected, found = (json.loads((each / "trainer_state.json").read_text())["log_history"] for each in (one, many))
     assert [entry["step"] for entry in expected] == [entry["step"] for entry in found]
     for mine, theirs in zip(expected, found, strict=True):
         same = {
             name: value
-            for name, value in small_runs.timeless(mine).items()
+            for name, value in small_runs.without_times(mine).items()
             if name.removeprefix("eval_") not in MICRO_BATCH_METRICS
         }
         assert {name: theirs[name] for name in same} == pytest.approx(same, rel=2e-3, abs=1e-4)
@@ -120,8 +120,8 @@ def test_every_process_loads_the_best_checkpoint(launch: Launch, runs: Path) -> 
         assert state["best_global_step"] < state["global_step"]
         saved = small_runs.weights_in(two / f"checkpoint-{state['best_global_step']}")
         chosen = {name: each for name, each in saved.items() if not name.startswith("rollout_")}
-        assert farthest(small_runs.weights_in(two), chosen) == 0
-        assert farthest(small_runs.weights_in(one), small_runs.weights_in(two)) < TOLERANCE
+        assert largest_difference(small_runs.weights_in(two), chosen) == 0
+        assert largest_difference(small_runs.weights_in(one), small_runs.weights_in(two)) < TOLERANCE
         expected, found = (json.loads((each / "metrics.json").read_text()) for each in (one, two))
         metric = "eval_loss" if stage == "sft" else "score"  # at the end, by each process on its share
         assert found[metric] == pytest.approx(expected[metric], rel=1e-4)
@@ -154,7 +154,10 @@ def test_a_run_resumes_with_another_number_of_processes(
 ) -> None:
     uninterrupted = small_runs.weights_in(run_alone(stage))
     for checkpoint in resumed_checkpoints(stage):
-        assert farthest(uninterrupted, small_runs.weights_in(runs / f"{stage} {processes} {checkpoint}")) < TOLERANCE
+        assert (
+            largest_difference(uninterrupted, small_runs.weights_in(runs / f"{stage} {processes} {checkpoint}"))
+            < TOLERANCE
+        )
 
 
 @pytest.mark.fault("one of two processes dies", stage="sft")
@@ -170,7 +173,7 @@ def test_a_process_that_dies_ends_the_run_which_then_resumes(
     assert result.returncode != 0 and words in result.stderr + result.stdout
     assert [path.name for path in list_checkpoints(runs / out)] == ["checkpoint-2"]
     launch(2, [{"stage": "sft", "out": out, "resume": "auto"}])
-    assert farthest(small_runs.weights_in(run_alone("sft")), small_runs.weights_in(runs / out)) < TOLERANCE
+    assert largest_difference(small_runs.weights_in(run_alone("sft")), small_runs.weights_in(runs / out)) < TOLERANCE
 
 
 @pytest.mark.fault("one of two processes gets SIGTERM", stage="ppo")
@@ -181,7 +184,10 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(
     assert "stopped by SIGTERM; saved at step 6" in done.stderr
     assert list_checkpoints(runs / "stopped")[0].name == "checkpoint-6"
     small_runs.run("ppo", runs, "stopped", resume="auto")
-    assert farthest(small_runs.weights_in(run_alone("ppo")), small_runs.weights_in(runs / "stopped")) < TOLERANCE
+    assert (
+        largest_difference(small_runs.weights_in(run_alone("ppo")), small_runs.weights_in(runs / "stopped"))
+        < TOLERANCE
+    )
 
 
 @pytest.mark.slow
@@ -214,7 +220,7 @@ def test_two_machines_train_like_one_process(run_alone: Callable[[str], Path], r
     assert codes == [0, 0], "\n".join(path.read_text()[-2000:] for path in errors)
     for stage in ("sft", "ppo"):
         weights = small_runs.weights_in(runs / f"{stage} on two machines")
-        assert farthest(small_runs.weights_in(run_alone(stage)), weights) < TOLERANCE
+        assert largest_difference(small_runs.weights_in(run_alone(stage)), weights) < TOLERANCE
 
 
 def test_a_batch_size_that_does_not_divide_by_processes_is_refused(launch: Launch, runs: Path) -> None:
@@ -252,7 +258,7 @@ def check_refusal(result: forks.Result, message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FALLBACKS)
-def test_a_launch_that_would_silently_be_smaller_is_refused(
+def test_a_launch_that_falls_back_to_fewer_processes_is_refused(
     kind: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs in forks, with the environment that Accelerate's launcher sets for its processes."""
@@ -274,7 +280,9 @@ def test_a_launch_that_would_silently_be_smaller_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FALLBACKS)
-def test_accelerate_launch_that_would_silently_be_smaller_is_refused(kind: str, runs: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_that_falls_back_to_fewer_processes_is_refused(
+    kind: str, runs: Path, tmp_path: Path
+) -> None:
     words, message = launch_words(kind, tmp_path)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *words]
     command += ["-m", "rlhf_recipes", "sft", *small_runs.flags("sft", runs, f"fallen {kind}")]

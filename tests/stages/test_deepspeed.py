@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from programs import small_runs
-from programs.small_runs import LORA, farthest
+from programs.small_runs import LORA, largest_difference
 
 from rlhf_recipes.folders.checkpoints import write_checksums
 
@@ -33,11 +33,11 @@ pytestmark = [
 
 
 def launched(runs: Path, stage: int, processes: int, jobs: list[dict[str, Any]]) -> "subprocess.CompletedProcess[str]":
-    """As a user would: the file of accelerate_configs/, for a CPU."""
-    asked = yaml.safe_load((ROOT / f"accelerate_configs/deepspeed_zero{stage}.yaml").read_text())
-    told, config = runs / "jobs.json", runs / f"zero{stage}.yaml"
-    told.write_text(json.dumps(jobs))
-    config.write_text(yaml.safe_dump(asked | {"use_cpu": True, "num_processes": processes}))
+    """Launch as users do: with the file of accelerate_configs/, set to CPUs."""
+    settings = yaml.safe_load((ROOT / f"accelerate_configs/deepspeed_zero{stage}.yaml").read_text())
+    path, config = runs / "jobs.json", runs / f"zero{stage}.yaml"
+    path.write_text(json.dumps(jobs))
+    config.write_text(yaml.safe_dump(settings | {"use_cpu": True, "num_processes": processes}))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # ninja
@@ -46,7 +46,7 @@ def launched(runs: Path, stage: int, processes: int, jobs: list[dict[str, Any]])
     }
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return subprocess.run(
-        [*command, str(PROGRAM), str(runs), str(told)],
+        [*command, str(PROGRAM), str(runs), str(path)],
         env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ def run_alone(runs: Path) -> Callable[[str], Path]:
 def test_deepspeed_runs_train_like_one_process_and_resume(
     stage: int, processes: int, runs: Path, run_alone: Callable[[str], Path]
 ) -> None:
-    """Weights, and what was measured; then from its own checkpoint."""
+    """Compares weights and metrics, then the weights of runs that resume from a checkpoint."""
     name = f"by {processes} zero {stage}"
     jobs = [
         {"stage": kind.partition(",")[0], "out": f"{kind} {name}", "save_total_limit": 9, **KINDS[kind]}
@@ -75,17 +75,17 @@ def test_deepspeed_runs_train_like_one_process_and_resume(
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in KINDS:
         one, many = run_alone(kind), runs / f"{kind} {name}"
-        assert farthest(small_runs.weights_in(one), small_runs.weights_in(many)) < TOLERANCE
-        told = [json.loads((folder / "metrics.json").read_text()) for folder in (one, many)]
-        for key in {"perplexity", "reward_accuracy", "margin", "score"} & set(told[0]):
-            assert told[1][key] == pytest.approx(told[0][key], rel=1e-4)
-        shutil.copytree(many / "checkpoint-4", runs / f"{kind} {name} on" / "checkpoint-4")
-    on = [job | {"out": f"{job['out']} on", "resume": "auto"} for job in jobs]
-    done = launched(runs, stage, processes, on)
+        assert largest_difference(small_runs.weights_in(one), small_runs.weights_in(many)) < TOLERANCE
+        expected, found = (json.loads((folder / "metrics.json").read_text()) for folder in (one, many))
+        for key in {"perplexity", "reward_accuracy", "margin", "score"} & set(expected):
+            assert found[key] == pytest.approx(expected[key], rel=1e-4)
+        shutil.copytree(many / "checkpoint-4", runs / f"{kind} {name} resumed" / "checkpoint-4")
+    resumed = [job | {"out": f"{job['out']} resumed", "resume": "auto"} for job in jobs]
+    done = launched(runs, stage, processes, resumed)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in KINDS:
-        weights = small_runs.weights_in(runs / f"{kind} {name} on")
-        assert farthest(small_runs.weights_in(run_alone(kind)), weights) < TOLERANCE
+        weights = small_runs.weights_in(runs / f"{kind} {name} resumed")
+        assert largest_difference(small_runs.weights_in(run_alone(kind)), weights) < TOLERANCE
 
 
 def test_unsupported_ppo_options_are_refused_before_anything_is_written(runs: Path) -> None:
@@ -97,15 +97,15 @@ def test_unsupported_ppo_options_are_refused_before_anything_is_written(runs: Pa
 
 
 def test_resuming_with_another_number_of_processes_is_refused(runs: Path) -> None:
-    """ZeRO's checkpoints are cut for as many processes as saved them."""
-    assert launched(runs, 2, 2, [{"stage": "sft", "out": "cut for two"}]).returncode == 0
-    shutil.copytree(runs / "cut for two" / "checkpoint-4", runs / "taken by one" / "checkpoint-4")
-    done = launched(runs, 2, 1, [{"stage": "sft", "out": "taken by one", "resume": "auto"}])
+    """ZeRO shards a checkpoint for the number of processes that saved it."""
+    assert launched(runs, 2, 2, [{"stage": "sft", "out": "saved by two"}]).returncode == 0
+    shutil.copytree(runs / "saved by two" / "checkpoint-4", runs / "resumed by one" / "checkpoint-4")
+    done = launched(runs, 2, 1, [{"stage": "sft", "out": "resumed by one", "resume": "auto"}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1 and "was saved by 2 processes" in lines[0]
 
 
-class RunsAsItIsRead:
+class RunsWhenUnpickled:
     def __init__(self, place: Path) -> None:
         self.place = place
 
@@ -115,17 +115,17 @@ class RunsAsItIsRead:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_checkpoint_with_code_is_refused(stage: int, runs: Path) -> None:
-    """DeepSpeed by itself unpickles what is there."""
-    name = f"brings code {stage}"
+    """DeepSpeed alone would unpickle it."""
+    name = f"with code {stage}"
     assert launched(runs, stage, 1, [{"stage": "sft", "out": name}]).returncode == 0
-    point = runs / f"{name} on" / "checkpoint-4"
-    shutil.copytree(runs / name / "checkpoint-4", point)
-    for number, path in enumerate(sorted(point.rglob("*.pt"))):
-        if path.parent != point:
+    checkpoint = runs / f"{name} resumed" / "checkpoint-4"
+    shutil.copytree(runs / name / "checkpoint-4", checkpoint)
+    for number, path in enumerate(sorted(checkpoint.rglob("*.pt"))):
+        if path.parent != checkpoint:
             state = torch.load(path, weights_only=False)
-            torch.save(state | {"more": RunsAsItIsRead(runs / f"ran {stage} {number}")}, path)
-    write_checksums(point)
-    done = launched(runs, stage, 1, [{"stage": "sft", "out": f"{name} on", "resume": "auto"}])
+            torch.save(state | {"more": RunsWhenUnpickled(runs / f"ran {stage} {number}")}, path)
+    write_checksums(checkpoint)
+    done = launched(runs, stage, 1, [{"stage": "sft", "out": f"{name} resumed", "resume": "auto"}])
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1 and "holds a pickle that would run code (posix.mkdir)" in lines[0]
     assert not list(runs.glob(f"ran {stage}*"))

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: what is compared, what the loss is, what is learnt, left, and refused."""
+"""The dpo stage: what is compared, what the loss is, what is trained and saved, and what it refuses."""
 
 import json
 import math
@@ -39,7 +39,7 @@ FORMS = {"plain": PLAIN, "chat": CHAT}
 
 
 def rendered(row: dict[str, Any], side: str) -> tuple[str, str]:
-    """A pair's prompt and answer as the conftest's chat template, or nothing, writes them."""
+    """Return prompt and answer of a pair as the chat template of conftest.py renders them, or as they are."""
     if isinstance(row["prompt"], str):
         return row["prompt"], row[side] + EOS
     return f"<|user|>{row['prompt'][0]['content']}<|end|><|assistant|>", row[side][0]["content"] + EOS
@@ -64,7 +64,7 @@ def model_folder(
 
 @pytest.fixture
 def weightless(model_folder: Path, tmp_path: Path) -> Path:
-    """The model's folder without its weights: whoever tried to read them would complain of that."""
+    """The model's folder without its weights, so that reading them would raise another error."""
     shutil.copytree(model_folder, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
     return tmp_path / "weightless"
 
@@ -96,7 +96,7 @@ def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> flo
 
 
 def margins(model: Any, rows: Rows, tokenizer: Any) -> list[float]:
-    """By how many nats a model, or that of a folder, likes the chosen answer of each pair better."""
+    """Return the log-probability margin in nats of the chosen answer of each pair, under a model or a model folder."""
     model = load_causal_lm(str(model)) if isinstance(model, Path) else model
     return [
         log_probability(model, tokenizer, *rendered(row, "chosen"))
@@ -106,7 +106,7 @@ def margins(model: Any, rows: Rows, tokenizer: Any) -> list[float]:
 
 
 def trained(arguments: Any) -> tuple[Any, dict[str, float]]:
-    """(trainer, what its last evaluation logged), without the folder that the stage would leave."""
+    """Return (trainer, metrics of its last evaluation), without saving the folder of the stage."""
     trainer = build_dpo_trainer(*arguments)
     trainer.train()
     return trainer, trainer.evaluate() if trainer.eval_dataset is not None else {}
@@ -134,7 +134,7 @@ def test_the_loss_compares_answers_and_their_eos_only(ask: Any, form: str) -> No
 
 @pytest.mark.parametrize("changes", [{}, {"use_peft": True}, {"precompute_ref_log_probs": True}], ids=str)
 def test_an_untrained_model_prefers_neither_answer(ask: Any, changes: dict[str, Any]) -> None:
-    """Before the first step policy and reference are one, so the loss is ln 2 whatever beta, and no pair has a margin."""
+    """Before the first step policy and reference are equal: for any beta the loss is ln 2 and no pair has a margin."""
     trainer, measured = trained(ask(CHAT, CHAT, learning_rate=0.0, max_steps=2, beta=3.0, **changes))
     assert [entry["loss"] for entry in trainer.state.log_history[:2]] == pytest.approx([math.log(2)] * 2, abs=1e-5)
     assert measured["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -155,9 +155,7 @@ def test_training_widens_the_margin_as_in_the_paper(ask: Any, form: str, model_f
     assert measured["eval_rewards/accuracies"] == 1.0
 
 
-def test_the_folder_loads_anywhere_and_its_recipe_repeats_the_run(
-    ask: Any, tmp_path: Path, real_plots: None
-) -> None:
+def test_the_folder_loads_anywhere_and_its_recipe_repeats_the_run(ask: Any, tmp_path: Path, real_plots: None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = run_dpo(*ask(CHAT, CHAT, learning_rate=1e-3, max_steps=3))
@@ -196,7 +194,7 @@ def test_lora_saves_an_adapter_that_loads(ask: Any, model_folder: Path) -> None:
 
 
 def test_the_reference_of_a_lora_folder_is_the_merged_model(ask: Any, model_folder: Path, tmp_path: Path) -> None:
-    """Not the base that the adapter names: then a model that has not moved would already have margins."""
+    """With the adapter's base as reference, an untrained model would already have margins."""
     from peft import LoraConfig, get_peft_model
 
     shape = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
@@ -257,7 +255,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_invalid_input_is_refused_before_weights_are_read(ask: Any, case: str, weightless: Path, tmp_path: Path) -> None:
+def test_invalid_input_is_refused_before_weights_are_read(
+    ask: Any, case: str, weightless: Path, tmp_path: Path
+) -> None:
     rows, changes, message = WRONG[case]
     with pytest.raises(UserError, match=message) as caught:
         run_dpo(*ask(rows, **{"model_name_or_path": weightless} | changes))
@@ -269,7 +269,9 @@ def test_held_out_pairs_are_checked(ask: Any, weightless: Path) -> None:
         run_dpo(*ask(CHAT, [{"question": "a"}], model_name_or_path=weightless))
 
 
-def test_a_reward_model_as_policy_is_refused(ask: Any, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_reward_model_as_policy_is_refused(
+    ask: Any, make_reward_model: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
     make_reward_model(0).save_pretrained(tmp_path / "reward_model")
     make_tokenizer().save_pretrained(tmp_path / "reward_model")
     with pytest.raises(UserError, match="is a reward model, which cannot generate"):

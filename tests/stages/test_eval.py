@@ -1,4 +1,4 @@
-"""The eval stage: its numbers against independent computations, its pairing, and what it refuses."""
+"""The eval stage: its metrics against independent computations, how it compares models, and what it refuses."""
 
 import json
 import math
@@ -23,12 +23,12 @@ PROMPTS = [
     {"prompt": "Hm?", "answer": "z"},
     {"prompt": "What <b>now</b> | then?", "answer": "t"},
 ]
-STOPS = list(range(12))  # ids that end an answer: enough of them for an untrained model to meet one now and then
+STOPS = list(range(12))  # stop ids: enough for an untrained model to sample one now and then
 TEXTS = ["The mill stands by the river.", "Nobody was seen there; nobody."]
 
 
 def letter_share(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
-    """A gold function that can be imported: how often the answer's letter occurs, shown to need the column."""
+    """A gold function by import path: how often the letter of the column occurs."""
     return [completion.count(letter) / 10 for completion, letter in zip(completions, answer, strict=True)]
 
 
@@ -39,7 +39,7 @@ def world(
     make_reward_model: Callable[..., Any],
     make_tokenizer: Callable[[], Any],
 ) -> Path:
-    """Two models that know when to stop now and then, two reward models, prompts and texts."""
+    """Two models whose answers sometimes end, two reward models, prompts and texts."""
     folder = tmp_path_factory.mktemp("eval")
     tokenizer = make_tokenizer()
     for name, seed in (("first", 0), ("second", 1)):
@@ -58,7 +58,7 @@ def world(
 
 @pytest.fixture
 def ask(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EvalArguments]:
-    """(models, **changes) -> arguments whose report goes to an empty folder."""
+    """(models, **changes) -> arguments whose output folder is empty."""
     monkeypatch.chdir(Path(__file__).parent)  # where the gold function is found
 
     def make(*models: str, **changes: Any) -> EvalArguments:
@@ -88,7 +88,7 @@ def rows_of(folder: Path, model: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def pair_report(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report on two models side by side, two answers a prompt."""
+    """The report of two models with two answers per prompt."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).parent)
         return run_eval(
@@ -180,8 +180,10 @@ def test_a_model_against_itself_is_a_tie(ask: Callable[..., EvalArguments]) -> N
     assert {key: again[key] for key in first} == first
 
 
-def test_comparing_models_changes_no_metric_of_either(ask: Callable[..., EvalArguments], world: Path, tmp_path: Path) -> None:
-    """Company, order and batch size change nothing: each model is measured as it would be alone."""
+def test_comparing_models_changes_no_metric_of_either(
+    ask: Callable[..., EvalArguments], world: Path, tmp_path: Path
+) -> None:
+    """Other models, their order and the batch size change no metric."""
     together = run_eval(ask("first", "second", batch_size=3, output_dir=str(tmp_path / "both")))
     for name in ("first", "second"):
         alone = run_eval(ask(name, reference=str(world / "first"), output_dir=str(tmp_path / name)))
@@ -218,7 +220,7 @@ def test_the_report_folder_records_the_request(pair_report: Path) -> None:
     for key in ("gold\\_score", "perplexity", "win\\_rate\\_reward", "eos\\_share", "kl"):
         assert f"| {key} |" in table
     assert f"{numbers['second']['perplexity']:.4g}" in table
-    assert "What \\<b\\>now\\</b\\> \\| then?" not in table, "only three prompts stand on the card"
+    assert "What \\<b\\>now\\</b\\> \\| then?" not in table, "the card shows three prompts only"
     again = parse_arguments(EvalArguments, argv=["--config", str(pair_report / "recipe.yaml")])[0]
     assert (again.completions_per_prompt, again.temperature, again.max_new_tokens) == (2, 0.8, 12)
     assert [Path(model).name for model in again.models] == ["first", "second"]
@@ -312,15 +314,13 @@ def test_token_rewards_are_summed(ask: Callable[..., EvalArguments]) -> None:
     assert len({row["tokens"] for row in rows}) > 1 and all(row["reward"] == row["tokens"] / 2 for row in rows)
 
 
-def test_columns_named_like_reward_arguments_are_ignored(
-    ask: Callable[..., EvalArguments], tmp_path: Path
-) -> None:
+def test_columns_named_like_reward_arguments_are_ignored(ask: Callable[..., EvalArguments], tmp_path: Path) -> None:
     rows = [row | {"completions": ["x"], "prompt_ids": [1], "completion_ids": [2], "prompts": "y"} for row in PROMPTS]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    told = measured(
+    metrics = measured(
         run_eval(ask("first", dataset_name=str(tmp_path / "test.jsonl"), output_dir=str(tmp_path / "out")))
     )
-    assert told["first"] == measured(run_eval(ask("first")))["first"]
+    assert metrics["first"] == measured(run_eval(ask("first")))["first"]
 
 
 @pytest.mark.parametrize("bad", [None, [{"from": "human", "value": "Hi"}], [{"role": "user", "content": None}], []])

@@ -87,7 +87,7 @@ def uninterrupted(runs: Path) -> Callable[[str], dict[str, Any]]:
             out, started = f"uninterrupted {case}", time.monotonic()
             assert not forks.was_killed(lambda: small_runs.run(stage, runs, out, **options))
             SECONDS[case] = time.monotonic() - started
-            ends[case] = small_runs.end_of(runs / out)
+            ends[case] = small_runs.saved_state(runs / out)
         return ends[case]
 
     return end
@@ -100,7 +100,7 @@ def check_resumed(runs: Path, uninterrupted: Callable[[str], dict[str, Any]]) ->
     def check(case: str, out: str) -> None:
         stage, options = CASES[case]
         assert not forks.was_killed(lambda: small_runs.run(stage, runs, out, resume="auto", **options))
-        end, expected = small_runs.end_of(runs / out), uninterrupted(case)
+        end, expected = small_runs.saved_state(runs / out), uninterrupted(case)
         assert end["log"] == expected["log"]
         assert small_runs.identical(end, expected)
         assert not (runs / out / ".saving").exists() and not (runs / out / ".lock").exists()
@@ -436,7 +436,7 @@ def test_a_finished_run_that_may_be_overwritten_starts_from_the_beginning(
     shutil.copytree(runs / "uninterrupted sft", runs / "replaced")
     small_runs.run("sft", runs, "replaced", resume="auto", overwrite=True, learning_rate=0.01)
     small_runs.run("sft", runs, "other", learning_rate=0.01)
-    assert small_runs.identical(small_runs.end_of(runs / "replaced"), small_runs.end_of(runs / "other"))
+    assert small_runs.identical(small_runs.saved_state(runs / "replaced"), small_runs.saved_state(runs / "other"))
 
 
 def test_resuming_from_another_folder_overwrites_only_with_the_flag(
@@ -694,7 +694,7 @@ def test_a_crash_of_the_reward_model_loses_nothing(runs: Path, check_resumed: Ca
 @pytest.mark.fault("a data file is truncated within a line")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_truncated_data_file_is_named_before_anything_is_written(stage: str, runs: Path) -> None:
-    name = small_runs.OWN[stage]["dataset_name"]
+    name = small_runs.STAGE_FLAGS[stage]["dataset_name"]
     truncated = runs / f"truncated {name}"
     shutil.copytree(runs / name, truncated)
     rows = truncated / "train.jsonl"

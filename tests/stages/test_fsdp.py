@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from programs import forks, small_runs, small_runs_fsdp
-from programs.small_runs import LORA, farthest
+from programs.small_runs import LORA, largest_difference
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -38,7 +38,7 @@ def test_sharded_runs_train_like_one_process_and_resume(runs: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     for kind in KINDS:
         one = small_runs.run(kind.partition(",")[0], runs, f"{kind} alone", **KINDS[kind])
-        assert farthest(small_runs.weights_in(one), small_runs.weights_in(runs / f"{kind} sharded")) < 2e-5
+        assert largest_difference(small_runs.weights_in(one), small_runs.weights_in(runs / f"{kind} sharded")) < 2e-5
         expected, found = (
             json.loads((folder / "metrics.json").read_text()) for folder in (one, runs / f"{kind} sharded")
         )
@@ -49,7 +49,7 @@ def test_sharded_runs_train_like_one_process_and_resume(runs: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     for kind in KINDS:
         sharded, resumed = (small_runs.weights_in(runs / f"{kind} {name}") for name in ("sharded", "resumed"))
-        assert farthest(sharded, resumed) < 2e-5
+        assert largest_difference(sharded, resumed) < 2e-5
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The ppo stage: from folders to a folder, and what it refuses before anything is loaded or written."""
+"""The ppo stage: from input folders to an output folder, and what it refuses before it loads or writes anything."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def options(**changed: Any) -> tuple[PPOArguments, ModelConfig, PPOConfig]:
 
 
 def test_the_output_folder_holds_policy_value_samples_and_metrics(place: Path, real_plots: None) -> None:
-    """The policy that is left loads anywhere and has moved; the value model, samples and numbers lie beside it."""
+    """The saved policy loads anywhere and was trained; value model, samples and metrics are saved, too."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = run_ppo(*options(reward="reward_model letter_rewards:wanted_letters"))
@@ -68,7 +68,7 @@ def test_the_output_folder_holds_policy_value_samples_and_metrics(place: Path, r
 
 
 def test_a_lora_run_without_held_out_prompts_works(place: Path) -> None:
-    """And with an adapter: the folder is read with its base, and its value lies beside it."""
+    """The folder loads with its base, and has the value."""
     from rlhf_recipes.models.loading import load_causal_lm
 
     (place / "prompts" / "test.jsonl").unlink()
@@ -82,7 +82,7 @@ def test_a_lora_run_without_held_out_prompts_works(place: Path) -> None:
 
 
 def test_the_run_repeats_from_its_recipe(place: Path) -> None:
-    """recipe.yaml alone makes the same weights again."""
+    """recipe.yaml alone gives the same weights."""
     from transformers import AutoModelForCausalLM
 
     first = run_ppo(*options())
@@ -93,7 +93,7 @@ def test_the_run_repeats_from_its_recipe(place: Path) -> None:
 
 
 def test_a_value_model_starts_from_a_reward_model(place: Path) -> None:
-    """With value_model the critic is a model of its own, and it is left loadable."""
+    """With value_model the value is a separate model, and its folder loads."""
     from transformers import AutoModelForSequenceClassification
 
     folder = run_ppo(*options(value_model="reward_model"))
@@ -104,7 +104,7 @@ def test_a_value_model_starts_from_a_reward_model(place: Path) -> None:
 
 
 def test_prompts_are_the_first_tokens_of_texts(tokenizer: Any) -> None:
-    """The first tokens of each text, here bytes, and no text that is empty; other columns stay."""
+    """Tokens are bytes here. Empty texts are dropped, other columns kept."""
     from datasets import Dataset
 
     rows = Dataset.from_dict({"text": ["a long review", "   ", "ok"], "label": [1, 0, 1]})
@@ -179,7 +179,7 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
 def test_invalid_input_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], changed: dict[str, Any], words: str
 ) -> None:
-    """One line that names the remedy, no weights read, nothing written."""
+    """One line with the fix; no weights are read and nothing is written."""
     from transformers import PreTrainedModel
 
     def read(*arguments: Any, **named: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the push stage takes a folder for, and what it adds to what it pushes; the way to the Hub is in test_hub.py."""
+"""The push stage: which kind a folder has and what is added to it; tests/hub/ has the requests to the Hub."""
 
 import gzip
 import json
@@ -68,11 +68,15 @@ def test_the_card_of_a_dataset_names_the_file_of_each_split(tmp_path: Path) -> N
 
 def test_the_command_to_retry_repeats_the_given_flags(tmp_path: Path) -> None:
     repo = Repo("me/model", private=False, revision="side")
-    told = retry_command(tmp_path / "a b", repo, ["--base_model", "me/sft"])
-    words = shlex.split(told)[4:]
-    (asked,) = parse_arguments(push.PushArguments, argv=words)
-    assert (asked.folder, asked.hub_model_id, asked.base_model) == (str(tmp_path / "a b"), "me/model", "me/sft")
-    assert (asked.hub_private_repo, asked.hub_revision) == (False, "side")
+    command = retry_command(tmp_path / "a b", repo, ["--base_model", "me/sft"])
+    words = shlex.split(command)[4:]
+    (arguments,) = parse_arguments(push.PushArguments, argv=words)
+    assert (arguments.folder, arguments.hub_model_id, arguments.base_model) == (
+        str(tmp_path / "a b"),
+        "me/model",
+        "me/sft",
+    )
+    assert (arguments.hub_private_repo, arguments.hub_revision) == (False, "side")
 
 
 def test_base_model_id_replaces_only_the_base_in_an_adapter_config(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training a reward model: its loss, its numbers on held-out rows, what it learns, what ppo loads, and what is refused."""
+"""The reward stage: loss, metrics on held-out rows, what is trained, what ppo loads, and what it refuses."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def write(folder: Path, **splits: Rows) -> Path:
 def model_folder(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_tokenizer: Callable[[], Any]
 ) -> Path:
-    """A language model whose weights are large enough for untrained scores to differ."""
+    """A language model with weights so large that untrained scores differ."""
     folder = tmp_path_factory.mktemp("model")
     make_model(0, initializer_range=0.2).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -107,7 +107,7 @@ def metrics_of(folder: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_and_metrics_of_pairs_match_float64(ask: Any, form: str) -> None:
-    """Learning rate 0 leaves the reward model as it began, so that every number can be recomputed from its folder."""
+    """With learning rate 0 the reward model stays untrained, so that every metric can be recomputed from its folder."""
     rows, texts = FORMS[form]
     folder = run_reward(*ask(rows, rows, learning_rate=0.0, max_steps=1))
     reward_model, tokenizer = load_reward_model(str(folder)).eval(), load_tokenizer(str(folder))
@@ -136,7 +136,7 @@ def planted_pairs(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def as_ppo_scores(folder: Path, rows: Rows, side: str) -> list[float]:
-    """Scores as a policy asks for them: ids of the prompt, then ids that it generated, the last of them EOS."""
+    """Return scores as PPO computes them: from the ids of the prompt and of the completion, which ends with EOS."""
     tokenizer = load_tokenizer(str(folder))
     prompts = [f"<|user|>{row['prompt'][0]['content']}<|end|><|assistant|>" for row in rows]
     answers = [row[side][0]["content"] for row in rows]
@@ -149,7 +149,7 @@ def as_ppo_scores(folder: Path, rows: Rows, side: str) -> list[float]:
 
 
 def test_a_short_run_learns_a_planted_preference(ask: Any, real_plots: None) -> None:
-    """And TRL's own accuracy on held-out pairs, the report's, and that of ppo's scores are one number."""
+    """Also, the accuracies on held-out pairs of TRL, of metrics.json and of PPO's scores are equal."""
     train, test = planted_pairs(256, 0), planted_pairs(60, 1)
     changes = {
         "learning_rate": 3e-3,
@@ -170,7 +170,7 @@ def test_a_short_run_learns_a_planted_preference(ask: Any, real_plots: None) -> 
     assert measured["longer_accuracy"] == pytest.approx(sum(longer) / len(test))
 
     again = ask(train, test, model_name_or_path=folder, output_dir=folder.parent / "again", **changes)
-    trainer = build_reward_trainer(*again)  # a reward model with as many labels goes on with its head
+    trainer = build_reward_trainer(*again)  # a reward model with as many labels keeps its head
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(wins, abs=0.02)  # a mean over batches, not pairs
     for image in ("curves.png", "reliability.png"):
         assert (folder / image).read_bytes().startswith(b"\x89PNG") and (folder / image).stat().st_size > 1000
@@ -248,7 +248,7 @@ def test_a_short_run_learns_planted_sentiment(ask: Any) -> None:
 
 
 def test_gradient_accumulation_changes_no_weight(ask: Any) -> None:
-    """4 x 1 and 1 x 4 rows are the same step; the classifiers of transformers alone would sum what is accumulated."""
+    """4 x 1 and 1 x 4 rows are the same step; transformers' classifiers alone would sum the accumulated losses."""
     weights = []
     for batch, accumulate in ((4, 1), (1, 4)):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}
@@ -319,7 +319,7 @@ def test_lora_trains_adapters_and_head_and_loads_as_a_reward_model(
 def test_a_reward_model_starts_from_a_merged_lora_model(
     ask: Any, make_model: Any, model_folder: Path, tmp_path: Path
 ) -> None:
-    """Its trunk is the merged one: the adapter's effect is seen in the scores."""
+    """The scores change with the adapter, because its weights are merged into the trunk."""
     from peft import LoraConfig, get_peft_model
 
     from rlhf_recipes.models.loading import load_causal_lm
@@ -411,7 +411,7 @@ def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, model_folder: Pa
 
 
 def test_metrics_use_the_same_rows_and_columns_as_training(ask: Any, tmp_path: Path) -> None:
-    """A prompt that only one of two sources has is read in neither."""
+    """A prompt column that only one of two sources has is used for neither."""
     further = write(tmp_path / "further", train=PLAIN * 2)
     folder = run_reward(*ask(PROMPTED * 2, PROMPTED, extra_dataset_names=further, max_steps=1))
     without = build_reward_trainer(*ask(PLAIN * 2, PLAIN, output_dir=str(tmp_path / "other")))

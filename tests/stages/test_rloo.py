@@ -1,4 +1,4 @@
-"""The rloo stage: what the rewards see, what is learnt from, what is left, and what is refused."""
+"""The rloo stage: what rewards receive, what is trained on, what it saves, and what it refuses."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def remember(prompts, completions, completion_ids, **columns):
 
 
 def ending_often(model: Any) -> Any:
-    """About every seventh token is then EOS: some answers end, some are cut off."""
+    """About every seventh token is EOS, so that some answers end and some are truncated."""
     model.transformer.ln_f.bias.data += 300 * model.transformer.wte.weight.data[EOS]
     return model
 
@@ -93,14 +93,14 @@ def metrics_of(folder: Path) -> dict[str, float]:
 
 
 def trained(**changed: Any) -> tuple[Any, dict[str, float]]:
-    """(trainer, what its last evaluation logged), without the folder that the stage would leave."""
+    """Return (trainer, metrics of its last evaluation), without saving the folder of the stage."""
     trainer = build_rloo_trainer(*options(**changed))
     trainer.train()
     return trainer, trainer.evaluate()
 
 
 def batches(trainer: Any) -> list[dict[str, float]]:
-    """What was logged of each batch of answers that was learnt from."""
+    """Return the log entry of each batch of answers that was trained on."""
     return [entry for entry in trainer.state.log_history if "reward" in entry]
 
 
@@ -165,7 +165,7 @@ OTHER_VOCABULARY = "another_reward_model"
 def test_a_reward_model_scores_as_in_ppo(
     place: Path, form: str, reward_model: str, make_reward_model: Any, make_tokenizer: Any
 ) -> None:
-    """The very answers that RLOO sampled and scored, handed to PPOTrainer's scoring: prompt, EOS and all."""
+    """The answers that RLOO sampled and scored get the same scores from PPOTrainer, with prompt and EOS."""
     write_prompts(place, CHAT if form == "chat" else PLAIN)
     own = make_tokenizer()
     own.add_tokens(["zz"])
@@ -186,18 +186,18 @@ def test_a_reward_model_scores_as_in_ppo(
         assert all(EOS not in answer[:-1] for answer in ids)
         stopped = [answer[-1] == EOS for answer in ids]
         ended |= set(stopped)
-        asked = ppo.prompts.rows([ppo.train_dataset["prompt"].index(prompt) for prompt in batch["prompts"]])
-        expected = ppo.score(asked, Completions(ids, stopped))[reward_model]
+        prompts = ppo.prompts.rows([ppo.train_dataset["prompt"].index(prompt) for prompt in batch["prompts"]])
+        expected = ppo.score(prompts, Completions(ids, stopped))[reward_model]
         assert function(**batch, trainer_state=None) == pytest.approx(expected, abs=1e-5)
         assert mean == pytest.approx(sum(expected) / len(expected), abs=1e-5)
-        unended = ppo.score(asked, Completions([answer[:-1] for answer in ids], [False] * len(ids)))[reward_model]
+        unended = ppo.score(prompts, Completions([answer[:-1] for answer in ids], [False] * len(ids)))[reward_model]
         rows = zip(stopped, expected, unended, strict=True)
         assert all(score != pytest.approx(other) for end, score, other in rows if end), "the EOS is read"
     assert ended == {True, False}
 
 
 def test_reward_functions_receive_the_dataset_columns_as_in_ppo(place: Path) -> None:
-    """By name and row by row; they may be async, and what they give token by token is added up."""
+    """By name and row by row; functions may be async, and token rewards are summed."""
     names = " ".join(f"rloo_rewards:{name}" for name in ("wanted_letters", "by_token", "remember"))
     trainer = build_rloo_trainer(*options(reward=names))
     trainer.train()
@@ -213,7 +213,7 @@ def test_reward_functions_receive_the_dataset_columns_as_in_ppo(place: Path) -> 
 
 
 def test_padding_does_not_shift_positions(place: Path) -> None:
-    """The log-probabilities that are learnt from are those of each prompt and answer alone, in float64."""
+    """Training uses the log-probabilities of each prompt and answer alone, in float64."""
     trainer = build_rloo_trainer(*options(temperature=0.7))
     trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -244,7 +244,7 @@ def test_zero_learning_rate_changes_no_weight(place: Path, beta: float) -> None:
 
 
 def test_the_reference_of_a_lora_folder_is_the_merged_model(place: Path, tokenizer: Any) -> None:
-    """Not the base that the adapter names: then a model that has not moved would already be far from it."""
+    """With the adapter's base as reference, an untrained model would already have a KL above zero."""
     from peft import LoraConfig, get_peft_model
 
     shape = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
@@ -275,7 +275,7 @@ def test_scores_are_normalized_weighted_and_lowered_without_eos(place: Path) -> 
 
 
 def test_leftover_generation_settings_change_no_answer(place: Path) -> None:
-    """They would sample from another distribution than the one that is trained."""
+    """They would sample from a distribution other than the trained one."""
     changes = {"reward": "rloo_rewards:remember", "learning_rate": 0.0}
     build_rloo_trainer(*options(**changes)).train()
     config = json.loads((place / "policy" / "generation_config.json").read_text())
@@ -395,7 +395,7 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
 def test_invalid_input_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], changed: dict[str, Any], words: str
 ) -> None:
-    """One line that names the remedy, no weights read, nothing written."""
+    """One line with the fix; no weights are read and nothing is written."""
     from transformers import PreTrainedModel
 
     def read(*arguments: Any, **named: Any) -> None:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which tokens carry loss, what the loss is, what is learnt, left, and refused."""
+"""The sft stage: which tokens have loss, what the loss is, what is trained and saved, and what it refuses."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def ask(model_folder: Path, tmp_path: Path) -> Callable[..., tuple[SFTArguments,
 
 
 def words_with_loss(trainer: Any, tokenizer: Any) -> list[str]:
-    """The text of all tokens with loss, for each row of the batches that the trainer really trains on."""
+    """Return the text of all tokens with loss, for each row of the trainer's training batches."""
     words = []
     for batch in trainer.get_train_dataloader():
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
@@ -95,7 +95,7 @@ def words_with_loss(trainer: Any, tokenizer: Any) -> list[str]:
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_only_answers_and_their_eos_have_loss(ask: Any, form: str, pad_is_eos: bool) -> None:
-    """Padding with EOS changes nothing: the EOS that ends an answer carries loss, the padding does not."""
+    """Padding with EOS changes nothing: the EOS that ends an answer has loss, the padding does not."""
     rows, expected = FORMS[form]
     trainer = build_sft_trainer(*ask(rows))
     if pad_is_eos:
@@ -114,7 +114,7 @@ def test_loss_on_all_turns_of_messages_is_an_option(ask: Any) -> None:
 def bare_folder(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], make_tokenizer: Callable[[], Any]
 ) -> Path:
-    """A model as the released GPT-2 is: one special token, which is EOS and pad, and no chat template."""
+    """A model like the released GPT-2: one special token, used as EOS and pad, and no chat template."""
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("bare")
@@ -155,7 +155,7 @@ CHAT_BY_HAND = [
 
 
 def test_the_loss_is_the_cross_entropy_of_the_answers(ask: Any, tmp_path: Path) -> None:
-    """Learning rate 0 leaves the model as it was, so every number can be recomputed from it."""
+    """With learning rate 0 the model stays as it was, so that every metric can be recomputed from it."""
     folder = run_sft(*ask(CHAT, CHAT, learning_rate=0.0, max_steps=1))
     model, tokenizer = load_causal_lm(str(folder)), load_tokenizer(str(folder))
     rows = [tuple(tokenizer(part)["input_ids"] for part in pair) for pair in CHAT_BY_HAND]
@@ -178,7 +178,7 @@ def test_completions_are_split_by_their_token_mask() -> None:
 
 
 def test_packed_rows_have_the_loss_of_separate_rows(ask: Any) -> None:
-    """Rows packed into one sequence carry the same loss as each of them alone."""
+    """Rows packed into one sequence have the same loss as separate rows."""
     trainer = build_sft_trainer(*ask(CHAT * 3, CHAT, packing=True, per_device_train_batch_size=1, max_length=96))
     assert len(trainer.train_dataset) < len(CHAT) * 3
     tokenizer = trainer.processing_class
@@ -200,8 +200,8 @@ def test_a_long_answer_is_truncated_and_a_long_prompt_refused(ask: Any) -> None:
     assert [len(row["input_ids"]) for row in trainer.train_dataset] == [16, 16]
     assert words_with_loss(trainer, trainer.processing_class) == [" one one o"] * 2  # 6 of the 16 are the prompt
     beyond = [{"prompt": "Count:", "completion": " one" * 50}] * 2
-    cut = build_sft_trainer(*ask(beyond))  # what is not asked for is the model's context
-    assert [len(row["input_ids"]) for row in cut.train_dataset] == [128, 128]
+    default = build_sft_trainer(*ask(beyond))  # the default is the model's context
+    assert [len(row["input_ids"]) for row in default.train_dataset] == [128, 128]
     with pytest.raises(UserError, match=r"row 0: the prompt has 6 tokens, .* within 6 \(2 of 2 rows"):
         build_sft_trainer(*ask(long, max_length=6))
 
@@ -222,7 +222,7 @@ def planted_rows() -> list[dict[str, Any]]:
 
 
 def test_a_short_run_learns_to_answer_and_to_stop(ask: Any, make_model: Any, tmp_path: Path, real_plots: None) -> None:
-    """Held-out questions, asked through transformers alone: the saved configuration itself must end the answer."""
+    """Held-out questions are answered with transformers only, so the saved configuration must end the answer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     start = tmp_path / "start"
@@ -279,7 +279,7 @@ def test_lora_changes_only_the_adapter(ask: Any, model_folder: Path) -> None:
 
 
 def test_a_lora_folder_can_be_fine_tuned_further(ask: Any, tmp_path: Path) -> None:
-    """Going on without LoRA trains the merged weights, and leaves a whole model."""
+    """Without LoRA the merged weights are trained, and a full model is saved."""
     adapter = run_sft(*ask(CHAT * 2, use_peft=True, learning_rate=1e-2, max_steps=3))
     again = {"model_name_or_path": adapter, "output_dir": tmp_path / "again"}
     whole = run_sft(*ask(CHAT * 2, learning_rate=0.0, max_steps=1, **again))
@@ -295,7 +295,7 @@ def test_a_lora_folder_can_be_fine_tuned_further(ask: Any, tmp_path: Path) -> No
 def test_quantized_weights_train_save_and_load(
     ask: Any, bits: str, make_model: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Evaluation in the middle of training is what used to break 4-bit layers on a CPU."""
+    """Evaluation during training used to break 4-bit layers on a CPU."""
     start = tmp_path / "start"
     make_model(0, n_embd=64).save_pretrained(start)
     make_tokenizer().save_pretrained(start)
@@ -345,7 +345,7 @@ WRONG = {
 def test_invalid_input_is_refused_before_weights_are_read(
     ask: Any, case: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model's folder holds no weights, so whoever tried to read them would complain of that instead."""
+    """The model's folder has no weights, so that reading them would raise another error."""
     from rlhf_recipes.data.chat import chat_template
 
     rows, changes, message = WRONG[case]
@@ -400,7 +400,7 @@ def test_a_tokenizer_without_pad_or_eos_is_refused(ask: Any, token: str, model_f
 
 
 def test_the_pad_token_can_be_chosen(ask: Any, bare_folder: Path, tmp_path: Path) -> None:
-    """As for the released GPT-2, whose tokenizer has none; the folder that is left needs no further help."""
+    """As for the released GPT-2, whose tokenizer has none; the saved folder loads without the flag."""
     start = tmp_path / "start"
     shutil.copytree(bare_folder, start)
     path = start / "tokenizer_config.json"
@@ -424,7 +424,7 @@ def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, model_folder: Pa
 def test_text_with_a_bos_is_measured_as_trained(
     ask: Any, make_tokenizer_with_bos: Any, model_folder: Path, tmp_path: Path
 ) -> None:
-    """Nobody is asked for the BOS; what TRL trains on is what is sampled from."""
+    """The BOS is added without a flag, and sampling starts as TRL's training rows do."""
     shutil.copytree(model_folder, tmp_path / "begins")
     make_tokenizer_with_bos().save_pretrained(tmp_path / "begins")
     begins = {"model_name_or_path": str(tmp_path / "begins")}
@@ -433,12 +433,12 @@ def test_text_with_a_bos_is_measured_as_trained(
         prompt, answer = prompt_and_completion_ids(row["prompt"], row["completion"], trainer.processing_class)
         assert trained["input_ids"] == [*prompt, *answer] and prompt[0] == 260
     folder = run_sft(*ask(TEXT, TEXT, **begins, max_steps=1, per_device_eval_batch_size=1))
-    told = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     counts = [len(row["text"]) + 1 for row in TEXT]  # letters and EOS
-    assert told["held_out_tokens"] == sum(counts)
+    assert metrics["held_out_tokens"] == sum(counts)
     trainer = build_sft_trainer(*ask(TEXT, TEXT, model_name_or_path=str(folder), output_dir=str(tmp_path / "other")))
     nats = 0.0
     for row in trainer.eval_dataset:
         logits = trainer.model.eval()(torch.tensor([row["input_ids"]])).logits[0].detach().double()
         nats -= float(torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(row["input_ids"][1:])[:, None]).sum())
-    assert told["perplexity"] == pytest.approx(math.exp(nats / sum(counts)), rel=1e-4)
+    assert metrics["perplexity"] == pytest.approx(math.exp(nats / sum(counts)), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Models that bring code, or names that lead elsewhere: neither runs nor writes anything that was not asked for."""
+"""Models with code, and file names that point outside a folder: no code runs and no file is written without permission."""
 
 import json
 import shutil
@@ -32,13 +32,13 @@ class OwnModel(GPT2LMHeadModel):
 
 @pytest.fixture(scope="module")
 def ran(runs: Path) -> Path:
-    """Which code that a model brings along writes, as it is imported."""
+    """The file that the code of the model writes when it is imported."""
     return runs / "ran"
 
 
 @pytest.fixture(scope="module")
-def brings_code(runs: Path, ran: Path) -> Path:
-    folder = runs / "brings code"
+def with_code(runs: Path, ran: Path) -> Path:
+    folder = runs / "with code"
     shutil.copytree(runs / "model", folder)
     (folder / "own.py").write_text(CODE.format(ran=str(ran)))
     config = json.loads((folder / "config.json").read_text())
@@ -49,47 +49,47 @@ def brings_code(runs: Path, ran: Path) -> Path:
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
 def test_code_of_a_model_runs_only_with_its_flag(
-    stage: str, brings_code: Path, ran: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, with_code: Path, ran: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where somebody would say yes at the terminal, where transformers would ask."""
+    """Not even if a user would answer yes to the question of transformers."""
     monkeypatch.setattr("builtins.input", lambda *words: "y")
-    asked = {"tokenizer_name": None} if stage == "pretrain" else {}
+    options = {"tokenizer_name": None} if stage == "pretrain" else {}
     with pytest.raises(UserError, match=r"contains Python code, .* pass --trust_remote_code true"):
-        small_runs.run(stage, runs, f"untrusted {stage}", model_name_or_path=brings_code.name, **asked)
+        small_runs.run(stage, runs, f"untrusted {stage}", model_name_or_path=with_code.name, **options)
     assert not ran.exists() and not (runs / f"untrusted {stage}").exists()
 
 
 @pytest.mark.parametrize("load", [load_config, load_causal_lm, load_reward_model])
 def test_loading_functions_need_the_flag_for_code(
-    load: Callable[..., Any], brings_code: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., Any], with_code: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *words: "y")
     with pytest.raises(UserError, match="contains Python code"):
-        load(str(brings_code))
+        load(str(with_code))
     assert not ran.exists()
 
 
-def test_the_trainer_needs_the_flag_for_code(brings_code: Path, ran: Path, tmp_path: Path) -> None:
+def test_the_trainer_needs_the_flag_for_code(with_code: Path, ran: Path, tmp_path: Path) -> None:
     args = PPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(UserError, match="contains Python code"):
-        PPOTrainer(str(brings_code), [len], args, [{"prompt": "a"}])
+        PPOTrainer(str(with_code), [len], args, [{"prompt": "a"}])
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_a_model_with_code_trains_like_the_same_model_without(
-    stage: str, brings_code: Path, ran: Path, runs: Path
+    stage: str, with_code: Path, ran: Path, runs: Path
 ) -> None:
-    own = small_runs.run(stage, runs, f"own {stage}", model_name_or_path=brings_code.name, trust_remote_code=True)
+    own = small_runs.run(stage, runs, f"own {stage}", model_name_or_path=with_code.name, trust_remote_code=True)
     assert ran.read_text().startswith("ran")
     plain = small_runs.weights_in(small_runs.run(stage, runs, f"plain {stage}"))
-    learnt = small_runs.weights_in(own)
-    assert learnt.keys() == plain.keys() and all(torch.equal(learnt[name], plain[name]) for name in plain)
+    trained = small_runs.weights_in(own)
+    assert trained.keys() == plain.keys() and all(torch.equal(trained[name], plain[name]) for name in plain)
 
 
 @pytest.mark.parametrize("name", ["../../climbed", "/climbed", "deep\\climbed", ""])
 def test_a_chat_template_is_not_saved_outside_the_folder(name: str, runs: Path, tmp_path: Path) -> None:
-    """Each of several templates becomes a file of its name."""
+    """Of several templates, each is saved as a file with its name."""
     folder = tmp_path / "model"
     shutil.copytree(runs / "model", folder)
     (folder / "chat_template.jinja").unlink()
@@ -125,9 +125,11 @@ def test_a_run_does_not_overwrite_the_base_of_an_adapter(runs: Path) -> None:
     assert (runs / "based on" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("told", ["{", "[]", '{"base_model_name_or_path": 3}', '{"base_model_name_or_path": "CYCLE"}'])
-def test_an_adapter_without_base_is_refused(told: str, runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(told.replace("CYCLE", str(tmp_path)))
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"base_model_name_or_path": 3}', '{"base_model_name_or_path": "CYCLE"}']
+)
+def test_an_adapter_without_base_is_refused(content: str, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content.replace("CYCLE", str(tmp_path)))
     with pytest.raises(UserError):
         small_runs.run("ppo", runs, "on nothing", model_name_or_path=str(tmp_path))
 
@@ -143,7 +145,7 @@ def test_adapters_that_name_each_other_as_base_are_refused(runs: Path, tmp_path:
 
 @pytest.mark.parametrize("named", ["model_name_or_path", "dataset_name", "reward"])
 def test_a_run_does_not_overwrite_its_inputs(named: str, runs: Path) -> None:
-    """A path that leads out of the output folder and back into an input."""
+    """Not by a path that leaves the output folder for an input either."""
     read = small_runs.flags("ppo", runs, "out")
     source = Path(read[read.index(f"--{named}") + 1])
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}

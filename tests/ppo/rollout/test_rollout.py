@@ -65,7 +65,7 @@ def episodes_of(float64_ppo: ModuleType, shape: RewardShape) -> list[Any]:
         )
         for row, length in enumerate(LENGTHS)
     ]
-    float64_ppo.play(episodes, **{item.name: getattr(shape, item.name) for item in fields(shape)})
+    float64_ppo.complete_(episodes, **{item.name: getattr(shape, item.name) for item in fields(shape)})
     return episodes
 
 
