@@ -4,17 +4,17 @@
 
 In GB (10^9 bytes) per GPU. Nothing is measured; docs/memory.md has measurements of GPT-2 on one CPU. Assumptions:
 
-- Trained weights are float32 with float32 gradients and two float32 moments of AdamW: 16 bytes per parameter. FSDP2 shards
-  them over the GPUs, data parallelism does not.
-- Forward and backward passes run in bfloat16, with a copy of the weights: 2 bytes per parameter, unsharded while answers
-  are generated.
-- The reference and the reward model are frozen, in bfloat16: 2 bytes per parameter. With LoRA the base is the reference.
+- Trained weights are float32 with float32 gradients and two float32 moments of AdamW: 16 bytes per parameter. FSDP2
+  shards them over the GPUs, data parallelism does not.
+- Forward and backward passes run in bfloat16, with a copy of the weights: 2 bytes per parameter, unsharded while
+  answers are generated.
+- The reference and the reward model are frozen, in bfloat16: 2 bytes per parameter. With LoRA the base is the
+  reference.
 - A LoRA of rank 16 on every projection trains 1 % of the parameters. A 4-bit base takes 0.56 bytes per parameter (NF4,
   blocks of 64, double quantization), with embeddings in bfloat16.
-- Activations of a micro-batch of 8 rows of 512 tokens take 34 bytes per token, hidden unit and layer (Korthikanti et al.
-  2022, without attention scores, which fused attention does not store), or 2 with gradient checkpointing.
-- The KV cache of 64 answers of 512 tokens takes 4 bytes per token, hidden unit and layer.
-"""
+- Activations of a micro-batch of 8 rows of 512 tokens take 34 bytes per token, hidden unit and layer (Korthikanti et
+  al. 2022, without attention scores, which fused attention does not store), or 2 with gradient checkpointing.
+- The KV cache of 64 answers of 512 tokens takes 4 bytes per token, hidden unit and layer."""
 
 from typing import NamedTuple
 

@@ -6,10 +6,9 @@ In      the folder of a finished quickstart: its world, its fine-tuned model, it
 Out     comparison.md (a table: the mean over seeds and the value of each), comparison.json (the same and more),
         and each model's folder, log and evaluation
 
-Each training and each evaluation is a separate process, with one thread unless OMP_NUM_THREADS is set, so time and memory
-are those of that stage alone. Finished parts are not repeated: run the same command again to continue. The settings are those
-of recipes/configs/quickstart/{ppo,dpo,rloo}.yaml.
-"""
+Each training and each evaluation is a separate process, with one thread unless OMP_NUM_THREADS is set, so time and
+memory are those of that stage alone. Finished parts are not repeated: run the same command again to continue. The
+settings are those of recipes/configs/quickstart/{ppo,dpo,rloo}.yaml."""
 
 import argparse
 import json

@@ -2,10 +2,9 @@
 
     python benchmarks/decoding.py [--rounds 9]
 
-32 prompts of 8 to 48 tokens with answers of 48 tokens, GPT-2 14M, in float32, and in bfloat16 if this machine has a unit
-for it. Left out in turn: prepacked weights (optimizations/prepacking.py), and the precision of keys and values that is
-faster for a single query on this processor (optimizations/kv_cache.py).
-"""
+32 prompts of 8 to 48 tokens with answers of 48 tokens, GPT-2 14M, in float32, and in bfloat16 if this machine has a
+unit for it. Left out in turn: prepacked weights (optimizations/prepacking.py), and the precision of keys and values
+that is faster for a single query on this processor (optimizations/kv_cache.py)."""
 
 import argparse
 import datetime

@@ -1,11 +1,11 @@
-"""On one GPU, GPT-2 with 124M parameters: PPO next to TRL 1.12's, pretraining next to a plain loop, with absolute figures.
+"""On one GPU, GPT-2 with 124M parameters: PPO next to TRL 1.12's, pretraining next to a plain loop, with absolute
+figures.
 
     python benchmarks/gpu.py [--rounds 5] [--episodes 32] [--prompt 64] [--response 128]
 
-Weights are random. Utilisation is the model's floating-point operations, counted from its shape and the real tokens, over
-the fastest matrix product of this GPU in that precision; reward models compute in float32. `python benchmarks/memory.py`
-measures the memory of PPO, and `benchmarks/processes.py --gpu` the other stages.
-"""
+Weights are random. Utilisation is the model's floating-point operations, counted from its shape and the real tokens,
+over the fastest matrix product of this GPU in that precision; reward models compute in float32. `python
+benchmarks/memory.py` measures the memory of PPO, and `benchmarks/processes.py --gpu` the other stages."""
 
 import argparse
 import datetime

@@ -3,9 +3,8 @@
     python benchmarks/growth.py [--rounds 3]
 
 Utilisation is the model's floating-point operations over the fastest matrix product of this machine in that precision,
-measured in the same minute. The operations are counted from the shape and the real tokens, so padding and recomputation
-lower it. Growth is the median of `rounds` updates for each value of one size, with a fitted exponent.
-"""
+measured in the same minute. The operations are counted from the shape and the real tokens, so padding and
+recomputation lower it. Growth is the median of `rounds` updates for each value of one size, with a fitted exponent."""
 
 import argparse
 import datetime

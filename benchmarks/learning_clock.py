@@ -4,11 +4,10 @@
     python benchmarks/learning_clock.py quickstart runs/quickstart --output_dir runs/clock --seconds 120
     python benchmarks/learning_clock.py imdb runs/imdb --dataset_name REVIEWS --output_dir runs/clock_imdb --seconds 600
 
-Every trainer starts from the same policy, with the same prompts and the same reward model, whose scores have variance 1. The
-learning rate falls linearly to zero over the given seconds. RLOO and GRPO use the real positions of padded prompts, which
-TRL's trainers do not for GPT-2. The answers to 300 held-out prompts are scored; that time does not count. Finished runs are
-not repeated. Two runs share the machine at a time, each with one thread.
-"""
+Every trainer starts from the same policy, with the same prompts and the same reward model, whose scores have variance
+1. The learning rate falls linearly to zero over the given seconds. RLOO and GRPO use the real positions of padded
+prompts, which TRL's trainers do not for GPT-2. The answers to 300 held-out prompts are scored; that time does not
+count. Finished runs are not repeated. Two runs share the machine at a time, each with one thread."""
 
 import argparse
 import datetime
@@ -34,8 +33,8 @@ TRAINERS = {  # name: (algorithm, flags)
     "TRL RLOO": ("rloo", []),
     "TRL GRPO": ("grpo", []),
 }
-# policy: folder below the run; penalty: for a missing EOS; upper: trained layers of "ours, upper layers";
-# wide: the model is wide enough to gain by bfloat16.
+# policy: folder below the run; penalty: for a missing EOS; upper: layers that "ours, upper layers"
+# trains; wide: the model is wide enough to gain by bfloat16.
 WORLDS: dict[str, dict[str, Any]] = {
     "quickstart": {
         "policy": "sft",

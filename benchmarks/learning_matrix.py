@@ -2,9 +2,8 @@
 
     python benchmarks/learning_matrix.py [--seeds 3] [--out docs/learning.md]
 
-An untrained two-layer GPT-2 writes bytes. The reward is the share of an answer's tokens whose id is below 128: a function,
-or a reward model that was trained to predict it. One CPU thread, two for the case of two processes.
-"""
+An untrained two-layer GPT-2 writes bytes. The reward is the share of an answer's tokens whose id is below 128: a
+function, or a reward model that was trained to predict it. One CPU thread, two for the case of two processes."""
 
 import argparse
 import datetime

@@ -1,8 +1,7 @@
 """One run of one trainer against the clock: held-out scores after so many seconds of training.
 
-learning_clock.py starts it, in the environment of the trainer. Answering held-out prompts does not count as training time.
-Sampling, seeds and scores of those answers are the same code for every trainer, in float32.
-"""
+learning_clock.py starts it, in the environment of the trainer. Answering held-out prompts does not count as training
+time. Sampling, seeds and scores of those answers are the same code for every trainer, in float32."""
 
 import argparse
 import json

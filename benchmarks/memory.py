@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--size gpt2] [--out docs/memory.md]
 
-Two updates of eight episodes of 32 tokens on a model with random weights, in float32 on a CPU and in bfloat16 on a GPU. The
-peak is that of the resident set minus the imports, or on a GPU of its allocated memory. "weights" counts each weight once.
-"""
+Two updates of eight episodes of 32 tokens on a model with random weights, in float32 on a CPU and in bfloat16 on a
+GPU. The peak is that of the resident set minus the imports, or on a GPU of its allocated memory. "weights" counts each
+weight once."""
 
 import argparse
 import datetime

@@ -2,10 +2,9 @@
 
     python benchmarks/packing.py [--rounds 15]
 
-32 episodes with prompts of 8 to 48 tokens and answers of 48, GPT-2 14M, in float32, and in bfloat16 if this machine has a
-unit for it, split into the micro-batches of the trainer. "Padded" also computes the last layer for every token; see
-optimizations/packing.py.
-"""
+32 episodes with prompts of 8 to 48 tokens and answers of 48, GPT-2 14M, in float32, and in bfloat16 if this machine
+has a unit for it, split into the micro-batches of the trainer. "Padded" also computes the last layer for every token;
+see optimizations/packing.py."""
 
 import argparse
 import datetime

@@ -1,9 +1,8 @@
 """Worker processes that take turns, each in a virtual environment with the library that it measures.
 
-A worker does one unit of work (an update, some steps) for each line on its standard input, and prints what it measured as
-a line of JSON. Workers that take turns run under the same load of the machine. So the ratio of their times is comparable,
-even where the times are not.
-"""
+A worker does one unit of work (an update, some steps) for each line on its standard input, and prints what it measured
+as a line of JSON. Workers that take turns run under the same load of the machine. So the ratio of their times is
+comparable, even where the times are not."""
 
 import json
 import os

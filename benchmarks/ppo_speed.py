@@ -2,11 +2,11 @@
 
     python benchmarks/ppo_speed.py [--shape 124M] [--rounds 5] [--cases "same algorithm" defaults]
 
-Every case is a process, and so is TRL's trainer. They take turns of one update, on the same random GPT-2, with prompts of 8
-to 48 tokens (the same pool, shuffled by each trainer) and answers of 48 tokens without a stop token. The table shows the
-median and quartiles of the ratios of each round. Memory is the peak resident set minus that of the imports. TRL 1.12
-computes in float32 whatever its `bf16` is; its row with autocast runs as under `accelerate launch --mixed_precision bf16`.
-"""
+Every case is a process, and so is TRL's trainer. They take turns of one update, on the same random GPT-2, with prompts
+of 8 to 48 tokens (the same pool, shuffled by each trainer) and answers of 48 tokens without a stop token. The table
+shows the median and quartiles of the ratios of each round. Memory is the peak resident set minus that of the imports.
+TRL 1.12 computes in float32 whatever its `bf16` is; its row with autocast runs as under `accelerate launch
+--mixed_precision bf16`."""
 
 import argparse
 import datetime

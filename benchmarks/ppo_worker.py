@@ -1,7 +1,7 @@
 """A worker that runs PPO updates, with TRL 1.12's trainer or ours, on the same random models and prompts.
 
-ppo_speed.py, growth.py and others start it, in the environment of the trainer it runs. The models are transformers' GPT-2.
-"""
+ppo_speed.py, growth.py and others start it, in the environment of the trainer it runs. The models are transformers'
+GPT-2."""
 
 import argparse
 import importlib

@@ -2,9 +2,8 @@
 
     python benchmarks/pretrain_speed.py [--shape 124M] [--rounds 7]
 
-Both train the same random GPT-2 on the same packed blocks of 256 tokens, 8 a step, with AdamW and one thread. "same settings"
-is float32 on both sides; "defaults" is what the stage chooses on this machine.
-"""
+Both train the same random GPT-2 on the same packed blocks of 256 tokens, 8 a step, with AdamW and one thread. "same
+settings" is float32 on both sides; "defaults" is what the stage chooses on this machine."""
 
 import argparse
 import datetime

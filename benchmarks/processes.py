@@ -3,13 +3,13 @@
     python benchmarks/processes.py --output_dir runs/processes
     python benchmarks/processes.py --output_dir runs/processes --gpu
 
-The runs take seconds, on a two-layer GPT-2. DeepSpeed is included if it is installed (the extra `deepspeed`). Accelerate has
-FSDP2 on GPUs only, so tests/programs/small_runs_fsdp.py enables it on CPUs; PPO also runs under FSDP2 applied directly. A cell
-of the table is the largest difference of any weight to a run of one process, or the message that refused the run.
+The runs take seconds, on a two-layer GPT-2. DeepSpeed is included if it is installed (the extra `deepspeed`).
+Accelerate has FSDP2 on GPUs only, so tests/programs/small_runs_fsdp.py enables it on CPUs; PPO also runs under FSDP2
+applied directly. A cell of the table is the largest difference of any weight to a run of one process, or the message
+that refused the run.
 
-With `--gpu` the stages run on one GPU and on all GPUs, under every configuration for GPUs, and are compared with one process
-on the CPU. Some runs are also interrupted by an error and resumed with `--resume auto`.
-"""
+With `--gpu` the stages run on one GPU and on all GPUs, under every configuration for GPUs, and are compared with one
+process on the CPU. Some runs are also interrupted by an error and resumed with `--resume auto`."""
 
 import argparse
 import datetime

@@ -1,12 +1,13 @@
-"""Memory, quality and time of each stage, 8-bit and 4-bit, and the bugs of bitsandbytes with and without our workarounds.
+"""Memory, quality and time of each stage, 8-bit and 4-bit, and the bugs of bitsandbytes with and without our
+workarounds.
 
     python benchmarks/quantization.py [runs/quickstart]
     python benchmarks/quantization.py [runs/quickstart] --at_once 8
 
-Each row of a table is a separate process with one thread, on the models that `make quickstart` left. It takes less than
-twelve minutes. The tables are printed and written to benchmarks/results/quantization.md, all measurements to
-quantization.json. If there is a GPU, the rows run on it (quantization_gpu.md). With several rows at once, times are left out.
-"""
+Each row of a table is a separate process with one thread, on the models that `make quickstart` left. It takes less
+than twelve minutes. The tables are printed and written to benchmarks/results/quantization.md, all measurements to
+quantization.json. If there is a GPU, the rows run on it (quantization_gpu.md). With several rows at once, times are
+left out."""
 
 import argparse
 import datetime

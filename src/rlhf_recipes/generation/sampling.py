@@ -1,9 +1,8 @@
 """Sample completions of prompts.
 
-Each row draws random numbers from its own seed. So the answer to a prompt does not depend on the other rows of its batch,
-on the batch size, or on the process. Of the model's generation_config only the stop tokens count: a repetition penalty or
-top-p left in it would sample from another distribution than the one whose log-probabilities are trained.
-"""
+Each row draws random numbers from its own seed. So the answer to a prompt does not depend on the other rows of its
+batch, on the batch size, or on the process. Of the model's generation_config only the stop tokens count: a repetition
+penalty or top-p left in it would sample from another distribution than the one whose log-probabilities are trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

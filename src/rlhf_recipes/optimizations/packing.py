@@ -15,8 +15,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model
 # The name under which transformers knows `attention.short_attention`, which takes packed rows.
 SHORT_ATTENTION = "sdpa_with_short_backward"
 # Rows or columns that a bfloat16 matrix unit works on at a time. With rows padded to a multiple of
-# it, a token's numbers do not depend on its batch. That holds in float32, too: some libraries add in
-# another order below four rows, or where the width of attention is no multiple of eight.
+# it, a token's numbers do not depend on its batch. That holds for float32, too: some libraries add
+# in another order below four rows, or if the width of attention is no multiple of eight.
 TILE = 16
 
 

@@ -1,11 +1,10 @@
 """Load rewards and score completions with them.
 
 A reward is a model, the folder or Hub id of one, a Python function, or ``package.module:function``. Functions are
-called as TRL calls them, ``f(prompts=..., completions=..., completion_ids=..., **columns)``, with every other column of
-the dataset as a list. They return one number for each completion, or for each completion a list with one number for
+called as TRL calls them, ``f(prompts=..., completions=..., completion_ids=..., **columns)``, with every other column
+of the dataset as a list. They return one number for each completion, or for each completion a list with one number for
 each token, and may be async. For a conversational prompt a completion is a list with one assistant message, otherwise
-text.
-"""
+text."""
 
 import inspect
 import os
