@@ -190,8 +190,8 @@ class PPOTrainer(SafeTrainer):
         lower = {"lower_states": inputs["lower_states"]} if "lower_states" in inputs else {}
         shape = {"temperature": self.args.temperature, "entropy_gradient": self.args.entropy_coef != 0}
         outputs: TokenOutputs = model(inputs["input_ids"], inputs["attention_mask"], mask, **shape, **lower)
-        if "prior" in inputs:
-            outputs = outputs._replace(values=outputs.values + inputs["prior"])
+        if "baseline" in inputs:
+            outputs = outputs._replace(values=outputs.values + inputs["baseline"])
         loss, metrics = objective(*outputs, inputs, self.loss_shape, num_items_in_batch, self.args.world_size)
         self.update_metrics.steps.add(metrics, mask & torch.isfinite(loss.detach()))
         self.guard.record_divergence(metrics["policy/approxkl_avg"], mask)

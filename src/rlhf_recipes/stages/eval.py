@@ -48,7 +48,7 @@ COUNTS = ("max_new_tokens", "completions_per_prompt", "batch_size", "num_prompts
 
 @dataclass
 class EvalArguments(OutputArguments, LoadingArguments):
-    """The models, the prompts and texts, and what scores the answers."""
+    """The models, the prompts and texts, and the rewards of the answers."""
 
     models: list[str] = field(
         default_factory=list,

@@ -103,9 +103,9 @@ def test_values_of_the_first_update_equal_the_value_prior(make_trainer: Make, ma
     trainer.train()
     first = rollouts[0]
     mask = first.response_mask
-    assert torch.equal(first.values[mask], first.prior[mask]) and not first.prior[~mask].any()
+    assert torch.equal(first.values[mask], first.baseline[mask]) and not first.baseline[~mask].any()
     scores = first.scores.double()[:, None].expand(mask.shape)[mask]
-    residual = scores - first.prior.double()[mask]
+    residual = scores - first.baseline.double()[mask]
     assert residual.mean().abs() < 1e-6  # a property of the least squares fit
     assert residual.square().mean() <= (scores - scores.mean()).square().mean() + 1e-9
     assert trainer.model.value_model.score.weight.abs().max() > 0
@@ -126,7 +126,7 @@ def test_no_value_prior_without_prefix_scores(case: str, make_trainer: Make, mak
     trainer = make_trainer(**options)
     rollouts = rollouts_of(trainer)
     trainer.train()
-    assert rollouts and all(rollout.prior is None for rollout in rollouts)
+    assert rollouts and all(rollout.baseline is None for rollout in rollouts)
 
 
 def test_no_value_prior_when_score_is_overridden(make_trainer: Make, make_reward_model: Make) -> None:
@@ -140,7 +140,7 @@ def test_no_value_prior_when_score_is_overridden(make_trainer: Make, make_reward
     trainer = make_trainer(trainer_class=LengthScore, reward_funcs=make_reward_model(5), rows=8, num_ppo_epochs=1)
     rollouts = rollouts_of(trainer)
     trainer.train()
-    assert rollouts and all(rollout.prior is None for rollout in rollouts)
+    assert rollouts and all(rollout.baseline is None for rollout in rollouts)
 
 
 def test_truncated_rows_keep_the_available_prefix_scores() -> None:
@@ -164,14 +164,14 @@ def test_prefix_scores_of_eval_answers_are_not_used_by_step(make_trainer: Make, 
     rollouts = rollouts_of(trainer)
     trainer.evaluate()
     trainer.step([[5, 6]] * 8, [[7, 8, 9]] * 8, [1.0] * 8)
-    assert [rollout.prior for rollout in rollouts] == [None]
+    assert [rollout.baseline for rollout in rollouts] == [None]
 
 
 def test_prefix_scores_of_training_answers_are_not_used_by_step(make_trainer: Make, make_reward_model: Make) -> None:
     trainer = make_trainer(reward_funcs=make_reward_model(5), rows=8, max_steps=4)
     rollouts = rollouts_of(trainer)
     trainer.train()
-    sums = trainer.collector.prior.sums.clone()
+    sums = trainer.collector.value_prior.sums.clone()
     trainer.step([[5, 6]] * 8, [[7, 8, 9]] * 8, [1.0] * 8)
-    assert [rollout.prior is None for rollout in rollouts] == [False, True]
-    assert torch.equal(trainer.collector.prior.sums, sums)
+    assert [rollout.baseline is None for rollout in rollouts] == [False, True]
+    assert torch.equal(trainer.collector.value_prior.sums, sums)

@@ -64,7 +64,7 @@ def refuse_sharded(role: str, model: Any) -> None:
 
 
 def check_vocabulary(role: str, model: Any, policy: Any) -> None:
-    """Refuse a model object whose vocabulary is not the policy's, where no tokenizer of its own is given."""
+    """Refuse a model object whose vocabulary is not the policy's, where the model has no tokenizer."""
     sizes = [getattr(getattr(each, "config", None), "vocab_size", None) for each in (model, base_model(policy))]
     if isinstance(model, nn.Module) and None not in sizes and sizes[0] != sizes[1]:
         raise UserError(

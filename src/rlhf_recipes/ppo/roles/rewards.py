@@ -47,7 +47,7 @@ def load_rewards(
         refuse_sharded("reward model", source)
         if own_tokenizer is None:
             check_vocabulary("reward model", source, model.policy)
-    uses_prior = args.value_prior and isinstance(model.value_model, ValueHead)
+    uses_prefix_scores = args.value_prior and isinstance(model.value_model, ValueHead)
     rewards: list[Reward] = []
     for index, (source, own_tokenizer) in enumerate(zip(sources, tokenizers, strict=True)):
         if isinstance(source, str) and shares_base(source, model.policy):
@@ -60,7 +60,7 @@ def load_rewards(
             device=args.device,
             batch_size=args.local_rollout_forward_batch_size,
             quantization_config=quantization_config,
-            prefix_scores=uses_prior and (weights is None or weights[index] != 0),
+            prefix_scores=uses_prefix_scores and (weights is None or weights[index] != 0),
         )
         if isinstance(reward, ModelReward):
             fuse_kernels_(reward.model, args.device)

@@ -43,7 +43,7 @@ class RolloutCollector:
             args,
             timer,
         )
-        # In bfloat16, rows of another width may be rounded otherwise unless widths are whole tiles; these must fit the context.
+        # In bfloat16, rounding may depend on the width, unless it is a multiple of TILE; that must fit the context.
         bfloat16 = args.bf16 or next(model.policy.parameters()).dtype == torch.bfloat16
         fits = (context_length(base_model(model.policy).config) or TILE) % TILE == 0
         self.width_multiple = TILE if bfloat16 and fits else 1
@@ -53,7 +53,7 @@ class RolloutCollector:
         self.scale = ScoreScale(
             args.use_score_scaling, args.use_score_norm, None if clip is None else (clip[0], clip[1])
         )
-        self.prior = ValuePrior()
+        self.value_prior = ValuePrior()
         self._warmed_up = False
 
     def answer(
@@ -102,9 +102,9 @@ class RolloutCollector:
         prefix_scores = state_prefix_scores(scores, weights, mask) if train else None
         if prefix_scores is not None:
             final_scores = totals if token_totals is None else totals + token_totals.sum(1)
-            self.prior.fit(prefix_scores, final_scores, mask, reduce)
-            episodes["prior"] = torch.where(mask, self.prior(prefix_scores), torch.zeros_like(values))
-            values = values + episodes["prior"]
+            self.value_prior.fit(prefix_scores, final_scores, mask, reduce)
+            episodes["baseline"] = torch.where(mask, self.value_prior(prefix_scores), torch.zeros_like(values))
+            values = values + episodes["baseline"]
         return finish_rollout(
             episodes,
             torch.tensor(completions.stopped, device=device),
@@ -165,12 +165,16 @@ class RolloutCollector:
         return means.means(reduce) | {"objective/kl_coef": self.kl_coef.value}
 
     def state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef.value, "scale": self.scale.state(), "prior": self.prior.sums.tolist()}
+        return {
+            "kl_coef": self.kl_coef.value,
+            "scale": self.scale.state(),
+            "value_prior": self.value_prior.sums.tolist(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.kl_coef.value = state["kl_coef"]
         self.scale.restore(state["scale"])
-        self.prior.sums = torch.tensor(state["prior"], dtype=torch.float64)
+        self.value_prior.sums = torch.tensor(state["value_prior"], dtype=torch.float64)
 
 
 def sum_rewards(

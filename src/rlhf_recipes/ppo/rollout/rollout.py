@@ -36,7 +36,7 @@ class Rollout:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
-    prior: Tensor | None = None  # (batch, tokens) float32: the part of `values` that `ValuePrior` gives, if any
+    baseline: Tensor | None = None  # (batch, tokens) float32: the part of `values` that `ValuePrior` gives, if any
     lower_states: Tensor | None = None  # (batch, width, hidden_size): output of the frozen lower layers, if any
 
     def __len__(self) -> int:
@@ -182,7 +182,7 @@ def finish_rollout(
     """Compute token rewards and advantages, whiten the advantages over the episodes of all processes, and return the rollout.
 
     Args:
-        episodes: from `pack_episodes`, with lower_states and prior if there are any.
+        episodes: from `pack_episodes`, with lower_states and baseline if there are any.
         stopped, scores: (batch,). log_probs, reference_log_probs, values: (batch, tokens).
         token_scores: (batch, tokens), rewards of single tokens.
     """

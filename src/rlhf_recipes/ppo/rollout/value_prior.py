@@ -5,7 +5,7 @@ the value model from the reward model's weights, which carries the same informat
 al. 2020; Ouyang et al. 2022). Here the prefix scores are added to the output of the value head instead. Adding a function of
 the state to the value shapes the reward by its differences and keeps the optimal policy (Ng et al. 1999; Wiewiora 2003).
 
-How well prefix scores predict the final score is not assumed. The prior is the straight line that least squares fits
+How well prefix scores predict the final score is not assumed. The baseline is the straight line that least squares fits
 through both, over all episodes so far, and it is constant where they are unrelated.
 """
 
