@@ -45,9 +45,7 @@ def model(with_value_model: bool, upper_layers: int | None) -> PolicyAndValue:
     """Return a random policy with a value head or a value model, without dropout."""
     options = argparse.Namespace(shape="14M", prompt=48, response=48)
     policy = fuse_kernels_(model_of(GPT2LMHeadModel, options, 0), CPU)
-    value_model = (
-        fuse_kernels_(model_of(GPT2ForSequenceClassification, options, 2), CPU) if with_value_model else None
-    )
+    value_model = fuse_kernels_(model_of(GPT2ForSequenceClassification, options, 2), CPU) if with_value_model else None
     both = PolicyAndValue(policy, value_model, None, upper_layers)
     disable_dropout_(both)
     return both

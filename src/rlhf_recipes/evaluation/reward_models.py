@@ -1,4 +1,4 @@
-"""What a reward model is worth on held-out rows, measured with the scores that PPO would get from it."""
+"""Quality of a reward model on held-out rows, measured with the scores that PPO would get from it."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,17 @@ Measurement = tuple[dict[str, float], list[dict[str, float]]]  # metrics, rows o
 def measure_classifier(
     reward: Reward, texts: Sequence[str], ids: Sequence[Sequence[int]], labels: Sequence[int]
 ) -> Measurement:
-    """Measure a classifier on texts with labels 0 (bad) and 1 (good). ids: the tokens of each text."""
+    """Measure a classifier on texts with labels 0 (bad) and 1 (good).
+
+    ids: the tokens of each text.
+
+    Returns:
+        Metrics, and the rows of the reliability plot (see `calibration_table`).
+    """
     scores = reward([""] * len(ids), texts, prompt_ids=[[]] * len(ids), completion_ids=ids)
     truth = np.array(labels)
     metrics = compute_classification_metrics(EvalPrediction(np.array(scores), truth))
-    # The right label against the wrong one is a pair too; its margin is the log-odds of the right label.
+    # The right and the wrong label are a pair, too: its margin is the log-odds of the right label.
     margins, zeros = np.where(truth == 1, scores, np.negative(scores)).tolist(), [0] * len(ids)
     paired = preference_metrics(margins, zeros, zeros, zeros)
     shared = {key: paired[key] for key in ("margin", "calibration_error", "brier")}
@@ -38,7 +44,13 @@ def measure_ranking(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int | None,
 ) -> Measurement:
-    """Measure a reward model on pairs of a chosen and a rejected answer; pairs longer than `max_length` are dropped."""
+    """Measure a reward model on pairs of a `chosen` and a `rejected` answer, with an optional `prompt`.
+
+    max_length: drop a pair if one of its answers, with the prompt, has more tokens; None: keep all.
+
+    Returns:
+        Metrics, and the rows of the reliability plot (see `calibration_table`).
+    """
     sides = ("chosen", "rejected")
 
     def fits(pair: list[tuple[list[int], list[int]]]) -> bool:
@@ -63,4 +75,5 @@ def measure_ranking(
 
 
 def _score_statistics(scores: Sequence[float]) -> dict[str, float]:
+    """Return the mean and standard deviation, which `ModelReward.normalize` reads from the model's config."""
     return {"score_mean": float(np.mean(scores)), "score_std": float(np.std(scores))}
