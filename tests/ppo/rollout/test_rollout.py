@@ -155,7 +155,7 @@ def test_explained_variance_matches_float64(float64_ppo: ModuleType) -> None:
 def test_select_takes_the_same_rows_of_every_tensor() -> None:
     rollout = make_rollout(PLAIN)
     selected = rollout.select(torch.tensor([3, 0]))
-    assert set(selected) == {item.name for item in fields(Rollout)} - {"lower_states", "prior"}, (
+    assert set(selected) == {item.name for item in fields(Rollout)} - {"lower_states", "baseline"}, (
         "this rollout has neither"
     )
     for name, value in selected.items():
