@@ -21,7 +21,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from rlhf_recipes.core.tensors import batches_by_length
 from rlhf_recipes.optimizations import fuse_kernels_, packing
-from rlhf_recipes.ppo import PolicyAndValue, disable_dropout_, pack_episodes, trim_padding
+from rlhf_recipes.ppo import PolicyAndValue, disable_dropout_, pad_episodes, trim_padding
 from rlhf_recipes.system import bf16_support, describe_hardware, keep_freed_memory_, tokens_per_forward
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def episodes() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(8, 49, (32,), generator=generator).tolist()
     ids = [torch.randint(0, 8000, (length + 48,), generator=generator).tolist() for length in lengths]
-    return pack_episodes([row[:-48] for row in ids], [row[-48:] for row in ids])
+    return pad_episodes([row[:-48] for row in ids], [row[-48:] for row in ids])
 
 
 def model(with_value_model: bool, upper_layers: int | None) -> PolicyAndValue:

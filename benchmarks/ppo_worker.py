@@ -150,14 +150,14 @@ def ours(options: Any, folder: str, turns: Turns) -> Any:
     )
     trainer.add_callback(turns)  # after the trainer's callbacks, which end the update and its timer
     counts: dict[str, float] = {}
-    rollout_of = trainer.collector.rollout
+    rollout_of = trainer.collector.build_rollout
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         rollout = rollout_of(*args, **kwargs)
         counts.update(tokens=int(rollout.attention_mask.sum()), answers=int(rollout.response_mask.sum()))
         return rollout
 
-    trainer.collector.rollout = counted  # type: ignore[method-assign]
+    trainer.collector.build_rollout = counted  # type: ignore[method-assign]
     turns.phases = lambda: phases_of(trainer) | counts | {"bf16": args.bf16}  # type: ignore[attr-defined]
     return trainer
 

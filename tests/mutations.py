@@ -161,7 +161,7 @@ MUTATIONS = [
     Mutation(
         "casts outlive the optimizer step",
         "ppo/trainer.py",
-        "            self.pieces.release_casts()\n",
+        "            self.piece_runner.release_casts()\n",
         "",
         "kept_casts",
         ("tests/ppo/test_frozen_layers.py",),
@@ -197,7 +197,12 @@ MUTATIONS = [
         "torch.ones_like(mask).cumsum(dim=-1) - 1",
         "a_row_alone or every_metric",
     ),
-    Mutation("mean over positions, not tokens", "ppo/update/objective.py", "torch.zeros_like(token_losses)).sum() / tokens", "torch.zeros_like(token_losses)).mean()"),
+    Mutation(
+        "mean over positions, not tokens",
+        "ppo/update/objective.py",
+        "torch.zeros_like(token_losses)).sum() / tokens",
+        "torch.zeros_like(token_losses)).mean()",
+    ),
     Mutation(
         "mean over each micro-batch",
         "ppo/update/objective.py",
@@ -207,7 +212,7 @@ MUTATIONS = [
     Mutation(
         "value loss without its weight",
         "ppo/update/objective.py",
-        "policy.losses + shape.vf_coef * value.losses",
+        "policy.losses + options.vf_coef * value.losses",
         "policy.losses + value.losses",
     ),
     Mutation(
@@ -290,7 +295,7 @@ MUTATIONS = [
     Mutation(
         "scores scaled by the last batch alone",
         "ppo/rollout/rewards.py",
-        "self.count = merged",
+        "self.count = total_count",
         "self.count = 0.0",
         "scaled",
         STEERING,
@@ -306,8 +311,8 @@ MUTATIONS = [
     Mutation(
         "a resumed run plays the update again",
         "ppo/update/minibatches.py",
-        "first=steps if number == done else 0",
-        "first=0",
+        "first = steps_in_update if number == finished_updates else 0",
+        "first = 0",
         "killed_at_random",
         RESUME,
     ),

@@ -71,7 +71,7 @@ def rollout_of(trainer: PPOTrainer) -> Any:
     """Return a rollout of the current policy with fixed answers to four prompts."""
     prompts = trainer.prompts.rows(range(4))
     answers = Completions([[5, 6, 7], [8, 9], [10], [11, 12, 200]], [False, False, False, True])
-    return trainer.collector.rollout(prompts["prompt_ids"], answers, {"none": [0.0] * 4}, None, identity)
+    return trainer.collector.build_rollout(prompts["prompt_ids"], answers, {"none": [0.0] * 4}, None, identity)
 
 
 def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

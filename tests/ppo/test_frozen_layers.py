@@ -93,8 +93,8 @@ def test_kept_casts_change_no_weight(make_trainer: Make, make_policy: Make, weig
             make_policy(initializer_range=0.2), trainer_class=recorder, bf16=True, max_steps=8, per_device_train_batch_size=2,
             gradient_accumulation_steps=4,
         )  # fmt: skip
-        assert trainer.pieces.cache_casts
-        trainer.pieces.cache_casts = cache_casts
+        assert trainer.piece_runner.cache_casts
+        trainer.piece_runner.cache_casts = cache_casts
         trainer.train()
         weights.append(weights_of(trainer.model))
     assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
@@ -107,7 +107,7 @@ def test_splitting_a_minibatch_changes_no_weight(make_trainer: Make, make_policy
     weights, pieces = [], []
     for tokens in (10_000, 1):
         trainer = make_trainer(make_policy(initializer_range=0.2), max_steps=8, optim="sgd", learning_rate=0.05)
-        trainer.collector.max_tokens = trainer.pieces.max_tokens = tokens
+        trainer.collector.max_tokens = trainer.piece_runner.max_tokens = tokens
         compute_loss, rows = trainer.compute_loss, []
 
         def counted(

@@ -52,7 +52,7 @@ def train(folder: Path, name: str, episodes: int, kind: type[PPOTrainer] = PPOTr
         if lora
         else None,
     )
-    trainer.collector.max_tokens = trainer.pieces.max_tokens = (
+    trainer.collector.max_tokens = trainer.piece_runner.max_tokens = (
         24  # tokens: a micro-batch comes in pieces, of another number in each process
     )
     trainer.train()

@@ -87,7 +87,7 @@ def make_trainer(folder: Path, out: str, case: str, **changes: Any) -> PPOTraine
         peft_config=adapter if lora else None,
     )
     trainer.log_of_updates = []
-    trainer.collector.max_tokens = trainer.pieces.max_tokens = (
+    trainer.collector.max_tokens = trainer.piece_runner.max_tokens = (
         24  # tokens: of each micro-batch some processes make more pieces than others
     )
     return trainer

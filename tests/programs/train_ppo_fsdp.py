@@ -58,7 +58,7 @@ def make_trainer(folder: Path, out: str, case: str, **changes: Any) -> PPOTraine
         [{"prompt": f"held out {row}"} for row in range(5)],
         peft_config=adapter if options.get("lora") else None,
     )
-    trainer.collector.max_tokens = trainer.pieces.max_tokens = (
+    trainer.collector.max_tokens = trainer.piece_runner.max_tokens = (
         24  # tokens: of each micro-batch some processes make more pieces than others
     )
     return trainer

@@ -162,9 +162,12 @@ class MaskedMeans:
         """Return [sum, count] of each name in this process, as JSON accepts it."""
         return {name: entry.tolist() for name, entry in self._sums.items()}
 
-    def restore(self, states: Sequence[Mapping[str, list[float]]], device: torch.device, counts: bool = True) -> None:
-        """Replace the sums by the total of several states with the same names; `counts=False` keeps the names only."""
+    def restore(
+        self, states: Sequence[Mapping[str, list[float]]], device: torch.device, include_sums: bool = True
+    ) -> None:
+        """Replace the sums by the total of several states with the same names; `include_sums=False` keeps only the names."""
         self._sums = {
-            name: torch.tensor([state[name] for state in states], dtype=torch.float64, device=device).sum(0) * counts
+            name: torch.tensor([state[name] for state in states], dtype=torch.float64, device=device).sum(0)
+            * include_sums
             for name in states[0]
         }

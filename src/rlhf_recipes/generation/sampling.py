@@ -124,7 +124,7 @@ def _sample_batch(
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in pad(prompts, value=0, side="left"))
-    draws = torch.stack([_uniform_draws(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
+    uniforms = torch.stack([_uniform_draws(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
     stops = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
     answers: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # rows without a stop token so far
@@ -137,7 +137,7 @@ def _sample_batch(
         logits = output.logits[:, -1]
         if step < sampling.min_new_tokens:
             logits = logits.index_fill(-1, stops, -torch.inf)
-        drawn = _draw_tokens(logits, sampling, draws[:, step])
+        drawn = _draw_tokens(logits, sampling, uniforms[:, step])
         for row, token in zip(active, drawn.tolist(), strict=True):
             answers[row].append(token)
         unfinished = ~torch.isin(drawn, stops)
@@ -147,7 +147,7 @@ def _sample_batch(
             if not active:
                 break
             cache.batch_select_indices(rows)
-            drawn, mask, draws, positions = drawn[rows], mask[rows], draws[rows], positions[rows]
+            drawn, mask, uniforms, positions = drawn[rows], mask[rows], uniforms[rows], positions[rows]
         tokens, positions = drawn[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return answers
@@ -167,7 +167,7 @@ def _draw_tokens(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:
         return logits.argmax(dim=-1)
     probabilities = _truncated(torch.softmax(logits.float() / sampling.temperature, dim=-1), sampling)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    # Scaled by the last sum, so that rounding cannot lead past the last token with a probability.
+    # Scaled by the total, so that rounding never selects a token of probability 0 at the end.
     index = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
     return index.clamp(max=logits.shape[-1] - 1)
 
@@ -175,11 +175,11 @@ def _draw_tokens(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:
 def _truncated(probabilities: Tensor, sampling: Sampling) -> Tensor:
     """Set the probabilities that top_k, min_p and top_p leave out to 0, without normalizing: (batch, vocabulary)."""
     if sampling.top_k > 0:
-        least = probabilities.topk(min(sampling.top_k, probabilities.shape[-1]), dim=-1).values[:, -1:]
-        probabilities = probabilities.where(probabilities >= least, 0.0)
+        threshold = probabilities.topk(min(sampling.top_k, probabilities.shape[-1]), dim=-1).values[:, -1:]
+        probabilities = probabilities.where(probabilities >= threshold, 0.0)
     if sampling.min_p > 0:
-        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
-        probabilities = probabilities.where(probabilities >= least, 0.0)
+        threshold = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.where(probabilities >= threshold, 0.0)
     if sampling.top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         preceding = ordered.cumsum(dim=-1) - ordered

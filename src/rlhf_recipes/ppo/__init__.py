@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.ppo.roles.build import disable_dropout_
     from rlhf_recipes.ppo.roles.checks import check_prompts
     from rlhf_recipes.ppo.roles.value import PolicyAndValue
-    from rlhf_recipes.ppo.rollout.rollout import pack_episodes, trim_padding
+    from rlhf_recipes.ppo.rollout.rollout import pad_episodes, trim_padding
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
 __getattr__ = lazy_names(
@@ -22,7 +22,7 @@ __getattr__ = lazy_names(
         "parallelism": ["check_parallelism"],
         "roles.build": ["disable_dropout_"],
         "roles.checks": ["check_prompts"],
-        "rollout.rollout": ["pack_episodes", "trim_padding"],
+        "rollout.rollout": ["pad_episodes", "trim_padding"],
     },
 )
 
@@ -33,6 +33,6 @@ __all__ = [
     "check_parallelism",
     "check_prompts",
     "disable_dropout_",
-    "pack_episodes",
+    "pad_episodes",
     "trim_padding",
 ]

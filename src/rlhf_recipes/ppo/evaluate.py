@@ -28,7 +28,7 @@ class HeldOutEvaluator:
             raise UserError("there are too few held-out prompts to evaluate on; pass eval_dataset")
         rows, completions, scores = self._answer(prompts, len(prompts))
         weights = self.args.reward_weights
-        rollout = self.collector.rollout(rows["prompt_ids"], completions, scores, weights, identity, train=False)
+        rollout = self.collector.build_rollout(rows["prompt_ids"], completions, scores, weights, identity, train=False)
         return self.collector.metrics(rollout, scores, reduce)
 
     def samples(self, sets: Sequence[Prompts | None], tokenizer: Any, count: int | None) -> list[dict[str, Any]]:

@@ -31,19 +31,19 @@ def save_rollout(rollout: Rollout, folder: Path, process: int) -> None:
 
 
 def load_rollout(
-    folder: Path, process: int, world_size: int, same_processes: bool, device: torch.device
+    folder: Path, process: int, world_size: int, same_world_size: bool, device: torch.device
 ) -> Rollout | None:
     """Return this process's episodes of the unfinished update in a checkpoint, or None.
 
-    same_processes: the checkpoint was saved by as many processes. Otherwise all episodes are shared out again.
+    same_world_size: the checkpoint was saved by as many processes. Otherwise all episodes are shared out again.
     """
     paths = sorted(folder.glob("rollout_*.safetensors"), key=process_of)
     if not paths:
         return None
-    chosen = paths[process : process + 1] if same_processes else paths
+    chosen = paths[process : process + 1] if same_world_size else paths
     parts = [Rollout(**{name: tensor.to(device) for name, tensor in load_file(path).items()}) for path in chosen]
     rollout = concatenate_rollouts(parts)
-    if same_processes:
+    if same_world_size:
         return rollout
     rows = process_share(range(len(rollout)), process, world_size)
     return Rollout(**rollout.select(torch.tensor(rows)))

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ from rlhf_recipes.ppo.rollout.timer import PhaseTimer
 from rlhf_recipes.ppo.step import PieceRunner
 from rlhf_recipes.ppo.update.guard import StepGuard, split_parameter_groups_
 from rlhf_recipes.ppo.update.minibatches import RolloutLoader
-from rlhf_recipes.ppo.update.objective import LossShape, objective
+from rlhf_recipes.ppo.update.objective import LossOptions, objective
 from rlhf_recipes.scoring import RewardSource, Scores, score_with_each
 from rlhf_recipes.system import (
     DeferredStepEngine,
@@ -81,8 +82,8 @@ class PPOTrainer(SafeTrainer):
             older name of this argument.
         train_dataset: rows with a `prompt` (text, messages or ids) or `input_ids`; reward functions get the other columns.
         processing_class: the policy's tokenizer.
-        ref_model: the reference model of the KL penalty. By default it is the policy as it is passed: a frozen copy, the base
-            where the adapter is new, or a frozen copy of the adapter that the policy has.
+        ref_model: the reference model of the KL penalty. By default it is the policy before training: a frozen copy of it. With
+            a new adapter it is the base; with an existing adapter, the base with a frozen copy of that adapter.
         value_model: a sequence classifier with one label. None puts a value head on the policy's transformer, with its own
             adapter where the policy has one (`args.value_adapter`).
         reward_processing_classes: the tokenizers of the reward models, where they are not the policy's.
@@ -128,16 +129,18 @@ class PPOTrainer(SafeTrainer):
         args = choose_precision(args, hidden_size)
         configure_cpu_runtime_(args, hidden_size)
         rewards = reward_funcs if reward_funcs is not None else reward_model
-        trains = train_dataset is not None or rewards is not None  # without both, only step() is called
+        can_train = train_dataset is not None or rewards is not None  # else only step() can be called
         data = (train_dataset, eval_dataset)
-        self.prompts, self.eval_prompts = check_prompts(config, processing_class, *data, args, trains)
+        self.prompts, self.eval_prompts = check_prompts(config, processing_class, *data, args, can_train)
         came_with_adapter = peft_config is None and has_adapter(model)
-        both = build_policy_and_value(build_trainable_policy(model, peft_config, args), value_model, args)
-        reference = build_reference(both, came_with_adapter, ref_model, args)
+        policy_and_value = build_policy_and_value(build_trainable_policy(model, peft_config, args), value_model, args)
+        reference = build_reference(policy_and_value, came_with_adapter, ref_model, args)
         tokenizers = (processing_class, reward_processing_classes)
-        self.rewards = load_rewards(both, rewards, *tokenizers, args, trains, reward_quantization_config)
+        self.rewards = load_rewards(
+            policy_and_value, rewards, *tokenizers, args, can_train, reward_quantization_config
+        )
         super().__init__(
-            model=both,
+            model=policy_and_value,
             args=args,
             data_collator=data_collator or list,
             train_dataset=train_dataset,
@@ -152,9 +155,9 @@ class PPOTrainer(SafeTrainer):
         self.collector = RolloutCollector(self.model, reference, self.accelerator, args, PhaseTimer())
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole minibatch
         sizes = (self.collector.max_tokens, self.collector.width_multiple)
-        self.pieces = PieceRunner(self.accelerator, args.device, *sizes, not args.activation_checkpointing)
+        self.piece_runner = PieceRunner(self.accelerator, args.device, *sizes, not args.activation_checkpointing)
         self.guard = StepGuard(self.model, args.target_kl, args.value_warmup_updates * args.steps_per_update)
-        self.loss_shape = LossShape(args.cliprange, args.cliprange_value, args.vf_coef, args.entropy_coef)
+        self.loss_options = LossOptions(args.cliprange, args.cliprange_value, args.vf_coef, args.entropy_coef)
         self.update_metrics = UpdateMetrics(args.episodes_per_update)
         self.completions_file = CompletionsFile.in_folder(args.output_dir) if args.log_completions else None
         self.last_samples: list[dict[str, Any]] = []
@@ -188,11 +191,11 @@ class PPOTrainer(SafeTrainer):
         """Return the PPO loss of one micro-batch: its share of the mean over the tokens of the minibatch."""
         mask = inputs["response_mask"]
         lower = {"lower_states": inputs["lower_states"]} if "lower_states" in inputs else {}
-        shape = {"temperature": self.args.temperature, "entropy_gradient": self.args.entropy_coef != 0}
-        outputs: TokenOutputs = model(inputs["input_ids"], inputs["attention_mask"], mask, **shape, **lower)
+        options = {"temperature": self.args.temperature, "entropy_gradient": self.args.entropy_coef != 0}
+        outputs: TokenOutputs = model(inputs["input_ids"], inputs["attention_mask"], mask, **options, **lower)
         if "baseline" in inputs:
             outputs = outputs._replace(values=outputs.values + inputs["baseline"])
-        loss, metrics = objective(*outputs, inputs, self.loss_shape, num_items_in_batch, self.args.world_size)
+        loss, metrics = objective(*outputs, inputs, self.loss_options, num_items_in_batch, self.args.world_size)
         self.update_metrics.steps.add(metrics, mask & torch.isfinite(loss.detach()))
         self.guard.record_divergence(metrics["policy/approxkl_avg"], mask)
         return (loss, outputs) if return_outputs else loss
@@ -215,7 +218,7 @@ class PPOTrainer(SafeTrainer):
         )
 
     def set_initial_training_values(self, args: PPOConfig, dataloader: Any) -> Any:
-        """Compute the length of the run as `Trainer` does; `total_episodes`, where given, replaces max_steps."""
+        """Compute the length of the run as `Trainer` does; `total_episodes` sets max_steps where that is not given."""
         if args.total_episodes is not None and args.max_steps <= 0:
             updates = math.ceil(args.total_episodes / args.episodes_per_update)
             args = copy.copy(args)
@@ -226,18 +229,19 @@ class PPOTrainer(SafeTrainer):
         """Collect this process's share of an update; `rows` are the prompts of all processes."""
         if self.current_rollout is not None:  # from a checkpoint in the middle of an update
             return self.current_rollout
-        args, share, number = self.args, self.args.episodes_per_process, first_episode // self.args.episodes_per_update
-        offset = args.process_index * share
-        prompts = self.prompts.rows(rows[offset : offset + share])
-        seeds = [row_seed(args.seed, first_episode + offset + index) for index in range(share)]
+        args, count = self.args, self.args.episodes_per_process
+        update = first_episode // args.episodes_per_update
+        offset = args.process_index * count
+        prompts = self.prompts.rows(rows[offset : offset + count])
+        seeds = [row_seed(args.seed, first_episode + offset + index) for index in range(count)]
         completions, scores = self.collector.answer(prompts, seeds, self.generate, self.score)
-        rollout = self._begin_update(number, prompts["prompt_ids"], completions, scores, args.reward_weights)
+        rollout = self._begin_update(update, prompts["prompt_ids"], completions, scores, args.reward_weights)
         texts = completions.texts(self.processing_class)
         self.last_samples = as_samples(prompts["prompts"], texts, scores, completions)
         if self.completions_file is not None:
             samples = gather_object(self.last_samples) if args.world_size > 1 else self.last_samples
             if args.should_save:
-                self.completions_file.add(number, samples)
+                self.completions_file.add(update, samples)
         return rollout
 
     # One update.
@@ -249,7 +253,7 @@ class PPOTrainer(SafeTrainer):
 
     def _begin_update(self, number: int, queries: Any, completions: Completions, scores: Any, weights: Any) -> Rollout:
         with self.collector.timer.time("forward"):
-            rollout = self.collector.rollout(queries, completions, scores, weights, self.reduce)
+            rollout = self.collector.build_rollout(queries, completions, scores, weights, self.reduce)
         metrics = self.collector.metrics(rollout, scores, self.reduce)
         metrics["val/num_eos_tokens"] = round(metrics["completions/eos_share"] * self.args.episodes_per_update)
         metrics["val/explained_variance"] = rollout.explained_variance(self.reduce)
@@ -268,15 +272,18 @@ class PPOTrainer(SafeTrainer):
     # One optimizer step.
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Create the optimizer as `Trainer` does; `value_learning_rate`, where given, is the value's own."""
-        passed = self.optimizer is not None
+        """Create the optimizer as `Trainer` does; with `value_learning_rate` the value gets its own parameter group."""
+        given_by_caller = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if not passed and self.args.value_learning_rate is not None:
+        if not given_by_caller and self.args.value_learning_rate is not None:
             split_parameter_groups_(optimizer, self.model.value_parameters(), self.args.value_learning_rate)
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the schedule. It is the last call of `Trainer` before a checkpoint is read into DeepSpeed's engine."""
+        """Create the schedule; under DeepSpeed with an adapter, also exclude frozen weights from checkpoints.
+
+        It is the last call of `Trainer` before the engine loads a checkpoint.
+        """
         engine = deepspeed_engine(self.accelerator)
         if engine is not None and has_adapter(self.model.policy):
             exclude_frozen_weights_(engine)
@@ -284,14 +291,16 @@ class PPOTrainer(SafeTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Return the micro-batches of one optimizer step, and the number of their generated tokens over all processes."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
         tokens = sum(int(batch["response_mask"].sum()) for batch in batches if batch)
-        return batches, self.reduce(torch.tensor(float(tokens), device=device)).clamp(min=1) if batches else None
+        return batches, self.reduce(torch.tensor(float(tokens), device=device)).clamp(min=1)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run a micro-batch piece by piece; after the last one of a step, `StepGuard` drops what must not be used."""
+        """Run a micro-batch piece by piece; after the last micro-batch of a step, `StepGuard` drops unusable gradients."""
         trainer_step = super().training_step
-        losses = self.pieces.run(
+        losses = self.piece_runner.run(
             model, inputs, self.current_rollout, lambda piece: trainer_step(model, piece, num_items_in_batch)
         )
         total = torch.zeros((), device=self.args.device)
@@ -299,7 +308,7 @@ class PPOTrainer(SafeTrainer):
             self.guard.record_loss(loss)
             total = total + loss
         if self.accelerator.sync_gradients:
-            self.pieces.release_casts()
+            self.piece_runner.release_casts()
             self._guard_step(has_episodes=bool(inputs))
         return total
 
@@ -376,7 +385,7 @@ class PPOTrainer(SafeTrainer):
             self.optimizer, self.lr_scheduler = deepspeed_init(self, num_training_steps=steps)
         else:
             self.create_optimizer()
-        if isinstance(self.lr_scheduler, DummyScheduler):  # of an optimizer in DeepSpeed's configuration
+        if isinstance(self.lr_scheduler, DummyScheduler):  # DeepSpeed's configuration defines optimizer and schedule
             prepared = self.accelerator.prepare(self.model, self.optimizer, self.lr_scheduler)
             self.model_wrapped, self.optimizer, self.lr_scheduler = prepared
         else:
@@ -446,13 +455,13 @@ class PPOTrainer(SafeTrainer):
         if not saved or "updates" not in saved[0]:
             return  # a checkpoint with weights only
         process, world_size = self.args.process_index, self.args.world_size
-        same_processes = len(saved) == world_size
-        updates = [saved[process]["updates"]] if same_processes else [each["updates"] for each in saved]
-        self.update_metrics.restore(updates, self.args.device, counts=same_processes or process == 0)
+        same_world_size = len(saved) == world_size
+        updates = [saved[process]["updates"]] if same_world_size else [each["updates"] for each in saved]
+        self.update_metrics.restore(updates, self.args.device, include_sums=same_world_size or process == 0)
         self.collector.restore(saved[0]["collector"])  # the same in every process
         self.guard.restore(saved[0]["guard"])
         self.last_samples = process_share([row for each in saved for row in each["samples"]], process, world_size)
-        self.current_rollout = load_rollout(folder, process, world_size, same_processes, self.args.device)
+        self.current_rollout = load_rollout(folder, process, world_size, same_world_size, self.args.device)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:

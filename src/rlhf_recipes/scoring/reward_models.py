@@ -132,26 +132,26 @@ class ModelReward:
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Score rows of the reward model's token ids; a row longer than its context keeps its end."""
+        """Score rows of the reward model's token ids; a row longer than the model's context is cut at its start."""
         limit = context_length(self.model.config)
         rows = [row[-limit:] if limit else row for row in rows]
         scores = [0.0] * len(rows)
-        weight = next(self.model.parameters())
-        max_tokens = tokens_per_forward(weight.device, weight.dtype == torch.bfloat16)
+        parameter = next(self.model.parameters())
+        max_tokens = tokens_per_forward(parameter.device, parameter.dtype == torch.bfloat16)
         prefix_scores = [torch.empty(0)] * len(rows)
         for batch in batches_by_length([len(row) for row in rows], self.batch_size, max_tokens):
             batch_rows = [rows[index] for index in batch]
             if self.prefix_scores:
                 logits, prefix_logits = classify_prefixes(self.model, batch_rows)
                 for index, row, row_logits in zip(batch, batch_rows, prefix_logits, strict=True):
-                    prefix_scores[index] = self._values(row_logits[: len(row)])
+                    prefix_scores[index] = self._scores(row_logits[: len(row)])
             else:
                 logits = classify(self.model, batch_rows)
-            for index, value in zip(batch, self._values(logits).tolist(), strict=True):
+            for index, value in zip(batch, self._scores(logits).tolist(), strict=True):
                 scores[index] = value
         return ScoresWithPrefixes(scores, prefix_scores) if self.prefix_scores else scores
 
-    def _values(self, logits: torch.Tensor) -> torch.Tensor:
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the score from logits, normalized, on the CPU: (..., labels) -> (...), float64."""
         values = logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
         return ((values.double() - self.shift) / self.scale).cpu()

@@ -80,8 +80,8 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     if not rewards:
         raise UserError("no reward; pass --reward with a reward model's folder or package.module:function")
     pad = {"pad_token": arguments.pad_token} if arguments.pad_token else {}
-    code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
-    config, tokenizer = load_config(name, **code), load_tokenizer(name, **pad, **code)
+    remote_code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
+    config, tokenizer = load_config(name, **remote_code), load_tokenizer(name, **pad, **remote_code)
     check_quantization(model_config, config, trains_loaded_adapter=True)
     if arguments.value_model and reward_label_count(arguments.value_model) != 1:
         raise UserError(
@@ -91,13 +91,13 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     train, test = (with_prompts(split, tokenizer, arguments.prompt_tokens) for split in splits)
     require_held_out(test, training, arguments.dataset_test_split)
     for reward in rewards:
-        check_reward(reward, [name for name in first_row(train) or {} if name != "prompt"])
+        check_reward(reward, [column for column in first_row(train) or {} if column != "prompt"])
     check_prompts(config, tokenizer, train, test, training)
-    frozen, reference_name = arguments.frozen_model_kwargs(model_config), arguments.reference_model
-    training = prepare_process_(training, config.get_text_config().hidden_size)  # a new adapter is random
+    frozen_kwargs, reference_name = arguments.frozen_model_kwargs(model_config), arguments.reference_model
+    training = prepare_process_(training, config.get_text_config().hidden_size)  # seeds first: a new adapter is random
     with load_unsharded():
-        policy = load_causal_lm(name, model_config, **code)
-        reference = load_causal_lm(reference_name, **frozen, **code) if reference_name else None
+        policy = load_causal_lm(name, model_config, **remote_code)
+        reference = load_causal_lm(reference_name, **frozen_kwargs, **remote_code) if reference_name else None
         value = load_value_model(arguments.value_model, model_config) if arguments.value_model else None
     return PPOTrainer(
         policy,
@@ -109,12 +109,12 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         ref_model=reference,
         value_model=value,
         peft_config=build_lora_config(model_config),
-        reward_quantization_config=frozen.get("quantization_config"),
+        reward_quantization_config=frozen_kwargs.get("quantization_config"),
     )
 
 
 def load_value_model(name: str, model_config: ModelConfig) -> Any:
-    """Load a separate value model. It is quantized and gets an adapter where the policy does, unless it has one already."""
+    """Load a separate value model. With LoRA in 4 or 8 bits, quantize it and add an adapter, unless it has one."""
     adapter = build_lora_config(model_config, "SEQ_CLS")
     if adapter is None:
         return load_reward_model(name)

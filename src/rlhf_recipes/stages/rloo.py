@@ -145,7 +145,11 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     require_held_out(test_prompts, training, arguments.dataset_test_split)
     sources = check_rewards(arguments, training, prompts.column_names)
     functions = load_trl_reward_functions(
-        sources, start.tokenizer, training.device, training.normalize_rewards, **arguments.frozen_model_kwargs(model_config)
+        sources,
+        start.tokenizer,
+        training.device,
+        training.normalize_rewards,
+        **arguments.frozen_model_kwargs(model_config),
     )
     training = prepare_process_(training, start.config.hidden_size)
     model = load_causal_lm(start.name, model_config, **code)

@@ -41,6 +41,6 @@ def test_saved_sums_are_restored_for_another_number_of_processes() -> None:
     saved[1].add({"value": torch.tensor([6.0, 0.0])}, torch.tensor([True, False]))
     states, resumed = [sums.state() for sums in saved], [MaskedMeans(), MaskedMeans(), MaskedMeans()]
     for process, sums in enumerate(resumed):
-        sums.restore(states, torch.device("cpu"), counts=process == 0)
+        sums.restore(states, torch.device("cpu"), include_sums=process == 0)
     totals = sum(sums._sums["value"] for sums in resumed)
     assert resumed[2].means(lambda own: own * 0 + totals)["value"] == pytest.approx(9 / 3)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.ppo.rollout.rollout import (
-    RewardShape,
+    RewardOptions,
     Rollout,
     finish_rollout,
     in_batches,
-    pack_episodes,
+    pad_episodes,
     trim_padding,
 )
 
 LENGTHS = [4, 1, 3, 2, 4]
 STOPPED = [True, True, False, True, False]
-PLAIN = RewardShape(0.05, "k1", 1.0, 0.95, whiten_rewards=False, missing_eos_penalty=None)
+PLAIN = RewardOptions(0.05, "k1", 1.0, 0.95, whiten_rewards=False, missing_eos_penalty=None)
 SHAPES = {
     "plain": PLAIN,
     "discounted": replace(PLAIN, gamma=0.9, lam=0.5, kl_coef=0.3),
@@ -40,11 +40,11 @@ def random_inputs(width: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*tensors, torch.randn(len(LENGTHS), generator=generator) * 2)
 
 
-def make_rollout(shape: RewardShape, *, extra_padding: int = 0, pad_id: int = 0) -> Rollout:
+def make_rollout(shape: RewardOptions, *, extra_padding: int = 0, pad_id: int = 0) -> Rollout:
     """Return a rollout with `extra_padding` more positions in each row and each answer than needed."""
     queries = [[7] * (1 + row) for row in range(len(LENGTHS))]
     answers = [list(range(10, 10 + length)) for length in LENGTHS]
-    packed = pack_episodes(queries, answers, pad_id)
+    packed = pad_episodes(queries, answers, pad_id)
     fill = {"input_ids": pad_id}
     packed = {
         name: torch.nn.functional.pad(tensor, (0, extra_padding), value=fill.get(name, 0))
@@ -57,7 +57,7 @@ def make_rollout(shape: RewardShape, *, extra_padding: int = 0, pad_id: int = 0)
     return finish_rollout(packed, torch.tensor(STOPPED), scores, *tokens, shape)
 
 
-def episodes_of(float64_ppo: ModuleType, shape: RewardShape) -> list[Any]:
+def episodes_of(float64_ppo: ModuleType, shape: RewardOptions) -> list[Any]:
     log_probs, reference_log_probs, values, scores = (tensor.double().numpy() for tensor in random_inputs())
     episodes = [
         float64_ppo.Episode(
@@ -70,7 +70,7 @@ def episodes_of(float64_ppo: ModuleType, shape: RewardShape) -> list[Any]:
 
 
 def test_pack_episodes_by_hand() -> None:
-    packed = pack_episodes([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=9)
+    packed = pad_episodes([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=9)
     assert packed["input_ids"].tolist() == [[1, 2, 3, 5] + [9] * 12, [4, 6, 7] + [9] * 13], "a multiple of 16"
     assert packed["attention_mask"].tolist() == [[1] * 4 + [0] * 12, [1] * 3 + [0] * 13]
     assert packed["response_mask"].tolist() == [[True, False], [True, True]]
@@ -82,7 +82,7 @@ def test_pack_episodes_by_hand() -> None:
 
 
 def test_pad_id_inside_prompt_and_answer_is_a_real_token() -> None:
-    packed = trim_padding(pack_episodes([[9, 1], [9]], [[9, 9], [3]], pad_id=9))
+    packed = trim_padding(pad_episodes([[9, 1], [9]], [[9, 9], [3]], pad_id=9))
     assert packed["input_ids"].tolist() == [[9, 1, 9, 9], [9, 3, 9, 9]]
     assert packed["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert packed["response_mask"].tolist() == [[True, True], [True, False]]
@@ -90,7 +90,7 @@ def test_pad_id_inside_prompt_and_answer_is_a_real_token() -> None:
 
 def test_in_batches_returns_rows_in_their_original_order() -> None:
     """Each row is read once, in a batch as wide as its longest row; padding stays zero."""
-    packed = pack_episodes([[3], [5, 5, 5, 5], [7, 7]], [[1, 1, 1], [2], [4, 4]])
+    packed = pad_episodes([[3], [5, 5, 5, 5], [7, 7]], [[1, 1, 1], [2], [4, 4]])
     widths = []
 
     def read(input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def test_in_batches_returns_rows_in_their_original_order() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_rollout_matches_float64(shape: RewardShape, float64_ppo: ModuleType) -> None:
+def test_rollout_matches_float64(shape: RewardOptions, float64_ppo: ModuleType) -> None:
     rollout = make_rollout(shape)
     for row, (episode, length) in enumerate(zip(episodes_of(float64_ppo, shape), LENGTHS, strict=True)):
         assert rollout.scores[row].item() == pytest.approx(episode.score, abs=1e-6)
@@ -116,7 +116,7 @@ def test_rollout_matches_float64(shape: RewardShape, float64_ppo: ModuleType) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_rollout_does_not_depend_on_padding_width_or_pad_id(shape: RewardShape) -> None:
+def test_rollout_does_not_depend_on_padding_width_or_pad_id(shape: RewardOptions) -> None:
     narrow, wide = make_rollout(shape), make_rollout(shape, extra_padding=5, pad_id=12)
     for name in ("kl", "rewards", "advantages", "returns", "scores"):
         found = getattr(wide, name)
@@ -164,8 +164,8 @@ def test_select_takes_the_same_rows_of_every_tensor() -> None:
 
 @pytest.mark.parametrize("lengths", [[0, 0], [1, 0], [1], [0, 1, 3]])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_rollouts_of_empty_and_one_token_answers_are_finite(shape: RewardShape, lengths: list[int]) -> None:
-    packed = pack_episodes([[1, 2]] * len(lengths), [[5] * length for length in lengths], 0)
+def test_rollouts_of_empty_and_one_token_answers_are_finite(shape: RewardOptions, lengths: list[int]) -> None:
+    packed = pad_episodes([[1, 2]] * len(lengths), [[5] * length for length in lengths], 0)
     tokens = torch.randn(3, len(lengths), max(lengths), generator=torch.Generator().manual_seed(0))
     stopped = torch.tensor([length > 0 for length in lengths])
     rollout = finish_rollout(packed, stopped, torch.ones(len(lengths)), *tokens, shape)

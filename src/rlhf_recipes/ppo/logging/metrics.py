@@ -51,8 +51,8 @@ class UpdateMetrics:
         """Return the state as JSON accepts it, so that a resumed run logs what the uninterrupted one would have logged."""
         return {"steps": self.steps.state(), "rollout": self._rollout, "ended": self._ended}
 
-    def restore(self, states: Sequence[Mapping[str, Any]], device: torch.device, counts: bool = True) -> None:
+    def restore(self, states: Sequence[Mapping[str, Any]], device: torch.device, include_sums: bool = True) -> None:
         """Restore `state` from one process, or from several, whose sums are added (see `MaskedMeans.restore`)."""
-        self.steps.restore([state["steps"] for state in states], device, counts)
+        self.steps.restore([state["steps"] for state in states], device, include_sums)
         self._rollout, self._ended = dict(states[0]["rollout"]), list(states[0]["ended"])
         self._started = time.perf_counter()

@@ -13,7 +13,7 @@ def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
     values = torch.where(mask, values, torch.zeros_like(values))
     rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
     advantages = torch.zeros_like(values)
-    running = torch.zeros_like(values[:, 0]) if values.shape[1] else values.sum(dim=1)
+    running = values.new_zeros(len(values))
     following = torch.zeros_like(running)
     for token in reversed(range(values.shape[1])):
         delta = rewards[:, token] + gamma * following - values[:, token]

@@ -17,7 +17,7 @@ from rlhf_recipes.ppo.roles.build import Reference
 from rlhf_recipes.ppo.roles.outputs import policy_outputs
 from rlhf_recipes.ppo.roles.value import PolicyAndValue
 from rlhf_recipes.ppo.rollout.rewards import KLCoefficient, ScoreScale
-from rlhf_recipes.ppo.rollout.rollout import RewardShape, Rollout, finish_rollout, in_batches, pack_episodes
+from rlhf_recipes.ppo.rollout.rollout import RewardOptions, Rollout, finish_rollout, in_batches, pad_episodes
 from rlhf_recipes.ppo.rollout.timer import PhaseTimer
 from rlhf_recipes.ppo.rollout.value_prior import ValuePrior, state_prefix_scores
 from rlhf_recipes.scoring import Scores
@@ -76,7 +76,7 @@ class RolloutCollector:
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.args.device)
         self.model(ids, torch.ones_like(ids), torch.ones(1, 1, dtype=torch.bool, device=self.args.device))
 
-    def rollout(
+    def build_rollout(
         self,
         queries: Sequence[Sequence[int]],
         completions: Completions,
@@ -90,10 +90,11 @@ class RolloutCollector:
         Args:
             queries: the ids of each prompt.
             scores: by reward; they are summed with `weights` (1 each if None).
-            train: update the score scale and the value prior with the scores of all processes.
+            train: update the score scale and the value prior with the scores of all processes. False in an evaluation: then no
+                statistics change, and the value prior is not added.
         """
         device = self.args.device
-        episodes = {name: tensor.to(device) for name, tensor in pack_episodes(queries, completions.ids).items()}
+        episodes = {name: tensor.to(device) for name, tensor in pad_episodes(queries, completions.ids).items()}
         mask = episodes["response_mask"]
         with unsharded_weights(self.model, self.accelerator):
             log_probs, reference_log_probs, values = self._run_models(episodes)
@@ -112,7 +113,7 @@ class RolloutCollector:
             log_probs,
             reference_log_probs,
             values,
-            RewardShape.of(self.args, kl_coef=self.kl_coef.value),
+            RewardOptions.of(self.args, kl_coef=self.kl_coef.value),
             reduce,
             token_totals,
         )
@@ -120,7 +121,7 @@ class RolloutCollector:
     def _run_models(self, episodes: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return policy log-probabilities, reference log-probabilities and values, (batch, tokens) each.
 
-        With frozen lower layers, `episodes` gains their hidden states.
+        With frozen lower layers, add their hidden states to `episodes`.
         """
         batches, temperature = self._batches(episodes["attention_mask"]), self.args.temperature
         if self.model.lower is not None:
@@ -128,14 +129,16 @@ class RolloutCollector:
         log_probs, _, values = self._forward(partial(self.model, temperature=temperature), episodes, batches)
         with self.reference.active() as module:
             outputs = partial(policy_outputs, module, temperature=temperature)
-            (reference,) = self._forward(lambda **columns: outputs(**columns)[1:2], episodes, batches, module)
-        return log_probs, reference, values
+            (reference_log_probs,) = self._forward(
+                lambda **columns: (outputs(**columns)[1],), episodes, batches, module
+            )
+        return log_probs, reference_log_probs, values
 
     def _batches(self, attention_mask: Tensor) -> list[list[int]]:
         """Return batches of rows of similar length.
 
-        With one minibatch on a CPU these are exactly the pieces that are trained on: in bfloat16 another shape may be rounded
-        otherwise, and the probability ratio would not start at 1.
+        With one minibatch on a CPU these are exactly the pieces that are trained on, so that the probability ratio starts at
+        exactly 1: in bfloat16, rounding can depend on the shape of a batch. Otherwise it starts at 1 up to rounding.
         """
         args, lengths = self.args, attention_mask.sum(1).tolist()
         if args.num_mini_batches > 1 or args.device.type != "cpu":

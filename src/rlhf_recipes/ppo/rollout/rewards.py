@@ -68,17 +68,17 @@ class ScoreScale:
     """
 
     def __init__(self, scale: bool = False, shift: bool = False, clip: tuple[float, float] | None = None) -> None:
-        self.scale, self.shift, self.clip = scale, shift, clip
+        self.use_scale, self.subtract_mean, self.clip = scale, shift, clip
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0  # squares: sum of squared distances from the mean
 
     def __call__(self, scores: Tensor, reduce: Reduce = identity, update: bool = True) -> Tensor:
         """Scale this process's scores, (batch,). update: add the scores of all processes to the moments first."""
-        if self.scale and update:
+        if self.use_scale and update:
             self._update(scores.double(), reduce)
-        if self.scale and self.count > 1:
-            centre = self.mean if self.shift else 0.0
+        if self.use_scale and self.count > 1:
+            centre = self.mean if self.subtract_mean else 0.0
             deviation = (self.squares / (self.count - 1)) ** 0.5
-            scores = (scores - centre) / (deviation if deviation > 1e-8 else 1.0)  # all scores so far are equal
+            scores = (scores - centre) / (deviation if deviation > 1e-8 else 1.0)  # 0 while all scores are equal
         return scores if self.clip is None else scores.clamp(*self.clip)
 
     def _update(self, scores: Tensor, reduce: Reduce) -> None:
@@ -86,10 +86,10 @@ class ScoreScale:
         total, count = reduce(torch.stack([scores.sum(), one * len(scores)]))
         mean = total / count
         squares = reduce(((scores - mean) ** 2).sum())
-        merged, distance = self.count + count.item(), mean.item() - self.mean
-        self.squares += squares.item() + distance**2 * self.count * count.item() / merged
-        self.mean += distance * count.item() / merged
-        self.count = merged
+        total_count, difference = self.count + count.item(), mean.item() - self.mean
+        self.squares += squares.item() + difference**2 * self.count * count.item() / total_count
+        self.mean += difference * count.item() / total_count
+        self.count = total_count
 
     def state(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}

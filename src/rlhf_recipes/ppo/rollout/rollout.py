@@ -76,7 +76,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class RewardShape:
+class RewardOptions:
     """The options that turn scores into advantages, under the names of `PPOConfig`."""
 
     kl_coef: float
@@ -87,7 +87,7 @@ class RewardShape:
     missing_eos_penalty: float | None
 
     @classmethod
-    def of(cls, config: Any, **changed: float) -> "RewardShape":
+    def of(cls, config: Any, **changed: float) -> "RewardOptions":
         """Take the options from a `PPOConfig`; `changed` replaces those that have changed during the run."""
         return cls(**{item.name: getattr(config, item.name) for item in fields(cls)} | changed)
 
@@ -124,7 +124,7 @@ def as_samples(
     ]
 
 
-def pack_episodes(
+def pad_episodes(
     queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int = 0
 ) -> dict[str, Tensor]:
     """Return input_ids, attention_mask (batch, width) and response_mask (batch, tokens) of episodes given as ids.
@@ -161,6 +161,7 @@ def in_batches(
     for rows in batches:
         outputs = function(**trim_padding({name: tensor[rows] for name, tensor in episodes.items()}, multiple))
         if not results:
+            # A 2-D output has one number per generated token, others one vector per position.
             shapes = [episodes["response_mask" if output.dim() == 2 else "input_ids"].shape for output in outputs]
             results = [each.new_zeros(*shape, *each.shape[2:]) for each, shape in zip(outputs, shapes, strict=True)]
         for target, output in zip(results, outputs, strict=True):
@@ -175,28 +176,28 @@ def finish_rollout(
     log_probs: Tensor,
     reference_log_probs: Tensor,
     values: Tensor,
-    shape: RewardShape,
+    options: RewardOptions,
     reduce: Reduce = identity,
     token_scores: Tensor | None = None,
 ) -> Rollout:
     """Compute token rewards and advantages, whiten the advantages over the episodes of all processes, and return the rollout.
 
     Args:
-        episodes: from `pack_episodes`, with lower_states and baseline if there are any.
+        episodes: from `pad_episodes`, with lower_states and baseline if there are any.
         stopped, scores: (batch,). log_probs, reference_log_probs, values: (batch, tokens).
         token_scores: (batch, tokens), rewards of single tokens.
     """
     mask = episodes["response_mask"]
     kl = torch.where(
-        mask, kl_estimates(log_probs, reference_log_probs, shape.kl_estimator), torch.zeros_like(log_probs)
+        mask, kl_estimates(log_probs, reference_log_probs, options.kl_estimator), torch.zeros_like(log_probs)
     )
-    scores = penalize_missing_eos(scores, stopped, shape.missing_eos_penalty)
-    rewards = token_rewards(scores, kl, mask, shape.kl_coef, token_scores)
+    scores = penalize_missing_eos(scores, stopped, options.missing_eos_penalty)
+    rewards = token_rewards(scores, kl, mask, options.kl_coef, token_scores)
     if token_scores is not None:
         scores = scores + torch.where(mask, token_scores, torch.zeros_like(token_scores)).sum(dim=1)
-    if shape.whiten_rewards:
+    if options.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=reduce)
-    raw = generalized_advantages(rewards, values, mask, shape.gamma, shape.lam)
+    raw = generalized_advantages(rewards, values, mask, options.gamma, options.lam)
     advantages = torch.where(mask, masked_whiten(raw, mask, reduce=reduce), torch.zeros_like(raw))
     return Rollout(
         **episodes, stopped=stopped, scores=scores, log_probs=log_probs, reference_log_probs=reference_log_probs,

@@ -22,9 +22,10 @@ def policy_losses(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, 
 
 
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float) -> TokenLosses:
-    """Return half the squared error of the value, or of the value clipped to its old one, whichever is larger.
+    """Return half the squared error of the value or of the clipped value, whichever is larger.
 
-    The clipping is that of the PPO authors' code (Huang et al. 2022, detail 9). All tensors are (batch, tokens).
+    The clipped value differs from the old one by at most `cliprange_value`. The clipping is that of the PPO
+    authors' code (Huang et al. 2022, detail 9). All tensors are (batch, tokens).
     """
     near_old = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     plain, clipped = (values - returns) ** 2, (near_old - returns) ** 2

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rlhf_recipes.generation import row_seed
 
+PROMPT_ORDER = -1  # takes the place of an epoch in the seed of the order of the prompts
+
 
 class Selectable(Protocol):
     """What the loader needs of a rollout."""
@@ -26,15 +28,15 @@ class RolloutLoader:
     start of the same order, so that each update has all its episodes.
 
     Each optimizer step gets exactly `accumulation` micro-batches of at most `micro_size` episodes, since `Trainer` counts
-    them. Where a minibatch needs fewer, the first ones are empty. All are empty once the update is over: such a step changes
-    nothing.
+    them. Where a minibatch needs fewer, the first ones are empty. Once `target_kl` has ended the update, all its remaining
+    micro-batches are empty: such a step changes no weight.
 
-    A resumed run continues at the optimizer step where it stopped; in the middle of an update, `collect` is called for the
-    rollout of that update again.
+    A resumed run continues at the optimizer step where it stopped. In the middle of an update, `collect` is called again and
+    must return the saved rollout.
 
     Args:
         rows: the number of prompts.
-        collect: (row numbers of all processes in order, number of the first episode) -> this process's rollout.
+        collect: (indices of the prompts of all processes, index of the first episode) -> this process's rollout.
         episodes: of all processes in one update. epochs: passes over the episodes of an update.
         steps_done: returns the optimizer steps of the run so far. ended: returns whether the current update is over.
     """
@@ -97,13 +99,14 @@ class RolloutLoader:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        order = torch.randperm(self.rows, generator=self._generator(self.epoch, -1)).tolist()
-        done, steps = divmod(self.steps_done(), self.epochs * self.mini_batches)
-        for update in range(max(0, done - self.epoch * self.updates), self.updates):
+        order = torch.randperm(self.rows, generator=self._generator(self.epoch, PROMPT_ORDER)).tolist()
+        finished_updates, steps_in_update = divmod(self.steps_done(), self.epochs * self.mini_batches)
+        for update in range(max(0, finished_updates - self.epoch * self.updates), self.updates):
             episodes = range(update * self.episodes, (update + 1) * self.episodes)
             number = self.epoch * self.updates + update
             rollout = self.collect([order[index % self.rows] for index in episodes], number * self.episodes)
-            for micro_batches in self.optimizer_steps(rollout, number, first=steps if number == done else 0):
+            first = steps_in_update if number == finished_updates else 0
+            for micro_batches in self.optimizer_steps(rollout, number, first):
                 yield from micro_batches
 
     def optimizer_steps(self, rollout: Selectable, number: int, first: int = 0) -> Iterator[list[dict[str, Any]]]:
@@ -114,20 +117,20 @@ class RolloutLoader:
                 if index < first:
                     continue
                 # Sorting changes only the padding: which episodes share a micro-batch has no other effect.
-                pieces = () if self.ended() else rollout.by_length(rows).split(self.micro_size)
-                empty: list[dict[str, Any]] = [{}] * (self.accumulation - len(pieces))
-                yield empty + [rollout.select(piece) for piece in pieces]
+                parts = () if self.ended() else rollout.by_length(rows).split(self.micro_size)
+                empty: list[dict[str, Any]] = [{}] * (self.accumulation - len(parts))
+                yield empty + [rollout.select(part) for part in parts]
 
     def _minibatches(self, share: int, generator: torch.Generator) -> Tensor:
         """Return this process's rows of each minibatch of a pass, (mini_batches, share / mini_batches).
 
-        Of each group of `mini_batches` consecutive episodes, every episode goes into another minibatch, at random. So the
+        The episodes of each group of `mini_batches` consecutive ones go into different minibatches, in random order. So the
         minibatches are the same for any number of processes, and each process has an equal share of each.
         """
-        groups, size = share // self.mini_batches, self.mini_batches
-        order = torch.rand(self.episodes // size, size, generator=generator).argsort(dim=1)
+        groups, group_size = share // self.mini_batches, self.mini_batches
+        order = torch.rand(self.episodes // group_size, group_size, generator=generator).argsort(dim=1)
         own = order[self.process * groups : (self.process + 1) * groups]
-        return (own + torch.arange(groups)[:, None] * size).T
+        return (own + torch.arange(groups)[:, None] * group_size).T
 
     def _generator(self, number: int, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(row_seed(row_seed(self.seed, number), epoch))

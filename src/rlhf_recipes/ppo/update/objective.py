@@ -11,7 +11,7 @@ from rlhf_recipes.ppo.update.losses import policy_losses, value_losses
 
 
 @dataclass(frozen=True)
-class LossShape:
+class LossOptions:
     """The options of the loss, under the names of `PPOConfig`."""
 
     cliprange: float
@@ -25,7 +25,7 @@ def objective(
     entropies: Tensor,
     values: Tensor,
     inputs: Mapping[str, Tensor],
-    shape: LossShape,
+    options: LossOptions,
     tokens: Any = None,
     world_size: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -34,14 +34,14 @@ def objective(
     Args:
         log_probs, entropies, values: of the generated tokens under the current weights, (batch, tokens) each.
         inputs: the episodes as the rollout recorded them (see `Rollout`).
-        tokens: the number of generated tokens in the whole minibatch, over all processes: the loss is this micro-batch's share
-            of their mean. None: the micro-batch is the whole minibatch.
-        world_size: data parallelism averages gradients over this many processes, where they are to be summed.
+        tokens: the number of generated tokens in the whole minibatch, over all processes; the sum over this micro-batch is
+            divided by it. None: the micro-batch is the whole minibatch.
+        world_size: the loss is multiplied by it: data parallelism averages gradients over processes, but their sum is needed.
     """
     mask = inputs["response_mask"]
-    policy = policy_losses(log_probs, inputs["log_probs"], inputs["advantages"], shape.cliprange)
-    value = value_losses(values, inputs["values"], inputs["returns"], shape.cliprange_value)
-    token_losses = policy.losses + shape.vf_coef * value.losses - shape.entropy_coef * entropies
+    policy = policy_losses(log_probs, inputs["log_probs"], inputs["advantages"], options.cliprange)
+    value = value_losses(values, inputs["values"], inputs["returns"], options.cliprange_value)
+    token_losses = policy.losses + options.vf_coef * value.losses - options.entropy_coef * entropies
     tokens = mask.sum().clamp(min=1) if tokens is None else tokens
     loss = torch.where(mask, token_losses, torch.zeros_like(token_losses)).sum() / tokens * world_size
     log_ratio = log_probs.detach() - inputs["log_probs"]
