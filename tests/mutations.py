@@ -1,9 +1,9 @@
-"""Breaks PPO on purpose, one formula at a time, and shows which tests notice.
+"""Break PPO on purpose, one formula at a time, and list the tests that fail.
 
-    python tests/mutations.py [NAME ...]     a few minutes; exits 1 if a mutation survives
+    python tests/mutations.py [NAME ...]     a few minutes; exit code 1 if a mutation survives
 
-Each mutation is applied to a copy of the sources. The copy is tested in a process forked from this one, where the
-libraries are loaded already. Not collected by pytest.
+Each mutation changes a copy of the sources. A fork of this process, where the libraries are imported, tests the copy. pytest
+does not collect this file.
 """
 
 import json
@@ -28,35 +28,35 @@ ARITHMETIC = [
     )
 ]
 ARITHMETIC.append("tests/core/test_tensors.py")
-POINTS = [f"tests/ppo/test_{name}.py" for name in ("logged_metrics", "numerics", "reward_sources")]
+TRAINER = [f"tests/ppo/test_{name}.py" for name in ("logged_metrics", "numerics", "reward_sources")]
 PROCESSES = ["tests/ppo/test_data_parallel.py"]
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, which stands once in the file, becomes `new`; `points` selects those of the slower tests that are run."""
+    """`new` replaces `old`, which must occur once in the file; `select` chooses tests of `files` (pytest's `-k`)."""
 
     name: str
     file: str
     old: str
     new: str
-    points: str = "every_metric"
-    files: tuple[str, ...] = tuple(POINTS)
+    select: str = "every_metric"
+    files: tuple[str, ...] = tuple(TRAINER)
 
 
-ROLES, STEERING, RESUME = ((f"tests/ppo/test_{name}.py",) for name in ("adapters", "controls", "resume"))
+ADAPTERS, CONTROLS, RESUME = ((f"tests/ppo/test_{name}.py",) for name in ("adapters", "controls", "resume"))
 
 MUTATIONS = [
     Mutation("GAE forgets lambda", "ppo/rollout/advantages.py", "gamma * lam * running", "gamma * running"),
     Mutation("GAE forgets gamma in the error", "ppo/rollout/advantages.py", "gamma * following", "following"),
     Mutation(
-        "GAE looks beyond the last token",
+        "GAE reads values after the last token",
         "ppo/rollout/advantages.py",
         "values = torch.where(mask, values, torch.zeros_like(values))",
         "values = values.clone()",
     ),
     Mutation(
-        "policy clip takes the better side",
+        "policy clip takes the larger surrogate",
         "ppo/update/losses.py",
         "TokenLosses(torch.maximum(plain",
         "TokenLosses(torch.minimum(plain",
@@ -67,7 +67,9 @@ MUTATIONS = [
         "torch.exp(log_probs - old_log_probs)",
         "torch.exp(old_log_probs - log_probs)",
     ),
-    Mutation("value clip takes the better side", "ppo/update/losses.py", "0.5 * torch.maximum", "0.5 * torch.minimum"),
+    Mutation(
+        "value clip takes the smaller error", "ppo/update/losses.py", "0.5 * torch.maximum", "0.5 * torch.minimum"
+    ),
     Mutation(
         "value clip around the return",
         "ppo/update/losses.py",
@@ -84,7 +86,7 @@ MUTATIONS = [
     Mutation(
         "k3 with the ratio upside down", "ppo/rollout/rewards.py", "torch.exp(-log_ratio)", "torch.exp(log_ratio)"
     ),
-    Mutation("KL penalty as a gain", "ppo/rollout/rewards.py", "-kl_coef * kl", "kl_coef * kl"),
+    Mutation("KL penalty with the wrong sign", "ppo/rollout/rewards.py", "-kl_coef * kl", "kl_coef * kl"),
     Mutation(
         "score on the first token",
         "ppo/rollout/rewards.py",
@@ -98,12 +100,14 @@ MUTATIONS = [
         "mask.sum(dim=1) * 0 + mask.shape[1] - 1",
     ),
     Mutation(
-        "missing-EOS penalty for the finished",
+        "missing-EOS penalty for answers with EOS",
         "ppo/rollout/rewards.py",
         "(stopped, scores, scores - penalty)",
         "(stopped, scores - penalty, scores)",
     ),
-    Mutation("missing-EOS penalty as a gain", "ppo/rollout/rewards.py", "scores - penalty", "scores + penalty"),
+    Mutation(
+        "missing-EOS penalty with the wrong sign", "ppo/rollout/rewards.py", "scores - penalty", "scores + penalty"
+    ),
     Mutation(
         "advantages not whitened",
         "ppo/rollout/rollout.py",
@@ -125,7 +129,7 @@ MUTATIONS = [
         "else logits.float()",
     ),
     Mutation(
-        "their gradient without temperature",
+        "gradient of log-probabilities without temperature",
         "core/tensors.py",
         "weights = of_log_probs[rows, None] / ctx.temperature",
         "weights = of_log_probs[rows, None]",
@@ -134,16 +138,20 @@ MUTATIONS = [
     *(
         Mutation(name, "optimizations/packing.py", old, new, "", ("tests/optimizations/test_packing.py",))
         for name, old, new in (
-            ("packed rows all begin in the same column", "position_ids=layout.packed(columns)", "position_ids=None"),
-            ("packed rows spread one off", "(real.cumsum(0) - 1)", "real.cumsum(0)"),
+            ("packed rows all start at position 0", "position_ids=layout.packed(columns)", "position_ids=None"),
+            ("packed rows are unpacked one position off", "(real.cumsum(0) - 1)", "real.cumsum(0)"),
             (
                 "gradient of packed rows lost",
                 "_put(grad, ctx.indices, ctx.total)",
                 "_put(grad * 0, ctx.indices, ctx.total)",
             ),
-            ("last layer not spared", 'current.layout = options.get("packed")', "current.layout = None"),
             (
-                "last states put back in order of asking",
+                "last layer computed for every position",
+                'current.layout = options.get("packed")',
+                "current.layout = None",
+            ),
+            (
+                "last states put back in request order",
                 "_put(values, indices, total)",
                 "_put(values, indices * 0, total)",
             ),
@@ -151,7 +159,7 @@ MUTATIONS = [
     ),
     Mutation("states shifted by one", "ppo/roles/outputs.py", "response_mask, first=-1)", "response_mask, first=0)"),
     Mutation(
-        "attention's gradient looks ahead",
+        "attention's gradient reads later tokens",
         "optimizations/attention.py",
         "triu_(1)",
         "triu_(2)",
@@ -167,7 +175,7 @@ MUTATIONS = [
         ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
-        "pieces of a minibatch overlap",
+        "chunks of a minibatch overlap",
         "ppo/step.py",
         "tensor[rows] for name",
         "tensor[batches[0]] for name",
@@ -175,7 +183,7 @@ MUTATIONS = [
         ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
-        "the lower layers learn",
+        "the lower layers are trained",
         "optimizations/frozen_trunk.py",
         "weight.requires_grad_(False)",
         "pass",
@@ -183,7 +191,7 @@ MUTATIONS = [
         ("tests/ppo/test_frozen_layers.py",),
     ),
     Mutation(
-        "the reference moves with the upper layers",
+        "the reference is trained with the upper layers",
         "ppo/roles/build.py",
         "model.upper.frozen_copy()",
         "model.upper",
@@ -223,7 +231,7 @@ MUTATIONS = [
         "answers_stop",
     ),
     Mutation(
-        "a step that is not finite is taken",
+        "a non-finite step is taken",
         "ppo/update/guard.py",
         "if broken or self.over:",
         "if self.over:",
@@ -258,23 +266,23 @@ MUTATIONS = [
         "with use_adapter(self.policy, self.value_adapter):",
         "if True:",
         "policy_and_value_train",
-        ROLES,
+        ADAPTERS,
     ),
     Mutation(
-        "the reference is the base, whatever the policy came with",
+        "the reference ignores the policy's adapter",
         "ppo/roles/build.py",
         "trainable=False) if came_with_adapter else None",
         "trainable=False) if False else None",
         "test_reference_of",
-        ROLES,
+        ADAPTERS,
     ),
     Mutation(
-        "the value's gradient moves the policy as it warms up",
+        "value warm-up changes the policy",
         "ppo/update/guard.py",
         "drop_gradients_(self.model.policy_parameters())",
         "pass",
         "value_warmup",
-        STEERING,
+        CONTROLS,
     ),
     Mutation(
         "target_kl without its tolerance",
@@ -282,7 +290,7 @@ MUTATIONS = [
         "TOLERANCE = 1.5",
         "TOLERANCE = 1.0",
         "target_kl",
-        STEERING,
+        CONTROLS,
     ),
     Mutation(
         "the KL coefficient moves the wrong way",
@@ -290,7 +298,7 @@ MUTATIONS = [
         "*= 1.0 + error",
         "*= 1.0 - error",
         "adaptive_kl",
-        STEERING,
+        CONTROLS,
     ),
     Mutation(
         "scores scaled by the last batch alone",
@@ -298,10 +306,10 @@ MUTATIONS = [
         "self.count = total_count",
         "self.count = 0.0",
         "scaled",
-        STEERING,
+        CONTROLS,
     ),
     Mutation(
-        "a resumed run forgets what has moved",
+        "a resumed run forgets the state of rewards and coefficients",
         "ppo/trainer.py",
         'self.collector.restore(saved[0]["collector"])',
         "pass",
@@ -309,7 +317,7 @@ MUTATIONS = [
         RESUME,
     ),
     Mutation(
-        "a resumed run plays the update again",
+        "a resumed run repeats the steps of its update",
         "ppo/update/minibatches.py",
         "first = steps_in_update if number == finished_updates else 0",
         "first = 0",
@@ -319,8 +327,8 @@ MUTATIONS = [
 ]
 
 
-class Red:
-    """A pytest plugin that remembers which tests failed."""
+class FailedTests:
+    """A pytest plugin that collects the names of failed tests."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -331,7 +339,7 @@ class Red:
 
 
 def mutated_copy(folder: Path, mutation: Mutation | None) -> Path:
-    """Sources and tests in `folder`, the mutation applied."""
+    """Copy sources and tests to `folder` and apply the mutation."""
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -340,14 +348,14 @@ def mutated_copy(folder: Path, mutation: Mutation | None) -> Path:
         text = path.read_text(encoding="utf-8")
         if text.count(mutation.old) != 1:
             raise SystemExit(
-                f"{mutation.name}: {mutation.old!r} stands {text.count(mutation.old)} times in {path.name}"
+                f"{mutation.name}: {mutation.old!r} occurs {text.count(mutation.old)} times in {path.name}"
             )
         path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     return folder
 
 
-def red_tests(folder: Path, mutation: Mutation | None) -> list[str]:
-    """The tests that fail in `folder`: all the arithmetic ones, and the first of the points; run in a fork."""
+def failed_tests(folder: Path, mutation: Mutation | None) -> list[str]:
+    """Return the tests that fail in `folder`: all of the arithmetic, and the first of the selected tests of the trainer."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -358,7 +366,7 @@ def red_tests(folder: Path, mutation: Mutation | None) -> list[str]:
     _, status = os.waitpid(child, 0)
     if os.waitstatus_to_exitcode(status) != 0:
         raise SystemExit("pytest could not run:\n" + (folder / "output.txt").read_text(encoding="utf-8")[-3000:])
-    return list(json.loads((folder / "red.json").read_text(encoding="utf-8")))
+    return list(json.loads((folder / "failed.json").read_text(encoding="utf-8")))
 
 
 def run_forked(folder: Path, mutation: Mutation | None) -> int:
@@ -368,16 +376,16 @@ def run_forked(folder: Path, mutation: Mutation | None) -> int:
     output = os.open("output.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    red, asked = Red(), mutation or Mutation("none", "", "", "")
+    failed, selection = FailedTests(), mutation or Mutation("none", "", "", "")
     plain = ["-p", "no:cacheprovider", "--tb=short"]
     codes = [
-        pytest.main([*plain, *ARITHMETIC], plugins=[red]),
-        pytest.main([*plain, "--maxfail=1", "-k", asked.points, *asked.files], plugins=[red]),
+        pytest.main([*plain, *ARITHMETIC], plugins=[failed]),
+        pytest.main([*plain, "--maxfail=1", "-k", selection.select, *selection.files], plugins=[failed]),
     ]
     import rlhf_recipes
 
-    assert Path(str(rlhf_recipes.__file__)).is_relative_to(folder), "the copy is what was tested"
-    Path("red.json").write_text(json.dumps(red.names), encoding="utf-8")
+    assert Path(str(rlhf_recipes.__file__)).is_relative_to(folder), "the copy must be tested"
+    Path("failed.json").write_text(json.dumps(failed.names), encoding="utf-8")
     return 0 if {int(code) for code in codes} <= {0, 1, 2} else 1  # passed, failed, stopped at the first failure
 
 
@@ -390,10 +398,10 @@ def short(names: list[str]) -> str:
     return "; ".join(labels) + (f"; and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-def red_by(mutation: Mutation | None) -> list[str]:
-    """The tests that notice the mutation; for None, the tests that fail without any."""
+def failed_by(mutation: Mutation | None) -> list[str]:
+    """Return the tests that notice the mutation; for None, those that fail without any."""
     with tempfile.TemporaryDirectory() as name:
-        return red_tests(mutated_copy(Path(name).resolve(), mutation), mutation)
+        return failed_tests(mutated_copy(Path(name).resolve(), mutation), mutation)
 
 
 def main(wanted: list[str]) -> int:
@@ -404,17 +412,17 @@ def main(wanted: list[str]) -> int:
     from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast, Trainer  # noqa: F401
 
     torch.set_num_threads(1)
-    broken = red_by(None)
+    broken = failed_by(None)
     if broken:
-        print(f"red without any mutation: {short(broken)}")
+        print(f"failing without a mutation: {short(broken)}")
         return 1
     survivors = []
-    print("| mutation | tests that turn red |\n|---|---|")
+    print("| mutation | failing tests |\n|---|---|")
     for mutation in MUTATIONS:
         if not wanted or any(word in mutation.name for word in wanted):
-            red = red_by(mutation)
-            print(f"| {mutation.name} | {short(red) or '**none: it survives**'} |", flush=True)
-            survivors += [] if red else [mutation.name]
+            failing = failed_by(mutation)
+            print(f"| {mutation.name} | {short(failing) or '**none: it survives**'} |", flush=True)
+            survivors += [] if failing else [mutation.name]
     print(f"\n{len(survivors)} survive" + (f": {', '.join(survivors)}" if survivors else ""))
     return 1 if survivors else 0
 
