@@ -105,7 +105,7 @@ class Step:
 
 @pytest.fixture(scope="session")
 def recorder() -> type:
-    """Return a PPOTrainer that records each call of `generate` (`generated`), `score` (`scored`) and `compute_loss` (`steps`)."""
+    """Return a PPOTrainer that records its calls: `generate` in `generated`, `score` in `scored`, `compute_loss` in `steps`."""
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
     class Recorder(PPOTrainer):

@@ -46,7 +46,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", ["plain", "value-model", "lora"])
 def test_two_processes_train_like_one_of_twice_the_batch(folder: Path, case: str) -> None:
-    """Equal weights and metrics, with whitened rewards, answers of unequal length and a last update filled from the start."""
+    """Equal weights and metrics. Answers differ in length; the last update is filled with the first prompts."""
     single = program.train(folder, case, 8, **program.CASES[case])
     one, two = (weights_in(folder / f"{case}-by-{processes}") for processes in (1, 2))
     untrained = weights_in(folder / "policy")
@@ -67,7 +67,7 @@ def test_two_processes_train_like_one_of_twice_the_batch(folder: Path, case: str
 
 
 def test_all_processes_hold_the_same_weights(folder: Path) -> None:
-    """Also with minibatches, empty micro-batches, and a step that one process made all skip."""
+    """Also with minibatches, empty micro-batches, and a step that was skipped because of one process."""
     assert json.loads((folder / "equal.json").read_text()) == dict.fromkeys(program.CASES, True)
 
 

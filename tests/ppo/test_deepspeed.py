@@ -59,7 +59,7 @@ def under_zero(cases: Iterable[str]) -> pytest.MarkDecorator:
 def folder(
     tmp_path_factory: pytest.TempPathFactory, make_policy: Make, make_reward_model: Make, tokenizer: Any
 ) -> Path:
-    """Return the folder with the runs of two processes under ZeRO-2 and ZeRO-3, which hold half of the states each."""
+    """Return the folder with the runs of two processes under ZeRO-2 and ZeRO-3."""
     folder = tmp_path_factory.mktemp("zero")
     for name, module in (
         ("policy", make_policy(0, initializer_range=0.1)),
@@ -112,7 +112,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
 def test_deepspeed_run_matches_one_process(
     folder: Path, single_process_run: Callable[[str], Path], stage: int, case: str
 ) -> None:
-    """Equal policy, value, evaluation before training, and log with gradient norms, learning rates and skipped steps."""
+    """Equal weights of policy and value, evaluation before training, and log."""
     single, sharded = (
         json.loads((path / "log.json").read_text())
         for path in (single_process_run(case), folder / f"{case} zero {stage}")
@@ -126,9 +126,8 @@ def test_deepspeed_run_matches_one_process(
         *zip(single["updates"], sharded["updates"], strict=True),
     ]
     for single_metrics, metrics in rows:
-        ignored = (
-            {"eps", "loss"} if case == "non-finite" else {"eps"}
-        )  # Trainer's mean loss leaves out non-finite losses
+        # Trainer's mean loss leaves out non-finite losses.
+        ignored = {"eps", "loss"} if case == "non-finite" else {"eps"}
         expected = {
             name: value
             for name, value in single_metrics.items()

@@ -48,7 +48,7 @@ def text_of(ids: list[int]) -> str:
 def test_evaluation_runs_at_eval_steps_and_changes_no_training_result(
     make_trainer: Make, recorder: type, weights_of: Make
 ) -> None:
-    """Two named sets are evaluated, also in the middle of an update; weights and logs equal a run without evaluation."""
+    """Evaluate two named sets, also in the middle of an update; weights and logs match a run without evaluation."""
     options: dict[str, Any] = {"rows": 24, "num_ppo_epochs": 2, "use_score_scaling": True, "trainer_class": recorder}
     plain = make_trainer(**options)
     plain.train()
@@ -80,7 +80,7 @@ def test_evaluation_runs_at_eval_steps_and_changes_no_training_result(
 def test_evaluate_matches_float64(
     make_trainer: Make, recorder: type, float64_ppo: ModuleType, make_policy: Make
 ) -> None:
-    """Means over the held-out prompts under the current policy, for the trainer's set and for a set passed to the call."""
+    """Means over held-out prompts under the current policy, for the trainer's set and a set passed to `evaluate`."""
     reported: list[dict[str, float]] = []
 
     class RecordMetrics(TrainerCallback):

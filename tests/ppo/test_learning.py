@@ -1,4 +1,4 @@
-"""PPO learns: the score of a tiny model rises in a few updates, for several seeds, set-ups and kinds of value model."""
+"""Tests that PPO learns: the score of a tiny model rises in a few updates, for several seeds and set-ups."""
 
 from collections.abc import Callable
 from pathlib import Path

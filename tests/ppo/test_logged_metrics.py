@@ -175,7 +175,7 @@ def test_one_update_matches_float64_to_six_digits(run: Any, float64_ppo: ModuleT
 
 
 def test_gradients_match_finite_differences(run: Any, float64_ppo: ModuleType) -> None:
-    """The loss is recomputed from full episodes in float64, clipped tokens included; one number of each weight is moved."""
+    """Recompute the loss in float64, clipped tokens included, with one number of each weight changed."""
     per_update, draw = run.args.steps_per_update, np.random.default_rng(0)
     number = 2 * per_update - 1  # the last step of the second update
     parts = [step for step in run.steps if step.optimizer_step == number]

@@ -93,7 +93,7 @@ def test_log_probs_entropies_and_values_match_float64(
     float64_ppo: ModuleType,
     temperature: float,
 ) -> None:
-    """Recompute them in float64 from all logits of each episode without padding."""
+    """Recompute all three in float64 from the logits of each episode without padding."""
     model = make_policy(initializer_range=0.2)
     for name, value in GENERATION_CONFIG.items():
         setattr(model.generation_config, name, value)
@@ -292,7 +292,7 @@ def test_a_row_alone_matches_its_row_in_a_batch(
 def test_rollouts_do_not_depend_on_the_forward_batch_size(
     make_trainer: Make, make_reward_model: Make, recorder: type, rows: int
 ) -> None:
-    """The same answers, scores, log-probabilities of policy and reference, and values."""
+    """Answers, scores, log-probabilities of policy and reference, and values are equal."""
     runs = []
     for batch_size in (8, rows):
         reward_model = make_reward_model(3, initializer_range=0.2)

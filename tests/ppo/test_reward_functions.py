@@ -99,7 +99,7 @@ def test_async_rewards_work_inside_a_running_event_loop(make_trainer: Make, reco
 
 
 def test_token_rewards_are_added_at_their_tokens(make_trainer: Make, recorder: type) -> None:
-    """Compute the rewards of the second update by hand, where policy and reference differ, with an answer reward added."""
+    """Compute the rewards of the second update by hand: token rewards, an answer reward and the KL penalty."""
     trainer = make_trainer(
         None, [halves, low_share], trainer_class=recorder, reward_weights=[0.5, 2.0], kl_coef=0.3, learning_rate=3e-3
     )

@@ -23,7 +23,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def folder(make_policy: Make, make_reward_model: Make, tokenizer: Any, tmp_path: Path) -> Path:
-    """Return a folder with a policy and a reward model without a pad token, and prompts for training and evaluation."""
+    """Return a folder with a policy and a reward model without a pad token, and with prompts."""
     tokenizer_config = json.loads((Path(tokenizer.save_pretrained(tmp_path / "policy")[0])).read_text())
     tokenizer_config.pop("pad_token")
     for name, model in (("policy", make_policy(0, initializer_range=0.1)), ("reward_model", make_reward_model(3))):

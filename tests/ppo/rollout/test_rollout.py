@@ -51,9 +51,7 @@ def make_rollout(shape: RewardOptions, *, extra_padding: int = 0, pad_id: int = 
         for name, tensor in packed.items()
     }
     *tokens, scores = random_inputs(4 + extra_padding)
-    tokens = [
-        tensor * packed["response_mask"] for tensor in tokens
-    ]  # as the model returns them: zero after the answer
+    tokens = [tensor * packed["response_mask"] for tensor in tokens]  # the model, too, returns zeros after the answer
     return finish_rollout(packed, torch.tensor(STOPPED), scores, *tokens, shape)
 
 

@@ -1,4 +1,4 @@
-"""Tests of the value prior: a linear fit of the reward models' prefix scores that the value head starts from."""
+"""Tests of the value prior: a linear fit of reward models' prefix scores, used as the value's baseline."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -93,8 +93,8 @@ def test_value_prior_is_fitted_over_all_processes() -> None:
     assert torch.equal(first.sums, together.sums)
 
 
-def test_values_of_the_first_update_equal_the_value_prior(make_trainer: Make, make_reward_model: Make) -> None:
-    """A new head returns 0, so the values equal the value prior; the value loss then trains the head."""
+def test_values_of_the_first_update_equal_the_baseline(make_trainer: Make, make_reward_model: Make) -> None:
+    """A new head returns 0, so the values equal the baseline; the value loss then trains the head."""
     reward_model = make_reward_model(5, initializer_range=0.3)
     trainer = make_trainer(
         reward_funcs=reward_model, rows=8, num_ppo_epochs=1, response_length=6, value_learning_rate=1e-2
@@ -112,7 +112,7 @@ def test_values_of_the_first_update_equal_the_value_prior(make_trainer: Make, ma
 
 
 @pytest.mark.parametrize("case", ["turned off", "a value model", "a function", "weight 0"])
-def test_no_value_prior_without_prefix_scores(case: str, make_trainer: Make, make_reward_model: Make) -> None:
+def test_no_baseline_without_prefix_scores(case: str, make_trainer: Make, make_reward_model: Make) -> None:
     options: dict[str, Any] = {"reward_funcs": make_reward_model(5), "rows": 8, "num_ppo_epochs": 1}
     options |= {
         "turned off": {"value_prior": False},
@@ -129,7 +129,7 @@ def test_no_value_prior_without_prefix_scores(case: str, make_trainer: Make, mak
     assert rollouts and all(rollout.baseline is None for rollout in rollouts)
 
 
-def test_no_value_prior_when_score_is_overridden(make_trainer: Make, make_reward_model: Make) -> None:
+def test_no_baseline_when_score_is_overridden(make_trainer: Make, make_reward_model: Make) -> None:
     """Prefix scores of earlier answers are not used for answers that an overridden `score` scored."""
     from rlhf_recipes.ppo.trainer import PPOTrainer
 

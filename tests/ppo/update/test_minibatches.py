@@ -124,7 +124,7 @@ def test_minibatches_do_not_depend_on_the_number_of_processes(processes: int, mi
 
 
 def test_the_loader_resumes_at_the_update_of_the_step_counter() -> None:
-    """An epoch has five updates of four steps. After 12 steps update 4 is next; after 28, update 3 of the second epoch."""
+    """An epoch has 5 updates of 4 steps. After 12 steps update 4 is next; after 28, update 3 of epoch 2."""
     uninterrupted = RecordedLoader(40)
     uninterrupted.epoch(0)
     uninterrupted.epoch(1)
