@@ -24,7 +24,7 @@ PROMPTS = [
     {"prompt": "What <b>now</b> | then?", "answer": "t"},
 ]
 STOPS = list(range(12))  # stop ids: enough for an untrained model to sample one now and then
-TEXTS = ["The mill stands by the river.", "Nobody was seen there; nobody."]
+TEXTS = ["The mill is by the river.", "Nobody was seen there; nobody."]
 
 
 def letter_share(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
@@ -217,7 +217,7 @@ def test_the_report_folder_records_the_request(pair_report: Path) -> None:
     card = (pair_report / "README.md").read_text(encoding="utf-8")
     table = card.split("```yaml")[0]
     numbers = measured(pair_report)
-    for key in ("gold\\_score", "perplexity", "win\\_rate\\_reward", "eos\\_share", "kl"):
+    for key in ("gold_score", "perplexity", "win_rate_reward", "eos_share", "kl"):
         assert f"| {key} |" in table
     assert f"{numbers['second']['perplexity']:.4g}" in table
     assert "What \\<b\\>now\\</b\\> \\| then?" not in table, "the card shows three prompts only"

@@ -136,9 +136,8 @@ class PPOTrainer(SafeTrainer):
         policy_and_value = build_policy_and_value(build_trainable_policy(model, peft_config, args), value_model, args)
         reference = build_reference(policy_and_value, came_with_adapter, ref_model, args)
         tokenizers = (processing_class, reward_processing_classes)
-        self.rewards = load_rewards(
-            policy_and_value, rewards, *tokenizers, args, can_train, reward_quantization_config
-        )
+        quantization = reward_quantization_config
+        self.rewards = load_rewards(policy_and_value, rewards, *tokenizers, args, can_train, quantization)
         super().__init__(
             model=policy_and_value,
             args=args,
@@ -299,10 +298,8 @@ class PPOTrainer(SafeTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run a micro-batch piece by piece; after the last micro-batch of a step, `StepGuard` drops unusable gradients."""
-        trainer_step = super().training_step
-        losses = self.piece_runner.run(
-            model, inputs, self.current_rollout, lambda piece: trainer_step(model, piece, num_items_in_batch)
-        )
+        step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        losses = self.piece_runner.run(model, inputs, self.current_rollout, step)
         total = torch.zeros((), device=self.args.device)
         for loss in losses:
             self.guard.record_loss(loss)

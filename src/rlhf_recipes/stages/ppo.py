@@ -114,7 +114,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
 
 
 def load_value_model(name: str, model_config: ModelConfig) -> Any:
-    """Load a separate value model. With LoRA in 4 or 8 bits, quantize it and add an adapter, unless it has one."""
+    """Load a separate value model. With LoRA on quantized weights, quantize it and add an adapter, unless it has one."""
     adapter = build_lora_config(model_config, "SEQ_CLS")
     if adapter is None:
         return load_reward_model(name)
