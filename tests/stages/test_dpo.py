@@ -248,7 +248,7 @@ WRONG = {
     "mixed forms": ([CHAT[0] | {"prompt": "a"}] * 2, {}, "prompt holds text, chosen holds messages"),
     "empty prompt": ([PLAIN[0], PLAIN[1] | {"prompt": ""}], {}, "row 1: the prompt is empty"),
     "long prompt": ([PLAIN[0] | {"prompt": "x" * 128}] * 2, {}, "row 0: the prompt has 128 tokens"),
-    "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 is beyond the 128 tokens"),
+    "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
     "quantized without LoRA": (CHAT, {"load_in_4bit": True}, "add --use_peft true"),
     "unknown loss": (CHAT, {"beta": "much"}, "invalid float value: 'much'"),
 }  # fmt: skip

@@ -261,6 +261,7 @@ def test_learning_rate_warms_up_and_decays(
     ("Once", " upon", "**Once** upon"), ("On", "ce", "**On**ce"), ("Once ", "upon", "**Once** upon"), ("", "a\nb", "a b"),
     ("<b>", "**x** ![y](z)", r"**\<b\>**\*\*x\*\* \!\[y\](z)"),
     ("", "# x", r"\# x"), ("", "- x", r"\- x"), ("", "1. x_y", r"1\. x\_y"), ("", ".x", r"\.x"),
+    ("_a_", "_b_c", r"**\_a\_**\_b\_c"),
 ])  # fmt: skip
 def test_samples_are_escaped(prompt: str, text: str, line: str) -> None:
     assert _continued(prompt, text) == line

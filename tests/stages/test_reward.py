@@ -366,7 +366,7 @@ WRONG = {
     "no text": ([{"text": None, "label": 1}, {"text": "b", "label": 0}], {}, "holds None, which is no text"),
     "mixed forms": ([CHAT[0] | {"prompt": "a"}] * 2, {}, "prompt holds text, chosen holds messages"),
     "long prompt": ([PROMPTED[0], PROMPTED[1] | {"prompt": "x" * 128}], {}, "row 1: the prompt has 128 tokens"),
-    "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 is beyond the 128 tokens"),
+    "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
     "quantized without LoRA": (CHAT, {"load_in_8bit": True}, "add --use_peft true"),
 }  # fmt: skip
 

@@ -334,7 +334,7 @@ WRONG = {
     "nobody answers": ([{"messages": [says("user", "a")]}] * 2, {}, "row 0: no assistant turn"),
     "no content": ([{"messages": [{"role": "user"}, {"role": "assistant"}]}] * 2, {}, "whose content is no text"),
     "long prompt": ([{"prompt": "x" * 128, "completion": "y"}] * 2, {}, "row 0: the prompt has 128 tokens"),
-    "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 is beyond the 128 tokens"),
+    "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
     "nothing held out": (CHAT, {"eval_strategy": "epoch"}, "eval_strategy is epoch, but the dataset has no split 'test'"),
     "nobody's turns": (PLAIN, {"assistant_only_loss": True}, "assistant_only_loss is for rows of messages"),
     "quantized without LoRA": (CHAT, {"load_in_4bit": True}, "add --use_peft true"),

@@ -125,7 +125,8 @@ class SampleContinuations(TrainerCallback):
 
 def _continued(prompt: str, text: str) -> str:
     """Format a prompt (bold) and its continuation as one line of Markdown, with all markup in the texts escaped."""
-    start, rest = (escape_markdown(part).replace("_", "\\_") for part in (prompt, text))
+    # The two are joined, so every underscore may become markup, also one inside a word.
+    start, rest = (re.sub(r"(?<!\\)_", r"\\_", escape_markdown(part)) for part in (prompt, text))
     if start:
         gap = " " if prompt[-1:].isspace() or text[:1].isspace() else ""
         return f"**{start}**{gap}{rest}"
