@@ -99,6 +99,7 @@ class PPOTrainer(SafeTrainer):
     control: Any
     lr_scheduler: Any
     prompts: Any
+    current_rollout: Rollout | None = None  # of the update that is being trained on
     stop_at_nonfinite_loss = False  # `StepGuard` skips such a step
 
     def __init__(
@@ -160,7 +161,6 @@ class PPOTrainer(SafeTrainer):
         self.update_metrics = UpdateMetrics(args.episodes_per_update)
         self.completions_file = CompletionsFile.in_folder(args.output_dir) if args.log_completions else None
         self.last_samples: list[dict[str, Any]] = []
-        self.current_rollout: Rollout | None = None  # of the update that is being trained on
         self._add_callbacks()
 
     def _add_callbacks(self) -> None:
