@@ -173,7 +173,7 @@ def test_completions_are_split_by_their_token_mask() -> None:
     row = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [-100, 6, 7, -100, 9, 10]}
     assert loss_spans([row]) == [([5], [6, 7]), ([5, 6, 7, 8], [9, 10])]
     assert loss_spans([{"input_ids": [5, 6], "labels": [5, 6]}]) == [([], [5, 6])]
-    assert loss_spans([{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
+    assert loss_spans([{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}], prefix=[4]) == [([4], [5, 6])]
     assert loss_spans([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
 
 
