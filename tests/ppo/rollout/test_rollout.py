@@ -67,7 +67,7 @@ def episodes_of(float64_ppo: ModuleType, shape: RewardOptions) -> list[Any]:
     return episodes
 
 
-def test_pack_episodes_by_hand() -> None:
+def test_pad_episodes_by_hand() -> None:
     packed = pad_episodes([[1, 2, 3], [4]], [[5], [6, 7]], pad_id=9)
     assert packed["input_ids"].tolist() == [[1, 2, 3, 5] + [9] * 12, [4, 6, 7] + [9] * 13], "a multiple of 16"
     assert packed["attention_mask"].tolist() == [[1] * 4 + [0] * 12, [1] * 3 + [0] * 13]
