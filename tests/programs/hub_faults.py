@@ -167,8 +167,11 @@ def main() -> None:
         root = Path(folder_name)
         hub.tokens = {WRITE_TOKEN: (OWNER, True), READ_TOKEN: (OWNER, False)}
         client = Client(hub.address, root / "home")
-        print("| fault | first push | repository after it | second push: large files sent | hardware | date |")
-        print("|---|---|---|---|---|---|")
+        print(
+            "| fault | first push | repository after it | second push | large files that the second push sent "
+            "| hardware | date |"
+        )
+        print("|---|---|---|---|---|---|---|")
         for number, case in enumerate(CASES):
             old, folder = (make_folder(root / f"run-{seed}", seed) for seed in (2 * number, 2 * number + 1))
             repo = f"{OWNER}/case-{number}"
@@ -180,7 +183,7 @@ def main() -> None:
             uploads = hub.count("put")
             second = client.stage(*push_arguments(folder, repo), token=WRITE_TOKEN)
             complete = second.code == 0 and hub.files(repo) == files_to_push(folder)
-            completeness = f"{'complete' if complete else 'INCOMPLETE'}; {hub.count('put') - uploads} of 2"
+            completeness = f"{'complete' if complete else 'INCOMPLETE'} | {hub.count('put') - uploads} of 2"
             print(f"| {case.name} | {first} | {completeness} | {provenance} |", flush=True)
         client.close()
 
