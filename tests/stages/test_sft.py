@@ -174,7 +174,7 @@ def test_completions_are_split_by_their_token_mask() -> None:
     assert loss_spans([row]) == [([5], [6, 7]), ([5, 6, 7, 8], [9, 10])]
     assert loss_spans([{"input_ids": [5, 6], "labels": [5, 6]}]) == [([], [5, 6])]
     assert loss_spans([{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}], prefix=[4]) == [([4], [5, 6])]
-    assert loss_spans([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}], beginning=[4]) == [([4], [5, 6])]
+    assert loss_spans([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}], prefix=[4]) == [([4], [5, 6])]
 
 
 def test_packed_rows_have_the_loss_of_separate_rows(ask: Any) -> None:
@@ -336,7 +336,7 @@ WRONG = {
     "long prompt": ([{"prompt": "x" * 128, "completion": "y"}] * 2, {}, "row 0: the prompt has 128 tokens"),
     "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
     "nothing held out": (CHAT, {"eval_strategy": "epoch"}, "eval_strategy is epoch, but the dataset has no split 'test'"),
-    "nobody's turns": (PLAIN, {"assistant_only_loss": True}, "assistant_only_loss is for rows of messages"),
+    "nobody's turns": (PLAIN, {"assistant_only_loss": True}, "assistant_only_loss needs rows of messages"),
     "quantized without LoRA": (CHAT, {"load_in_4bit": True}, "add --use_peft true"),
 }  # fmt: skip
 
