@@ -258,7 +258,7 @@ def test_the_reference_of_a_lora_folder_is_the_merged_model(place: Path, tokeniz
 
 def test_scores_are_normalized_weighted_and_lowered_without_eos(place: Path) -> None:
     changes = {
-        "reward": "reward model rloo_rewards:low_share",
+        "reward": "reward_model rloo_rewards:low_share",
         "reward_weights": "0.5 3.0",
         "missing_eos_penalty": 2.0,
     }
