@@ -90,7 +90,7 @@ check: $(STAMP) ## lint, format, types, and the rules of the layout
 check-extras: $(STAMP) ## resolve every extra against constraints.txt, and every lower bound (needs the network, 1 minute)
 	@$(RUN) tests/programs/check_extras.py
 
-words: $(STAMP) ## list words of the former private dialect that remain (tests/dialect.py)
+words: $(STAMP) ## list words that CONTRIBUTING.md replaces by plain ones (tests/dialect.py)
 	@$(RUN) tests/dialect.py
 
 $(DOCS): $(STAMP)

@@ -1,4 +1,4 @@
-"""Run the whole pipeline on a small generated world, in about five minutes on two CPU cores.
+"""Run the whole pipeline on a small generated world, in about five minutes on a CPU.
 
 In      nothing: the world, its corpus, demonstrations, preferences and prompts are generated from the seed
 Out     a folder with the folder of every stage, metrics.json, report.html and report.md

@@ -102,7 +102,7 @@ def test_evaluate_matches_float64(
         kl, entropies = [], []
         for query, ids in zip(queries, answers.ids, strict=True):
             new, old = (
-                float64_ppo.read(model, query, ids, trainer.args.temperature).log_probs
+                float64_ppo.forward(model, query, ids, trainer.args.temperature).log_probs
                 for model in (trained_model, initial_model)
             )
             kl.append((new - old).sum())

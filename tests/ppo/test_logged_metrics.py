@@ -55,8 +55,8 @@ def expected_episodes(float64_ppo: ModuleType, trainer: Any, update: int) -> dic
     (scores,) = trainer.scored[update].values()
     episodes = {}
     for query, answer, stopped, score in zip(queries, completions.ids, completions.stopped, scores, strict=True):
-        policy = float64_ppo.read(model, query, answer, args.temperature)
-        reference = float64_ppo.read(reference_model, query, answer, args.temperature)
+        policy = float64_ppo.forward(model, query, answer, args.temperature)
+        reference = float64_ppo.forward(reference_model, query, answer, args.temperature)
         episode = float64_ppo.Episode(policy.log_probs, reference.log_probs, policy.values, score, stopped)
         episodes[(*query, *answer)] = episode
     names = ("kl_coef", "kl_estimator", "gamma", "lam", "whiten_rewards", "missing_eos_penalty")
@@ -102,7 +102,7 @@ def expected_step_metrics(
             tokens = tuple(ids[mask.bool()].tolist())
             episode = episodes[tokens]
             length = len(episode.kl)
-            now = float64_ppo.read(
+            now = float64_ppo.forward(
                 step.model, tokens[: len(tokens) - length], tokens[len(tokens) - length :], args.temperature
             )
             for token in range(length):
@@ -208,7 +208,9 @@ def losses_of_model(float64_ppo: ModuleType, args: Any, model: Any, inputs: Any)
     losses = []
     for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
         tokens, length = ids[mask.bool()].tolist(), int(inputs["response_mask"][row].sum())
-        now = float64_ppo.read(model, tokens[: len(tokens) - length], tokens[len(tokens) - length :], args.temperature)
+        now = float64_ppo.forward(
+            model, tokens[: len(tokens) - length], tokens[len(tokens) - length :], args.temperature
+        )
         old = {name: inputs[name][row].double().tolist() for name in ("log_probs", "advantages", "values", "returns")}
         for token in range(length):
             policy = now.log_probs[token], old["log_probs"][token], old["advantages"][token]

@@ -108,9 +108,9 @@ def test_log_probs_entropies_and_values_match_float64(
     for step in trainer.steps:
         for row, ids, tokens in episodes_in(step):
             prompt, answer = ids[: len(ids) - tokens], ids[len(ids) - tokens :]
-            old = float64_ppo.read(model_at_rollout, prompt, answer, temperature)
-            new = float64_ppo.read(step.model, prompt, answer, temperature)
-            ref = float64_ppo.read(ref_model, prompt, answer, temperature)
+            old = float64_ppo.forward(model_at_rollout, prompt, answer, temperature)
+            new = float64_ppo.forward(step.model, prompt, answer, temperature)
+            ref = float64_ppo.forward(ref_model, prompt, answer, temperature)
             for found, expected in (
                 (step.inputs["log_probs"], old.log_probs),
                 (step.inputs["values"], old.values),

@@ -112,6 +112,8 @@ def make_folder(folder: Path, seed: int) -> Path:
         "README.md": b"---\ntags: [rlhf-recipes]\n---\n# Run %d\n" % seed, "recipe.yaml": b"seed: %d\n" % seed,
         "checkpoint-3/model.safetensors": b"x", "checkpoint-3/optimizer.pt": b"x", ".saving/model.safetensors": b"x",
         "optimizer.pt": b"x", "rng_state.pth": b"x", "progress_0.json": b"{}", "SHA256SUMS": b"0  x\n",
+        "optimizer_by_name.pt": b"x", "rollout_0.safetensors": b"x", "latest": b"x", "zero_to_fp32.py": b"x",
+        "global_step3/mp_rank_00_model_states.pt": b"x", "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt": b"x",
     }  # fmt: skip
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

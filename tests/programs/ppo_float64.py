@@ -85,7 +85,7 @@ def flat(rows: Iterable[Row]) -> Row:
 
 
 @dataclass
-class Reading:
+class AnswerOutputs:
     """Log-probabilities, entropies and values of one answer at a temperature, in float64 from all logits."""
 
     log_probs: Row
@@ -93,25 +93,28 @@ class Reading:
     values: Row
 
 
-def read(both: Any, prompt: Sequence[int], answer: Sequence[int], temperature: float) -> Reading:
-    """Read one answer without padding. both: a `PolicyAndValue`, or a causal language model, whose values are zero."""
+def forward(model: Any, prompt: Sequence[int], answer: Sequence[int], temperature: float) -> AnswerOutputs:
+    """Run the model on one answer without padding.
+
+    model: a `PolicyAndValue`, or a causal language model, whose values are zero.
+    """
     import torch
 
-    policy = getattr(both, "policy", both)
+    policy = getattr(model, "policy", model)
     ids = torch.tensor([[*prompt, *answer]])
     with torch.no_grad():
         output = policy(ids, output_hidden_states=True)
         logits = output.logits[0].double().numpy()[len(prompt) - 1 : -1] / temperature
-        if policy is both:
+        if policy is model:
             values = torch.zeros(len(answer))
-        elif hasattr(both.value_model, "config"):
-            values = both.value_model.score(both.value_model.transformer(ids).last_hidden_state)[
+        elif hasattr(model.value_model, "config"):
+            values = model.value_model.score(model.value_model.transformer(ids).last_hidden_state)[
                 0, len(prompt) - 1 : -1, 0
             ]
         else:
-            values = both.value_model.score(output.hidden_states[-1])[0, len(prompt) - 1 : -1, 0]
+            values = model.value_model.score(output.hidden_states[-1])[0, len(prompt) - 1 : -1, 0]
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities = weights / weights.sum(-1, keepdims=True)
     chosen = probabilities[np.arange(len(answer)), list(answer)]
     entropies = -(probabilities * np.log(probabilities)).sum(-1)
-    return Reading(np.log(chosen), entropies, values.double().numpy())
+    return AnswerOutputs(np.log(chosen), entropies, values.double().numpy())

@@ -19,8 +19,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # Files that a run needs to resume, and that nobody needs to use its model.
 RUN_STATE_PATTERNS = (
-    *(CHECKSUMS_FILE, "training_args.bin", "optimizer.*", "scheduler.*", "scaler.*"),
+    *(CHECKSUMS_FILE, "training_args.bin", "optimizer.*", "optimizer_by_name.pt", "scheduler.*", "scaler.*"),
     *("rng_state*", "progress_*.json", "rollout_*.safetensors"),
+    *("*_optim_states.pt", "*_model_states.pt", "latest", "zero_to_fp32.py"),  # DeepSpeed's
 )
 # Files of these names that only the repo has are deleted: loaders would prefer or add them.
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", ADAPTER_CONFIG)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.ppo.parallelism import check_parallelism
     from rlhf_recipes.ppo.roles.build import disable_dropout_
     from rlhf_recipes.ppo.roles.checks import check_prompts
-    from rlhf_recipes.ppo.roles.value import PolicyAndValue
+    from rlhf_recipes.ppo.roles.value import PolicyAndValue, ValueHead
     from rlhf_recipes.ppo.rollout.rollout import pad_episodes, trim_padding
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
@@ -18,7 +18,7 @@ __getattr__ = lazy_names(
     {
         "config": ["PPOConfig"],
         "trainer": ["PPOTrainer"],
-        "roles.value": ["PolicyAndValue"],
+        "roles.value": ["PolicyAndValue", "ValueHead"],
         "parallelism": ["check_parallelism"],
         "roles.build": ["disable_dropout_"],
         "roles.checks": ["check_prompts"],
@@ -30,6 +30,7 @@ __all__ = [
     "PPOConfig",
     "PPOTrainer",
     "PolicyAndValue",
+    "ValueHead",
     "check_parallelism",
     "check_prompts",
     "disable_dropout_",

@@ -1,6 +1,6 @@
 """What a PPO checkpoint holds beyond the policy: the rollout of an unfinished update, and the optimizer of sharded weights.
 
-A run resumes with the same number of processes or with another one.
+A run resumes with the same number of processes or, except under DeepSpeed, with another one.
 """
 
 from collections.abc import Sequence

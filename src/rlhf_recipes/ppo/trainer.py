@@ -217,7 +217,7 @@ class PPOTrainer(SafeTrainer):
         )
 
     def set_initial_training_values(self, args: PPOConfig, dataloader: Any) -> Any:
-        """Compute the length of the run as `Trainer` does; `total_episodes` sets max_steps where that is not given."""
+        """Compute the length of the run as `Trainer` does; without max_steps, total_episodes sets it."""
         if args.total_episodes is not None and args.max_steps <= 0:
             updates = math.ceil(args.total_episodes / args.episodes_per_update)
             args = copy.copy(args)

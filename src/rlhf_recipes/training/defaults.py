@@ -38,7 +38,7 @@ class TrainingDefaults:
         metadata={
             "help": "Rows in one optimizer step (ppo: episodes in one update), in all processes together. With it a run "
             "is the same for any number of processes: gradient_accumulation_steps follows from it, and an epoch drops "
-            "the last incomplete batch."
+            "the last incomplete batch (ppo fills the last update with prompts from the start of the epoch)."
         },
     )
     per_device_train_batch_size: int = field(
