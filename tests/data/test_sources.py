@@ -1,4 +1,4 @@
-"""Loading, filtering and joining datasets; the chat template; packing against a token stream joined by hand."""
+"""Rows from files and Hub repos, splits, limits, filters and extra datasets, and checks of columns."""
 
 import gzip
 import json
@@ -10,23 +10,13 @@ import pytest
 
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import (
-    chat_template,
-    ensure_chat_template_,
-    is_conversation,
-    plain_text,
-    prompt_and_completion_ids,
-    prompt_ids,
-)
-from rlhf_recipes.data.checks import keep_fitting_prompts, require_held_out, require_text, require_texts
-from rlhf_recipes.data.packing import pack_documents
+from rlhf_recipes.data.checks import require_held_out, require_text
 from rlhf_recipes.data.rows import has_columns, require_columns, write_rows
 from rlhf_recipes.data.sources import load_split, load_test_split, load_train_and_test
 
 ROWS = [
     {"text": f"row {index}", "source": "even" if index % 2 == 0 else "odd", "year": index // 3} for index in range(9)
 ]
-EOS = 256
 
 
 @pytest.fixture
@@ -158,119 +148,6 @@ def test_columns_are_checked_by_name_and_type(folder: Path) -> None:
     require_text(dataset, "text")
     with pytest.raises(UserError, match="column year holds 0, which is no text"):
         require_text(dataset, "year")
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("block", [1, 7, 16, 400])
-def test_packing_splits_the_joined_token_stream_into_blocks(
-    tmp_path: Path, tokenizer: Any, block: int, streaming: bool
-) -> None:
-    documents = ["ab", "", "a longer document, with 中文", "x", "🙂" * 9, None, "end"] * 4
-    write_rows(tmp_path / "train.jsonl", [{"text": text, "other": 1} for text in documents])
-    joined = [token for text in documents if text for token in [*text.encode(), EOS]]
-    expected = [joined[start : start + block] for start in range(0, len(joined) - block + 1, block)]
-    packed = pack_documents(load_split(str(tmp_path), "train", streaming=streaming), tokenizer, block)
-    assert [row["input_ids"] for row in packed] == expected
-    assert [row["input_ids"] for row in packed] == expected, "a second epoch yields the same blocks"
-    assert all(list(row) == ["input_ids"] for row in packed)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_packing_carries_tokens_over_to_the_next_batch_of_documents(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, streaming: bool
-) -> None:
-    monkeypatch.setattr("rlhf_recipes.data.packing.DOCUMENTS_PER_BATCH", 3)
-    write_rows(tmp_path / "train.jsonl", [{"text": "abcd"}] * 10)
-    packed = pack_documents(load_split(str(tmp_path), "train", streaming=streaming), tokenizer, 7)
-    joined = ([*b"abcd", EOS] * 10)[:49]
-    assert [token for row in packed for token in row["input_ids"]] == joined
-
-
-def test_chat_template_ends_answers_with_eos_and_masks_them(make_tokenizer: Callable[[], Any]) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = chat_template()
-    messages = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "Bye"},
-    ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    answer = "Hello!<|endoftext|>"
-    assert text == f"<|system|>Be kind.<|user|>Hi<|assistant|>{answer}<|user|>Bye<|assistant|>"
-    marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    answer_tokens = [token for token, mask in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mask]
-    assert answer_tokens == [*b"Hello!", EOS]
-    with pytest.raises(Exception, match="not tool"):
-        tokenizer.apply_chat_template([{"role": "tool", "content": ""}], tokenize=False)
-
-
-def test_chat_template_uses_plain_words_without_role_tokens(make_tokenizer: Callable[[], Any]) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = None
-    ensure_chat_template_(tokenizer)
-    assert tokenizer.chat_template == chat_template()
-    plain = make_tokenizer()
-    plain.chat_template = None
-    vocabulary = {token: index for token, index in plain.get_vocab().items() if token != "<|user|>"}
-    plain.get_vocab = lambda: vocabulary
-    ensure_chat_template_(plain)
-    text = plain.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
-    assert text == "User: Hi\nAssistant:"
-
-
-def test_prompt_ids_are_equal_for_text_messages_and_ids(make_tokenizer: Callable[[], Any]) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = chat_template()
-    messages = [{"role": "user", "content": "Hi"}]
-    ids = prompt_ids(messages, tokenizer)
-    assert ids == [258, *b"Hi", 259]
-    assert ids == prompt_ids("<|user|>Hi<|assistant|>", tokenizer) == prompt_ids(ids, tokenizer)
-    assert is_conversation(messages) and not is_conversation("Hi") and not is_conversation([1, 2])
-    assert plain_text(messages) == plain_text("Hi") == "Hi"
-    with pytest.raises(UserError, match="empty prompt"):
-        prompt_ids("", tokenizer)
-
-
-BOS = 260
-
-
-def test_plain_text_gets_the_tokenizers_bos(make_tokenizer_with_bos: Callable[[], Any], tokenizer: Any) -> None:
-    """The BOS of messages is the chat template's decision."""
-    with_bos = make_tokenizer_with_bos()
-    assert with_bos("Hi")["input_ids"] == [BOS, *b"Hi"]
-    assert prompt_ids("Hi", with_bos) == [BOS, *b"Hi"] and prompt_ids("Hi", tokenizer) == [*b"Hi"]
-    assert prompt_ids([{"role": "user", "content": "Hi"}], with_bos) == [258, *b"Hi", 261, 259]
-    assert prompt_and_completion_ids("Hi", " you", with_bos) == ([BOS, *b"Hi"], [*b" you", EOS])
-    assert prompt_and_completion_ids("", "you", with_bos) == ([], [BOS, *b"you", EOS])
-    with pytest.raises(UserError, match="empty prompt"):
-        prompt_ids("", with_bos)
-    rows = [{"prompt": "12345"}]
-    assert keep_fitting_prompts(rows, tokenizer, 6) == rows
-    with pytest.raises(UserError, match="the prompt has 6 tokens"):
-        keep_fitting_prompts(rows, with_bos, 6)
-
-
-ALTERNATING_TEMPLATE = (
-    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate, and a user begins') }}{% endif %}{{ message['content'] }}{% endfor %}"
-)
-
-
-def test_a_completion_is_rendered_after_its_prompt(make_tokenizer: Callable[[], Any]) -> None:
-    """A chat template may check the roles of earlier messages, so a completion is rendered as in training."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = ALTERNATING_TEMPLATE
-    row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho"}]}
-    require_texts([row, row], ["prompt", "completion"], tokenizer)
-    with pytest.raises(
-        UserError, match="row 1: the column completion cannot be rendered by the chat template: roles must"
-    ):
-        require_texts([row, row | {"completion": row["prompt"]}], ["prompt", "completion"], tokenizer)
-    with pytest.raises(UserError, match="row 0: the column prompt cannot be rendered"):
-        require_texts([row | {"prompt": row["completion"]}], ["prompt", "completion"], tokenizer)
-    with pytest.raises(UserError, match="row 0: the column completion cannot be rendered"):
-        require_texts([row], ["completion"], tokenizer)
 
 
 def test_a_dot_in_a_repo_id_is_no_file_extension() -> None:
