@@ -29,7 +29,15 @@ def launch(runs: Path, config: str, jobs: list[dict[str, Any]]) -> forks.Result:
 
 def job(kind: str, out: str, **more: Any) -> dict[str, Any]:
     storage = SHARDABLE if "4 bits" in kind else {}
-    return {"stage": kind.partition(",")[0], "out": out, "save_steps": 4, "save_total_limit": 9, **KINDS[kind], **storage, **more}
+    return {
+        "stage": kind.partition(",")[0],
+        "out": out,
+        "save_steps": 4,
+        "save_total_limit": 9,
+        **KINDS[kind],
+        **storage,
+        **more,
+    }
 
 
 def test_sharded_runs_train_like_one_process_and_resume(runs: Path) -> None:
