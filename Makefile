@@ -4,8 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 SEED   ?= 0
-# The torch of the two version jobs. `make test-oldest` keeps the pinned one unless
-# you name another, since the torch at the lower bound (torch==2.9.0) is a download of several gigabytes from PyPI.
+# The torch of the two version jobs, which is installed first. The pinned torch is also the lowest that is allowed.
 OLDEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
 NEWEST_TORCH ?= torch
 OLDEST       ?= .venv-oldest
@@ -59,8 +58,7 @@ test-slow: $(STAMP) ## the slow tests, each of which takes up to minutes
 
 test-all: test test-slow ## the fast and the slow tests
 
-# Direct dependencies at the lowest release that pyproject.toml allows, all others at their newest. torch is the
-# exception: see OLDEST_TORCH above. `make test-oldest OLDEST_TORCH=torch==2.9.0` tests its lower bound as well.
+# Direct dependencies, torch among them, at the lowest release that pyproject.toml allows; all others at their newest.
 test-oldest: ## the fast tests with the lowest versions that pyproject.toml allows, in .venv-oldest
 	@$(PYTHON) -m venv --clear $(OLDEST)
 	@$(OLDEST)/bin/python -m pip install -qq uv $(OLDEST_TORCH)
