@@ -131,11 +131,17 @@ class PolicyAndValue(nn.Module):
         """Return the hidden states after the frozen lower layers, (batch, width, hidden_size), in a tuple."""
         return (hidden_states_of(self.lower, attention_mask, input_ids=input_ids),)
 
-    def activation_checkpointing_enable(self, **options: Any) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
         """Recompute activations in the backward pass; `Trainer` calls it for ``gradient_checkpointing``."""
         for module in (self.policy, self.value_model):
-            if not isinstance(module, ValueHead):
-                module.activation_checkpointing_enable(**options)
+            if hasattr(module, "activation_checkpointing_enable"):
+                module.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+            elif not isinstance(module, ValueHead):
+                module.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """Call `activation_checkpointing_enable`: this is its name before transformers 5.23."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters of the policy."""
