@@ -83,7 +83,7 @@ class TrainingDefaults:
         if getattr(self, "activation_checkpointing", None) is None:
             self.activation_checkpointing = self.gradient_checkpointing  # the name since transformers 5.23
         if not hasattr(self, "activation_checkpointing_kwargs"):
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+            self.activation_checkpointing_kwargs = getattr(self, "gradient_checkpointing_kwargs", None)
         pad_token = self.__dict__.pop("pad_token", None)  # TRL warns about its field of this name
         super().__post_init__()  # type: ignore[misc]
         if pad_token is not None:
