@@ -159,13 +159,15 @@ def main() -> None:
     import torch
     import transformers  # noqa: F401
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # noqa: F401
-    from matplotlib.figure import Figure
     from tqdm import tqdm
     from trl import TrlParser  # noqa: F401
 
+    from rlhf_recipes.reports import plots
+
     for path in sorted((SOURCE / "rlhf_recipes" / "stages").glob("[a-z]*.py")):
         importlib.import_module(f"rlhf_recipes.stages.{path.stem}")
-    Figure.savefig = lambda figure, file, **options: file.write(b"\x89PNG")  # drawing takes longer than a tiny run
+    # Drawing takes longer than a tiny run.
+    plots.write_figure = lambda draw, path, *arguments, **options: Path(path).write_bytes(b"\x89PNG")
     torch.set_num_threads(1)
     # tqdm's default lock is shared by all forks; a killed fork could hold it for ever.
     tqdm.set_lock(threading.RLock())

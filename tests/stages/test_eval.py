@@ -173,8 +173,10 @@ def test_a_prompt_is_won_by_the_mean_score_of_its_answers(pair_report: Path) -> 
     assert "win_rate_reward" not in measured(pair_report)["first"]
 
 
-def test_a_model_against_itself_is_a_tie(ask: Callable[..., EvalArguments]) -> None:
-    first, again = measured(run_eval(ask("first", "first"))).values()
+def test_a_model_against_itself_is_a_tie(ask: Callable[..., EvalArguments], real_plots: None) -> None:
+    folder = run_eval(ask("first", "first"))
+    assert (folder / "models.png").stat().st_size > 1000
+    first, again = measured(folder).values()
     assert (again["win_rate_reward"], again["win_rate_gold"]) == (0.5, 0.5)
     assert again["kl"] == again["kl_per_token"] == first["kl"] == 0
     assert {key: again[key] for key in first} == first
