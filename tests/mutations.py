@@ -313,7 +313,7 @@ MUTATIONS = [
         "ppo/trainer.py",
         'self.collector.restore(saved[0]["collector"])',
         "pass",
-        "killed_at_random",
+        "killed",
         RESUME,
     ),
     Mutation(
@@ -321,7 +321,7 @@ MUTATIONS = [
         "ppo/update/minibatches.py",
         "first = steps_in_update if number == finished_updates else 0",
         "first = 0",
-        "killed_at_random",
+        "killed",
         RESUME,
     ),
 ]
