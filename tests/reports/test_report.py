@@ -360,7 +360,7 @@ def test_every_colour_of_the_light_palette_has_a_dark_one() -> None:
 
 def test_templates_use_only_colours_of_the_palette() -> None:
     """Every custom property in the style sheets is defined: by the palette, or by the style sheet itself."""
-    source = Path(__file__).parents[1] / "src" / "rlhf_recipes"
+    source = Path(__file__).parents[2] / "src" / "rlhf_recipes"
     sheets = [path.read_text(encoding="utf-8") for path in sorted(source.glob("*/templates/*.css"))]
     assert len(sheets) == 2
     used = {name for sheet in sheets for name in re.findall(r"var\(--([\w-]+)\)", sheet)}
