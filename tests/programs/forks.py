@@ -126,6 +126,8 @@ def _finish(runs: Sequence[Callable[[], Any]], environments: Sequence[dict[str, 
     with tempfile.TemporaryDirectory() as name:
         folder, children = Path(name), []
         for number, (run, environment) in enumerate(zip(runs, environments, strict=True)):
+            for kind in ("out", "err"):  # a child that is stopped at once has written none
+                (folder / f"{number}.{kind}").touch()
             child = fork()
             if child == 0:
                 _end_as_process(run, environment, folder / str(number))
