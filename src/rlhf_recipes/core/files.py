@@ -1,4 +1,4 @@
-"""Write text and JSON files atomically: readers see the old file or the new one, never a part."""
+"""Files of a run. Text and JSON are written atomically: readers see the old file or the new one, never a part."""
 
 import json
 import os
@@ -27,6 +27,11 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, value: Any) -> Path:
     """Write JSON atomically and return its path. Non-finite numbers become null, because JSON has none."""
     return write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def files_by_rank(folder: Path, pattern: str) -> list[Path]:
+    """Return the files ``<name>_<rank>.<suffix>`` that match, in the order of their ranks: 2 before 10."""
+    return sorted(folder.glob(pattern), key=lambda path: int(path.stem.rpartition("_")[2]))
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Import the public names of a package on first use."""
+"""Import the public names of a package on first use. The root package, which may import nothing, does it itself."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence

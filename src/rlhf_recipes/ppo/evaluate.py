@@ -12,6 +12,11 @@ from rlhf_recipes.ppo.rollout.collect import Generate, RolloutCollector, Score
 from rlhf_recipes.ppo.rollout.rollout import as_samples
 
 
+def prompts_by_set(prompts: Any) -> dict[str, Prompts | None]:
+    """Return the held-out prompts by the name of their set; a single set, or None, has the name ""."""
+    return prompts if isinstance(prompts, dict) else {"": prompts}
+
+
 class HeldOutEvaluator:
     """Answers held-out prompts with the same seeds each time; each process takes its share of the prompts."""
 

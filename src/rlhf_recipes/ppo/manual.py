@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.step import without_sync
 
 
 def check_episodes(queries: Any, responses: Any, scores: Any, count: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -47,8 +48,7 @@ def accumulate(
     model: nn.Module, accelerator: Any, batches: Sequence[Any], training_step: Callable[[nn.Module, Any], Any]
 ) -> None:
     """Run `training_step` on each micro-batch; gradients are synchronised over processes in the last one, as in `Trainer`."""
+    accelerator.gradient_state._set_sync_gradients(True)
     for index, inputs in enumerate(batches):
-        last = index == len(batches) - 1
-        accelerator.gradient_state._set_sync_gradients(last)
-        with nullcontext() if last else accelerator.no_sync(model):
+        with nullcontext() if index == len(batches) - 1 else without_sync(model, accelerator):
             training_step(model, inputs)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from rlhf_recipes.core.files import write_text
+from rlhf_recipes.core.files import files_by_rank, write_text
 from rlhf_recipes.ppo.rollout.rollout import Rollout, concatenate_rollouts
 from rlhf_recipes.system import (
     full_optimizer_state,
@@ -37,7 +37,7 @@ def load_rollout(
 
     same_world_size: the checkpoint was saved by as many processes. Otherwise all episodes are shared out again.
     """
-    paths = sorted(folder.glob("rollout_*.safetensors"), key=process_of)
+    paths = files_by_rank(folder, "rollout_*.safetensors")
     if not paths:
         return None
     chosen = paths[process : process + 1] if same_world_size else paths
@@ -55,11 +55,6 @@ def process_share(rows: Sequence[Any], process: int, world_size: int) -> list[An
     return list(rows[process * share : (process + 1) * share])
 
 
-def process_of(path: Path) -> int:
-    """Return the process number at the end of a file's name."""
-    return int(path.stem.rpartition("_")[2])
-
-
 def save_sharded_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path, writes: bool
 ) -> None:
@@ -70,9 +65,9 @@ def save_sharded_optimizer(
         torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
 
 
-def needs_named_optimizer(model: nn.Module, checkpoint: str | None) -> bool:
+def needs_named_optimizer(model: nn.Module, checkpoint: str) -> bool:
     """Return whether a checkpoint's optimizer goes by names: it was saved so, or it is loaded into sharded weights."""
-    return checkpoint is not None and ((Path(checkpoint) / NAMED_OPTIMIZER).is_file() or is_sharded(model))
+    return (Path(checkpoint) / NAMED_OPTIMIZER).is_file() or is_sharded(model)
 
 
 def load_named_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:

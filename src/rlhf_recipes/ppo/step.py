@@ -13,6 +13,18 @@ from rlhf_recipes.ppo.rollout.rollout import Rollout, trim_padding
 from rlhf_recipes.system import DeferredStepEngine, is_sharded
 
 
+@contextmanager
+def without_sync(model: nn.Module, accelerator: Any) -> Iterator[None]:
+    """Within this block, backward passes do not synchronise gradients over processes."""
+    state, synchronises = accelerator.gradient_state, accelerator.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(synchronises)
+
+
 class PieceRunner:
     """Splits micro-batches into pieces, so that little of a pass is padding, and keeps the casts of the weights between them.
 
@@ -53,7 +65,7 @@ class PieceRunner:
                 pieces = self._padded_to_all_ranks(pieces, rollout)
             for number, piece in enumerate(pieces):  # gradients are synchronised in the last backward pass
                 last = number + 1 == len(pieces)
-                with without_cudnn_attention(), nullcontext() if last else self._without_sync(model):
+                with without_cudnn_attention(), nullcontext() if last else without_sync(model, self.accelerator):
                     losses.append(backward(piece))
         except BaseException:
             self.release_casts()
@@ -69,17 +81,6 @@ class PieceRunner:
             self._casts.begin()
         else:
             self._casts.end()
-
-    @contextmanager
-    def _without_sync(self, model: nn.Module) -> Iterator[None]:
-        """Within this block, backward passes do not synchronise gradients over processes."""
-        state, synchronises = self.accelerator.gradient_state, self.accelerator.sync_gradients
-        state._set_sync_gradients(False)
-        try:
-            with self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(synchronises)
 
     def _padded_to_all_ranks(
         self, pieces: list[dict[str, Tensor]], rollout: Rollout | None

@@ -1,7 +1,6 @@
 """PPO on the loop of `transformers.Trainer`: a rollout is a data source, and the loss is overridden."""
 
 import copy
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from rlhf_recipes.generation import Completions, row_seed, sample
 from rlhf_recipes.models import has_adapter
 from rlhf_recipes.optimizations import cached_casts, fuse_kernels_
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.evaluate import HeldOutEvaluator
+from rlhf_recipes.ppo.evaluate import HeldOutEvaluator, prompts_by_set
 from rlhf_recipes.ppo.logging.callbacks import CompletionsFile, SampleTable, UpdateBoundaries, UpdateProgress
 from rlhf_recipes.ppo.logging.hints import Hints
 from rlhf_recipes.ppo.logging.metrics import UpdateMetrics
@@ -33,7 +32,6 @@ from rlhf_recipes.ppo.resume import (
     load_named_optimizer,
     load_rollout,
     needs_named_optimizer,
-    process_of,
     process_share,
     save_rollout,
     save_sharded_optimizer,
@@ -324,10 +322,6 @@ class PPOTrainer(SafeTrainer):
         """Return the inputs: they are on the device, in float32. `Trainer` would cast them to DeepSpeed's precision."""
         return inputs
 
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes."""
-        return tensor if self.args.world_size == 1 else self.accelerator.reduce(tensor, reduction="sum")
-
     # One update on the caller's episodes.
 
     def step(
@@ -408,12 +402,13 @@ class PPOTrainer(SafeTrainer):
 
         Several sets are given as a dict; metrics then have the name of the set: ``eval_<name>_objective/scores``.
         """
-        prompts, config = self.eval_prompts, base_model(self.model.policy).config
+        prompts = self.eval_prompts
         if eval_dataset is not None:
+            config = base_model(self.model.policy).config
             prompts = evaluation_prompts(config, self.processing_class, eval_dataset, self.args)
         evaluator = HeldOutEvaluator(self.collector, self.generate, self.score, self.args)
         metrics: dict[str, float] = {}
-        for name, each in (prompts if isinstance(prompts, dict) else {"": prompts}).items():
+        for name, each in prompts_by_set(prompts).items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             means = {f"{prefix}_{key}": value for key, value in evaluator.metrics(each, self.reduce).items()}
             self.log(dict(means))
@@ -424,8 +419,8 @@ class PPOTrainer(SafeTrainer):
     def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
         """Answer the held-out prompts, print some and return all. sampling: answer the first eight only (TRL's name)."""
         evaluator = HeldOutEvaluator(self.collector, self.generate, self.score, self.args)
-        sets = self.eval_prompts if isinstance(self.eval_prompts, dict) else {"": self.eval_prompts}
-        samples = evaluator.samples(list(sets.values()), self.processing_class, 8 if sampling else None)
+        sets = list(prompts_by_set(self.eval_prompts).values())
+        samples = evaluator.samples(sets, self.processing_class, 8 if sampling else None)
         if self.is_world_process_zero():
             print("\n".join(f"{row['prompt']} -> {row['completion']}" for row in samples[:8]))
         return samples
@@ -445,12 +440,10 @@ class PPOTrainer(SafeTrainer):
         if self.current_rollout is not None:
             save_rollout(self.current_rollout, folder, self.args.process_index)
 
-    def load_progress(self, folder: Path) -> None:
-        super().load_progress(folder)
-        paths = sorted(folder.glob("progress_*.json"), key=process_of)
-        saved = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    def load_progress(self, folder: Path) -> list[dict[str, Any]]:
+        saved = super().load_progress(folder)
         if not saved or "updates" not in saved[0]:
-            return  # a checkpoint with weights only
+            return saved  # a checkpoint with weights only
         process, world_size = self.args.process_index, self.args.world_size
         same_world_size = len(saved) == world_size
         updates = [saved[process]["updates"]] if same_world_size else [each["updates"] for each in saved]
@@ -459,6 +452,7 @@ class PPOTrainer(SafeTrainer):
         self.guard.restore(saved[0]["guard"])
         self.last_samples = process_share([row for each in saved for row in each["samples"]], process, world_size)
         self.current_rollout = load_rollout(folder, process, world_size, same_world_size, self.args.device)
+        return saved
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:

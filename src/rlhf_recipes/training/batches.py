@@ -16,9 +16,9 @@ def complete_batch_size(args: Any, dataset: Any) -> int | None:
     args: training arguments; `global_batch_size` turns it on. dataset: needs a length, and at least one batch of rows.
     """
     batch_size = getattr(args, "global_batch_size", None)
-    return (
-        batch_size if batch_size is not None and hasattr(dataset, "__len__") and len(dataset) >= batch_size else None
-    )
+    if batch_size is None or not hasattr(dataset, "__len__") or len(dataset) < batch_size:
+        return None
+    return batch_size
 
 
 def complete_batches_sampler(sampler: Any, batch_size: int) -> Any:

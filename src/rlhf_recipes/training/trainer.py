@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.core.files import write_text
+from rlhf_recipes.core.files import files_by_rank, write_text
 from rlhf_recipes.core.secrets import redact
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.folders import (
@@ -25,7 +24,6 @@ from rlhf_recipes.folders import (
     disk_full_as_user_error,
     find_checkpoint,
     folder_lock,
-    last_checkpoint_note,
     publish,
     raise_if_disk_full,
     raise_if_out_of_memory,
@@ -42,7 +40,7 @@ from rlhf_recipes.system import (
     safe_deepspeed_loading,
 )
 from rlhf_recipes.training.batches import complete_batch_size, complete_batches_sampler, drop_last
-from rlhf_recipes.training.finite import all_finite
+from rlhf_recipes.training.finite import all_finite, nonfinite_error
 from rlhf_recipes.training.sigterm import StoppedBySignal, on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -137,11 +135,12 @@ class SafeTrainer(Trainer):
         """Write `progress` into a checkpoint. All ranks must call it, before the weights are saved."""
         write_text(folder / f"progress_{self.args.process_index}.json", redact(json.dumps(self.progress())))
 
-    def load_progress(self, folder: Path) -> None:
-        """Restore `progress` from a checkpoint as training begins. All ranks must call it."""
-        saved = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("progress_*.json"))]
+    def load_progress(self, folder: Path) -> list[dict[str, Any]]:
+        """Restore `progress` from a checkpoint as training begins; returns that of each process. All ranks must call it."""
+        paths = files_by_rank(folder, "progress_*.json")
+        saved = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         if not saved:
-            return
+            return saved
         loss = sum(each["loss"] for each in saved) / len(saved)  # the log shows the mean over processes
         if len(saved) == self.args.world_size:
             loss = saved[self.args.process_index]["loss"]
@@ -153,6 +152,7 @@ class SafeTrainer(Trainer):
         self.model.train(saved[0]["training"])
         if hasattr(self, "_total_train_tokens"):
             self._total_train_tokens = saved[0]["tokens"]
+        return saved
 
     # Checkpoints.
 
@@ -257,10 +257,10 @@ class SafeTrainer(Trainer):
             UserError: the loss is not finite in one of them.
         """
         flags = torch.tensor([float(self._stop_requested), float(not self._loss_is_finite)], device=self.args.device)
-        stop, broken = flags.tolist() if self.args.world_size == 1 else self.accelerator.reduce(flags, "sum").tolist()
+        stop, broken = self.reduce(flags).tolist()
         self._stopping, self._loss_is_finite = stop > 0, True
         if broken > 0:
-            self._refuse(self.state.global_step + 1, "the loss is not finite")
+            raise nonfinite_error(self.state.global_step + 1, "the loss", self.args.output_dir)
 
     def require_finite_weights(self) -> None:
         """Refuse to continue with broken weights: a gradient can overflow where the loss did not. All ranks must call it.
@@ -269,14 +269,12 @@ class SafeTrainer(Trainer):
             UserError: a trained weight is not finite in one of the processes.
         """
         broken = torch.tensor(float(not all_finite(self.model.parameters())), device=self.args.device)
-        if (broken if self.args.world_size == 1 else self.accelerator.reduce(broken, "sum")) > 0:
-            self._refuse(self.state.global_step, "a weight is not finite")
+        if self.reduce(broken) > 0:
+            raise nonfinite_error(self.state.global_step, "a weight", self.args.output_dir)
 
-    def _refuse(self, step: int, problem: str) -> None:
-        raise UserError(
-            f"step {step}: {problem}, and nothing of it is saved{last_checkpoint_note(self.args.output_dir)}; lower "
-            "learning_rate or max_grad_norm, or look for the rows that cause it"
-        )
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes. All ranks must call it."""
+        return tensor if self.args.world_size == 1 else self.accelerator.reduce(tensor, reduction="sum")
 
 
 class _StepHooks(TrainerCallback):

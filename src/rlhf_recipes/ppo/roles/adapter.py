@@ -21,11 +21,9 @@ def build_trainable_policy(model: Any, peft_config: Any, args: PPOConfig) -> Any
                 "the policy has an adapter already; leave peft_config out to train that one, or merge it into its base "
                 "and save that first (merge_and_unload)"
             )
-        base, config = (
-            prepare_for_lora_(model, args.gradient_checkpointing),
-            _for_trained_layers(peft_config, model, args),
-        )
-        return _check_adapter(get_peft_model(base, _check_init(config)))
+        base = prepare_for_lora_(model, args.gradient_checkpointing)
+        config = _check_init(_for_trained_layers(peft_config, model, args))
+        return _check_adapter(get_peft_model(base, config))
     if is_quantized(base_model(model)) and not has_adapter(model):
         raise UserError(
             "a policy quantized to 4 or 8 bits cannot be trained itself; pass peft_config to train an adapter on it"

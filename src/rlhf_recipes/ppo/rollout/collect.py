@@ -36,13 +36,8 @@ class RolloutCollector:
     def __init__(
         self, model: PolicyAndValue, reference: Reference, accelerator: Any, args: PPOConfig, timer: PhaseTimer
     ) -> None:
-        self.model, self.reference, self.accelerator, self.args, self.timer = (
-            model,
-            reference,
-            accelerator,
-            args,
-            timer,
-        )
+        self.model, self.reference = model, reference
+        self.accelerator, self.args, self.timer = accelerator, args, timer
         # In bfloat16, rounding may depend on the width, unless it is a multiple of TILE; that must fit the context.
         bfloat16 = args.bf16 or next(model.policy.parameters()).dtype == torch.bfloat16
         fits = (context_length(base_model(model.policy).config) or TILE) % TILE == 0

@@ -21,9 +21,8 @@ class ValuePrior:
     """A least-squares line from the prefix score of a state to the final score of its answer."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(
-            5, dtype=torch.float64
-        )  # of 1, x, x^2, y, x y over tokens: x prefix score, y final score
+        # Sums over tokens of 1, x, x^2, y and x y; x is the prefix score, y the final score.
+        self.sums = torch.zeros(5, dtype=torch.float64)
 
     def fit(self, prefix_scores: Tensor, scores: Tensor, mask: Tensor, reduce: Reduce) -> None:
         """Add episodes of all processes to the fit. prefix_scores, mask: (batch, tokens); scores: (batch,) final scores."""
