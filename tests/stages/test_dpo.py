@@ -234,7 +234,7 @@ def test_a_long_answer_is_truncated_with_a_warning(ask: Any, caplog: pytest.LogC
 
 def test_long_prompts_can_be_dropped(ask: Any) -> None:
     rows = [*PLAIN, {"prompt": "x" * 200, "chosen": "y", "rejected": "z"}]
-    assert len(build_dpo_trainer(*ask(rows, drop_long_prompts=True)).train_dataset) == len(PLAIN)
+    assert len(build_dpo_trainer(*ask(rows, too_long="drop")).train_dataset) == len(PLAIN)
 
 
 WRONG = {

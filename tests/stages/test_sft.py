@@ -208,7 +208,7 @@ def test_a_long_answer_is_truncated_and_a_long_prompt_refused(ask: Any) -> None:
 
 def test_long_prompts_can_be_dropped(ask: Any) -> None:
     rows = [*PLAIN, {"prompt": "x" * 200, "completion": "y"}]
-    trainer = build_sft_trainer(*ask(rows, drop_long_prompts=True))
+    trainer = build_sft_trainer(*ask(rows, too_long="drop"))
     assert sorted(words_with_loss(trainer, trainer.processing_class)) == sorted(FORMS["plain"][1])
 
 

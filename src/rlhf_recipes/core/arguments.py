@@ -31,24 +31,67 @@ class OutputArguments:
 
 
 @dataclass
-class DatasetArguments(OutputArguments):
+class ReadingArguments:
+    """How data files are read, and what their columns mean. Every stage that reads a dataset accepts these."""
+
+    dataset_format: str = field(
+        default="auto",
+        metadata={
+            "help": "Shape of the rows: text, openai, sharegpt, alpaca, prompt_completion, preference, hh, ultrafeedback, "
+            "orca, kto, ranked, votes or classification. auto: decided by the columns."
+        },
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Meaning of columns, as ours=theirs: prompt=question completion=answer system=system."},
+    )
+    ignore_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns that carry meaning and are left out on purpose."}
+    )
+    roles: list[str] | None = field(
+        default=None, metadata={"help": "Names of roles in messages, as ours=theirs: user=human assistant=gpt."}
+    )
+    as_chat: bool | None = field(
+        default=None,
+        metadata={
+            "help": "true: make plain prompts and answers turns of the chat template; false: keep them as text. "
+            "Unset: as they are in the file, with a line in the log."
+        },
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Encoding of text files: utf-8, gb18030, latin-1, ... Unset: found out, or an error."},
+    )
+    text_by: str = field(
+        default="auto",
+        metadata={
+            "help": "What one row of a .txt file is: line, paragraph or document. auto: a document ends at "
+            "<|endoftext|> if the file has it; otherwise each file must be told."
+        },
+    )
+
+
+@dataclass
+class DatasetArguments(ReadingArguments, OutputArguments):
     """Arguments that select the dataset rows. Every stage accepts a folder, a data file or a Hub id."""
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Dataset: a folder, a file (.jsonl, .json, .csv, .parquet, .txt, also .gz) or a Hub id."},
+        metadata={
+            "help": "Dataset: a folder, a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, also compressed) or a "
+            "Hub id."
+        },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration (subset) of a Hub dataset or of a folder."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="test",
         metadata={"help": "Held-out split for evaluation. A dataset without it has no held-out rows."},
     )
     extra_dataset_names: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "More datasets (as dataset_name) whose training rows are appended; only shared columns are kept."
-        },
+        default=None, metadata={"help": "More datasets (as dataset_name) whose training rows are appended."}
     )
     row_filter: list[str] | None = field(
         default=None,
@@ -61,13 +104,24 @@ class DatasetArguments(OutputArguments):
     max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first N held-out rows."})
 
 
-@dataclass
-class LongPromptArguments(DatasetArguments):
-    """A dataset whose prompts may fill the whole context."""
+TOO_LONG = ("drop", "cut", "error")
 
-    drop_long_prompts: bool = field(
-        default=False, metadata={"help": "Drop rows whose prompt fills max_length, instead of stopping with an error."}
+
+@dataclass
+class RowLengthArguments(DatasetArguments):
+    """A dataset whose rows may be longer than the model reads."""
+
+    too_long: str | None = field(
+        default=None,
+        metadata={
+            "help": "What happens to a row that is too long: drop it, cut it, or error. The number of such rows is logged "
+            "and stands in metrics.json. Unset: the stage's own choice (see its page)."
+        },
     )
+
+    def __post_init__(self) -> None:
+        if self.too_long not in (None, *TOO_LONG):
+            raise UserError(f"too_long is {self.too_long!r}; choose one of {', '.join(TOO_LONG)}")
 
 
 def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:

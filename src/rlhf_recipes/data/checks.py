@@ -144,7 +144,7 @@ def keep_fitting_prompts(
     raise UserError(
         f"{name}, row {too_long[0]}: the prompt has {sizes[too_long[0]]} tokens, which leaves no room for an answer "
         f"within {limit} ({len(too_long)} of {len(sizes)} rows are too long); shorten them, raise --max_length up to "
-        "the model's context, or leave them out with --drop_long_prompts true"
+        "the model's context, or leave them out with --too_long drop"
     )
 
 

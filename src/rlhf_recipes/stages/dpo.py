@@ -11,7 +11,7 @@ from typing import Any
 import trl
 from trl import DPOTrainer, ModelConfig
 
-from rlhf_recipes.core.arguments import LongPromptArguments
+from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.data import check_and_fit_rows, load_train_and_test, require_batch, require_held_out
 from rlhf_recipes.models import StartingModel, build_lora_config, check_policy, load_causal_lm, prepare_for_lora_
 from rlhf_recipes.training import (
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class DPOArguments(LongPromptArguments):
+class DPOArguments(RowLengthArguments):
     """Preferences: the columns prompt, chosen and rejected, all as text or all as messages."""
 
 
@@ -108,7 +108,7 @@ def load_pairs(arguments: DPOArguments, start: StartingModel) -> "tuple[Any, Any
     """Load the training and the test pairs and check each row."""
 
     def checked(rows: Any, name: str) -> Any:
-        drop = arguments.drop_long_prompts
+        drop = arguments.too_long == "drop"
         return rows and check_and_fit_rows(rows, COLUMNS, start.tokenizer, start.max_length, drop=drop, name=name)
 
     train_rows, test_rows = load_train_and_test(arguments)

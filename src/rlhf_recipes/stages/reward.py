@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import trl
 from trl import ModelConfig, RewardTrainer
 
-from rlhf_recipes.core.arguments import LongPromptArguments
+from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
     keep_fitting_prompts,
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class RewardArguments(LongPromptArguments):
+class RewardArguments(RowLengthArguments):
     """Preferences (chosen, rejected, optionally prompt) or labelled texts (text, label)."""
 
     reward_type: RewardType = field(
@@ -70,6 +70,7 @@ class RewardArguments(LongPromptArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reward_type not in get_args(RewardType):
             raise UserError(
                 f"unknown reward_type {self.reward_type!r}; choose one of {', '.join(get_args(RewardType))}"
@@ -186,7 +187,7 @@ def _check_pairs(dataset: Any, present: list[str], arguments: RewardArguments, s
     if "prompt" not in columns:
         return dataset
     return keep_fitting_prompts(
-        dataset, start.tokenizer, start.max_length, drop=arguments.drop_long_prompts, name=name
+        dataset, start.tokenizer, start.max_length, drop=arguments.too_long == "drop", name=name
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import trl
 from trl import ModelConfig, SFTTrainer
 
-from rlhf_recipes.core.arguments import LongPromptArguments
+from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
     bos_prefix,
@@ -44,7 +44,7 @@ IGNORED_LABEL = -100  # of a token without loss
 
 
 @dataclass
-class SFTArguments(LongPromptArguments):
+class SFTArguments(RowLengthArguments):
     """Demonstrations. Their columns decide which tokens have loss.
 
     prompt and completion (text or messages): the completion; messages: every assistant turn; text: every token.
@@ -147,7 +147,7 @@ def load_demonstrations(
         require_texts(dataset, columns, start.tokenizer, name)
         if "prompt" in columns:
             dataset = keep_fitting_prompts(
-                dataset, start.tokenizer, start.max_length, drop=arguments.drop_long_prompts, name=name
+                dataset, start.tokenizer, start.max_length, drop=arguments.too_long == "drop", name=name
             )
         if "messages" in columns:
             _require_assistant(dataset, name)
