@@ -1,6 +1,7 @@
 """The process's place in a distributed run, read from the environment that a launcher sets (torchrun, Accelerate)."""
 
 import os
+import sys
 
 
 def rank() -> int:
@@ -21,3 +22,9 @@ def is_main_process() -> bool:
 def is_distributed_launch() -> bool:
     """Return whether a launcher started this process as part of a process group."""
     return "WORLD_SIZE" in os.environ
+
+
+def log_line(text: str) -> None:
+    """Print one line for the user on stderr, once for all processes."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)

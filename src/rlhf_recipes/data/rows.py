@@ -20,6 +20,17 @@ def parse_row_filter(conditions: Sequence[str]) -> dict[str, set[str]]:
     return rules
 
 
+def matches_filter(value: Any, allowed: set[str], label_names: Sequence[str] | None = None) -> bool:
+    """Return whether a value is one of the allowed ones, compared as text; true and True are the same.
+
+    label_names: the class names of a ClassLabel column; either a name or a number matches.
+    """
+    if isinstance(value, bool):
+        return str(value).lower() in {each.lower() for each in allowed} or str(int(value)) in allowed
+    named = label_names is not None and isinstance(value, int) and 0 <= value < len(label_names)
+    return str(value) in allowed or bool(named and label_names is not None and label_names[value] in allowed)
+
+
 def filter_rows(dataset: Any, rules: Mapping[str, set[str]], name: str = "dataset") -> Any:
     """Return the rows whose columns hold one of the allowed values, compared as text; absent columns are ignored.
 

@@ -1,0 +1,18 @@
+"""From rows as people have them to canonical rows: text, messages, prompts and answers, preferences, labels, prompts."""
+
+from rlhf_recipes.data.forms.formats import COMPLETION, LABEL, MESSAGES, PREFERENCE, PROMPT, TEXT
+from rlhf_recipes.data.forms.load import LoadedRows, load_rows, load_split_rows
+from rlhf_recipes.data.forms.understand import FormOptions
+
+__all__ = [
+    "COMPLETION",
+    "LABEL",
+    "MESSAGES",
+    "PREFERENCE",
+    "PROMPT",
+    "TEXT",
+    "FormOptions",
+    "LoadedRows",
+    "load_rows",
+    "load_split_rows",
+]

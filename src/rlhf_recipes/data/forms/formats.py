@@ -1,0 +1,189 @@
+"""The shapes of rows that people bring, and how the shape of a source is found.
+
+A format says which meanings it needs and may use, and which form its rows are turned into (see `convert`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rlhf_recipes.core.errors import UserError
+
+# What a row is turned into.
+TEXT, MESSAGES, COMPLETION, PREFERENCE, LABEL, PROMPT = (
+    "text", "messages", "prompt_completion", "preference", "label", "prompt",
+)  # fmt: skip
+
+BEFORE_ANSWER = ("system", "context", "history", "tools", "chat_template_kwargs")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A shape of rows.
+
+    needs: meanings without which it is not this shape. uses: further meanings. form: what its rows are turned into.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    uses: tuple[str, ...]
+    form: str
+
+
+FORMATS = (
+    Format("ranked", ("prompt", "answers"), ("scores", *BEFORE_ANSWER), PREFERENCE),
+    Format("votes", ("answer_a", "answer_b", "vote"), ("prompt", *BEFORE_ANSWER), PREFERENCE),
+    Format("pair_votes", ("prompt", "answers", "vote"), BEFORE_ANSWER, PREFERENCE),
+    Format("preference", ("chosen", "rejected"), ("prompt", "messages", "margin", *BEFORE_ANSWER), PREFERENCE),
+    Format("kto", ("prompt", "completion", "label"), BEFORE_ANSWER, LABEL),
+    Format("labelled_messages", ("messages", "label"), ("system", "tools", "chat_template_kwargs"), LABEL),
+    Format("classification", ("text", "label"), (), LABEL),
+    Format("chosen_answer", ("chosen",), ("prompt", *BEFORE_ANSWER), COMPLETION),
+    Format("prompt_completion", ("prompt", "completion"), BEFORE_ANSWER, COMPLETION),
+    Format("messages", ("messages",), ("system", "tools", "chat_template_kwargs"), MESSAGES),
+    Format("text", ("text",), (), TEXT),
+    Format("token_ids", ("input_ids",), (), PROMPT),
+    Format("prompt", ("prompt",), BEFORE_ANSWER, PROMPT),
+)
+BY_NAME = {each.name: each for each in FORMATS}
+
+# Names of data sets and of peers' formats -> format. What is particular to one is found in its values.
+REQUESTED = {
+    "text": ("text",),
+    "openai": ("preference", "messages"),
+    "sharegpt": ("preference", "labelled_messages", "messages"),
+    "alpaca": ("ranked", "preference", "kto", "prompt_completion"),
+    "dolly": ("prompt_completion",),
+    "prompt_completion": ("prompt_completion",),
+    "preference": ("preference",),
+    "hh": ("preference", "chosen_answer"),
+    "ultrafeedback": ("preference", "ranked", "messages", "chosen_answer"),
+    "orca": ("preference", "prompt_completion"),
+    "kto": ("kto", "labelled_messages"),
+    "ranked": ("ranked",),
+    "votes": ("votes", "pair_votes"),
+    "classification": ("classification", "labelled_messages"),
+    "prompt": ("prompt",),
+}
+
+# Stages' forms, the preferred one first -> the forms of rows that serve, and what else may be made of them.
+SERVES = {
+    TEXT: {TEXT},
+    MESSAGES: {MESSAGES},
+    COMPLETION: {COMPLETION},
+    PREFERENCE: {PREFERENCE},
+    LABEL: {LABEL},
+    PROMPT: {PROMPT, COMPLETION, PREFERENCE, MESSAGES, LABEL, TEXT},
+}
+
+
+def check_format(name: str) -> None:
+    """Raise UserError if `name` is no format."""
+    if name != "auto" and name not in REQUESTED:
+        raise UserError(f"unknown dataset_format {name!r}; choose one of auto, {', '.join(REQUESTED)}")
+
+
+def choose_format(
+    meanings: Mapping[str, str], forms: Sequence[str], requested: str, name: str, present: Sequence[str]
+) -> Format:
+    """Return the shape of a source for a stage that reads `forms`, the preferred one first.
+
+    Args:
+        meanings: meaning -> column, as `assign_meanings` returns it.
+        requested: a key of `REQUESTED`, or auto.
+        name: the source in messages. present: its columns.
+
+    Raises:
+        UserError: no shape fits, or two do.
+    """
+    known = FORMATS if requested == "auto" else [BY_NAME[each] for each in REQUESTED[requested]]
+    complete = [each for each in known if _has(each, meanings)]
+    fitting = [each for form in forms for each in complete if each.form in SERVES[form]]
+    fitting = [each for each in fitting if not any(_says_more(other, each, meanings) for other in fitting)]
+    if not fitting:
+        raise UserError(_no_format(known, complete, forms, requested, name, present))
+    best = fitting[0]
+    columns = set(_taken(best, meanings).values())
+    others = [each for each in fitting[1:] if not set(_needed(each, meanings)) <= columns]
+    if requested == "auto" and others and forms[0] != PROMPT:
+        first, second = (", ".join(_needed(each, meanings)) for each in (best, others[0]))
+        raise UserError(
+            f"{name} can be read in two ways: by {first}, or by {second}; leave one of them out, for example "
+            f"--ignore_columns {' '.join(column for column in _needed(others[0], meanings) if column not in columns)}"
+        )
+    return best
+
+
+def columns_of(each: Format, meanings: Mapping[str, str]) -> dict[str, str]:
+    """Return meaning -> column of what the format reads; no column is read twice."""
+    return _taken(each, meanings)
+
+
+def _taken(each: Format, meanings: Mapping[str, str]) -> dict[str, str]:
+    taken: dict[str, str] = {}
+    for meaning in (*each.needs, *each.uses):
+        if meaning in meanings and meanings[meaning] not in taken.values():
+            taken[meaning] = meanings[meaning]
+    return taken
+
+
+def _says_more(other: Format, each: Format, meanings: Mapping[str, str]) -> bool:
+    """Return whether another shape of the same form needs all columns that this one needs, and further ones."""
+    return other.form == each.form and set(_needed(other, meanings)) > set(_needed(each, meanings))
+
+
+def _needed(each: Format, meanings: Mapping[str, str]) -> list[str]:
+    return [meanings[meaning] for meaning in each.needs]
+
+
+def _has(each: Format, meanings: Mapping[str, str]) -> bool:
+    """Return whether the source has all that a format needs, in different columns."""
+    columns = [meanings.get(meaning) for meaning in each.needs]
+    return None not in columns and len(set(columns)) == len(columns)
+
+
+WHAT = {
+    TEXT: "text (a column `text`)",
+    MESSAGES: "conversations (a column `messages`)",
+    COMPLETION: "prompts and answers (`prompt` and `completion`)",
+    PREFERENCE: "preferences (`chosen` and `rejected`)",
+    LABEL: "labelled texts (`text` and `label`)",
+    PROMPT: "prompts (a column `prompt`)",
+}
+EXAMPLE = {
+    TEXT: "--columns text=NAME",
+    MESSAGES: "--columns messages=NAME",
+    COMPLETION: "--columns prompt=NAME completion=NAME",
+    PREFERENCE: "--columns prompt=NAME chosen=NAME rejected=NAME",
+    LABEL: "--columns text=NAME label=NAME",
+    PROMPT: "--columns prompt=NAME",
+}
+
+
+def _no_format(
+    known: Sequence[Format], complete: Sequence[Format], forms: Sequence[str], requested: str, name: str,
+    present: Sequence[str],
+) -> str:  # fmt: skip
+    columns = ", ".join(present) or "no columns"
+    if requested != "auto" and not complete:
+        needs = " or ".join("+".join(each.needs) for each in known)
+        return (
+            f"{name} is not of the format {requested}, which needs {needs}; its columns are {columns}: say what they mean "
+            f"({EXAMPLE[known[0].form]}) or give another --dataset_format"
+        )
+    wanted = " or ".join(WHAT[form] for form in forms)
+    complete = [each for each in complete if each.name != "chosen_answer"] or complete
+    if complete:
+        found = complete[0]
+        return f"{name} holds {WHAT[found.form]}, and this stage reads {wanted}{_hint(found.form, forms)}"
+    return f"{name} has the columns {columns}, and this stage reads {wanted}; say what they mean: {EXAMPLE[forms[0]]}"
+
+
+def _hint(form: str, forms: Sequence[str]) -> str:
+    """Return what to do with rows of one form in a stage that reads others."""
+    if form == PREFERENCE and COMPLETION in forms:
+        return "; to learn the chosen answers pass --ignore_columns rejected"
+    if form == LABEL and PREFERENCE in forms:
+        return "; the reward stage learns from labelled answers (--reward_type classifier)"
+    if form == LABEL and COMPLETION in forms:
+        return "; keep the good rows (--row_filter label=true) or pass --ignore_columns label"
+    return f"; give another dataset, or say what the columns mean: {EXAMPLE[forms[0]]}"

@@ -1,0 +1,147 @@
+"""What the columns of a dataset mean, by their names or as the user says."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_recipes.core.errors import UserError
+
+# Meaning -> names of columns, the likeliest first. A column has one meaning; a meaning has one column.
+NAMES: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "msgs"),
+    "chosen": ("chosen", "preferred_output", "preferred", "chosen_response", "response_chosen", "win", "better"),
+    "rejected": (
+        "rejected", "non_preferred_output", "dispreferred", "rejected_response", "response_rejected", "lose", "worse",
+    ),
+    "prompt": (
+        "prompt", "instruction", "question", "query", "problem", "input", "user_input", "instructions", "history",
+        "info.post", "post",
+    ),
+    "completion": (
+        "completion", "output", "response", "answer", "answers", "target", "reply", "assistant", "solution", "responses",
+    ),
+    "context": ("context", "input", "passage"),
+    "history": ("history",),
+    "system": ("system", "system_prompt", "system_message", "system_instruction"),
+    "answers": ("responses", "completions", "answers", "outputs", "output", "candidates", "generations", "summaries"),
+    "scores": ("scores", "ranks", "ranking", "rank", "rewards", "ratings"),
+    "answer_a": ("conversation_a", "response_a", "answer_a", "output_a", "completion_a", "human_ref_A", "response_0"),
+    "answer_b": ("conversation_b", "response_b", "answer_b", "output_b", "completion_b", "human_ref_B", "response_1"),
+    "vote": ("winner", "choice", "preference", "vote", "preferred_answer", "labels", "label", "better_response_id"),
+    "label": ("label", "labels", "kto_tag", "sentiment", "stars", "rating", "score", "target", "class", "toxic", "toxicity"),
+    "margin": ("margin",),
+    "tools": ("tools", "functions"),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+    "weight": ("weight", "sample_weight"),
+    "text": ("text", "content", "document", "raw_content"),
+    "images": ("images", "image", "videos", "video", "audio", "audios"),
+    "input_ids": ("input_ids",),
+}  # fmt: skip
+
+# Columns about a row, not of it; they may be left out without a word from the user.
+ABOUT_ROWS = re.compile(
+    r"(^|.*_)(id|ids|idx|index|uuid|hash|sha|md5|source|dataset|origin|split|subset|categor(y|ies)|task|type|topic|tags?|lang|"
+    r"language|licen[cs]e|url|time|timestamp|date|created|worker|annotator|judge|model|domain|confidence|version|meta|"
+    r"metadata|info|extra|kind|policy|path|file|filename|name|turn|score|ratio|length|tokens)(_.*|$)",
+    re.IGNORECASE,
+)
+
+
+def parse_columns(values: Sequence[str] | None) -> dict[str, str]:
+    """Return meaning -> column of ``["prompt=question", ...]``, or of one JSON object.
+
+    Raises:
+        UserError: another form, or an unknown meaning.
+    """
+    pairs: dict[str, str] = {}
+    for value in values or []:
+        if value.lstrip().startswith("{"):
+            try:
+                parsed = json.loads(value)
+            except ValueError:
+                parsed = None
+            if not isinstance(parsed, dict):
+                raise UserError(
+                    f"columns {value!r} is no JSON object; write --columns prompt=question completion=answer"
+                )
+            pairs |= {str(ours): str(theirs) for ours, theirs in parsed.items()}
+            continue
+        ours, equals, theirs = value.partition("=")
+        if not equals or not theirs:
+            raise UserError(
+                f"columns {value!r} is not of the form meaning=column; write --columns prompt=question completion=answer"
+            )
+        pairs[ours.strip()] = theirs.strip()
+    for ours, theirs in pairs.items():
+        if ours not in NAMES:
+            turned = f"; did you mean {theirs}={ours}?" if theirs in NAMES else f"; choose one of {', '.join(NAMES)}"
+            raise UserError(f"columns: {ours!r} is no meaning of a column{turned}")
+    return pairs
+
+
+def read_path(row: Mapping[str, Any], path: str) -> Any:
+    """Return a column's value; ``info.post`` is the key `post` of the column `info`. None where it is absent."""
+    if path in row or "." not in path:
+        return row.get(path)
+    first, _, rest = path.partition(".")
+    value = row.get(first)
+    return read_path(value, rest) if isinstance(value, Mapping) else None
+
+
+def assign_meanings(
+    present: Sequence[str], kinds: Mapping[str, str], requested: Mapping[str, str], ignored: Sequence[str], name: str
+) -> dict[str, str]:
+    """Return meaning -> column for one source; each column is listed under every meaning that its name and values allow.
+
+    Args:
+        present: the columns, and the dotted paths into columns of objects.
+        kinds: what each column holds: text, messages, number, bool, list, object, mixed or none.
+        requested: meanings that the user gave; they leave their columns no other meaning.
+        ignored: columns that are left out.
+        name: the source in messages.
+
+    Raises:
+        UserError: a requested column that the source does not have.
+    """
+    for ours, theirs in requested.items():
+        if theirs not in present:
+            close = difflib.get_close_matches(theirs, present, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"columns {ours}={theirs}: {name} has no column {theirs!r} but {', '.join(present)}{hint}")
+    meanings = dict(requested)
+    free = [column for column in present if column not in ignored and column not in requested.values()]
+    for meaning, names in NAMES.items():
+        if meaning not in meanings:
+            by_lower = {column.lower(): column for column in reversed(free)}
+            candidates = [by_lower[each.lower()] for each in names if each.lower() in by_lower]
+            column = next((each for each in candidates if _fits(meaning, kinds[each])), None)
+            if column is not None:
+                meanings[meaning] = column
+    return meanings
+
+
+# What a column of a meaning may hold. `none`: no row has a value.
+ALLOWED = {
+    "messages": {"messages"},
+    "history": {"list"},
+    "answers": {"list"},
+    "scores": {"list"},
+    "context": {"text"},
+    "system": {"text"},
+    "text": {"text", "messages"},
+    "tools": {"list", "text", "object"},
+    "chat_template_kwargs": {"object", "text"},
+    "margin": {"number"},
+    "weight": {"number", "bool", "text"},
+    "label": {"number", "bool", "text"},
+    "vote": {"number", "bool", "text"},
+    "input_ids": {"list"},
+    "images": {"text", "list", "object", "mixed", "messages"},
+}
+TEXTS = {"text", "messages"}
+
+
+def _fits(meaning: str, kind: str) -> bool:
+    return kind in ALLOWED.get(meaning, TEXTS)

@@ -1,0 +1,210 @@
+"""Preferences in every common shape as ``{"prompt", "chosen", "rejected"}``."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data.forms.context import Context
+from rlhf_recipes.data.forms.convert import EMPTY_ANSWERS, Row
+from rlhf_recipes.data.forms.messages import Message, shared_prefix, shortened
+from rlhf_recipes.data.forms.survey import is_missing
+from rlhf_recipes.data.forms.transcripts import is_transcript, split_transcript
+
+ANSWER_KEYS = ("response", "text", "content", "output", "answer", "completion", "generation", "value")
+SCORE_KEYS = ("overall_score", "score", "rating", "reward")
+RANK_NAMES = ("rank", "ranks", "ranking")  # 1 is the best
+
+
+def preference_rows(
+    context: Context, row: Mapping[str, Any], index: int, repeats_prompt: bool = False
+) -> Iterator[Row]:
+    """Yield a pair. repeats_prompt: both texts begin with the prompt in every row of the source."""
+    chosen, rejected = context.value(row, "chosen"), context.value(row, "rejected")
+    pair = _pair(context, row, index, chosen, rejected, repeats_prompt)
+    if pair is not None:
+        margin = context.value(row, "margin")
+        yield pair | ({} if margin is None else {"margin": float(margin)})
+
+
+def vote_rows(context: Context, row: Mapping[str, Any], index: int) -> Iterator[Row]:
+    """Yield the pair of a vote between two answers; a tie is dropped and counted."""
+    if "answers" in context.columns:
+        answers = [_answer_text(each) for each in context.value(row, "answers") or []]
+        if len(answers) != 2:
+            raise UserError(f"{context.place(index, 'answers')} holds {len(answers)} answers; a vote is between two")
+    else:
+        answers = [context.value(row, "answer_a"), context.value(row, "answer_b")]
+    winner = _winner(context, row, index)
+    if winner is None:
+        context.counts["ties"] += 1
+        return
+    pair = _pair(context, row, index, answers[winner], answers[1 - winner])
+    if pair is not None:
+        yield pair
+
+
+def ranked_rows(
+    context: Context, row: Mapping[str, Any], index: int, *, best_first: bool, with_margin: bool
+) -> Iterator[Row]:
+    """Yield every pair of answers with different scores (Ouyang et al. 2022); pairs of equal scores are counted as ties.
+
+    best_first: a list without scores is in order. with_margin: the difference of the scores is the pair's margin.
+    """
+    answers = context.value(row, "answers") or []
+    scores = _scores(context, row, index, answers, best_first)
+    for (one, first), (two, second) in combinations(zip(answers, scores, strict=True), 2):
+        if first == second:
+            context.counts["ties"] += 1
+            continue
+        better, worse = (one, two) if first > second else (two, one)
+        pair = _pair(context, row, index, _answer_text(better), _answer_text(worse))
+        if pair is not None:
+            yield pair | ({"margin": abs(first - second)} if with_margin else {})
+
+
+def _pair(
+    context: Context, row: Mapping[str, Any], index: int, chosen: Any, rejected: Any, repeats_prompt: bool = False
+) -> Row | None:
+    """Return a pair with its prompt split off; None, counted, where an answer is empty or the prompts differ."""
+    if not context.chat:
+        return _text_pair(context, row, index, chosen, rejected, repeats_prompt)
+    places = [f"{context.name}, row {index}: the {side} answer" for side in ("chosen", "rejected")]
+    first, second = (context.as_answer(value, place) for value, place in zip((chosen, rejected), places, strict=True))
+    prompt = context.prompt_messages(row, index)
+    if not prompt and "messages" in context.columns:
+        prompt = context.messages(row, "messages", index)
+    begins = [_begins_with(answer, prompt) for answer in (first, second)]
+    shared = shared_prefix(first, second)
+    if prompt and all(begins):
+        first, second = first[len(prompt) :], second[len(prompt) :]
+    elif shared and (not prompt or _holds_prompt(shared, prompt)):
+        first, second = first[len(shared) :], second[len(shared) :]
+        system = prompt[:1] if prompt and prompt[0]["role"] == "system" and shared[0]["role"] != "system" else []
+        prompt = [*system, *shared]
+    if not _says_something(first):
+        context.counts[EMPTY_ANSWERS] += 1
+        return None
+    second = second or [{"role": "assistant", "content": ""}]
+    _count_empty_rejected(context, _says_something(second))
+    for answer, side in ((first, "chosen"), (second, "rejected")):
+        if any(turn["role"] not in ("assistant", "tool") for turn in answer) or answer[-1]["role"] != "assistant":
+            if not prompt and answer[0]["role"] in ("user", "system"):
+                context.counts["unequal_prompts"] += 1
+                return None
+            raise UserError(
+                f"{context.name}, row {index}: the {side} answer ends or continues with a turn of the "
+                f"{next(turn['role'] for turn in reversed(answer) if turn['role'] != 'assistant')}, and only assistant turns "
+                "can be compared; end the row with the last assistant turn"
+            )
+    return {"prompt": prompt, "chosen": first, "rejected": second} | context.template_values(row)
+
+
+def _text_pair(
+    context: Context, row: Mapping[str, Any], index: int, chosen: Any, rejected: Any, repeats_prompt: bool
+) -> Row | None:
+    texts = []
+    for value, side in ((chosen, "chosen"), (rejected, "rejected")):
+        if is_missing(value):
+            value = ""
+        if not isinstance(value, str):
+            raise UserError(f"{context.name}, row {index}: the {side} answer is {shortened(value)}, which is no text")
+        texts.append(value)
+    prompt = context.prompt_text(row, index)
+    if repeats_prompt:
+        texts = [text[len(prompt) :] for text in texts]
+    elif not prompt and all(is_transcript(text) for text in texts):
+        (prompt, first), (other, second) = (split_transcript(text) for text in texts)
+        if prompt != other:
+            context.counts["unequal_prompts"] += 1
+            return None
+        texts = [first, second]
+    if not texts[0].strip():
+        context.counts[EMPTY_ANSWERS] += 1
+        return None
+    _count_empty_rejected(context, texts[1].strip())
+    if "prompt" in context.columns and not prompt:
+        context.counts["empty_prompts"] += 1
+        return None
+    return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
+
+
+def _begins_with(answer: Sequence[Message], prompt: Sequence[Message]) -> bool:
+    bare = [(turn["role"], turn["content"]) for turn in prompt]
+    return bool(bare) and [(turn["role"], turn["content"]) for turn in answer[: len(bare)]] == bare
+
+
+def _holds_prompt(shared: Sequence[Message], prompt: Sequence[Message]) -> bool:
+    """Return whether the shared turns end with what the prompt column says."""
+    return bool(prompt) and (shared[-1]["content"] or "").strip() == (prompt[-1]["content"] or "").strip()
+
+
+def _both_answer(first: Sequence[Message], second: Sequence[Message]) -> bool:
+    return all(
+        any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in each) for each in (first, second)
+    )
+
+
+def _answer_text(answer: Any) -> Any:
+    """Return the answer of a list's item: text, messages, or an object with the text under a known key."""
+    if isinstance(answer, Mapping) and "role" not in answer:
+        return next((answer[key] for key in ANSWER_KEYS if answer.get(key) is not None), None)
+    return answer
+
+
+def _scores(context: Context, row: Mapping[str, Any], index: int, answers: Any, best_first: bool) -> list[float]:
+    """Return a score of each answer; higher is better."""
+    place = context.place(index, "answers")
+    if not isinstance(answers, (list, tuple)) or len(answers) < 2:
+        raise UserError(f"{place} holds {shortened(answers)}; a ranking needs a list of two answers or more")
+    given = context.value(row, "scores")
+    falls = "scores" in context.columns and context.columns["scores"].lower() in RANK_NAMES
+    if given is None and all(isinstance(answer, Mapping) for answer in answers):
+        keys = [key for key in (*SCORE_KEYS, *RANK_NAMES) if all(not is_missing(each.get(key)) for each in answers)]
+        if keys:
+            given, falls = [each[keys[0]] for each in answers], keys[0] in RANK_NAMES
+    if given is None and best_first:
+        return [float(-place) for place in range(len(answers))]
+    if given is None:
+        raise UserError(
+            f"{place} holds {len(answers)} answers without scores; if the first is the best, pass --dataset_format ranked"
+        )
+    if len(given) != len(answers):
+        raise UserError(f"{place} holds {len(answers)} answers, and there are {len(given)} scores")
+    try:
+        return [-float(score) if falls else float(score) for score in given]
+    except (TypeError, ValueError):
+        raise UserError(f"{context.name}, row {index}: the scores {shortened(given)} are no numbers") from None
+
+
+def _winner(context: Context, row: Mapping[str, Any], index: int) -> int | None:
+    """Return 0 or 1 for the winner of a vote, None for a tie."""
+    column, value = context.columns["vote"], context.value(row, "vote")
+    word = str(value).strip().lower()
+    if word.startswith("tie") or word in ("both", "neither", "equal", "draw", "none"):
+        return None
+    if word in ("a", "model_a", "response_a", "answer_a", "output_a", "assistant_a", "left", "first"):
+        return 0
+    if word in ("b", "model_b", "response_b", "answer_b", "output_b", "assistant_b", "right", "second"):
+        return 1
+    number = int(float(word)) if word.replace(".0", "") in ("0", "1") else None
+    if number is not None and column in ("choice", "better_response_id"):
+        return number  # the place of the better answer
+    if number is not None and context.columns.get("answer_a") == "human_ref_A":
+        _check_scores(context, row, index, number)
+        return 1 - number  # SHP: 1 means that A is preferred (Ethayarajh et al. 2022)
+    raise UserError(
+        f"{context.place(index, 'vote')} holds {value!r}, which names no answer; give model_a, model_b or tie, or leave it "
+        f"out (--ignore_columns {column}) where there are chosen and rejected"
+    )
+
+
+def _check_scores(context: Context, row: Mapping[str, Any], index: int, label: int) -> None:
+    first, second = row.get("score_A"), row.get("score_B")
+    if first is None or second is None or first == second:
+        return
+    if (first > second) != bool(label):
+        raise UserError(
+            f"{context.place(index, 'vote')} prefers {'AB'[1 - label]}, but score_A is {first} and score_B "
+            f"{second}; pass --ignore_columns score_A score_B to go by the label"
+        )
