@@ -2,7 +2,7 @@
 
 from rlhf_recipes.data.forms.formats import COMPLETION, LABEL, MESSAGES, PREFERENCE, PROMPT, TEXT
 from rlhf_recipes.data.forms.load import LoadedRows, load_rows, load_split_rows
-from rlhf_recipes.data.forms.understand import FormOptions
+from rlhf_recipes.data.forms.options import FormOptions
 
 __all__ = [
     "COMPLETION",

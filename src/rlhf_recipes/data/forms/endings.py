@@ -44,7 +44,8 @@ def without_foreign_ends(
                 changed[name] = [_stripped_message(turn, of_messages) for turn in value]
         if isinstance(row.get("messages"), list):
             changed["messages"] = [_stripped_message(turn, of_messages) for turn in row["messages"]]
-        counts[COUNT] += changed != row
+        if changed != row:
+            counts[COUNT] += 1
         yield changed
 
 

@@ -13,8 +13,9 @@ from rlhf_recipes.data.counts import RowCounts
 from rlhf_recipes.data.forms.convert import as_conversation
 from rlhf_recipes.data.forms.formats import COMPLETION, MESSAGES, PREFERENCE, PROMPT, check_format
 from rlhf_recipes.data.forms.meanings import parse_columns
+from rlhf_recipes.data.forms.options import FormOptions
 from rlhf_recipes.data.forms.store import canonical_features, store_rows, stream_rows
-from rlhf_recipes.data.forms.understand import FormOptions, Understood, understand
+from rlhf_recipes.data.forms.understand import Understood, understand
 from rlhf_recipes.data.reading import Source, open_source, open_test_source
 from rlhf_recipes.data.rows import matches_filter, parse_row_filter
 

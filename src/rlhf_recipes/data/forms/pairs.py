@@ -139,10 +139,14 @@ def _holds_prompt(shared: Sequence[Message], prompt: Sequence[Message]) -> bool:
     return bool(prompt) and (shared[-1]["content"] or "").strip() == (prompt[-1]["content"] or "").strip()
 
 
-def _both_answer(first: Sequence[Message], second: Sequence[Message]) -> bool:
-    return all(
-        any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in each) for each in (first, second)
-    )
+def _says_something(answer: Sequence[Message]) -> bool:
+    return any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in answer)
+
+
+def _count_empty_rejected(context: Context, answered: Any) -> None:
+    """Count a rejected answer without text. It is kept: a model may learn that silence is worse."""
+    if not answered:
+        context.counts["empty_rejected"] += 1
 
 
 def _answer_text(answer: Any) -> Any:
