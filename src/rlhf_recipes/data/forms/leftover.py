@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.forms.formats import COMPLETION, LABEL, MESSAGES, PREFERENCE
-from rlhf_recipes.data.forms.meanings import ABOUT_ROWS
+from rlhf_recipes.data.forms.meanings import ABOUT_ROWS, possible_meanings
 from rlhf_recipes.data.forms.survey import Column
 
 # Meanings that change what a row teaches; a column of another meaning may stand beside.
@@ -47,7 +47,7 @@ def check_leftover(form: str, left: Mapping[str, Column], meanings: Mapping[str,
 
 
 def _carries(column: str, facts: Column, form: str, meanings: Mapping[str, str], kept: bool) -> bool:
-    meant = {meaning for meaning, name in meanings.items() if name == column}
+    meant = {meaning for meaning, name in meanings.items() if name == column} | possible_meanings(column, facts.kind)
     if "images" in meant:
         return True
     if kept or form not in SUPERVISED:

@@ -143,5 +143,14 @@ ALLOWED = {
 TEXTS = {"text", "messages"}
 
 
+def possible_meanings(column: str, kind: str) -> set[str]:
+    """Return the meanings that a column's name and values allow."""
+    return {
+        meaning
+        for meaning, names in NAMES.items()
+        if column.lower() in (name.lower() for name in names) and _fits(meaning, kind)
+    }
+
+
 def _fits(meaning: str, kind: str) -> bool:
     return kind in ALLOWED.get(meaning, TEXTS)
