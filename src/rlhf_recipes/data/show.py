@@ -30,7 +30,10 @@ class ShownRow:
 
 
 def show_rows(
-    rows: Iterable[ShownRow], tokenizer: "PreTrainedTokenizerBase", stream: TextIO | None = None, colours: bool | None = None
+    rows: Iterable[ShownRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    stream: TextIO | None = None,
+    colours: bool | None = None,
 ) -> None:
     """Print rows: a heading with the length and the number of tokens with loss, then the text with these tokens marked.
 
@@ -49,12 +52,13 @@ def show_rows(
         parts = [f"{len(row.ids)} tokens", f"{sum(loss)} with loss" if row.loss is not None else "", row.note]
         heading = f"-- {row.title}: {', '.join(part for part in parts if part)}"
         print(f"\n{FAINT}{heading}{RESET}" if colours else f"\n{heading}", file=stream)
-        print("".join(f"{begin}{text}{end}" if has else text for text, has in _spans(row.ids, loss, tokenizer)), file=stream)
+        print(
+            "".join(f"{begin}{text}{end}" if has else text for text, has in _spans(row.ids, loss, tokenizer)),
+            file=stream,
+        )
 
 
-def _spans(
-    ids: Sequence[int], loss: Sequence[bool], tokenizer: "PreTrainedTokenizerBase"
-) -> list[tuple[str, bool]]:
+def _spans(ids: Sequence[int], loss: Sequence[bool], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, bool]]:
     """Return the text of each unbroken span with or without loss, decoded in the context of what precedes it."""
     spans: list[tuple[str, bool]] = []
     start, before = 0, ""

@@ -83,7 +83,13 @@ def check_format(name: str) -> None:
 
 
 def choose_format(
-    meanings: Mapping[str, str], forms: Sequence[str], requested: str, name: str, present: Sequence[str]
+    meanings: Mapping[str, str],
+    forms: Sequence[str],
+    requested: str,
+    name: str,
+    present: Sequence[str],
+    *,
+    first: bool = False,
 ) -> Format:
     """Return the shape of a source for a stage that reads `forms`, the preferred one first.
 
@@ -91,9 +97,10 @@ def choose_format(
         meanings: meaning -> column, as `assign_meanings` returns it.
         requested: a key of `REQUESTED`, or auto.
         name: the source in messages. present: its columns.
+        first: of two shapes that fit, take the first.
 
     Raises:
-        UserError: no shape fits, or two do.
+        UserError: no shape fits, or two do and `first` is False.
     """
     known = FORMATS if requested == "auto" else [BY_NAME[each] for each in REQUESTED[requested]]
     complete = [each for each in known if _has(each, meanings)]
@@ -104,10 +111,10 @@ def choose_format(
     best = fitting[0]
     columns = set(_taken(best, meanings).values())
     others = [each for each in fitting[1:] if not set(_needed(each, meanings)) <= columns]
-    if requested == "auto" and others and forms[0] != PROMPT:
-        first, second = (", ".join(_needed(each, meanings)) for each in (best, others[0]))
+    if requested == "auto" and others and not first:
+        one, other = (", ".join(_needed(each, meanings)) for each in (best, others[0]))
         raise UserError(
-            f"{name} can be read in two ways: by {first}, or by {second}; leave one of them out, for example "
+            f"{name} can be read in two ways: by {one}, or by {other}; leave one of them out, for example "
             f"--ignore_columns {' '.join(column for column in _needed(others[0], meanings) if column not in columns)}"
         )
     return best

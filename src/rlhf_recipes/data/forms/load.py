@@ -1,9 +1,8 @@
 """The one door for data: from the arguments of a stage to canonical rows with counts of what happened to them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from rlhf_recipes.core.arguments import DatasetArguments, ReadingArguments
@@ -11,16 +10,16 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import log_line
 from rlhf_recipes.data.counts import RowCounts
 from rlhf_recipes.data.forms.convert import as_conversation
-from rlhf_recipes.data.forms.formats import COMPLETION, MESSAGES, PREFERENCE, PROMPT, check_format
-from rlhf_recipes.data.forms.meanings import parse_columns
+from rlhf_recipes.data.forms.formats import COMPLETION, LABEL, MESSAGES, PREFERENCE, PROMPT, TEXT
 from rlhf_recipes.data.forms.options import FormOptions
+from rlhf_recipes.data.forms.selection import understand_sources, understand_split
 from rlhf_recipes.data.forms.store import canonical_features, store_rows, stream_rows
-from rlhf_recipes.data.forms.understand import Understood, understand
-from rlhf_recipes.data.reading import Source, open_source, open_test_source
-from rlhf_recipes.data.rows import matches_filter, parse_row_filter
+from rlhf_recipes.data.forms.understand import Understood
 
 Row = dict[str, Any]
 TRAIN, TEST = "the training split", "the held-out split"
+FORMS_WITH_TEXT = (TEXT, MESSAGES, PREFERENCE, COMPLETION, LABEL, PROMPT)
+TEXT_COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 REASONS = {
     "empty_rows": "are empty and are dropped",
     "empty_answers": "have an empty answer and are dropped",
@@ -53,122 +52,64 @@ def load_rows(arguments: DatasetArguments, options: FormOptions, *, streaming: b
     Raises:
         UserError: no dataset, a source that cannot be read or understood, sources of different forms, no rows left.
     """
-    check_arguments(arguments)
-    names = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
-    if not names[0]:
-        raise UserError("no dataset; pass --dataset_name with a folder, a data file or a Hub id")
-    split, reading = arguments.dataset_train_split, _reading_options(arguments) | {"streaming": streaming}
-    sources = [open_source(str(name), split, **reading) for name in names]
-    test = open_test_source(str(names[0]), arguments.dataset_test_split, **reading)
-    columns = _requested_columns(arguments, [*sources, *([test] if test else [])])
-    rules = parse_row_filter(arguments.row_filter or [])
-    require_filter_columns(sources, rules)
     train_counts, test_counts = RowCounts(TRAIN), RowCounts(TEST)
-    limit = arguments.max_train_samples
-    selected = [_limited(_filtered(source, rules), limit) for source in sources]
-    read = partial(understand, arguments=arguments, options=options, filtered=list(rules), streaming=streaming)
-    understood = [read(each, requested=columns(each), counts=train_counts) for each in selected]
-    held_out: list[Understood] = []
-    if test is not None:
-        chosen = _limited(_filtered(test, rules), arguments.max_test_samples)
-        held_out = [read(chosen, requested=columns(chosen), counts=test_counts)]
-    for each in [*understood, *held_out]:
-        log_line(f"{each.source.name}: {each.description}")
-    form, chat = _common_form([*understood, *held_out])
+    sources, held_out = understand_sources(arguments, options, train_counts, test_counts, streaming)
+    form, chat = _common_form([*sources, *held_out])
     if arguments.as_chat is None:
         _tell_of_plain_text(form, chat, options)
-    train = _stored(understood, form, train_counts, streaming, limit)
-    stored_test = _stored(held_out, form, test_counts, False) if held_out else None
+    train = _stored(sources, form, train_counts, streaming, arguments.max_train_samples)
+    test = _stored(held_out, form, test_counts, False) if held_out else None
     if form == PREFERENCE:
-        _require_same_prompts(train, stored_test)
+        _require_same_prompts(train, test)
     counts = {"train": train_counts} | ({"test": test_counts} if held_out else {})
-    return LoadedRows(form, chat, train, stored_test, counts)
+    return LoadedRows(form, chat, train, test, counts)
+
+
+def load_texts(
+    arguments: DatasetArguments, text_column: str = "text", *, streaming: bool = False
+) -> tuple[Iterable[str], Iterable[str] | None]:
+    """Return every text of the training splits and of the held-out split: text columns, messages, prompts and answers.
+
+    Both can be iterated again and again; nothing is held in memory. The second is None without a held-out split.
+    Errors as `load_rows`.
+    """
+    counts = RowCounts(TRAIN), RowCounts(TEST)
+    options = text_options(FormOptions(FORMS_WITH_TEXT, any_text=True), text_column)
+    sources, held_out = understand_sources(arguments, options, *counts, streaming)
+    limit = arguments.max_train_samples
+    return Texts(sources, limit), Texts(held_out, None) if held_out else None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of some sources, at most those of the first `limit` rows."""
+
+    sources: Sequence[Understood]
+    limit: int | None
+
+    def __iter__(self) -> Iterator[str]:
+        for row in islice(chain.from_iterable(self.sources), self.limit):
+            for name in TEXT_COLUMNS:
+                value = row.get(name)
+                if isinstance(value, str):
+                    yield value
+                elif value:
+                    yield from (turn["content"] for turn in value if turn["content"])
 
 
 def load_split_rows(
     name: str, split: str, arguments: ReadingArguments, options: FormOptions, *, config: str | None = None
 ) -> LoadedRows:
     """Load one split, in `train`. Errors as `load_rows`."""
-    check_arguments(arguments)
-    source = open_source(name, split, config=config, **_reading_options(arguments))
-    counts = RowCounts(source.name)
-    columns = _requested_columns(arguments, [source])(source)
-    understood = understand(source, arguments, options, [], columns, counts)
-    log_line(f"{source.name}: {understood.description}")
+    counts = RowCounts(name)
+    understood = understand_split(name, split, arguments, options, counts, config)
     rows = _stored([understood], understood.form, counts, False)
     return LoadedRows(understood.form, understood.chat, rows, None, {"train": counts})
 
 
-def check_arguments(arguments: ReadingArguments) -> None:
-    """Raise UserError for values that no dataset could fit."""
-    check_format(arguments.dataset_format)
-    parse_columns(arguments.columns)
-
-
-def _reading_options(arguments: ReadingArguments) -> dict[str, Any]:
-    config = {"config": arguments.dataset_config} if isinstance(arguments, DatasetArguments) else {}
-    return config | {"encoding": arguments.encoding, "text_by": arguments.text_by}
-
-
-def _requested_columns(arguments: ReadingArguments, sources: Sequence[Source]) -> Callable[[Source], dict[str, str]]:
-    """Return a function that gives the requested columns that a source has. Each must be in one of the sources."""
-    requested = parse_columns(arguments.columns)
-
-    def of(source: Source) -> dict[str, str]:
-        return {ours: theirs for ours, theirs in requested.items() if _has_path(source, theirs)}
-
-    if not any(len(of(source)) == len(requested) for source in sources):
-        for ours, theirs in requested.items():
-            if not any(_has_path(source, theirs) for source in sources):
-                raise UserError(
-                    f"columns {ours}={theirs}: the dataset has no column {theirs!r} but {', '.join(sources[0].columns)}"
-                )
-    for name in arguments.ignore_columns or []:
-        if not any(name in source.columns for source in sources):
-            raise UserError(
-                f"ignore_columns names {name!r}, but the dataset has {', '.join(sources[0].columns)}; leave it out"
-            )
-    return of
-
-
-def _has_path(source: Source, path: str) -> bool:
-    return path in source.columns or path.split(".")[0] in source.columns
-
-
-def require_filter_columns(sources: Sequence[Source], rules: Mapping[str, set[str]]) -> None:
-    """Raise UserError if a filtered column is in none of the sources."""
-    for column in rules:
-        if not any(column in source.columns for source in sources):
-            present = ", ".join(sources[0].columns)
-            raise UserError(f"row_filter names the column {column}, but the dataset has {present}; name one of these")
-
-
-def _filtered(source: Source, rules: Mapping[str, set[str]]) -> Source:
-    """Return the source with the rows that match; it ignores rules for columns that it does not have."""
-    rules = {column: allowed for column, allowed in rules.items() if column in source.columns}
-    if not rules:
-        return source
-    read, names = source.read, source.label_names
-
-    def rows() -> Iterator[Row]:
-        for row in read():
-            if all(matches_filter(row.get(column), allowed, names.get(column)) for column, allowed in rules.items()):
-                yield row
-
-    if next(rows(), None) is None:
-        conditions = ", ".join(f"{column} in {sorted(allowed)}" for column, allowed in rules.items())
-        raise UserError(f"{source.name} has no row with {conditions}; change --row_filter")
-    return replace(source, read=rows, length=None)
-
-
-def _limited(source: Source, limit: int | None) -> Source:
-    """Return the source with its first `limit` rows."""
-    if limit is None:
-        return source
-    if limit < 1:
-        raise UserError(f"a limit of {limit} samples leaves no rows; give at least 1")
-    read = source.read
-    return replace(source, read=lambda: islice(read(), limit), length=None)
+def text_options(options: FormOptions, column: str | None) -> FormOptions:
+    """Return the options with `column` as the text, if it is another one than `text`."""
+    return options if column in (None, "text") else replace(options, columns={**options.columns, "text": str(column)})
 
 
 def _common_form(sources: Sequence[Understood]) -> tuple[str, bool]:

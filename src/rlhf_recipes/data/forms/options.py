@@ -1,7 +1,7 @@
 """What a stage asks of the rows that it reads."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,3 +24,5 @@ class FormOptions:
     margin: bool = False
     score_margin: bool = False
     tokenizer: "PreTrainedTokenizerBase | None" = None
+    any_text: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)

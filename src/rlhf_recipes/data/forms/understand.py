@@ -89,7 +89,15 @@ def understand(
     facts = survey(source, dotted, STREAM_ROWS if streaming else None)
     kinds = {name: column.kind for name, column in facts.items()}
     meanings = assign_meanings(list(facts), kinds, requested, ignored, source.name)
-    shape = choose_format(meanings, options.forms, arguments.dataset_format, source.name, list(source.columns))
+    first = options.any_text or options.forms[0] == PROMPT
+    shape = choose_format(
+        meanings,
+        options.forms,
+        arguments.dataset_format,
+        source.name,
+        list(source.columns),
+        first=options.any_text or options.forms[0] == PROMPT,
+    )
     shape = shape if options.margin else replace(shape, uses=tuple(use for use in shape.uses if use != "margin"))
     columns = _with_values(columns_of(shape, meanings), shape, facts)
     chat = _is_chat(columns, facts, arguments.as_chat, source.name)
@@ -97,10 +105,11 @@ def understand(
     context = Context(source.name, columns, chat, parse_roles(arguments.roles), counts, separated)
     form = PROMPT if options.forms[0] == PROMPT else shape.form
     keeps = options.keep_columns or form == PROMPT
+    accounted = keeps or options.any_text
     used = {name.split(".")[0] for name in columns.values()}
     left = {name: column for name, column in facts.items() if name in source.columns and name not in used}
     unread = {name: column for name, column in left.items() if name not in filtered}
-    check_leftover(form, unread, meanings, source.name, kept=keeps)
+    check_leftover(form, unread, meanings, source.name, kept=accounted)
     convert_row, form, notes = row_converter(shape, form, context, facts, source, arguments, options)
     kept: dict[str, Column] = {}
     if keeps:
