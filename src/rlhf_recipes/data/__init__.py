@@ -20,9 +20,25 @@ from rlhf_recipes.data.checks import (
     require_text,
     require_texts,
 )
+from rlhf_recipes.data.counts import RowCounts
+from rlhf_recipes.data.forms import (
+    COMPLETION,
+    LABEL,
+    MESSAGES,
+    PREFERENCE,
+    PROMPT,
+    TEXT,
+    FormOptions,
+    LoadedRows,
+    load_rows,
+    load_split_rows,
+    load_texts,
+    text_options,
+)
 from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.prompts import RESERVED_COLUMNS, Prompts, read_prompt
 from rlhf_recipes.data.rows import first_row, require_columns, write_rows
+from rlhf_recipes.data.show import ShownRow, show_rows
 from rlhf_recipes.data.sources import (
     data_splits,
     load_split,
@@ -32,9 +48,19 @@ from rlhf_recipes.data.sources import (
 )
 
 __all__ = [
+    "COMPLETION",
+    "LABEL",
+    "MESSAGES",
+    "PREFERENCE",
+    "PROMPT",
     "RESERVED_COLUMNS",
     "ROLE_TOKENS",
+    "TEXT",
+    "FormOptions",
+    "LoadedRows",
     "Prompts",
+    "RowCounts",
+    "ShownRow",
     "bos_prefix",
     "chat_template",
     "check_and_fit_rows",
@@ -43,8 +69,11 @@ __all__ = [
     "first_row",
     "is_conversation",
     "keep_fitting_prompts",
+    "load_rows",
     "load_split",
+    "load_split_rows",
     "load_test_split",
+    "load_texts",
     "load_train_and_test",
     "load_training_sources",
     "pack_documents",
@@ -58,6 +87,8 @@ __all__ = [
     "require_held_out",
     "require_text",
     "require_texts",
+    "show_rows",
     "text_ids",
+    "text_options",
     "write_rows",
 ]

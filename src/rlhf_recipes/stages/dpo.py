@@ -12,7 +12,8 @@ import trl
 from trl import DPOTrainer, ModelConfig
 
 from rlhf_recipes.core.arguments import RowLengthArguments
-from rlhf_recipes.data import check_and_fit_rows, load_train_and_test, require_batch, require_held_out
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data import PREFERENCE, FormOptions, check_and_fit_rows, load_rows, require_batch, require_held_out
 from rlhf_recipes.models import StartingModel, build_lora_config, check_policy, load_causal_lm, prepare_for_lora_
 from rlhf_recipes.training import (
     FineTuningDefaults,
@@ -107,12 +108,18 @@ def measure_dpo(trainer: SafeDPOTrainer, folder: Path) -> Measured:
 def load_pairs(arguments: DPOArguments, start: StartingModel) -> "tuple[Any, Any | None]":
     """Load the training and the test pairs and check each row."""
 
+    loaded = load_rows(arguments, FormOptions((PREFERENCE,), tokenizer=start.tokenizer))
+    if not loaded.train[0]["prompt"]:
+        raise UserError(
+            "the pairs have no prompts, and dpo compares answers to a prompt; say which column it is with --columns "
+            "prompt=NAME"
+        )
+
     def checked(rows: Any, name: str) -> Any:
         drop = arguments.too_long == "drop"
         return rows and check_and_fit_rows(rows, COLUMNS, start.tokenizer, start.max_length, drop=drop, name=name)
 
-    train_rows, test_rows = load_train_and_test(arguments)
-    return checked(train_rows, "the training split"), checked(test_rows, "the held-out split")
+    return checked(loaded.train, "the training split"), checked(loaded.test, "the held-out split")
 
 
 def _warn_of_cut_answers(pairs: Any, limit: int | None) -> None:

@@ -12,15 +12,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.core.arguments import OutputArguments
+from rlhf_recipes.core.arguments import OutputArguments, ReadingArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import is_main_process
 from rlhf_recipes.data import (
+    PROMPT,
     RESERVED_COLUMNS,
-    load_split,
+    TEXT,
+    FormOptions,
+    load_split_rows,
     prompt_ids,
     read_prompt,
-    require_columns,
+    text_options,
     write_rows,
 )
 from rlhf_recipes.evaluation import Evaluation, compare, comparison_tables, evaluate_model
@@ -47,7 +50,7 @@ COUNTS = ("max_new_tokens", "completions_per_prompt", "batch_size", "num_prompts
 
 
 @dataclass
-class EvalArguments(OutputArguments, LoadingArguments):
+class EvalArguments(OutputArguments, ReadingArguments, LoadingArguments):
     """The models, the prompts and texts, and the rewards of the answers."""
 
     models: list[str] = field(
@@ -58,10 +61,11 @@ class EvalArguments(OutputArguments, LoadingArguments):
     dataset_name: str | None = field(default=None, metadata={"help": "Prompts: a folder, a data file or a Hub id."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
     dataset_split: str = field(default="test", metadata={"help": "Split of the prompts and of the texts."})
-    prompt_column: str = field(
-        default="prompt",
+    prompt_column: str | None = field(
+        default=None,
         metadata={
-            "help": "Column with a prompt: text, messages or ids. The other columns are passed to gold and to reward functions."
+            "help": "Column with a prompt: text, messages or ids. Unset: found by its name. The other columns are passed to "
+            "gold and to reward functions."
         },
     )
     prompt_tokens: int | None = field(
@@ -196,29 +200,27 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
     """
     if not arguments.dataset_name:
         raise UserError("no prompts; pass --dataset_name with a folder, a data file or a Hub id")
-    options: dict[str, Any] = {"config": arguments.dataset_config}
-    rows = _evenly_spaced(
-        load_split(arguments.dataset_name, arguments.dataset_split, **options), arguments.num_prompts
+    form = PROMPT if arguments.prompt_tokens is None else TEXT
+    column = arguments.prompt_column
+    named = {} if column is None else {"prompt" if form == PROMPT else "text": column}
+    options = FormOptions((form,), keep_columns=True, columns=named, tokenizer=tokenizers[0])
+    loaded = load_split_rows(
+        arguments.dataset_name, arguments.dataset_split, arguments, options, config=arguments.dataset_config
     )
-    require_columns(rows, (arguments.prompt_column,), role=f"dataset {arguments.dataset_name}")
-    prompts = [read_prompt(row, arguments.prompt_column, f"prompt row {index}") for index, row in enumerate(rows)]
+    rows = _evenly_spaced(loaded.train, arguments.num_prompts)
+    prompts = [read_prompt(row, form, f"prompt row {index}") for index, row in enumerate(rows)]
     if arguments.prompt_tokens:
         prompts = [_first_tokens(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
-    columns = {
-        name: list(rows[name])
-        for name in rows.column_names
-        if name not in {arguments.prompt_column, *RESERVED_COLUMNS}
-    }
+    columns = {name: list(rows[name]) for name in rows.column_names if name not in {form, *RESERVED_COLUMNS}}
     for role, source in (("reward model", arguments.reward_model), ("gold", arguments.gold)):
         if source:
             check_reward(source, list(columns), role)
     texts: list[str] = []
     if arguments.text_dataset_name:
-        documents = _evenly_spaced(
-            load_split(arguments.text_dataset_name, arguments.dataset_split), arguments.num_texts
-        )
-        require_columns(documents, (arguments.text_column,), role=f"dataset {arguments.text_dataset_name}")
-        texts = [text for text in documents[arguments.text_column] if text]
+        text_form = text_options(FormOptions((TEXT,)), arguments.text_column)
+        reading = replace(arguments, columns=None, ignore_columns=None, dataset_format="auto")
+        documents = load_split_rows(arguments.text_dataset_name, arguments.dataset_split, reading, text_form)
+        texts = list(_evenly_spaced(documents.train, arguments.num_texts)["text"])
     for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
         _check_lengths(name, arguments.remote_code_kwargs, tokenizer, prompts, arguments.max_new_tokens)
     return EvalInputs(prompts, columns, texts)

@@ -8,7 +8,16 @@ from trl import ModelConfig
 
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data import first_row, load_train_and_test, require_columns, require_held_out, write_rows
+from rlhf_recipes.data import (
+    PROMPT,
+    TEXT,
+    FormOptions,
+    first_row,
+    load_rows,
+    require_columns,
+    require_held_out,
+    write_rows,
+)
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
     build_lora_config,
@@ -87,8 +96,9 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         raise UserError(
             f"value model {arguments.value_model} has two labels; give a ranking reward model, which has one"
         )
-    splits = load_train_and_test(arguments)
-    train, test = (with_prompts(split, tokenizer, arguments.prompt_tokens) for split in splits)
+    form = PROMPT if arguments.prompt_tokens is None else TEXT
+    rows = load_rows(arguments, FormOptions((form,), keep_columns=True, tokenizer=tokenizer))
+    train, test = (with_prompts(split, tokenizer, arguments.prompt_tokens) for split in (rows.train, rows.test))
     require_held_out(test, training, arguments.dataset_test_split)
     for reward in rewards:
         check_reward(reward, [column for column in first_row(train) or {} if column != "prompt"])

@@ -11,7 +11,7 @@ from trl import ModelConfig
 
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data import load_train_and_test, pack_documents, require_batch, require_text
+from rlhf_recipes.data import TEXT, FormOptions, LoadedRows, load_rows, pack_documents, require_batch, text_options
 from rlhf_recipes.evaluation import perplexity
 from rlhf_recipes.models import (
     SIZES,
@@ -110,13 +110,13 @@ def build_pretrain_trainer(
     """Build the trainer. Invalid options and text raise a `UserError` before weights are loaded or made."""
     tokenizer, context = _check_model(arguments, model_config, trust_remote_code=training.trust_remote_code)
     tokenizer.model_max_length = context
-    train, test = _load_texts(arguments, training)
+    rows = _load_texts(arguments, training)
     prompts = arguments.sample_prompts or []
     samples = SampleContinuations(prompts, tokenizer, arguments.sample_tokens, context, training.seed)
-    blocks = pack_documents(train, tokenizer, context, arguments.text_column)
+    blocks = pack_documents(rows.train, tokenizer, context)
     _require_one_step(blocks, training, context)
-    texts = [text for text in test[arguments.text_column] if text] if test is not None else []
-    test_blocks = pack_documents(test, tokenizer, context, arguments.text_column) if texts else None
+    texts = list(rows.test["text"]) if rows.test is not None else []
+    test_blocks = pack_documents(rows.test, tokenizer, context) if texts else None
     if training.eval_strategy != "no" and not test_blocks:
         raise UserError(
             f"eval_strategy is {training.eval_strategy.value}, but the dataset has no split "
@@ -224,14 +224,11 @@ def _has_other_vocabulary(
     return bool(own.get_vocab() != tokenizer.get_vocab())
 
 
-def _load_texts(arguments: PretrainArguments, training: PretrainConfig) -> "tuple[Any, Any | None]":
+def _load_texts(arguments: PretrainArguments, training: PretrainConfig) -> LoadedRows:
     if arguments.dataset_streaming and training.max_steps <= 0:
         raise UserError("a streamed dataset has no known length; pass --max_steps")
-    train, test = load_train_and_test(arguments, streaming=arguments.dataset_streaming)
-    require_text(train, arguments.text_column, "the training split")
-    if test is not None:
-        require_text(test, arguments.text_column, "the held-out split")
-    return train, test
+    options = text_options(FormOptions((TEXT,)), arguments.text_column)
+    return load_rows(arguments, options, streaming=arguments.dataset_streaming)
 
 
 def _require_one_step(blocks: Any, training: PretrainConfig, context: int) -> None:

@@ -16,8 +16,11 @@ from trl import ModelConfig, RewardTrainer
 from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
+    LABEL,
+    PREFERENCE,
+    FormOptions,
     keep_fitting_prompts,
-    load_train_and_test,
+    load_rows,
     require_batch,
     require_columns,
     require_held_out,
@@ -67,6 +70,16 @@ class RewardArguments(RowLengthArguments):
             "help": "ranking trains on the columns chosen and rejected, classifier on text and label "
             "(1 good, 0 bad); auto decides by the columns of the dataset."
         },
+    )
+    positive_label: list[str] | None = field(
+        default=None, metadata={"help": "Labels that are good; all others are bad. Unset: known from their names."}
+    )
+    label_threshold: float | None = field(
+        default=None, metadata={"help": "Labels that are numbers are good from here on, such as 4 of 5 stars."}
+    )
+    score_margin: bool = field(
+        default=False,
+        metadata={"help": "Ranked answers: the difference of two scores is the margin of their pair in the loss."},
     )
 
     def __post_init__(self) -> None:
@@ -166,11 +179,19 @@ def measure_reward(trainer: RankingTrainer | ClassifierTrainer, folder: Path) ->
 
 def load_reward_data(arguments: RewardArguments, start: StartingModel) -> "tuple[str, Any, Any | None]":
     """Return the type that the columns decide, and the training and test rows, each row checked."""
-    train, test = load_train_and_test(arguments)
-    choices = {"ranking": [PAIR], "classifier": [LABELLED]}.get(arguments.reward_type, [PAIR, LABELLED])
-    kind = "ranking" if require_columns(train, *choices, role="the training split") == PAIR else "classifier"
+    forms = {"ranking": (PREFERENCE,), "classifier": (LABEL,)}.get(arguments.reward_type, (PREFERENCE, LABEL))
+    options = FormOptions(
+        forms,
+        positive_label=arguments.positive_label,
+        label_threshold=arguments.label_threshold,
+        margin=True,
+        score_margin=arguments.score_margin,
+        tokenizer=start.tokenizer,
+    )
+    rows = load_rows(arguments, options)
+    train, kind = rows.train, "ranking" if rows.form == PREFERENCE else "classifier"
     splits: list[Any] = []
-    for dataset, name in ((train, "the training split"), (test, "the held-out split")):
+    for dataset, name in ((train, "the training split"), (rows.test, "the held-out split")):
         if dataset is not None and kind == "ranking":
             dataset = _check_pairs(dataset, train.column_names, arguments, start, name)
         elif dataset is not None:

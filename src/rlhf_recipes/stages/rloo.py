@@ -16,7 +16,7 @@ from trl import ModelConfig, RLOOTrainer
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import world_size
-from rlhf_recipes.data import Prompts, load_train_and_test, require_columns, require_held_out, require_texts
+from rlhf_recipes.data import PROMPT, FormOptions, Prompts, load_rows, require_columns, require_held_out, require_texts
 from rlhf_recipes.generation import stop_ids
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
@@ -217,8 +217,8 @@ def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOC
         ).columns
         return rows.select_columns(["prompt", *columns])
 
-    train_rows, test_rows = load_train_and_test(arguments)
-    prompts, held_out = checked(train_rows, "the training split"), checked(test_rows, "the held-out split")
+    loaded = load_rows(arguments, FormOptions((PROMPT,), tokenizer=start.tokenizer))
+    prompts, held_out = checked(loaded.train, "the training split"), checked(loaded.test, "the held-out split")
     prompts_per_batch = training.answers // training.num_generations
     if len(prompts) < prompts_per_batch:
         raise UserError(

@@ -11,15 +11,19 @@ from trl import ModelConfig, SFTTrainer
 from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
+    COMPLETION,
+    MESSAGES,
+    TEXT,
+    FormOptions,
     bos_prefix,
     first_row,
     is_conversation,
     keep_fitting_prompts,
-    load_train_and_test,
+    load_rows,
     require_batch,
-    require_columns,
     require_held_out,
     require_texts,
+    text_options,
 )
 from rlhf_recipes.evaluation import completion_perplexity
 from rlhf_recipes.models import (
@@ -39,7 +43,6 @@ from rlhf_recipes.training import (
     training_inputs,
 )
 
-PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
 IGNORED_LABEL = -100  # of a token without loss
 
 
@@ -81,7 +84,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
         raise UserError("assistant_only_loss needs rows of messages, and these rows are text; leave it out")
     assistant_only = training.assistant_only_loss
     if assistant_only is None:
-        assistant_only = train.column_names == list(MESSAGES)
+        assistant_only = "messages" in train.column_names
     if assistant_only:
         _require_generation_markers(start)
     options = {"max_length": start.max_length, "assistant_only_loss": assistant_only}
@@ -135,15 +138,14 @@ def load_demonstrations(
     arguments: SFTArguments, start: StartingModel, text_column: str = "text"
 ) -> "tuple[Any, Any | None]":
     """Load the training and the test rows with the columns that are used, and check each row."""
-    train, test = load_train_and_test(arguments)
-    columns = list(require_columns(train, PROMPT_COMPLETION, MESSAGES, (text_column,), role="the training split"))
+    options = FormOptions((COMPLETION, MESSAGES, TEXT), tokenizer=start.tokenizer)
+    rows = load_rows(arguments, text_options(options, text_column))
+    columns = [name for name in ("prompt", "completion", "messages", "text") if name in rows.train.column_names]
     splits: list[Any] = []
-    for dataset, name in ((train, "the training split"), (test, "the held-out split")):
+    for dataset, name in ((rows.train, "the training split"), (rows.test, "the held-out split")):
         if dataset is None:
             splits.append(None)
             continue
-        require_columns(dataset, columns, role=name)
-        dataset = dataset.select_columns(columns)
         require_texts(dataset, columns, start.tokenizer, name)
         if "prompt" in columns:
             dataset = keep_fitting_prompts(

@@ -1,11 +1,10 @@
 """Train a byte-level BPE tokenizer (Radford et al. 2019) with a chat template, for GPT-2-style models."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
@@ -13,11 +12,7 @@ from rlhf_recipes.core.processes import is_main_process
 from rlhf_recipes.data import (
     ROLE_TOKENS,
     chat_template,
-    is_conversation,
-    load_test_split,
-    load_training_sources,
-    require_columns,
-    require_text,
+    load_texts,
 )
 from rlhf_recipes.folders import check_output_folder, clear_output_folder, complete_output_folder
 from rlhf_recipes.hub import HubArguments, check_push, open_requested_repo, push_if_requested
@@ -103,14 +98,11 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
     check_push(arguments)
     sources = [arguments.dataset_name, *(arguments.extra_dataset_names or [])]
     folder = check_output_folder(arguments.output_dir, arguments.overwrite, sources)
-    train, held_out = _load_texts(arguments)
+    train, held_out = load_texts(arguments, arguments.text_column, streaming=arguments.dataset_streaming)
     if not is_main_process():
         return folder
-    limit = arguments.max_train_samples
-    tokenizer = train_tokenizer(_texts(train, arguments, limit), arguments)
-    measured = measure_tokenizer(
-        tokenizer, _texts(held_out, arguments) if held_out else _texts(train, arguments, limit)
-    )
+    tokenizer = train_tokenizer(train, arguments)
+    measured = measure_tokenizer(tokenizer, train if held_out is None else held_out)
     open_requested_repo(arguments)
     clear_output_folder(folder)
     tokenizer.save_pretrained(folder)
@@ -125,33 +117,6 @@ def run_tokenizer(arguments: TokenizerArguments) -> Path:
     )
     push_if_requested(folder, arguments)
     return folder
-
-
-def _load_texts(arguments: TokenizerArguments) -> tuple[list[Any], list[Any]]:
-    """Load the training splits, and the test split if there is one, and check that they hold text."""
-    parts = load_training_sources(arguments, streaming=arguments.dataset_streaming)
-    test = load_test_split(arguments, streaming=arguments.dataset_streaming)
-    datasets = [*parts, *([] if test is None else [test])]
-    for dataset in datasets:
-        columns = require_columns(dataset, *_columns(arguments), role="the training text")
-        if columns == (arguments.text_column,):
-            require_text(dataset, arguments.text_column, "the training text")
-    return parts, datasets[len(parts) :]
-
-
-def _columns(arguments: TokenizerArguments) -> list[tuple[str, ...]]:
-    pairs = [("prompt", "chosen", "rejected"), ("prompt", "completion"), ("chosen", "rejected")]
-    return [(arguments.text_column,), ("messages",), *pairs, ("prompt",)]
-
-
-def _texts(datasets: Iterable[Any], arguments: TokenizerArguments, limit: int | None = None) -> Iterator[str]:
-    """Yield every text of the first `limit` rows: the text column, or the contents of messages, prompts and answers."""
-    rows = ((row, require_columns(dataset, *_columns(arguments))) for dataset in datasets for row in dataset)
-    for row, columns in islice(rows, limit):
-        for column in columns:
-            value = row[column]
-            if value is not None:
-                yield from (message["content"] for message in value) if is_conversation(value) else [str(value)]
 
 
 def measure_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> dict[str, float]:

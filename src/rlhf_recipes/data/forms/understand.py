@@ -96,7 +96,7 @@ def understand(
         arguments.dataset_format,
         source.name,
         list(source.columns),
-        first=options.any_text or options.forms[0] == PROMPT,
+        first=first,
     )
     shape = shape if options.margin else replace(shape, uses=tuple(use for use in shape.uses if use != "margin"))
     columns = _with_values(columns_of(shape, meanings), shape, facts)
