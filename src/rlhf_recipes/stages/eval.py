@@ -200,18 +200,17 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
     """
     if not arguments.dataset_name:
         raise UserError("no prompts; pass --dataset_name with a folder, a data file or a Hub id")
-    form = PROMPT if arguments.prompt_tokens is None else TEXT
-    column = arguments.prompt_column
-    named = {} if column is None else {"prompt" if form == PROMPT else "text": column}
-    options = FormOptions((form,), keep_columns=True, columns=named, tokenizer=tokenizers[0])
+    named = {} if arguments.prompt_column is None else {"prompt": arguments.prompt_column}
+    texts_too = arguments.prompt_tokens is not None
+    options = FormOptions((PROMPT,), columns=named, tokenizer=tokenizers[0], text_prompts=texts_too)
     loaded = load_split_rows(
         arguments.dataset_name, arguments.dataset_split, arguments, options, config=arguments.dataset_config
     )
     rows = _evenly_spaced(loaded.train, arguments.num_prompts)
-    prompts = [read_prompt(row, form, f"prompt row {index}") for index, row in enumerate(rows)]
+    prompts = [read_prompt(row, "prompt", f"prompt row {index}") for index, row in enumerate(rows)]
     if arguments.prompt_tokens:
         prompts = [_first_tokens(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
-    columns = {name: list(rows[name]) for name in rows.column_names if name not in {form, *RESERVED_COLUMNS}}
+    columns = {name: list(rows[name]) for name in rows.column_names if name not in {"prompt", *RESERVED_COLUMNS}}
     for role, source in (("reward model", arguments.reward_model), ("gold", arguments.gold)):
         if source:
             check_reward(source, list(columns), role)

@@ -72,7 +72,7 @@ SERVES = {
     COMPLETION: {COMPLETION},
     PREFERENCE: {PREFERENCE},
     LABEL: {LABEL},
-    PROMPT: {PROMPT, COMPLETION, PREFERENCE, MESSAGES, LABEL, TEXT},
+    PROMPT: {PROMPT, COMPLETION, PREFERENCE, MESSAGES, LABEL},
 }
 
 
@@ -90,6 +90,7 @@ def choose_format(
     present: Sequence[str],
     *,
     first: bool = False,
+    text_prompts: bool = False,
 ) -> Format:
     """Return the shape of a source for a stage that reads `forms`, the preferred one first.
 
@@ -97,14 +98,14 @@ def choose_format(
         meanings: meaning -> column, as `assign_meanings` returns it.
         requested: a key of `REQUESTED`, or auto.
         name: the source in messages. present: its columns.
-        first: of two shapes that fit, take the first.
+        first: of two shapes that fit, take the first. text_prompts: a text serves as a prompt.
 
     Raises:
         UserError: no shape fits, or two do and `first` is False.
     """
     known = FORMATS if requested == "auto" else [BY_NAME[each] for each in REQUESTED[requested]]
     complete = [each for each in known if _has(each, meanings)]
-    fitting = [each for form in forms for each in complete if each.form in SERVES[form]]
+    fitting = [each for form in forms for each in complete if _serves(each, form, text_prompts)]
     fitting = [each for each in fitting if not any(_says_more(other, each, meanings) for other in fitting)]
     if not fitting:
         raise UserError(_no_format(known, complete, forms, requested, name, present))
@@ -118,6 +119,13 @@ def choose_format(
             f"--ignore_columns {' '.join(column for column in _needed(others[0], meanings) if column not in columns)}"
         )
     return best
+
+
+def _serves(each: Format, form: str, text_prompts: bool) -> bool:
+    """Return whether rows of a shape serve a stage that reads `form`."""
+    if form == PROMPT and each.needs[0] == "text":
+        return text_prompts
+    return each.form in SERVES[form]
 
 
 def columns_of(each: Format, meanings: Mapping[str, str]) -> dict[str, str]:
@@ -189,6 +197,8 @@ def _hint(form: str, forms: Sequence[str]) -> str:
     """Return what to do with rows of one form in a stage that reads others."""
     if form == PREFERENCE and COMPLETION in forms:
         return "; to learn the chosen answers pass --ignore_columns rejected"
+    if form in (TEXT, LABEL) and PROMPT in forms:
+        return "; pass --prompt_tokens N to use the first tokens of each text as a prompt, or --columns prompt=text"
     if form == LABEL and PREFERENCE in forms:
         return "; the reward stage learns from labelled answers (--reward_type classifier)"
     if form == LABEL and COMPLETION in forms:

@@ -143,6 +143,15 @@ ALLOWED = {
 TEXTS = {"text", "messages"}
 
 
+def misfit(meaning: str, kind: str) -> str | None:
+    """Say what a column of this kind is not, if it cannot have the meaning; None if it can, or is empty."""
+    if kind == "none" or _fits(meaning, kind) or (meaning == "completion" and kind == "list"):
+        return None
+    if kind == "mixed":
+        return "not of one kind in all rows"
+    return "no list of messages" if meaning == "messages" else "no text"
+
+
 def possible_meanings(column: str, kind: str) -> set[str]:
     """Return the meanings that a column's name and values allow."""
     return {

@@ -12,9 +12,16 @@ if TYPE_CHECKING:
 class FormOptions:
     """How rows are turned into canonical ones.
 
-    forms: what the stage reads, the preferred form first. keep_columns: other columns stay beside the canonical ones.
-    positive_label, label_threshold: which labels are good. margin: the stage learns from a column `margin`.
-    score_margin: differences of scores become margins. tokenizer: the model's; end tokens of others are taken away.
+    Args:
+        forms: what the stage reads, the preferred form first.
+        keep_columns: other columns stay beside the canonical ones.
+        positive_label, label_threshold: which labels are good.
+        margin: the stage learns from a column `margin`.
+        score_margin: differences of scores become margins.
+        tokenizer: the model's; end tokens of other models are taken away.
+        any_text: all texts of a row are read, whatever its form.
+        text_prompts: a text serves as a prompt.
+        columns: meaning -> column, from flags of the stage beside `--columns`.
     """
 
     forms: tuple[str, ...]
@@ -25,4 +32,5 @@ class FormOptions:
     score_margin: bool = False
     tokenizer: "PreTrainedTokenizerBase | None" = None
     any_text: bool = False
+    text_prompts: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)

@@ -83,8 +83,8 @@ def _inner(row: Mapping[str, Any], keys: list[str]) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a value stands for no value: None, or NaN as pandas writes it."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    """Return whether a value stands for no value: None, an empty list, or NaN as pandas writes it."""
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
 def _kind(value: Any) -> str:

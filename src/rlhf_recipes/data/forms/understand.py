@@ -22,8 +22,8 @@ from rlhf_recipes.data.forms.formats import (
     columns_of,
 )  # fmt: skip
 from rlhf_recipes.data.forms.leftover import check_leftover
-from rlhf_recipes.data.forms.meanings import NAMES, assign_meanings
-from rlhf_recipes.data.forms.messages import holds_messages, parse_roles
+from rlhf_recipes.data.forms.meanings import NAMES, assign_meanings, misfit
+from rlhf_recipes.data.forms.messages import holds_messages, parse_roles, shortened
 from rlhf_recipes.data.forms.options import FormOptions
 from rlhf_recipes.data.forms.survey import STREAM_ROWS, Column, survey
 from rlhf_recipes.data.forms.transcripts import is_transcript
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # Names that say that a row is an instruction and its answer, so a turn of a chat and not a text to continue.
 INSTRUCTIONS = {"instruction", "instructions", "question", "query", "problem", "input", "user_input"}
+PLAINLY_NAMED = ("text", "messages", "completion", "chosen", "rejected")
 SPOKEN = ("prompt", "completion", "chosen", "rejected", "answer_a", "answer_b", "messages", "answers", "text")
 
 
@@ -89,6 +90,7 @@ def understand(
     facts = survey(source, dotted, STREAM_ROWS if streaming else None)
     kinds = {name: column.kind for name, column in facts.items()}
     meanings = assign_meanings(list(facts), kinds, requested, ignored, source.name)
+    _refuse_misfits(facts, requested, source.name)
     first = options.any_text or options.forms[0] == PROMPT
     shape = choose_format(
         meanings,
@@ -97,6 +99,7 @@ def understand(
         source.name,
         list(source.columns),
         first=first,
+        text_prompts=options.text_prompts,
     )
     shape = shape if options.margin else replace(shape, uses=tuple(use for use in shape.uses if use != "margin"))
     columns = _with_values(columns_of(shape, meanings), shape, facts)
@@ -153,6 +156,21 @@ def _fields(
         if name in columns or (name == "tools" and isinstance(sample, Mapping) and sample.get("tools")):
             fields[name] = "json"
     return fields
+
+
+def _refuse_misfits(facts: Mapping[str, Column], requested: Mapping[str, str], name: str) -> None:
+    """Refuse columns that are named after a meaning and hold something else.
+
+    Raises:
+        UserError: names the column and its first value.
+    """
+    named = {meaning: meaning for meaning in PLAINLY_NAMED if meaning in facts} | dict(requested)
+    for meaning, column in named.items():
+        if column in facts and (problem := misfit(meaning, facts[column].kind)):
+            raise UserError(
+                f"{name}: the column {column} holds {shortened(facts[column].sample)}, which is {problem}; change it, or leave "
+                f"it out with --ignore_columns {column}"
+            )
 
 
 def _without_columns(source: Source, ignored: Sequence[str]) -> Source:
