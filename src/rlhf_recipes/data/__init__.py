@@ -22,9 +22,9 @@ from rlhf_recipes.data.checks import (
 )
 from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.prompts import RESERVED_COLUMNS, Prompts, read_prompt
+from rlhf_recipes.data.reading import Source, data_splits, open_source, open_test_source
 from rlhf_recipes.data.rows import first_row, require_columns, write_rows
 from rlhf_recipes.data.sources import (
-    data_splits,
     load_split,
     load_test_split,
     load_train_and_test,
@@ -35,6 +35,7 @@ __all__ = [
     "RESERVED_COLUMNS",
     "ROLE_TOKENS",
     "Prompts",
+    "Source",
     "bos_prefix",
     "chat_template",
     "check_and_fit_rows",
@@ -47,6 +48,8 @@ __all__ = [
     "load_test_split",
     "load_train_and_test",
     "load_training_sources",
+    "open_source",
+    "open_test_source",
     "pack_documents",
     "plain_text",
     "prompt_and_completion_ids",

@@ -160,5 +160,3 @@ def rows_of_columns(value: Any, name: str) -> Any:
     if len({len(items) for items in lists.values()}) > 1:
         raise UserError(f"the column {name} holds lists of different lengths under {', '.join(lists)}; fix the row")
     return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
-
-

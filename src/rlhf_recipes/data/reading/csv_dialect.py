@@ -183,11 +183,19 @@ def _with_quotes(
     else:
         if not standard.has_quotes or standard.width == 1:
             return Dialect(delimiter), standard
-        styles = ("spaced",) if QUOTE_AFTER_SPACE.search(header) else ("literal",) if delimiter == "\t" else ()
+        styles = (
+            ("spaced",)
+            if standard.has_spaced_quotes and f"{delimiter} " in header
+            else ("literal",)
+            if delimiter == "\t"
+            else ()
+        )
     for style in styles:
         dialect = Dialect(delimiter, style)
         found = survey(file, options, dialect)
-        if found.problem or (not standard.problem and style == "literal" and not _are_text(file, options, standard, found)):
+        if found.problem or (
+            not standard.problem and style == "literal" and not _are_text(file, options, standard, found)
+        ):
             continue
         if style == "literal":
             note("%s: quotes are part of the text", file.name)

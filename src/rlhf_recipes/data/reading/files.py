@@ -41,7 +41,9 @@ REFUSED = {
     **dict.fromkeys((".html", ".htm", ".xml"), ("a page with markup", "extract its text to .jsonl")),
     **dict.fromkeys((".yaml", ".yml", ".toml"), ("a configuration file", CONVERT)),
     **dict.fromkeys((".db", ".sqlite", ".sqlite3", ".duckdb"), ("a database", "export the table as .csv or .jsonl")),
-    **dict.fromkeys((".h5", ".hdf5", ".orc", ".avro", ".msgpack", ".tfrecord", ".lance"), ("of another format", CONVERT)),
+    **dict.fromkeys(
+        (".h5", ".hdf5", ".orc", ".avro", ".msgpack", ".tfrecord", ".lance"), ("of another format", CONVERT)
+    ),
     **dict.fromkeys((".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"), ("an archive", UNPACK)),
 }
 # First bytes -> format, or (what the file is, what to do).
@@ -51,7 +53,10 @@ MAGIC: tuple[tuple[bytes, str | tuple[str, str]], ...] = (
     (b"\xff\xff\xff\xff", "arrow"),
     (b"FEA1", "arrow"),
     (b"PK\x03\x04", "zip"),
-    (b"version https://git-lfs.github.com", ("a pointer of Git LFS, not the data", "run `git lfs pull` in its repository")),
+    (
+        b"version https://git-lfs.github.com",
+        ("a pointer of Git LFS, not the data", "run `git lfs pull` in its repository"),
+    ),
     (b"%PDF", REFUSED[".pdf"]),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", ("an old Office file", TABLES)),
     (b"\x93NUMPY", REFUSED[".npy"]),
@@ -69,7 +74,13 @@ MAGIC: tuple[tuple[bytes, str | tuple[str, str]], ...] = (
     (b"\x89PNG", ("an image", "give a file with text")),
     (b"\xff\xd8\xff", ("an image", "give a file with text")),
 )
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
 ENDING_OF = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4", ".zip": "zip"}
 HTML = (b"<!doctype html", b"<html", b"<?xml")
 

@@ -81,7 +81,9 @@ def pick_split(tree: Tree, splits: dict[str, Split], split: str) -> list[str]:
         for name in tree.files:
             if _base(name).split(".")[0] == split:
                 refuse_by_name(name, f"{tree.name}/{name}")
-        raise UserError(f"dataset folder {tree.name} has no split {split!r} (it has {listed(splits)}); name one of them")
+        raise UserError(
+            f"dataset folder {tree.name} has no split {split!r} (it has {listed(splits)}); name one of them"
+        )
     if splits[split].problem:
         raise UserError(f"dataset folder {tree.name} {splits[split].problem}")
     return list(splits[split].files)
@@ -109,7 +111,9 @@ def _own_splits(tree: Tree) -> dict[str, Split]:
         return saved
     names = [name for place in PLACES for name in tree.direct(place)]
     splits = _cached_splits(tree, names) or splits_by_file(names)
-    folders = {place + folder: folder for place in PLACES for folder in tree.folders(place) if place + folder != "data"}
+    folders = {
+        place + folder: folder for place in PLACES for folder in tree.folders(place) if place + folder != "data"
+    }
     if any(looks_like_split(folder) for folder in folders.values()):
         for path, folder in folders.items():
             found = _split_folder(tree, path, folder)
@@ -124,7 +128,9 @@ def _split_folder(tree: Tree, path: str, folder: str) -> Split | None:
     saved = _saved_splits(inner)
     if saved is not None:
         files = tuple(name for found in saved.values() for name in found.files)
-        return Split(_prefixed(f"{path}/", files), next((found.problem for found in saved.values() if found.problem), ""))
+        return Split(
+            _prefixed(f"{path}/", files), next((found.problem for found in saved.values() if found.problem), "")
+        )
     found = split_in_folder(folder, [f"{path}/{name}" for name in inner.direct()])
     if not looks_like_split(folder):
         own = any(looks_like_split(name) for name in splits_by_file(inner.direct()))

@@ -33,9 +33,15 @@ def hub_source(name: str, split: str, config: str | None, streaming: bool) -> So
 
     def read() -> Iterator[Row]:
         for row in dataset:
-            yield {**row, **{column: rows_of_columns(row[column], column) for column in messages}} if messages else dict(row)
+            yield (
+                {**row, **{column: rows_of_columns(row[column], column) for column in messages}}
+                if messages
+                else dict(row)
+            )
 
-    labels = {column: list(feature.names) for column, feature in features.items() if type(feature).__name__ == "ClassLabel"}
+    labels = {
+        column: list(feature.names) for column, feature in features.items() if type(feature).__name__ == "ClassLabel"
+    }
     length = None if streaming else len(dataset)
     return Source(name, read, tuple(features or first or ()), labels, length)
 
@@ -69,7 +75,9 @@ def load_hub(name: str, split: str, config: str | None, streaming: bool) -> Any:
         if known or text.startswith("Unknown split"):
             available = [each.strip(" '\"") for each in known[1].split(",")] if known else []
             present = f" (it has {', '.join(available)})" if available else ""
-            raise UnknownSplitError(f"dataset {name} has no split {split!r}{present}; name one of them", available) from None
+            raise UnknownSplitError(
+                f"dataset {name} has no split {split!r}{present}; name one of them", available
+            ) from None
         hint = "; pass --dataset_config" if "config" in text.lower() and config is None else ""
         raise UserError(f"dataset {name}: {' '.join(text.split(chr(10))[:2])}{hint}") from None
 
@@ -85,7 +93,9 @@ def _undecoded(dataset: Any) -> Any:
 
 def _stores_messages(feature: Any) -> bool:
     """Whether a feature is a list of messages that is stored as one list per key."""
-    if not isinstance(feature, dict) or not all(type(each).__name__ in ("List", "LargeList") for each in feature.values()):
+    if not isinstance(feature, dict) or not all(
+        type(each).__name__ in ("List", "LargeList") for each in feature.values()
+    ):
         return False
     return any(keys <= set(feature) for keys in MESSAGE)
 

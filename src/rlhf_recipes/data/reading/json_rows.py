@@ -25,7 +25,7 @@ def json_rows(file: DataFile, options: Options, split: str) -> Callable[[], Iter
     Raises:
         UserError: invalid JSON with its line, a value that is no row; here or as the rows are read.
     """
-    shape, document = _shape(file, options)
+    shape, _ = _shape(file, options)
     if shape == "document":
         return partial(_document, file, options, split)
     return partial({"lines": _lines, "array": _array, "empty": _nothing}[shape], file, options)
@@ -52,7 +52,7 @@ def _shape(file: DataFile, options: Options) -> tuple[str, Any]:
                 '{"text": "..."}, or give the file the ending that fits its content'
             )
         try:
-            value = _parse(line)
+            value = _parse(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             if error.pos < len(line.rstrip()):
                 raise _invalid(file, number, error) from None
@@ -80,7 +80,7 @@ def _lines(file: DataFile, options: Options) -> Iterator[Row]:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 try:
-                    value = _parse(line)
+                    value = _parse(line.rstrip("\r\n"))
                 except json.JSONDecodeError as error:
                     raise _invalid(file, number, error) from None
                 except _Refused as error:
@@ -185,7 +185,7 @@ def _whole(file: DataFile, text: str, first: int) -> Any:
 
 def _row(value: Any, file: DataFile, line: int) -> Row:
     if not isinstance(value, dict):
-        kind = {list: "a list", str: "a string"}.get(type(value), repr(value)[:30])
+        kind = "a list" if isinstance(value, list) else "a string" if isinstance(value, str) else repr(value)[:30]
         raise UserError(
             f"{file.name}, line {line}: {kind} is not a row; write an object with names, such as "
             '{"messages": [...]} or {"text": "..."}'

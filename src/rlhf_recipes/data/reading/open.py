@@ -75,7 +75,8 @@ def open_test_source(
     """
     available = _available_splits(name, config, encoding)
     if available is not None and split not in available:
-        return _no_test_split(name, split, available)
+        require_no_test_split(name, split, available)
+        return None
     try:
         return open_source(
             name,
@@ -87,20 +88,17 @@ def open_test_source(
             streaming=streaming and available is None,
         )
     except UnknownSplitError as error:
-        return _no_test_split(name, split, error.available)
+        require_no_test_split(name, split, error.available)
+        return None
 
 
-def _no_test_split(name: str, split: str, available: Sequence[str]) -> None:
-    """Return if a dataset with the `available` splits certainly has no held-out rows.
-
-    Raises:
-        UserError: it may have some, under another name.
-    """
+def require_no_test_split(name: str, split: str, available: Sequence[str]) -> None:
+    """Raise UserError unless a dataset with the `available` splits certainly has no held-out rows."""
     others = [other for other in available if looks_held_out(other)]
     if split != DEFAULT_TEST_SPLIT:
-        present = f"it has {', '.join(available)}" if available else "it is one file"
+        present = f" (it has {', '.join(available)})" if available else ""
         raise UserError(
-            f"dataset {name} has no split {split!r} ({present}); name another one, or leave --dataset_test_split out"
+            f"dataset {name} has no split {split!r}{present}; name another one, or leave --dataset_test_split out"
         )
     if others:
         raise UserError(
@@ -153,7 +151,9 @@ def _unpacked(file: DataFile) -> tuple[DataFile, str]:
     tree = archive_tree(file.path)
     only = _only_file(tree)
     if only is None:
-        raise UserError(f"{file.name} is an archive of {listed(dict.fromkeys(tree.files[:6]))}; unpack it and give the folder")
+        raise UserError(
+            f"{file.name} is an archive of {listed(dict.fromkeys(tree.files[:6]))}; unpack it and give the folder"
+        )
     return tree.file(only), format_of(tree.file(only))
 
 

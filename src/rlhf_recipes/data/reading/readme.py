@@ -62,7 +62,11 @@ def _patterns(data_files: Any) -> Iterator[tuple[str, list[str]]]:
 
 
 def _as_list(patterns: Any) -> list[str]:
-    return [str(each) for each in patterns] if isinstance(patterns, Sequence) and not isinstance(patterns, str) else [str(patterns)]
+    return (
+        [str(each) for each in patterns]
+        if isinstance(patterns, Sequence) and not isinstance(patterns, str)
+        else [str(patterns)]
+    )
 
 
 def _matching(tree: Tree, pattern: str) -> list[str]:
@@ -72,7 +76,9 @@ def _matching(tree: Tree, pattern: str) -> list[str]:
     found = [name for name in tree.files if _glob(pattern).fullmatch(name) and data_ending(name)[1]]
     found = found or [name for name in tree.direct(pattern.rstrip("/") + "/") if data_ending(name)[1]]
     if not found:
-        raise UserError(f"{tree.name}/README.md lists {pattern}, which matches no data file; copy the files or fix its YAML head")
+        raise UserError(
+            f"{tree.name}/README.md lists {pattern}, which matches no data file; copy the files or fix its YAML head"
+        )
     return sorted(found, key=natural)
 
 
@@ -82,7 +88,12 @@ def _glob(pattern: str) -> re.Pattern[str]:
     special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return re.compile(
         "".join(
-            special.get(piece) or ("[" + piece[1:-1].replace("!", "^", 1) + "]" if piece[:1] == "[" and piece[-1:] == "]" else re.escape(piece))
+            special.get(piece)
+            or (
+                "[" + piece[1:-1].replace("!", "^", 1) + "]"
+                if piece[:1] == "[" and piece[-1:] == "]"
+                else re.escape(piece)
+            )
             for piece in pieces
         )
     )

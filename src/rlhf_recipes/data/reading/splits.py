@@ -112,7 +112,9 @@ def split_in_folder(folder: str, names: Sequence[str]) -> Split:
 def several(split: str, files: Sequence[str]) -> str:
     """Say that several files claim to be one split."""
     shown = ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
-    return f"has several candidates for the split {split!r}: {shown}; move away all but one, or name the one file to read"
+    return (
+        f"has several candidates for the split {split!r}: {shown}; move away all but one, or name the one file to read"
+    )
 
 
 def check_shards(split: str, names: Sequence[str]) -> Split:

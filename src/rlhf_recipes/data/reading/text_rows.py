@@ -51,7 +51,7 @@ def _choose(files: Sequence[DataFile], options: Options) -> str:
     if survey.has_separator:
         return "document"
     ambiguous_files = len(files) > 1 and survey.multiline_files and not _are_shards(files)
-    if survey.longest > 1 and survey.paragraphs > len(files) or ambiguous_files:
+    if (survey.longest > 1 and survey.paragraphs > len(files)) or ambiguous_files:
         title = "headings of WikiText and " if survey.headings else ""
         raise UserError(
             f"{name} has {title}several lines to a block: pass --text_by line ({survey.lines:,} rows), "
