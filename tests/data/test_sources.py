@@ -124,8 +124,8 @@ def test_errors_name_the_invalid_dataset_option(folder: Path, options: dict[str,
     ("name", "content", "message"),
     [
         ("train.jsonl", b"", "no rows|cannot be read"),
-        ("train.jsonl", b'{"text": "fine"}\n{"text": \n', "cannot be read as json"),
-        ("train.jsonl.gz", b"no gzip at all", "cannot be read as json"),
+        ("train.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2, column 10 cannot be read as JSON"),
+        ("train.jsonl.gz", b"no gzip at all", "is not gzip data"),
         ("train.parquet", b"PAR1 broken", "cannot be read as parquet"),
         ("train.doc", b"text", "no known ending"),
     ],
@@ -179,7 +179,10 @@ def test_every_split_of_a_streamed_repo_is_streamed(folder: Path, monkeypatch: p
     train, test = load_train_and_test(arguments, streaming=True)
     assert requested == [("train", True), ("test", True)]
     assert texts(train) == ["row 1", "row 3", "row 5"] and test["text"] == ["held out"]
-    assert load_test_split(DatasetArguments(dataset_name="me/rows", dataset_test_split="none"), streaming=True) is None
+    (folder / "test.jsonl").unlink()
+    assert load_test_split(DatasetArguments(dataset_name="me/rows"), streaming=True) is None
+    with pytest.raises(UserError, match="has no split 'none'"):
+        load_test_split(DatasetArguments(dataset_name="me/rows", dataset_test_split="none"), streaming=True)
 
 
 def test_evaluation_without_a_test_split_is_refused() -> None:

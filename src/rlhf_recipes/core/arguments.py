@@ -5,16 +5,15 @@ same rules and fail with the same one-line message.
 """
 
 import dataclasses
-import difflib
-import json
 import sys
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from rlhf_recipes.core.config_file import known_names, nearest, yaml_as_flags
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.secrets import SECRET_ARGUMENTS
 
@@ -66,8 +65,11 @@ class ReadingArguments:
         default="auto",
         metadata={
             "help": "What one row of a .txt file is: line, paragraph or document. auto: a document ends at "
-            "<|endoftext|> if the file has it; otherwise each file must be told."
+            "<|endoftext|> if the file has it, else one line is a row unless paragraphs are likely, which is an error."
         },
+    )
+    csv_columns: list[str] | None = field(
+        default=None, metadata={"help": "Names of the columns of .csv and .tsv files that have no header line."}
     )
 
 
@@ -135,7 +137,7 @@ def parse_arguments(*dataclass_types: type, argv: Sequence[str] | None = None) -
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(dataclass_types)
     flags, config = _split_config(argv)
-    lines = _yaml_as_flags(config, parser) if config else []
+    lines = yaml_as_flags(config, parser) if config else []
     defaults = {action.dest: action.default for action in parser._actions}
     for action in parser._actions:
         action.default = SUPPRESS  # the namespace then holds requested values only
@@ -235,56 +237,17 @@ def _split_config(argv: list[str]) -> tuple[list[str], str | None]:
     return flags, config
 
 
-def _yaml_as_flags(config: str, parser: Any) -> list[str]:
-    import yaml
-
-    path = Path(config)
-    if not path.is_file():
-        raise UserError(f"--config {config}: no such file; give the path of a YAML file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {config} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {config}: expected lines of the form `key: value`")
-    known = _known(parser)
-    flags: list[str] = []
-    for key, value in values.items():
-        if str(key) not in known:
-            raise UserError(f"{config}: unknown key {key!r}{_nearest(str(key), known)}")
-        flags += _as_flag(str(key), value)
-    return flags
-
-
-def _as_flag(key: str, value: Any) -> list[str]:
-    if value is None:
-        return []  # an empty YAML value means the default
-    if isinstance(value, list):
-        return [f"--{key}", *(item if isinstance(item, str) else json.dumps(item) for item in value)]
-    if isinstance(value, dict):
-        return [f"--{key}", json.dumps(value)]
-    return [f"--{key}={value}"]
-
-
 def _parse_known(parser: Any, words: list[str]) -> Any:
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         word = unknown[0]
         if not word.startswith("--"):
-            raise UserError(f"unexpected argument {word!r}; values follow a --flag")
+            more = "extra_dataset_names" in known_names(parser) and Path(word).exists()
+            fix = f"further datasets follow --extra_dataset_names: --extra_dataset_names {word}" if more else None
+            raise UserError(f"unexpected argument {word!r}; {fix or 'values follow a --flag'}")
         name = word.removeprefix("--").split("=")[0].replace("-", "_")
-        raise UserError(f"unknown flag --{name}{_nearest(name, _known(parser))}")
+        raise UserError(f"unknown flag --{name}{nearest(name, known_names(parser))}")
     return namespace
-
-
-def _known(parser: Any) -> list[str]:
-    actions: list[Action] = parser._actions
-    return [action.dest for action in actions if action.dest not in ("help", "config")]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else "; run with --help for the list of flags"
 
 
 def _instance(dataclass_type: type[DataclassT], requested: dict[str, Any]) -> DataclassT:

@@ -37,10 +37,10 @@ from rlhf_recipes.data.forms import (
 )
 from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.prompts import RESERVED_COLUMNS, Prompts, read_prompt
+from rlhf_recipes.data.reading import Source, data_splits, open_source, open_test_source
 from rlhf_recipes.data.rows import first_row, require_columns, write_rows
 from rlhf_recipes.data.show import ShownRow, show_rows
 from rlhf_recipes.data.sources import (
-    data_splits,
     load_split,
     load_test_split,
     load_train_and_test,
@@ -61,6 +61,7 @@ __all__ = [
     "Prompts",
     "RowCounts",
     "ShownRow",
+    "Source",
     "bos_prefix",
     "chat_template",
     "check_and_fit_rows",
@@ -76,6 +77,8 @@ __all__ = [
     "load_texts",
     "load_train_and_test",
     "load_training_sources",
+    "open_source",
+    "open_test_source",
     "pack_documents",
     "plain_text",
     "prompt_and_completion_ids",
