@@ -21,3 +21,8 @@ class RowCounts(Counter[str]):
         if count:
             self[kind] += count
             logger.warning("%s: %d of %d rows %s", self.name, count, self["read"], message)
+
+
+def counts_by_split(train: str = "the training split", test: str = "the held-out split") -> dict[str, RowCounts]:
+    """Return new counts of the training and the held-out split, by `train` and `test`; the arguments are what logs call them."""
+    return {"train": RowCounts(train), "test": RowCounts(test)}

@@ -13,11 +13,22 @@ from typing import TYPE_CHECKING, Any
 import trl
 from trl import ModelConfig, RLOOTrainer
 
-from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import world_size
-from rlhf_recipes.data import Prompts, load_train_and_test, require_columns, require_held_out, require_texts
-from rlhf_recipes.generation import stop_ids
+from rlhf_recipes.data import (
+    RowCounts,
+    column_prompt_ids,
+    decode_answers,
+    first_row,
+    is_conversation,
+    load_train_and_test,
+    prompts_by_split,
+    require_columns,
+    require_held_out,
+    require_texts,
+)
+from rlhf_recipes.generation import check_turn_end, stop_ids
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
     StartingModel,
@@ -27,6 +38,7 @@ from rlhf_recipes.models import (
     count_positions_from_mask_,
     load_causal_lm,
     prepare_for_lora_,
+    saved_eos_ids,
 )
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
 from rlhf_recipes.training import (
@@ -54,7 +66,7 @@ PANELS = [
 
 
 @dataclass
-class RLOOArguments(DatasetArguments, FrozenQuantizationArguments):
+class RLOOArguments(RowLengthArguments, FrozenQuantizationArguments):
     """Prompts (column `prompt`: text or messages) and the rewards of their answers."""
 
     reward: list[str] | None = field(
@@ -134,21 +146,49 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
 
 
 class SafeRLOOTrainer(SafeTrainer, RLOOTrainer):
-    """TRL's `RLOOTrainer` with the guarantees of `SafeTrainer`."""
+    """TRL's `RLOOTrainer` with the guarantees of `SafeTrainer`. It reads prompts, and decodes answers, as ppo does.
+
+    max_prompt_tokens: read this many last tokens of a longer prompt; None: all.
+    """
+
+    def __init__(self, *args: Any, max_prompt_tokens: int | None = None, **kwargs: Any) -> None:
+        self.max_prompt_tokens = max_prompt_tokens
+        self._rows: list[dict[str, Any]] = []  # whose answers TRL generates
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        self._rows = inputs
+        return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
+        return column_prompt_ids(prompts, columns, self.processing_class, self.max_prompt_tokens), None, {}
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        prompt_ids, completion_ids, _, *others = super()._generate(prompts)
+        texts = decode_answers(prompt_ids, completion_ids, self.processing_class)
+        completions = [
+            [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return prompt_ids, completion_ids, completions, *others
 
 
 def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, training: RLOOConfig) -> RLOOTrainer:
     """Build the trainer. Invalid options and rows raise a `UserError` before weights are loaded."""
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_policy(model_config, None, pad_token=training.pad_token, **code)
-    prompts, test_prompts = load_prompts(arguments, start, training)
+    prompts, test_prompts, counts = load_prompts(arguments, start, training)
     require_held_out(test_prompts, training, arguments.dataset_test_split)
     sources = check_rewards(arguments, training, prompts.column_names)
+    context = context_length(start.config)
+    limit = None if context is None else context - training.max_completion_length
     functions = load_trl_reward_functions(
         sources,
         start.tokenizer,
         training.device,
         training.normalize_rewards,
+        max_prompt_tokens=limit,
         **arguments.frozen_model_kwargs(model_config),
     )
     training = prepare_process_(training, start.config.hidden_size)
@@ -168,7 +208,9 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         eval_dataset=test_prompts,
         processing_class=start.tokenizer,
         peft_config=build_lora_config(model_config),
+        max_prompt_tokens=limit,
     )
+    trainer.row_counts = counts
     if trainer.ref_model is not None and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         # TRL loads the reference by the model's name, which for a LoRA folder is the name of its base.
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
@@ -204,28 +246,33 @@ def measure_rloo(trainer: SafeRLOOTrainer, folder: Path) -> Measured:
     return Measured(metrics | {name: value for name, value in held_out.items() if name.startswith("eval_rewards/")})
 
 
-def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOConfig) -> "tuple[Any, Any | None]":
-    """Load the training and test prompts, and check that each is text or messages and leaves room for an answer."""
+def load_prompts(
+    arguments: RLOOArguments, start: StartingModel, training: RLOOConfig
+) -> "tuple[Any, Any | None, dict[str, RowCounts]]":
+    """Load the training and test prompts, and check that each is text or messages and leaves room for an answer.
 
-    def checked(rows: Any, name: str) -> Any:
-        if rows is None:
-            return None
-        require_columns(rows, ["prompt"], role=name)
-        require_texts(rows, ["prompt"], start.tokenizer, name)
-        columns = Prompts(
-            rows, start.tokenizer, context_length(start.config), training.max_completion_length, name
-        ).columns
-        return rows.select_columns(["prompt", *columns])
-
-    train_rows, test_rows = load_train_and_test(arguments)
-    prompts, held_out = checked(train_rows, "the training split"), checked(test_rows, "the held-out split")
+    Returns also the counts of their rows, by split. Prompts to be cut are cut when they are tokenized.
+    """
+    train, test = load_train_and_test(arguments)
+    for rows, name in ((train, "the training split"), (test, "the held-out split")):
+        if rows is not None:
+            require_columns(rows, ["prompt"], role=name)
+            require_texts(rows, ["prompt"], start.tokenizer, name)
+    stops = saved_eos_ids(start.name, start.config)
+    check_turn_end((first_row(train) or {}).get("prompt"), start.tokenizer, stops, start.name)
+    room = (context_length(start.config), training.max_completion_length)
+    *read, counts = prompts_by_split(train, test, start.tokenizer, room, arguments.too_long)
+    prompts, held_out = (
+        each and rows.select_columns(["prompt", *each.columns]).select(each.kept)
+        for each, rows in zip(read, (train, test), strict=True)
+    )
     prompts_per_batch = training.answers // training.num_generations
     if len(prompts) < prompts_per_batch:
         raise UserError(
             f"the training split has {len(prompts)} prompts, fewer than the {prompts_per_batch} of one batch "
             "(per_device_train_batch_size x steps_per_generation x processes / num_generations); lower the batch"
         )
-    return prompts, held_out
+    return prompts, held_out, counts
 
 
 def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[str]) -> list[str]:
