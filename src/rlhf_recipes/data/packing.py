@@ -17,8 +17,9 @@ DOCUMENTS_PER_BATCH = 512
 def pack_documents(dataset: Any, tokenizer: "PreTrainedTokenizerBase", block: int, column: str = "text") -> Any:
     """Tokenize `column`, join the documents, and split the result into blocks of `block` tokens.
 
-    A document begins with the tokenizer's prefix (BOS for Llama, nothing for GPT-2) and ends with EOS. A map-style dataset gives a map-style one, a stream a stream. Rows hold ``input_ids`` (block,), int32; the labels
-    are the ids. Empty documents are skipped. The last tokens, too few for a block, are dropped.
+    A document begins with the tokenizer's prefix (BOS for Llama, nothing for GPT-2) and ends with EOS. A map-style dataset
+    gives a map-style one, a stream a stream. Rows hold ``input_ids`` (block,), int32; the labels are the ids. Empty
+    documents are skipped. The last tokens, too few for a block, are dropped.
     """
     from datasets import Dataset, Features, IterableDataset, List, Value
     from tqdm.auto import tqdm

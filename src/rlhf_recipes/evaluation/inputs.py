@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data import RowCounts, column_prompt_ids, fit_rows, is_ids, readable_prompts
+from rlhf_recipes.data import RowCounts, column_prompt_ids, fit_rows, is_ids, readable_prompts, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,3 +69,21 @@ def fit_inputs(
     columns = {name: [values[index] for index in kept] for name, values in inputs.columns.items()}
     prompts = [inputs.prompts[index] for index in kept]
     return replace(inputs, prompts=prompts, columns=columns, max_prompt_tokens=limits)
+
+
+def evenly_spaced(rows: Any, count: int | None) -> Any:
+    """Return evenly spaced rows: many datasets are sorted by label, and their first rows have one label."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select([place * len(rows) // count for place in range(count)])
+
+
+def first_tokens(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[int]:
+    """Return the first tokens of a prompt given as text.
+
+    Raises:
+        UserError: the prompt is given as messages or ids.
+    """
+    if not isinstance(prompt, str):
+        raise UserError("prompt_tokens cuts text; the prompts are messages or ids, so leave it out")
+    return text_ids(prompt, tokenizer)[:tokens]

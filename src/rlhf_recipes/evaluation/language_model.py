@@ -35,9 +35,10 @@ def perplexity(
 ) -> dict[str, float]:
     """Compute the perplexity of whole texts.
 
-    Every text begins as in pretraining, with what the tokenizer puts before text (BOS for Llama), or else with the EOS of
-    the document before it. This is context and is not predicted; no special token is added at the end. A text longer than the context is split into windows that overlap by half: each token is
-    predicted once, after at least half a context of history (or all there is, near the start).
+    Every text begins as in pretraining: with what the tokenizer puts before text (BOS for Llama), or else after the EOS of
+    another document. This is context and is not predicted; no special token is added at the end. A text longer than the
+    context is split into windows that overlap by half: each token is predicted once, after at least half a context of
+    history (or all there is, near the start).
 
     Args:
         batch_size: windows in one forward pass.

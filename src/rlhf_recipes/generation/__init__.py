@@ -5,9 +5,19 @@ from rlhf_recipes.generation.sampling import (
     Sampling,
     check_turn_end,
     generate,
+    reset_generation_config_,
     row_seed,
     sample,
     stop_ids,
 )
 
-__all__ = ["Completions", "Sampling", "check_turn_end", "generate", "row_seed", "sample", "stop_ids"]
+__all__ = [
+    "Completions",
+    "Sampling",
+    "check_turn_end",
+    "generate",
+    "reset_generation_config_",
+    "row_seed",
+    "sample",
+    "stop_ids",
+]

@@ -76,6 +76,20 @@ def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | Non
     return stops if end is None or end.id in stops else (*stops, end.id)
 
 
+def reset_generation_config_(model: "PreTrainedModel", stop_ids: set[int]) -> None:
+    """Replace the model's generation config by one with special token ids only.
+
+    Settings such as no_repeat_ngram_size or suppress_tokens change the distribution that answers are sampled from, and the
+    trained log-probabilities do not know them.
+    """
+    from transformers import GenerationConfig
+
+    config = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=sorted(stop_ids), pad_token_id=config.pad_token_id
+    )
+
+
 def check_turn_end(prompt: Any, tokenizer: "PreTrainedTokenizerBase", configured: Collection[int], name: str) -> None:
     """Check that an answer to a prompt of messages has an end; a prompt in another form is not looked at.
 

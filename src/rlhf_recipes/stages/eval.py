@@ -20,7 +20,6 @@ from rlhf_recipes.data import (
     load_split,
     read_prompt,
     require_columns,
-    text_ids,
     write_rows,
 )
 from rlhf_recipes.evaluation import (
@@ -29,6 +28,8 @@ from rlhf_recipes.evaluation import (
     compare,
     comparison_tables,
     evaluate_model,
+    evenly_spaced,
+    first_tokens,
     fit_inputs,
 )
 from rlhf_recipes.folders import check_output_folder, clear_output_folder, complete_output_folder
@@ -209,13 +210,11 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
     if not arguments.dataset_name:
         raise UserError("no prompts; pass --dataset_name with a folder, a data file or a Hub id")
     options: dict[str, Any] = {"config": arguments.dataset_config}
-    rows = _evenly_spaced(
-        load_split(arguments.dataset_name, arguments.dataset_split, **options), arguments.num_prompts
-    )
+    rows = evenly_spaced(load_split(arguments.dataset_name, arguments.dataset_split, **options), arguments.num_prompts)
     require_columns(rows, (arguments.prompt_column,), role=f"dataset {arguments.dataset_name}")
     prompts = [read_prompt(row, arguments.prompt_column, f"prompt row {index}") for index, row in enumerate(rows)]
     if arguments.prompt_tokens:
-        prompts = [_first_tokens(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
+        prompts = [first_tokens(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
     columns = {
         name: list(rows[name])
         for name in rows.column_names
@@ -226,7 +225,7 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
             check_reward(source, list(columns), role)
     texts: list[str] = []
     if arguments.text_dataset_name:
-        documents = _evenly_spaced(
+        documents = evenly_spaced(
             load_split(arguments.text_dataset_name, arguments.dataset_split), arguments.num_texts
         )
         require_columns(documents, (arguments.text_column,), role=f"dataset {arguments.text_dataset_name}")
@@ -292,16 +291,3 @@ def name_models(sources: Sequence[str]) -> list[str]:
     names = [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]
     before = [names[:place].count(name) for place, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
-
-
-def _evenly_spaced(rows: Any, count: int | None) -> Any:
-    """Return evenly spaced rows: many datasets are sorted by label, and their first rows have one label."""
-    if count is None or count >= len(rows):
-        return rows
-    return rows.select([place * len(rows) // count for place in range(count)])
-
-
-def _first_tokens(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> list[int]:
-    if not isinstance(prompt, str):
-        raise UserError("prompt_tokens cuts text; the prompts are messages or ids, so leave it out")
-    return text_ids(prompt, tokenizer)[:tokens]

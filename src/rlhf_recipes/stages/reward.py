@@ -179,16 +179,12 @@ def load_reward_data(arguments: RewardArguments, start: StartingModel) -> "tuple
     splits: list[Any] = []
     for dataset, name in ((train, "the training split"), (test, "the held-out split")):
         if dataset is not None and kind == "ranking":
-            dataset = _check_pairs(dataset, train.column_names, start, name)
+            columns = [*(["prompt"] if "prompt" in train.column_names else []), *PAIR]
+            dataset = check_rows(dataset, columns, start.tokenizer, name)
         elif dataset is not None:
             dataset = _check_labels(dataset, start, name)
         splits.append(dataset)
     return kind, splits[0], splits[1]
-
-
-def _check_pairs(dataset: Any, present: list[str], start: StartingModel, name: str) -> Any:
-    columns = [*(["prompt"] if "prompt" in present else []), *PAIR]
-    return check_rows(dataset, columns, start.tokenizer, name)
 
 
 def _check_labels(dataset: Any, start: StartingModel, name: str) -> Any:

@@ -28,7 +28,7 @@ from rlhf_recipes.data import (
     require_held_out,
     require_texts,
 )
-from rlhf_recipes.generation import check_turn_end, stop_ids
+from rlhf_recipes.generation import check_turn_end, reset_generation_config_, stop_ids
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
     StartingModel,
@@ -51,7 +51,7 @@ from rlhf_recipes.training import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 PANELS = [
     ("Score", ["reward", "eval_reward"]),
@@ -249,10 +249,7 @@ def measure_rloo(trainer: SafeRLOOTrainer, folder: Path) -> Measured:
 def load_prompts(
     arguments: RLOOArguments, start: StartingModel, training: RLOOConfig
 ) -> "tuple[Any, Any | None, dict[str, RowCounts]]":
-    """Load the training and test prompts, and check that each is text or messages and leaves room for an answer.
-
-    Returns also the counts of their rows, by split. Prompts to be cut are cut when they are tokenized.
-    """
+    """Load the training and test prompts, check that each fits, and count their rows; long ones are cut when tokenized."""
     train, test = load_train_and_test(arguments)
     for rows, name in ((train, "the training split"), (test, "the held-out split")):
         if rows is not None:
@@ -261,11 +258,9 @@ def load_prompts(
     stops = saved_eos_ids(start.name, start.config)
     check_turn_end((first_row(train) or {}).get("prompt"), start.tokenizer, stops, start.name)
     room = (context_length(start.config), training.max_completion_length)
-    *read, counts = prompts_by_split(train, test, start.tokenizer, room, arguments.too_long)
-    prompts, held_out = (
-        each and rows.select_columns(["prompt", *each.columns]).select(each.kept)
-        for each, rows in zip(read, (train, test), strict=True)
-    )
+    read, read_test, counts = prompts_by_split(train, test, start.tokenizer, room, arguments.too_long)
+    prompts = train.select_columns(["prompt", *read.columns]).select(read.kept)
+    held_out = read_test and test.select_columns(["prompt", *read_test.columns]).select(read_test.kept)
     prompts_per_batch = training.answers // training.num_generations
     if len(prompts) < prompts_per_batch:
         raise UserError(
@@ -286,20 +281,6 @@ def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[
     if weights is not None and len(weights) != len(sources):
         raise UserError(f"there are {len(sources)} rewards and {len(weights)} reward_weights; give one weight each")
     return sources
-
-
-def reset_generation_config_(model: "PreTrainedModel", stop_ids: set[int]) -> None:
-    """Replace the model's generation config by one with special token ids only.
-
-    Settings such as no_repeat_ngram_size or suppress_tokens change the distribution that answers are sampled from, and the
-    trained log-probabilities do not know them.
-    """
-    from transformers import GenerationConfig
-
-    config = model.generation_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=sorted(stop_ids), pad_token_id=config.pad_token_id
-    )
 
 
 def rloo_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:
