@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf_recipes import PPOConfig, PPOTrainer, load_reward, parse_arguments
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.data import prompt_and_completion_ids
+from rlhf_recipes.data import encode_completion
 from rlhf_recipes.evaluation import completion_perplexity, evaluate_model
 from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.models import build_gpt2, load_causal_lm, load_reward_model, load_tokenizer, quantization_kwargs
@@ -179,7 +179,7 @@ def of_reward(run: Path, precision: str, out: Path) -> dict[str, Any]:
     def measured(model: Any) -> float:
         reward_model: Any = load_reward(model, tokenizer)
         ids = [
-            [prompt_and_completion_ids(row["prompt"], row[side], tokenizer) for row in rows]
+            [encode_completion(row["prompt"], row[side], tokenizer) for row in rows]
             for side in ("chosen", "rejected")
         ]
         chosen, rejected = (reward_model.score_ids([[*prompt, *answer] for prompt, answer in side]) for side in ids)

@@ -11,10 +11,9 @@ from rlhf_recipes.data.chat import (
     ensure_chat_template_,
     is_conversation,
     plain_text,
-    prompt_and_completion_ids,
-    prompt_ids,
 )
-from rlhf_recipes.data.checks import keep_fitting_prompts, require_texts
+from rlhf_recipes.data.checks import require_texts
+from rlhf_recipes.data.encoding import encode_completion, prompt_ids
 
 
 def test_chat_template_ends_answers_with_eos_and_masks_them(make_tokenizer: Callable[[], Any]) -> None:
@@ -72,14 +71,10 @@ def test_plain_text_gets_the_tokenizers_bos(make_tokenizer_with_bos: Callable[[]
     assert with_bos("Hi")["input_ids"] == [BOS, *b"Hi"]
     assert prompt_ids("Hi", with_bos) == [BOS, *b"Hi"] and prompt_ids("Hi", tokenizer) == [*b"Hi"]
     assert prompt_ids([{"role": "user", "content": "Hi"}], with_bos) == [258, *b"Hi", 261, 259]
-    assert prompt_and_completion_ids("Hi", " you", with_bos) == ([BOS, *b"Hi"], [*b" you", EOS])
-    assert prompt_and_completion_ids("", "you", with_bos) == ([], [BOS, *b"you", EOS])
+    assert encode_completion("Hi", " you", with_bos) == ([BOS, *b"Hi"], [*b" you", EOS])
+    assert encode_completion("", "you", with_bos) == ([], [BOS, *b"you", EOS])
     with pytest.raises(UserError, match="empty prompt"):
         prompt_ids("", with_bos)
-    rows = [{"prompt": "12345"}]
-    assert keep_fitting_prompts(rows, tokenizer, 6) == rows
-    with pytest.raises(UserError, match="the prompt has 6 tokens"):
-        keep_fitting_prompts(rows, with_bos, 6)
 
 
 ALTERNATING_TEMPLATE = (

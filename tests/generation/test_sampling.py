@@ -163,9 +163,10 @@ def test_stop_ids_are_all_eos_ids_of_the_generation_config(make_model: Callable[
     model = make_model()
     assert stop_ids(model) == (256,)
     model.generation_config.eos_token_id = [3, 4]
-    assert stop_ids(model, tokenizer) == (3, 4)
+    assert stop_ids(model) == (3, 4)
+    assert stop_ids(model, tokenizer) == (3, 4, 256), "the chat template ends an answer with 256"
     model.generation_config.eos_token_id = 5
-    assert stop_ids(model, tokenizer) == (5,)
+    assert stop_ids(model) == (5,)
     model.generation_config.eos_token_id = None
     assert stop_ids(model, tokenizer) == (256,), "the eos_token_id of the model's config"
     model.config.eos_token_id = None
@@ -187,4 +188,4 @@ def test_prompts_as_text_messages_and_ids_give_equal_completions(model: Any, tok
 
 def test_texts_of_completions_omit_special_tokens(tokenizer: Any) -> None:
     answers = Completions([[72, 105, 256], [256], [72, 261, 105]], [True, True, False])
-    assert answers.texts(tokenizer) == ["Hi", "", "Hi"]
+    assert answers.texts(tokenizer, [[65]] * 3) == ["Hi", "", "Hi"]

@@ -14,7 +14,7 @@ from programs import forks
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import prompt_and_completion_ids
+from rlhf_recipes.data.encoding import encode_completion
 from rlhf_recipes.models.loading import load_reward_model, load_tokenizer
 from rlhf_recipes.scoring.reward import load_reward
 from rlhf_recipes.stages.reward import ModelConfig, RewardArguments, RewardConfig, build_reward_trainer, run_reward
@@ -431,5 +431,5 @@ def test_plain_text_is_scored_as_trl_trains_on_it(
     tokenizer = load_tokenizer(str(tmp_path / "begins"))
     for row, trained in zip(PROMPTED, trainer.eval_dataset, strict=True):
         for side in ("chosen", "rejected"):
-            prompt, answer = prompt_and_completion_ids(row["prompt"], row[side], tokenizer)
+            prompt, answer = encode_completion(row["prompt"], row[side], tokenizer)
             assert trained[f"{side}_ids"] == [*prompt, *answer] and prompt[0] == 260

@@ -14,7 +14,7 @@ from programs import forks
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import prompt_and_completion_ids
+from rlhf_recipes.data.encoding import encode_completion
 from rlhf_recipes.generation.sampling import generate
 from rlhf_recipes.models.loading import load_causal_lm, load_tokenizer
 from rlhf_recipes.stages.sft import ModelConfig, SFTArguments, SFTConfig, build_sft_trainer, loss_spans, run_sft
@@ -430,7 +430,7 @@ def test_text_with_a_bos_is_measured_as_trained(
     begins = {"model_name_or_path": str(tmp_path / "begins")}
     trainer = build_sft_trainer(*ask(PLAIN, PLAIN, **begins))
     for row, trained in zip(PLAIN, trainer.train_dataset, strict=True):
-        prompt, answer = prompt_and_completion_ids(row["prompt"], row["completion"], trainer.processing_class)
+        prompt, answer = encode_completion(row["prompt"], row["completion"], trainer.processing_class)
         assert trained["input_ids"] == [*prompt, *answer] and prompt[0] == 260
     folder = run_sft(*ask(TEXT, TEXT, **begins, max_steps=1, per_device_eval_batch_size=1))
     metrics = json.loads((folder / "metrics.json").read_text())

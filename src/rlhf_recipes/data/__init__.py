@@ -2,25 +2,46 @@
 
 from rlhf_recipes.data.chat import (
     ROLE_TOKENS,
-    bos_prefix,
     chat_template,
+    column_template_options,
     ensure_chat_template_,
     is_conversation,
+    join_turns,
     plain_text,
-    prompt_and_completion_ids,
-    prompt_ids,
     prompt_text,
-    text_ids,
+    require_turn_end,
+    template_options,
+    turn_end,
 )
 from rlhf_recipes.data.checks import (
-    check_and_fit_rows,
-    keep_fitting_prompts,
+    OPTIONAL_COLUMNS,
+    check_rows,
     require_batch,
     require_held_out,
     require_text,
     require_texts,
 )
+from rlhf_recipes.data.conversations import (
+    NO_LOSS,
+    encode_conversation,
+    encode_demonstration,
+    require_assistant_spans,
+)
 from rlhf_recipes.data.counts import RowCounts
+from rlhf_recipes.data.decoding import decode_answers, decode_prompt, readable_prompts
+from rlhf_recipes.data.encoding import (
+    answer_ends,
+    column_prompt_ids,
+    encode_completion,
+    encode_pair,
+    encode_text,
+    is_empty_answer,
+    is_ids,
+    plain_ids,
+    prompt_ids,
+    text_ids,
+)
+from rlhf_recipes.data.fitting import drop_rows, drop_unhelpful_pairs, encode_rows, fit_rows
 from rlhf_recipes.data.forms import (
     COMPLETION,
     LABEL,
@@ -36,7 +57,7 @@ from rlhf_recipes.data.forms import (
     text_options,
 )
 from rlhf_recipes.data.packing import pack_documents
-from rlhf_recipes.data.prompts import RESERVED_COLUMNS, Prompts, read_prompt
+from rlhf_recipes.data.prompts import RESERVED_COLUMNS, Prompts, prompts_by_split, read_prompt
 from rlhf_recipes.data.reading import Source, data_splits, open_source, open_test_source
 from rlhf_recipes.data.rows import first_row, require_columns, write_rows
 from rlhf_recipes.data.show import ShownRow, show_rows
@@ -46,11 +67,14 @@ from rlhf_recipes.data.sources import (
     load_train_and_test,
     load_training_sources,
 )
+from rlhf_recipes.data.special_tokens import begin_with, bos_prefix, document_start, special_tokens_around_text
 
 __all__ = [
     "COMPLETION",
     "LABEL",
     "MESSAGES",
+    "NO_LOSS",
+    "OPTIONAL_COLUMNS",
     "PREFERENCE",
     "PROMPT",
     "RESERVED_COLUMNS",
@@ -62,13 +86,32 @@ __all__ = [
     "RowCounts",
     "ShownRow",
     "Source",
+    "answer_ends",
+    "begin_with",
     "bos_prefix",
     "chat_template",
-    "check_and_fit_rows",
+    "check_rows",
+    "column_prompt_ids",
+    "column_template_options",
     "data_splits",
+    "decode_answers",
+    "decode_prompt",
+    "document_start",
+    "drop_rows",
+    "drop_unhelpful_pairs",
+    "encode_completion",
+    "encode_conversation",
+    "encode_demonstration",
+    "encode_pair",
+    "encode_rows",
+    "encode_text",
     "ensure_chat_template_",
     "first_row",
+    "fit_rows",
     "is_conversation",
+    "is_empty_answer",
+    "is_ids",
+    "join_turns",
     "keep_fitting_prompts",
     "load_rows",
     "load_split",
@@ -80,18 +123,25 @@ __all__ = [
     "open_source",
     "open_test_source",
     "pack_documents",
+    "plain_ids",
     "plain_text",
-    "prompt_and_completion_ids",
     "prompt_ids",
     "prompt_text",
+    "prompts_by_split",
     "read_prompt",
+    "readable_prompts",
+    "require_assistant_spans",
     "require_batch",
     "require_columns",
     "require_held_out",
     "require_text",
     "require_texts",
+    "require_turn_end",
     "show_rows",
+    "special_tokens_around_text",
+    "template_options",
     "text_ids",
     "text_options",
+    "turn_end",
     "write_rows",
 ]

@@ -1,17 +1,16 @@
 """Checks of dataset rows, made before a model is loaded. Every message names the row or the column that is wrong."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import bos_prefix, ensure_chat_template_, is_conversation, prompt_ids, prompt_text
+from rlhf_recipes.data.chat import ensure_chat_template_, is_conversation
 from rlhf_recipes.data.rows import first_row, require_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-logger = logging.getLogger(__name__)
+OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs", "margin")
 
 
 def require_batch(rows: int, training: "TrainingArguments", role: str = "the training split") -> None:
@@ -120,60 +119,16 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def keep_fitting_prompts(
-    dataset: Any, tokenizer: "PreTrainedTokenizerBase", limit: int | None, *, drop: bool = False, name: str = "dataset"
+def check_rows(
+    dataset: Any, columns: Sequence[str], tokenizer: "PreTrainedTokenizerBase", name: str = "dataset"
 ) -> Any:
-    """Return the rows whose `prompt` leaves room for at least one more token within `limit` tokens.
-
-    drop: leave out prompts that are too long, with a warning. limit: None keeps every row.
+    """Return the rows with `columns` and those for the chat template alone, checked to be text or messages.
 
     Raises:
-        UserError: a prompt is too long (without `drop`), or all of them are.
-    """
-    if limit is None:
-        return dataset
-    sizes = [_tokens_if_too_long(row["prompt"], tokenizer, limit) for row in dataset]
-    too_long = [index for index, size in enumerate(sizes) if size]
-    if not too_long:
-        return dataset
-    if drop and len(too_long) < len(sizes):
-        logger.warning(
-            "%s: dropped %d of %d prompts, which have %d tokens or more", name, len(too_long), len(sizes), limit
-        )
-        return dataset.select([index for index, size in enumerate(sizes) if not size])
-    raise UserError(
-        f"{name}, row {too_long[0]}: the prompt has {sizes[too_long[0]]} tokens, which leaves no room for an answer "
-        f"within {limit} ({len(too_long)} of {len(sizes)} rows are too long); shorten them, raise --max_length up to "
-        "the model's context, or leave them out with --too_long drop"
-    )
-
-
-def check_and_fit_rows(
-    dataset: Any,
-    columns: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    limit: int | None,
-    *,
-    drop: bool = False,
-    name: str = "dataset",
-) -> Any:
-    """Return the rows with `columns` alone, checked to be text or messages, and to leave room for an answer.
-
-    Raises:
-        UserError: as `require_columns`, `require_texts` and `keep_fitting_prompts`.
+        UserError: as `require_columns` and `require_texts`.
     """
     require_columns(dataset, columns, role=name)
-    dataset = dataset.select_columns(list(columns))
+    present = [column for column in OPTIONAL_COLUMNS if column in dataset.column_names]
+    dataset = dataset.select_columns([*columns, *present])
     require_texts(dataset, columns, tokenizer, name)
-    return keep_fitting_prompts(dataset, tokenizer, limit, drop=drop, name=name) if "prompt" in columns else dataset
-
-
-def _tokens_if_too_long(prompt: Any, tokenizer: "PreTrainedTokenizerBase", limit: int) -> int:
-    """Return the number of tokens if it is at least `limit`, else 0.
-
-    A token is at least one byte, so most prompts need no tokenizing.
-    """
-    if len(prompt_text(prompt, tokenizer).encode("utf-8")) < limit - len(bos_prefix(tokenizer)):
-        return 0
-    size = len(prompt_ids(prompt, tokenizer))
-    return size if size >= limit else 0
+    return dataset

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_recipes.data.special_tokens import begin_with, bos_prefix, end_with_eos
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -13,10 +15,11 @@ DOCUMENTS_PER_BATCH = 512
 
 
 def pack_documents(dataset: Any, tokenizer: "PreTrainedTokenizerBase", block: int, column: str = "text") -> Any:
-    """Tokenize `column`, end each document with EOS, join them, and split the result into blocks of `block` tokens.
+    """Tokenize `column`, join the documents, and split the result into blocks of `block` tokens.
 
-    A map-style dataset gives a map-style one, a stream a stream. Rows hold ``input_ids`` (block,), int32; the labels
-    are the ids. Empty documents are skipped. The last tokens, too few for a block, are dropped.
+    A document begins with the tokenizer's prefix (BOS for Llama, nothing for GPT-2) and ends with EOS. A map-style dataset
+    gives a map-style one, a stream a stream. Rows hold ``input_ids`` (block,), int32; the labels are the ids. Empty
+    documents are skipped. The last tokens, too few for a block, are dropped.
     """
     from datasets import Dataset, Features, IterableDataset, List, Value
     from tqdm.auto import tqdm
@@ -35,14 +38,13 @@ def pack_documents(dataset: Any, tokenizer: "PreTrainedTokenizerBase", block: in
 
 def _blocks(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", block: int) -> Iterator[np.ndarray]:
     """Yield blocks of ids, each (block,)."""
-    texts = iter(texts)
+    texts, prefix = iter(texts), bos_prefix(tokenizer)
     pending: list[int] = []
     while documents := list(islice(texts, DOCUMENTS_PER_BATCH)):
         nonempty = [text for text in documents if text]
         encoded = tokenizer(nonempty, add_special_tokens=False, verbose=False)["input_ids"] if nonempty else []
         for ids in encoded:
-            pending.extend(ids)
-            pending.append(tokenizer.eos_token_id)
+            pending.extend(end_with_eos(begin_with(prefix, ids), tokenizer))
         end = len(pending) // block * block
         for start in range(0, end, block):
             yield np.asarray(pending[start : start + block], dtype=np.int32)

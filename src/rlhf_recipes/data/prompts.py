@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.conversion import to_python
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.chat import is_conversation, plain_text, prompt_ids
+from rlhf_recipes.data.chat import is_conversation, plain_text, template_options
+from rlhf_recipes.data.counts import RowCounts
+from rlhf_recipes.data.encoding import prompt_ids
+from rlhf_recipes.data.fitting import fit_rows
+from rlhf_recipes.data.forms import LoadedRows
 from rlhf_recipes.data.rows import first_row, require_columns
 
 if TYPE_CHECKING:
@@ -30,13 +34,15 @@ class Prompts:
     """Rows with a `prompt` (text, messages or ids) or with `input_ids`; rewards get every other column.
 
     Ids may be tensors or arrays. An `attention_mask` beside `input_ids` marks padding with 0. A column that a row
-    lacks is None in that row.
+    lacks is None in that row. The columns `tools` and `chat_template_kwargs` go to the chat template, too.
 
     Args:
         dataset: rows; a stream is read into memory.
         context: the model's context in tokens; None: no limit.
         response_length: tokens that an answer may take.
         role: what messages call the dataset.
+        too_long: drop leaves out the prompts without room for an answer, cut keeps their last tokens.
+        counts: gets the numbers of rows that were dropped and cut.
 
     Raises:
         UserError: no rows, no such column, an empty prompt, or one that leaves no room for an answer in the context.
@@ -49,24 +55,35 @@ class Prompts:
         context: int | None,
         response_length: int,
         role: str = "dataset",
+        too_long: str = "error",
+        counts: RowCounts | None = None,
     ) -> None:
         if dataset is None or first_row(dataset) is None:
             raise UserError(f"{role} has no rows; give a dataset with a column `prompt`")
         (self.column,) = require_columns(dataset, ["prompt"], ["input_ids"], role=role)
         self.dataset = dataset if "__len__" in dir(dataset) else list(dataset)  # a stream is read once
-        self.ids: list[list[int]] = []
+        ids: list[list[int]] = []
         names: dict[str, None] = {}
         for index, row in enumerate(self.dataset):
-            self.ids.append(prompt_ids(read_prompt(row, self.column, f"{role} row {index}"), tokenizer))
+            prompt = read_prompt(row, self.column, f"{role} row {index}")
+            ids.append(prompt_ids(prompt, tokenizer, **template_options(row)))
             names |= dict.fromkeys(row)
         self.columns = [name for name in names if name not in RESERVED_COLUMNS]
-        longest = max(range(len(self.ids)), key=lambda index: len(self.ids[index]))
-        if context is not None and len(self.ids[longest]) + response_length > context:
+        limit = None if context is None else max(context - response_length, 0)
+        longest = max(range(len(ids)), key=lambda index: len(ids[index]))
+        if limit is not None and too_long == "error" and len(ids[longest]) > limit:
             raise UserError(
-                f"{role} row {longest} has a prompt of {len(self.ids[longest])} tokens; with an answer of "
-                f"{response_length} it does not fit the model's context of {context}; shorten one of them "
-                f"({plain_text(self.dataset[longest][self.column])[:60]!r}...)"
+                f"{role} row {longest} has a prompt of {len(ids[longest])} tokens; with an answer of "
+                f"{response_length} it does not fit the model's context of {context}; shorten one of them, or leave such "
+                f"prompts out with --too_long drop ({plain_text(self.dataset[longest][self.column])[:60]!r}...)"
             )
+        counts = RowCounts(role) if counts is None else counts
+        counts["read"] = counts["read"] or len(ids)
+        rows = [{"row": index, "prompt_ids": each} for index, each in enumerate(ids)]
+        fitting = fit_rows(rows, limit, too_long, counts, unit="prompt")
+        self.kept: list[int] = [row["row"] for row in fitting]  # rows of the dataset
+        self.ids: list[list[int]] = [row["prompt_ids"] for row in fitting]
+        counts["used"] = len(self.kept)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,12 +91,34 @@ class Prompts:
     def rows(self, indices: Iterable[int]) -> dict[str, Any]:
         """Return ``prompts``, their ``prompt_ids``, and ``columns``: each other column as a list."""
         indices = list(indices)
-        rows = [self.dataset[index] for index in indices]
+        rows = [self.dataset[self.kept[index]] for index in indices]
         return {
             "prompts": [read_prompt(row, self.column) for row in rows],
             "prompt_ids": [self.ids[index] for index in indices],
             "columns": {name: [row.get(name) for row in rows] for name in self.columns},
         }
+
+
+def prompts_by_split(
+    rows: LoadedRows,
+    tokenizer: "PreTrainedTokenizerBase",
+    room: tuple[int | None, int],
+    too_long: str | None,
+) -> tuple[Prompts, Prompts | None]:
+    """Read the prompts of the training split and of the held-out split, if there is one; their counts are filled in.
+
+    Args:
+        room: the model's context (None: no limit) and the length of an answer, in tokens.
+        too_long: drop, cut or error (None), see `Prompts`.
+
+    Raises:
+        UserError: as `Prompts`.
+    """
+    prompts = []
+    for dataset, counts in zip((rows.train, rows.test), rows.counts.values(), strict=False):
+        prompts.append(Prompts(dataset, tokenizer, *room, counts.name, too_long or "error", counts))
+        counts["used"] = len(prompts[-1])
+    return prompts[0], prompts[1] if len(prompts) > 1 else None
 
 
 def read_prompt(row: Mapping[str, Any], column: str, place: str = "a row") -> Any:

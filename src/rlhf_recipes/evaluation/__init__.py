@@ -6,6 +6,7 @@ The names that need the `evaluate` library (seconds to import) are imported when
 from typing import TYPE_CHECKING
 
 from rlhf_recipes.core.lazy import lazy_names
+from rlhf_recipes.evaluation.inputs import EvalInputs, evenly_spaced, first_tokens, fit_inputs
 from rlhf_recipes.evaluation.language_model import completion_perplexity, perplexity
 from rlhf_recipes.evaluation.models import METRICS, Evaluation, compare, evaluate_model
 from rlhf_recipes.evaluation.preference import calibration_table, preference_metrics
@@ -41,6 +42,7 @@ __all__ = [
     "F1",
     "METRICS",
     "Accuracy",
+    "EvalInputs",
     "Evaluation",
     "Precision",
     "Recall",
@@ -51,6 +53,9 @@ __all__ = [
     "completion_perplexity",
     "compute_classification_metrics",
     "evaluate_model",
+    "evenly_spaced",
+    "first_tokens",
+    "fit_inputs",
     "measure_classifier",
     "measure_ranking",
     "perplexity",

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data import begin_with, bos_prefix, decode_answers, document_start, plain_ids
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ def perplexity(
 ) -> dict[str, float]:
     """Compute the perplexity of whole texts.
 
-    Every text begins with the BOS token (EOS if there is no BOS), which is context and is not predicted; no special
-    token is added at the end. A text longer than the context is split into windows that overlap by half: each token is
-    predicted once, after at least half a context of history (or all there is, near the start).
+    Every text begins as in pretraining: with what the tokenizer puts before text (BOS for Llama), or else after the EOS of
+    another document. This is context and is not predicted; no special token is added at the end. A text longer than the
+    context is split into windows that overlap by half: each token is predicted once, after at least half a context of
+    history (or all there is, near the start).
 
     Args:
         batch_size: windows in one forward pass.
@@ -51,9 +53,12 @@ def perplexity(
         UserError: no tokens, an unknown or too short context, or a tokenizer with neither BOS nor EOS.
     """
     context = _context_length(model, max_length)
-    start = _start_token(tokenizer)
-    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    windows = [window for ids in encoded for window in _windows([start, *ids], 1, context)]
+    start, prefix = _start(tokenizer), bos_prefix(tokenizer)
+    rows = [
+        begin_with(prefix, plain_ids(text, tokenizer)) if prefix else [*start, *plain_ids(text, tokenizer)]
+        for text in texts
+    ]
+    windows = [window for ids in rows for window in _windows(ids, len(start), context)]
     size = sum(len(text.encode("utf-8")) for text in texts)
     return _summary(model, windows, size, batch_size, progress)
 
@@ -71,7 +76,7 @@ def completion_perplexity(
 
     Args:
         pairs: `(prompt_ids, completion_ids)`, used as they are: a chat template has already been applied, and an EOS
-            at the end of a completion is predicted like any token. An empty prompt becomes the BOS (or EOS) token.
+            at the end of a completion is predicted like any token. An empty prompt becomes the start of a document.
         batch_size, max_length, progress: as in `perplexity`; longer rows are split into windows as there.
 
     Returns:
@@ -82,11 +87,11 @@ def completion_perplexity(
         UserError: as in `perplexity`.
     """
     context = _context_length(model, max_length)
-    rows = [(list(prompt) or [_start_token(tokenizer)], list(completion)) for prompt, completion in pairs]
+    rows = [(list(prompt) or _start(tokenizer), list(completion)) for prompt, completion in pairs]
     windows = [
         window for prompt, completion in rows for window in _windows([*prompt, *completion], len(prompt), context)
     ]
-    decoded = tokenizer.batch_decode([completion for _, completion in rows], skip_special_tokens=True)
+    decoded = decode_answers([prompt for prompt, _ in pairs], [completion for _, completion in pairs], tokenizer)
     size = sum(len(text.encode("utf-8")) for text in decoded)
     return _summary(model, windows, size, batch_size, progress)
 
@@ -167,8 +172,8 @@ def _context_length(model: "PreTrainedModel", max_length: int | None) -> int:
     return context
 
 
-def _start_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
+def _start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    start = document_start(tokenizer)
+    if not start:
         raise UserError("the tokenizer has neither BOS nor EOS, so a first token has no context; give it an EOS token")
     return start

@@ -13,7 +13,7 @@ import torch
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.tensors import batches_by_length, log_probs_and_entropies, pad, position_ids
-from rlhf_recipes.data import plain_text, prompt_ids
+from rlhf_recipes.data import column_prompt_ids, plain_text, readable_prompts
 from rlhf_recipes.evaluation.comparison import mean_with_interval, win_rate
 from rlhf_recipes.evaluation.divergence import sequence_kl
 from rlhf_recipes.evaluation.language_model import perplexity
@@ -82,15 +82,18 @@ def evaluate_model(
     texts: Sequence[str] | None = None,
     batch_size: int = 64,
     progress: bool = False,
+    max_prompt_tokens: int | None = None,
 ) -> Evaluation:
     """Sample answers to `prompts` (text, messages or ids) and measure them; measure the model's perplexity on `texts`.
 
     Args:
         completions_per_prompt: answers to each prompt.
-        columns: the other columns of the prompts, one value for each prompt, for `gold` and `reward_model`.
+        columns: the other columns of the prompts, one value for each prompt, for `gold` and `reward_model`; `tools` and
+            `chat_template_kwargs` go to the chat template, too.
         reward_model, gold: rewards that score the answers.
         reference: a model with the same token ids, for the KL.
         batch_size: rows in one forward pass.
+        max_prompt_tokens: read this many last tokens of a longer prompt; None: all.
 
     Raises:
         UserError: no prompts.
@@ -98,21 +101,24 @@ def evaluate_model(
     if not prompts:
         raise UserError("no prompts to answer; give at least one")
     repeated = [index for index in range(len(prompts)) for _ in range(completions_per_prompt)]
-    ids = [prompt_ids(prompts[index], tokenizer) for index in repeated]
+    encoded = column_prompt_ids(prompts, columns or {}, tokenizer, max_prompt_tokens)
+    ids = [encoded[index] for index in repeated]
     answers = _sample_answers(model, ids, sampling, seed, batch_size, progress)
+    shown = readable_prompts(prompts, tokenizer)
     rows: list[dict[str, Any]] = [
-        {"index": index, "prompt": prompts[index], "completion": text, "tokens": len(answer), "stopped": stopped}
+        {"index": index, "prompt": shown[index], "completion": text, "tokens": len(answer), "stopped": stopped}
         for index, text, answer, stopped in zip(
-            repeated, answers.texts(tokenizer), answers.ids, answers.stopped, strict=True
+            repeated, answers.texts(tokenizer, ids), answers.ids, answers.stopped, strict=True
         )
     ]
+    given = [prompts[index] for index in repeated]
     aligned = {name: [values[index] for index in repeated] for name, values in (columns or {}).items()}
     metrics = _text_metrics(rows)
     if reward_model is not None:
-        _add_scores_(rows, "reward", reward_model, ids, answers.ids, aligned)
+        _add_scores_(rows, "reward", reward_model, given, ids, answers.ids, aligned)
         metrics |= _reward_model_metrics(rows, reward_model)
     if gold is not None:
-        _add_scores_(rows, "gold", gold, ids, answers.ids, aligned)
+        _add_scores_(rows, "gold", gold, given, ids, answers.ids, aligned)
         metrics |= _gold_metrics(Evaluation({}, rows))
     if reference is not None and sampling.temperature > 0:
         metrics |= _add_divergence_(
@@ -208,6 +214,7 @@ def _add_scores_(
     rows: list[dict[str, Any]],
     name: str,
     reward: Reward,
+    prompts: Sequence[Any],
     ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
@@ -215,7 +222,7 @@ def _add_scores_(
     """Add the reward of each row's completion to the row, under `name`. Rewards of tokens are added up."""
     scores = score(
         reward,
-        [row["prompt"] for row in rows],
+        prompts,
         [plain_text(row["completion"]) for row in rows],
         prompt_ids=ids,
         completion_ids=completion_ids,

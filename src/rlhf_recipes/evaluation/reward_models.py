@@ -1,19 +1,16 @@
 """Quality of a reward model on held-out rows, measured with the scores that PPO would get from it."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import EvalPrediction
 
-from rlhf_recipes.data import prompt_and_completion_ids
 from rlhf_recipes.evaluation.classification import compute_classification_metrics
 from rlhf_recipes.evaluation.preference import calibration_table, preference_metrics
 from rlhf_recipes.scoring import Reward
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 Measurement = tuple[dict[str, float], list[dict[str, float]]]  # metrics, rows of the reliability plot
 
 
@@ -38,39 +35,25 @@ def measure_classifier(
     return metrics, calibration_table(margins, zeros)
 
 
-def measure_ranking(
-    reward: Reward,
-    pairs: Sequence[Mapping[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int | None,
-) -> Measurement:
-    """Measure a reward model on pairs of a `chosen` and a `rejected` answer, with an optional `prompt`.
+def measure_ranking(reward: Reward, pairs: Sequence[Mapping[str, Any]], texts: Decode) -> Measurement:
+    """Measure a reward model on the rows that it is trained with: pairs of a chosen and a rejected answer, as ids.
 
-    max_length: drop a pair if one of its answers, with the prompt, has more tokens; None: keep all.
+    Args:
+        pairs: `chosen_ids` and `rejected_ids`, each with the prompt, and `prompt_length`, the tokens of the prompt.
+        texts: decodes rows of ids, for messages.
 
     Returns:
         Metrics, and the rows of the reliability plot (see `calibration_table`).
     """
-    sides = ("chosen", "rejected")
-
-    def fits(pair: list[tuple[list[int], list[int]]]) -> bool:
-        return max_length is None or all(len(prompt) + len(answer) <= max_length for prompt, answer in pair)
-
-    tokenized = [
-        (row, [prompt_and_completion_ids(row.get("prompt", ""), row[side], tokenizer) for side in sides])
-        for row in pairs
-    ]
-    tokenized = [(row, pair) for row, pair in tokenized if fits(pair)]
     scores: list[list[float]] = []
     lengths: list[list[int]] = []
-    for index, side in enumerate(sides):
-        prompts, answers = [row.get("prompt", "") for row, _ in tokenized], [row[side] for row, _ in tokenized]
-        prompt_ids = [pair[index][0] for _, pair in tokenized]
-        completion_ids = [pair[index][1] for _, pair in tokenized]
-        scores.append(reward(prompts, answers, prompt_ids=prompt_ids, completion_ids=completion_ids))
-        lengths.append([len(answer) for answer in completion_ids])
+    for side in ("chosen_ids", "rejected_ids"):
+        prompt_ids = [row[side][: row["prompt_length"]] for row in pairs]
+        answer_ids = [row[side][row["prompt_length"] :] for row in pairs]
+        scores.append(reward(texts(prompt_ids), texts(answer_ids), prompt_ids=prompt_ids, completion_ids=answer_ids))
+        lengths.append([len(answer) for answer in answer_ids])
     measured = preference_metrics(scores[0], scores[1], lengths[0], lengths[1])
-    metrics = {"reward_accuracy": measured.pop("accuracy"), **measured, "pairs": len(tokenized)}
+    metrics = {"reward_accuracy": measured.pop("accuracy"), **measured, "pairs": len(pairs)}
     return metrics | _score_statistics([*scores[0], *scores[1]]), calibration_table(scores[0], scores[1])
 
 

@@ -4,7 +4,8 @@ Each row draws random numbers from its own seed. So the answer to a prompt does 
 batch, on the batch size, or on the process. Of the model's generation_config only the stop tokens count: a repetition
 penalty or top-p left in it would sample from another distribution than the one whose log-probabilities are trained."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.core.tensors import batches_by_length, pad, position_ids
-from rlhf_recipes.data import prompt_ids
+from rlhf_recipes.data import decode_answers, is_conversation, prompt_ids, require_turn_end, turn_end
 from rlhf_recipes.optimizations import preallocated_cache, prepacked_weights, without_cudnn_attention
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,64 @@ class Completions:
     ids: list[list[int]]
     stopped: list[bool]
 
-    def texts(self, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-        """Decode each row, without special tokens."""
-        return [str(text) for text in tokenizer.batch_decode(self.ids, skip_special_tokens=True)]
+    def texts(self, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Decode each row behind its prompt (ids), without special tokens: what it adds to the text of the prompt."""
+        return decode_answers(prompts, self.ids, tokenizer)
 
 
 def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None) -> tuple[int, ...]:
-    """Return every EOS id of the model's generation config, or else of its config, or else of the tokenizer."""
-    for config in (getattr(model, "generation_config", None), model.config):
+    """Return the ids that end an answer.
+
+    They are every EOS id of the model's generation config, or else of its config, or else of the tokenizer; and the token
+    that ends an assistant turn of the tokenizer's chat template.
+    """
+    stops: tuple[int, ...] = ()
+    for config in (model.config, getattr(model, "generation_config", None)):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
-            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
-    return (int(tokenizer.eos_token_id),) if tokenizer is not None and tokenizer.eos_token_id is not None else ()
+            stops = tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    if tokenizer is None:
+        return stops
+    if not stops and tokenizer.eos_token_id is not None:
+        stops = (int(tokenizer.eos_token_id),)
+    end = turn_end(tokenizer)
+    return stops if end is None or end.id in stops else (*stops, end.id)
+
+
+def reset_generation_config_(model: "PreTrainedModel", stop_ids: set[int]) -> None:
+    """Replace the model's generation config by one with special token ids only.
+
+    Settings such as no_repeat_ngram_size or suppress_tokens change the distribution that answers are sampled from, and the
+    trained log-probabilities do not know them.
+    """
+    from transformers import GenerationConfig
+
+    config = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=sorted(stop_ids), pad_token_id=config.pad_token_id
+    )
+
+
+def check_turn_end(prompt: Any, tokenizer: "PreTrainedTokenizerBase", configured: Collection[int], name: str) -> None:
+    """Check that an answer to a prompt of messages has an end; a prompt in another form is not looked at.
+
+    A warning is logged where the chat template ends an answer with a token that is no EOS of the model.
+
+    Args:
+        configured: the EOS ids of the model.
+        name: what messages call the model.
+
+    Raises:
+        UserError: the chat template writes no special token after an answer.
+    """
+    if not is_conversation(prompt):
+        return
+    end = require_turn_end(tokenizer, name)
+    if end.id not in configured:
+        logger.warning(
+            "the chat template of %s ends an answer with %s, which is no EOS of the model; answers stop there here, but not "
+            "elsewhere: train it with --eos_token, or set eos_token_id in its generation_config.json", name, end.token
+        )  # fmt: skip
 
 
 def generate(
@@ -74,10 +123,10 @@ def generate(
     batch_size: int = 64,
 ) -> list[str]:
     """Answer prompts (text, messages or ids) with text. The same seed gives the same answers for any batch size."""
+    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]  # first: it may set the tokenizer's chat template
     sampling = Sampling(max_new_tokens, temperature, stop_ids=stop_ids(model, tokenizer))
-    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     seeds = [row_seed(seed, index) for index in range(len(rows))]
-    return sample(model, rows, sampling, seeds, batch_size).texts(tokenizer)
+    return sample(model, rows, sampling, seeds, batch_size).texts(tokenizer, rows)
 
 
 def row_seed(seed: int, index: int) -> int:

@@ -23,6 +23,7 @@ from rlhf_recipes.models.loading import (
     load_tokenizer,
     reward_label_count,
     save_reward_model_config,
+    saved_eos_ids,
 )
 from rlhf_recipes.models.lora import build_lora_config, prepare_for_lora_, trainable_to_float32_
 from rlhf_recipes.models.padding import count_positions_from_mask_
@@ -69,6 +70,7 @@ __all__ = [
     "reward_label_count",
     "save_adapter",
     "save_reward_model_config",
+    "saved_eos_ids",
     "trainable_to_float32_",
     "use_adapter",
     "will_be_quantized",

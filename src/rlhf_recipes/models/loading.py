@@ -1,6 +1,7 @@
 """Load models and tokenizers. Checks run before weights are read; pickles and remote code are refused by default."""
 
 import copy
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,20 @@ def _check_template_names(tokenizer: Any, name: str, role: str) -> None:
     for template in templates if isinstance(templates, dict) else ():
         if not template or Path(template).name != template or "\\" in template:
             raise UserError(f"{role} {name} has a chat template named {template!r}, which is no file name; rename it")
+
+
+def saved_eos_ids(name: str, config: "PretrainedConfig") -> tuple[int, ...]:
+    """Return the EOS ids of a model from its small files: of generation_config.json, or else of its config.
+
+    name: a folder or Hub id; an adapter without the file has that of its base.
+    """
+    for source in dict.fromkeys([name, base_model_name(name)]):
+        path = find_file(source, GENERATION_FILE)
+        values = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+        if (ids := values.get("eos_token_id")) is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    ids = getattr(config, "eos_token_id", None)
+    return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
 
 
 def load_causal_lm(name: str, model_config: "ModelConfig | None" = None, **kwargs: Any) -> "PreTrainedModel":

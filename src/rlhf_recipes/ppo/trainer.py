@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model
+from rlhf_recipes.data import readable_prompts
 from rlhf_recipes.generation import Completions, row_seed, sample
 from rlhf_recipes.models import has_adapter
 from rlhf_recipes.optimizations import cached_casts, fuse_kernels_
@@ -178,7 +179,7 @@ class PPOTrainer(SafeTrainer):
 
     def score(self, rows: Mapping[str, Any], completions: Completions) -> dict[str, Scores]:
         """Score answers with each reward: a number per answer, or a list with one per token. rows: from `Prompts.rows`."""
-        texts = completions.texts(self.processing_class)
+        texts = completions.texts(self.processing_class, rows["prompt_ids"])
         ids = {"prompt_ids": rows["prompt_ids"], "completion_ids": completions.ids}
         return score_with_each(self.rewards, rows["prompts"], texts, **ids, columns=rows["columns"])
 
@@ -233,8 +234,9 @@ class PPOTrainer(SafeTrainer):
         seeds = [row_seed(args.seed, first_episode + offset + index) for index in range(count)]
         completions, scores = self.collector.answer(prompts, seeds, self.generate, self.score)
         rollout = self._begin_update(update, prompts["prompt_ids"], completions, scores, args.reward_weights)
-        texts = completions.texts(self.processing_class)
-        self.last_samples = as_samples(prompts["prompts"], texts, scores, completions)
+        texts = completions.texts(self.processing_class, prompts["prompt_ids"])
+        shown = readable_prompts(prompts["prompts"], self.processing_class)
+        self.last_samples = as_samples(shown, texts, scores, completions)
         if self.completions_file is not None:
             samples = gather_object(self.last_samples) if args.world_size > 1 else self.last_samples
             if args.should_save:

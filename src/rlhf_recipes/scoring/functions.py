@@ -10,13 +10,16 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlhf_recipes.core.conversion import to_python
 from rlhf_recipes.core.errors import RankError, UserError
-from rlhf_recipes.data import plain_text
+from rlhf_recipes.data import plain_text, readable_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Scores = list[Any]  # for each completion one float, or a list with one float for each token
 
@@ -34,10 +37,13 @@ class ScoresWithPrefixes(list[float]):
 
 
 class FunctionReward:
-    """A plain or async Python function as a reward; what it returns is checked."""
+    """A plain or async Python function as a reward; what it returns is checked.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    tokenizer: the policy's. With it, a prompt given as ids reaches the function as text.
+    """
+
+    def __init__(self, function: Callable[..., Any], tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
+        self.function, self.tokenizer = function, tokenizer
         self.name: str = getattr(function, "__name__", type(function).__name__)
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
@@ -56,6 +62,8 @@ class FunctionReward:
             RankError: the function raises, or does not return one finite number (or a list with one for each token)
                 for each completion; names the sample.
         """
+        if self.tokenizer is not None:
+            prompts = readable_prompts(prompts, self.tokenizer)
         rows = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         arguments = {name: list(values) for name, values in rows.items()}
         try:

@@ -4,7 +4,7 @@ A reward is a model, the folder or Hub id of one, a Python function, or ``packag
 called as TRL calls them, ``f(prompts=..., completions=..., completion_ids=..., **columns)``, with every other column
 of the dataset as a list. They return one number for each completion, or for each completion a list with one number for
 each token, and may be async. For a conversational prompt a completion is a list with one assistant message, otherwise
-text."""
+text. A prompt given as ids reaches a function as text."""
 
 import inspect
 import os
@@ -79,7 +79,7 @@ def load_reward(
         model = source.to(device) if device is not None else source
         return ModelReward(model, tokenizer or policy_tokenizer, policy_tokenizer, name, batch_size, prefix_scores)
     if callable(source):
-        return FunctionReward(source)
+        return FunctionReward(source, policy_tokenizer)
     raise TypeError(f"a reward is a model, a path, or a function, not {type(source).__name__}")
 
 

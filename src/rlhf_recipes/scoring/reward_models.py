@@ -1,7 +1,7 @@
 """Sequence classifiers as rewards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +9,17 @@ import torch
 from rlhf_recipes.core.errors import RankError, UserError
 from rlhf_recipes.core.tensors import batches_by_length, pad
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.data import ensure_chat_template_, is_conversation, plain_text, prompt_text, text_ids
+from rlhf_recipes.data import (
+    answer_ends,
+    bos_prefix,
+    column_template_options,
+    decode_prompt,
+    encode_completion,
+    ensure_chat_template_,
+    is_conversation,
+    is_ids,
+    plain_text,
+)
 from rlhf_recipes.models import context_length
 from rlhf_recipes.scoring.functions import ScoresWithPrefixes
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_, tokens_per_forward
@@ -22,7 +32,8 @@ class ModelReward:
     """A sequence classifier as a reward: one label is the score itself, two labels give the log-odds of label 1.
 
     Args:
-        tokenizer: the reward model's. With the policy's vocabulary the model reads the policy's ids, otherwise text.
+        tokenizer: the reward model's. With the policy's vocabulary, prefix and chat template the model reads the policy's
+            ids, otherwise text.
         name: the reward's name in logs and messages.
         batch_size: rows in one forward pass.
         prefix_scores: also return the score of every prefix of each row, as `ScoresWithPrefixes`. It costs no further
@@ -52,8 +63,11 @@ class ModelReward:
             )
         self.model, self.name, self.batch_size = apply_bitsandbytes_workarounds_(model).eval(), name, batch_size
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
-        # With the policy's vocabulary the model reads the policy's ids; otherwise it reads text.
-        self.shares_ids = tokenizer is policy_tokenizer or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        # With the policy's vocabulary and prefix the model reads the policy's ids; otherwise it reads text.
+        self.shares_ids = tokenizer is policy_tokenizer or (
+            tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+            and bos_prefix(tokenizer) == bos_prefix(policy_tokenizer)
+        )
         vocabulary = getattr(model.config, "vocab_size", None)
         # A pad token added without a row in the embedding is never looked up: padding is masked.
         ids = [index for index in tokenizer.get_vocab().values() if index != tokenizer.pad_token_id]
@@ -97,13 +111,14 @@ class ModelReward:
         Raises:
             RankError: a score is not finite; names the sample.
         """
-        if self.shares_ids:
+        if self.shares_ids and not self._has_other_template(prompts):
             scores = self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
         else:
-            finished = [bool(ids) and ids[-1] == self.policy_tokenizer.eos_token_id for ids in completion_ids]
-            texts = [self._text(*row) for row in zip(prompts, completions, finished, strict=True)]
-            rows = zip(texts, prompts, strict=True)
-            scores = self.score_ids([self._ids(text, is_conversation(prompt)) for text, prompt in rows])
+            ends = set(self.policy_tokenizer.all_special_ids) | answer_ends(self.policy_tokenizer)
+            finished = [bool(ids) and ids[-1] in ends for ids in completion_ids]
+            options = column_template_options(columns, len(prompts))
+            rows = zip(prompts, completions, finished, options, strict=True)
+            scores = list(self.score_ids([self._ids(*row) for row in rows]))  # their prefixes are none of the policy's
         for score, prompt, completion in zip(scores, prompts, completions, strict=True):
             if not math.isfinite(score):
                 raise RankError(
@@ -112,23 +127,22 @@ class ModelReward:
                 )
         return scores
 
-    def _text(self, prompt: Any, completion: Any, finished: bool) -> str:
-        """Return prompt and completion in the form the model was trained on, with its EOS if the policy's ended it."""
-        if is_conversation(prompt):
-            messages = [*prompt, {"role": "assistant", "content": plain_text(completion)}]
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        else:
-            if isinstance(prompt, (list, tuple)):  # token ids
-                prompt = self.policy_tokenizer.decode(prompt, skip_special_tokens=True)
-            text = prompt_text(prompt, self.tokenizer) + plain_text(completion) + self.tokenizer.eos_token
-        without_eos, _, rest = text.rpartition(self.tokenizer.eos_token)
-        return without_eos if not finished and not rest.strip() else text  # a template may add a newline after EOS
+    def _has_other_template(self, prompts: Sequence[Any]) -> bool:
+        """Whether conversations were written for the model by another chat template than the policy's."""
+        own, policys = self.tokenizer.chat_template, self.policy_tokenizer.chat_template
+        return bool(own) and own != policys and any(is_conversation(prompt) for prompt in prompts)
 
-    def _ids(self, text: str, from_template: bool) -> list[int]:
-        """Tokenize a text. Only plain text needs BOS; a template writes it."""
-        if from_template:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return text_ids(text, self.tokenizer)
+    def _ids(self, prompt: Any, completion: Any, finished: bool, template: Mapping[str, Any]) -> list[int]:
+        """Tokenize prompt and completion as the model was trained on them, with their end if the policy ended the answer."""
+        if is_conversation(prompt):
+            turns = [{"role": "assistant", "content": plain_text(completion)}]
+            before, after = encode_completion(prompt, turns, self.tokenizer, **template)
+        else:
+            if is_ids(prompt):
+                prompt = decode_prompt(prompt, self.policy_tokenizer, skip_special_tokens=True)
+            before, after = encode_completion(prompt, plain_text(completion), self.tokenizer)
+        cut = not finished and bool(after) and after[-1] in answer_ends(self.tokenizer)
+        return [*before, *(after[:-1] if cut else after)]
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:

@@ -6,8 +6,8 @@ TRL loads a reward model differently: it reads two labels as one, drops an answe
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.data import prompt_ids
-from rlhf_recipes.scoring.reward import Reward, load_reward
+from rlhf_recipes.data import column_prompt_ids, decode_answers
+from rlhf_recipes.scoring.reward import Reward, load_reward, score
 from rlhf_recipes.scoring.reward_models import ModelReward
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def load_trl_reward_functions(
     device: Any,
     normalize: bool = False,
     quantization_config: Any = None,
+    max_prompt_tokens: int | None = None,
 ) -> list[RewardFunction]:
     """Load one function for each source, each with a different name.
 
@@ -32,6 +33,7 @@ def load_trl_reward_functions(
         device: where reward models run.
         normalize: shift and scale the scores of reward models to mean 0 and variance 1 on their held-out rows.
         quantization_config: quantize reward models as they are loaded.
+        max_prompt_tokens: the policy reads this many last tokens of a longer prompt; None: all.
     """
     functions: list[RewardFunction] = []
     for index, source in enumerate(sources):
@@ -40,23 +42,27 @@ def load_trl_reward_functions(
             reward.normalize()
         if reward.name in [function.__name__ for function in functions]:
             reward.name = f"{reward.name}_{index}"
-        functions.append(as_trl_function(reward, tokenizer))
+        functions.append(as_trl_function(reward, tokenizer, max_prompt_tokens))
     return functions
 
 
-def as_trl_function(reward: Reward, tokenizer: "PreTrainedTokenizerBase") -> RewardFunction:
-    """Return the reward with TRL's signature. TRL passes no prompt ids, so they are tokenized as for PPO.
+def as_trl_function(
+    reward: Reward, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int | None = None
+) -> RewardFunction:
+    """Return the reward with TRL's signature.
 
-    Rewards of tokens are added up, since TRL expects one number for each answer.
+    TRL passes no prompt ids, so prompts are tokenized as for PPO. It decodes answers alone, so they are decoded again, behind
+    their prompts. Rewards of tokens are added up, since TRL expects one number for each answer.
     """
 
     def function(
         prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any
     ) -> list[float]:
-        ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
         others = {name: values for name, values in columns.items() if name not in TRAINER_ARGUMENTS}
-        scores = reward(prompts, completions, prompt_ids=ids, completion_ids=completion_ids, **others)
-        return [sum(score) if isinstance(score, list) else score for score in scores]
+        ids = column_prompt_ids(prompts, others, tokenizer, max_prompt_tokens)
+        texts = decode_answers(ids, completion_ids, tokenizer)
+        scores = score(reward, prompts, texts, prompt_ids=ids, completion_ids=completion_ids, columns=others)
+        return [sum(value) if isinstance(value, list) else value for value in scores]
 
     function.__name__ = reward.name
     return function

@@ -3,8 +3,8 @@
 DPO raises the log-probability of the chosen answer over that of the rejected one, relative to the model as it starts.
 """
 
-import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,31 @@ from trl import DPOTrainer, ModelConfig
 
 from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data import PREFERENCE, FormOptions, check_and_fit_rows, load_rows, require_batch, require_held_out
-from rlhf_recipes.models import StartingModel, build_lora_config, check_policy, load_causal_lm, prepare_for_lora_
+from rlhf_recipes.data import (
+    PREFERENCE,
+    FormOptions,
+    LoadedRows,
+    RowCounts,
+    check_rows,
+    drop_unhelpful_pairs,
+    encode_pair,
+    encode_rows,
+    first_row,
+    fit_rows,
+    is_empty_answer,
+    load_rows,
+    require_batch,
+    require_held_out,
+)
+from rlhf_recipes.generation import check_turn_end
+from rlhf_recipes.models import (
+    StartingModel,
+    build_lora_config,
+    check_policy,
+    load_causal_lm,
+    prepare_for_lora_,
+    saved_eos_ids,
+)
 from rlhf_recipes.training import (
     FineTuningDefaults,
     Measured,
@@ -35,8 +58,6 @@ PANELS = [
 ]
 HELD_OUT_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class DPOArguments(RowLengthArguments):
@@ -50,21 +71,31 @@ class DPOConfig(FineTuningDefaults, trl.DPOConfig):
     output_dir: str = field(default="runs/dpo", metadata={"help": "Output folder for the model."})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest prompt and answer in tokens; longer rows are cut. Unset: the model's context."},
+        metadata={
+            "help": "Longest prompt and answer in tokens; see too_long for longer ones. Unset: the model's context."
+        },
     )
 
 
 class SafeDPOTrainer(SafeTrainer, DPOTrainer):
-    """TRL's `DPOTrainer` with the guarantees of `SafeTrainer`."""
+    """TRL's `DPOTrainer` with the guarantees of `SafeTrainer`, for pairs that are tokenized already, too."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return tokenized pairs as they are; TRL tokenizes others."""
+        tokenized = "prompt_ids" in (first_row(dataset) or {})
+        return dataset if tokenized else super()._prepare_dataset(dataset, *args, **kwargs)
 
 
 def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, training: DPOConfig) -> DPOTrainer:
     """Build the trainer. Invalid options and rows raise a `UserError` before weights are loaded."""
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_policy(model_config, training.max_length, pad_token=training.pad_token, **code)
-    pairs, test_pairs = load_pairs(arguments, start)
-    require_batch(len(pairs), training)
-    require_held_out(test_pairs, training, arguments.dataset_test_split)
+    pairs = load_pairs(arguments, start)
+    require_batch(len(pairs.train), training)
+    require_held_out(pairs.test, training, arguments.dataset_test_split)
+    encode = partial(encode_pairs, start=start, too_long=arguments.too_long or "drop", training=training)
+    pairs = pairs.each_split(encode)
+    require_batch(len(pairs.train), training, "after dropping rows, the training split")
     training = prepare_process_(training, start.config.hidden_size, max_length=start.max_length)
     model = load_causal_lm(start.name, model_config, **code)
     # Without a reference model TRL loads one by the model's name, which for a LoRA folder is the name of its base.
@@ -73,12 +104,12 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
         model=prepare_for_lora_(model, training.gradient_checkpointing),
         ref_model=None if shares_reference else load_causal_lm(start.name, model_config, **code),
         args=training,
-        train_dataset=pairs,
-        eval_dataset=test_pairs,
+        train_dataset=pairs.train,
+        eval_dataset=pairs.test,
         processing_class=start.tokenizer,
         peft_config=build_lora_config(model_config),
     )
-    _warn_of_cut_answers(trainer.train_dataset, training.max_length)
+    trainer.row_counts = pairs.counts
     return trainer
 
 
@@ -105,29 +136,25 @@ def measure_dpo(trainer: SafeDPOTrainer, folder: Path) -> Measured:
     return Measured({name: metrics[name] for name in HELD_OUT_METRICS})
 
 
-def load_pairs(arguments: DPOArguments, start: StartingModel) -> "tuple[Any, Any | None]":
+def load_pairs(arguments: DPOArguments, start: StartingModel) -> LoadedRows:
     """Load the training and the test pairs and check each row."""
-
-    loaded = load_rows(arguments, FormOptions((PREFERENCE,), tokenizer=start.tokenizer))
-    if not loaded.train[0]["prompt"]:
+    pairs = load_rows(arguments, FormOptions((PREFERENCE,), tokenizer=start.tokenizer))
+    if not pairs.train[0]["prompt"]:
         raise UserError(
             "the pairs have no prompts, and dpo compares answers to a prompt; say which column it is with --columns "
             "prompt=NAME"
         )
-
-    def checked(rows: Any, name: str) -> Any:
-        drop = arguments.too_long == "drop"
-        return rows and check_and_fit_rows(rows, COLUMNS, start.tokenizer, start.max_length, drop=drop, name=name)
-
-    return checked(loaded.train, "the training split"), checked(loaded.test, "the held-out split")
+    return pairs.each_split(lambda dataset, counts: check_rows(dataset, COLUMNS, start.tokenizer, counts.name))
 
 
-def _warn_of_cut_answers(pairs: Any, limit: int | None) -> None:
-    """Warn where answers are cut: they lose their EOS, and perhaps the only tokens in which the two answers differ."""
-    sizes = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs]
-    cut = sum(limit is not None and size > limit for size in sizes)
-    if cut:
-        logger.warning(
-            "%d of %d pairs are longer than %s tokens and are cut off; shorten them, or raise --max_length up to the "
-            "model's context", cut, len(sizes), limit,
-        )  # fmt: skip
+def encode_pairs(rows: Any, counts: RowCounts, start: StartingModel, too_long: str, training: DPOConfig) -> Any:
+    """Tokenize pairs to `prompt_ids`, `chosen_ids` and `rejected_ids`; drop or cut those that are too long.
+
+    Raises:
+        UserError: a chat template without a token that ends an answer; no pair is left.
+    """
+    stops = saved_eos_ids(start.name, start.config)
+    check_turn_end((first_row(rows) or {}).get("chosen"), start.tokenizer, stops, start.name)
+    encoded = encode_rows(rows, partial(encode_pair, tokenizer=start.tokenizer), training.dataset_num_proc)
+    encoded = fit_rows(encoded, start.max_length, too_long, counts, unit="pair")
+    return drop_unhelpful_pairs(encoded, partial(is_empty_answer, tokenizer=start.tokenizer), counts)

@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rlhf_recipes.core.arguments import OutputArguments, ReadingArguments
+from rlhf_recipes.core.arguments import TOO_LONG, OutputArguments, ReadingArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import is_main_process
 from rlhf_recipes.data import (
@@ -21,14 +21,22 @@ from rlhf_recipes.data import (
     TEXT,
     FormOptions,
     load_split_rows,
-    prompt_ids,
     read_prompt,
     text_options,
     write_rows,
 )
-from rlhf_recipes.evaluation import Evaluation, compare, comparison_tables, evaluate_model
+from rlhf_recipes.evaluation import (
+    EvalInputs,
+    Evaluation,
+    compare,
+    comparison_tables,
+    evaluate_model,
+    evenly_spaced,
+    first_tokens,
+    fit_inputs,
+)
 from rlhf_recipes.folders import check_output_folder, clear_output_folder, complete_output_folder
-from rlhf_recipes.generation import Sampling, stop_ids
+from rlhf_recipes.generation import Sampling, check_turn_end, stop_ids
 from rlhf_recipes.models import (
     LoadingArguments,
     context_length,
@@ -36,6 +44,7 @@ from rlhf_recipes.models import (
     load_causal_lm,
     load_config,
     load_tokenizer,
+    saved_eos_ids,
 )
 from rlhf_recipes.reports import plot_bars
 from rlhf_recipes.scoring import check_reward, load_reward
@@ -70,7 +79,14 @@ class EvalArguments(OutputArguments, ReadingArguments, LoadingArguments):
     )
     prompt_tokens: int | None = field(
         default=None,
-        metadata={"help": "Use this many first tokens of each prompt (the first model's tokens)."},
+        metadata={"help": "Use this many first tokens of each prompt (the first model's tokens; BOS counts)."},
+    )
+    too_long: str | None = field(
+        default=None,
+        metadata={
+            "help": "What happens to a prompt without room for an answer in the context of a model: drop it for all models, "
+            "cut it to its last tokens, or error (unset)."
+        },
     )
     num_prompts: int | None = field(
         default=256, metadata={"help": "Number of prompts, evenly spaced over the dataset."}
@@ -117,15 +133,8 @@ class EvalArguments(OutputArguments, ReadingArguments, LoadingArguments):
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; it must be 0 or more")
-
-
-@dataclass
-class EvalInputs:
-    """The inputs of every model. columns: the other columns of the prompts' dataset."""
-
-    prompts: list[Any]
-    columns: dict[str, list[Any]]
-    texts: list[str]
+        if self.too_long not in (None, *TOO_LONG):
+            raise UserError(f"too_long is {self.too_long!r}; choose one of {', '.join(TOO_LONG)}")
 
 
 def run_eval(arguments: EvalArguments) -> Path:
@@ -147,7 +156,11 @@ def run_eval(arguments: EvalArguments) -> Path:
     write_rows(folder / "completions.jsonl", rows)
     keys = [key for key in PLOTTED_METRICS if any(key in metrics for metrics in measured.values())]
     plot_bars(measured, keys, folder / "models.png", title="Models side by side")
-    facts = {"prompts": len(inputs.prompts), "seconds": round(time.perf_counter() - start, 1)}
+    facts = {
+        "rows": {"prompts": dict(inputs.counts)},
+        "prompts": len(inputs.prompts),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
     return complete_output_folder(
         folder,
         stage="eval",
@@ -206,10 +219,10 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
     loaded = load_split_rows(
         arguments.dataset_name, arguments.dataset_split, arguments, options, config=arguments.dataset_config
     )
-    rows = _evenly_spaced(loaded.train, arguments.num_prompts)
+    rows = evenly_spaced(loaded.train, arguments.num_prompts)
     prompts = [read_prompt(row, "prompt", f"prompt row {index}") for index, row in enumerate(rows)]
     if arguments.prompt_tokens:
-        prompts = [_first_tokens(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
+        prompts = [first_tokens(prompt, tokenizers[0], arguments.prompt_tokens) for prompt in prompts]
     columns = {name: list(rows[name]) for name in rows.column_names if name not in {"prompt", *RESERVED_COLUMNS}}
     for role, source in (("reward model", arguments.reward_model), ("gold", arguments.gold)):
         if source:
@@ -219,10 +232,14 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
         text_form = text_options(FormOptions((TEXT,)), arguments.text_column)
         reading = replace(arguments, columns=None, ignore_columns=None, dataset_format="auto")
         documents = load_split_rows(arguments.text_dataset_name, arguments.dataset_split, reading, text_form)
-        texts = list(_evenly_spaced(documents.train, arguments.num_texts)["text"])
+        texts = list(evenly_spaced(documents.train, arguments.num_texts)["text"])
+    contexts: list[tuple[str, int | None]] = []
     for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
-        _check_lengths(name, arguments.remote_code_kwargs, tokenizer, prompts, arguments.max_new_tokens)
-    return EvalInputs(prompts, columns, texts)
+        config = load_config(name, **arguments.remote_code_kwargs)
+        check_turn_end(prompts[0], tokenizer, saved_eos_ids(name, config), name)
+        contexts.append((name, context_length(config)))
+    inputs = EvalInputs(prompts, columns, texts)
+    return fit_inputs(inputs, tokenizers, contexts, arguments.max_new_tokens, arguments.too_long)
 
 
 def evaluate_all(
@@ -242,7 +259,7 @@ def evaluate_all(
     reference_options = frozen | arguments.remote_code_kwargs if arguments.reference else bits
     reference = load_causal_lm(reference_name, **reference_options).to(device)
     evaluations = {}
-    for name, source, tokenizer in zip(names, arguments.models, tokenizers, strict=True):
+    for index, (name, source, tokenizer) in enumerate(zip(names, arguments.models, tokenizers, strict=True)):
         logger.info("measuring %s", name)
         is_reference = (source, bits) == (reference_name, reference_options)
         model = reference if is_reference else load_causal_lm(source, **bits).to(device)
@@ -255,7 +272,7 @@ def evaluate_all(
         evaluations[name] = evaluate_model(
             model,
             tokenizer,
-            inputs.prompts,
+            inputs.prompts_for(tokenizer, tokenizers[0]),
             sampling=replace(sampling, stop_ids=stops),
             seed=arguments.seed,
             completions_per_prompt=arguments.completions_per_prompt,
@@ -266,6 +283,7 @@ def evaluate_all(
             texts=inputs.texts,
             batch_size=arguments.batch_size,
             progress=True,
+            max_prompt_tokens=inputs.max_prompt_tokens[index],
         )
     return evaluations
 
@@ -276,26 +294,3 @@ def name_models(sources: Sequence[str]) -> list[str]:
     names = [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]
     before = [names[:place].count(name) for place, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
-
-
-def _evenly_spaced(rows: Any, count: int | None) -> Any:
-    """Return evenly spaced rows: many datasets are sorted by label, and their first rows have one label."""
-    if count is None or count >= len(rows):
-        return rows
-    return rows.select([place * len(rows) // count for place in range(count)])
-
-
-def _first_tokens(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int) -> str:
-    if not isinstance(prompt, str):
-        raise UserError("prompt_tokens cuts text; the prompts are messages or ids, so leave it out")
-    return str(tokenizer.decode(tokenizer(prompt, add_special_tokens=False)["input_ids"][:tokens]))
-
-
-def _check_lengths(name: str, code: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> None:
-    limit = context_length(load_config(name, **code))
-    longest = max(len(prompt_ids(prompt, tokenizer)) for prompt in prompts)
-    if limit and longest + max_new_tokens > limit:
-        raise UserError(
-            f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit the context of model {name} "
-            f"({limit} tokens); drop long prompts or lower --max_new_tokens"
-        )

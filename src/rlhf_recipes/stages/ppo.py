@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import ModelConfig
 
-from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
     PROMPT,
@@ -14,14 +14,18 @@ from rlhf_recipes.data import (
     FormOptions,
     first_row,
     load_rows,
+    prompts_by_split,
     require_columns,
     require_held_out,
+    text_ids,
     write_rows,
 )
+from rlhf_recipes.generation import check_turn_end
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
     build_lora_config,
     check_quantization,
+    context_length,
     has_adapter,
     is_quantized,
     load_causal_lm,
@@ -31,6 +35,7 @@ from rlhf_recipes.models import (
     prepare_for_lora_,
     quantization_kwargs,
     reward_label_count,
+    saved_eos_ids,
 )
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, check_prompts
 from rlhf_recipes.scoring import check_reward
@@ -50,7 +55,7 @@ PANELS = [
 
 
 @dataclass
-class PPOArguments(DatasetArguments, FrozenQuantizationArguments):
+class PPOArguments(RowLengthArguments, FrozenQuantizationArguments):
     """Prompts (column `prompt`: text, messages or ids) and the rewards of their answers."""
 
     reward: list[str] | None = field(
@@ -73,7 +78,9 @@ class PPOArguments(DatasetArguments, FrozenQuantizationArguments):
     )
     prompt_tokens: int | None = field(
         default=None,
-        metadata={"help": "Use this many first tokens of the column `text` as the prompt, for plain-text data."},
+        metadata={
+            "help": "Use this many first tokens of the column `text` (BOS counts) as the prompt, for plain-text data."
+        },
     )
 
 
@@ -98,10 +105,14 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         )
     form = PROMPT if arguments.prompt_tokens is None else TEXT
     rows = load_rows(arguments, FormOptions((form,), keep_columns=True, tokenizer=tokenizer))
-    train, test = (with_prompts(split, tokenizer, arguments.prompt_tokens) for split in (rows.train, rows.test))
-    require_held_out(test, training, arguments.dataset_test_split)
+    rows = rows.each_split(lambda dataset, _: with_prompts(dataset, tokenizer, arguments.prompt_tokens))
+    require_held_out(rows.test, training, arguments.dataset_test_split)
+    first = first_row(rows.train) or {}
     for reward in rewards:
-        check_reward(reward, [column for column in first_row(train) or {} if column != "prompt"])
+        check_reward(reward, [column for column in first if column != "prompt"])
+    check_turn_end(first.get("prompt"), tokenizer, saved_eos_ids(name, config), name)
+    room = (context_length(config), training.response_length)
+    train, test = prompts_by_split(rows, tokenizer, room, arguments.too_long)
     check_prompts(config, tokenizer, train, test, training)
     frozen_kwargs, reference_name = arguments.frozen_model_kwargs(model_config), arguments.reference_model
     training = prepare_process_(training, config.get_text_config().hidden_size)  # seeds first: a new adapter is random
@@ -109,7 +120,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         policy = load_causal_lm(name, model_config, **remote_code)
         reference = load_causal_lm(reference_name, **frozen_kwargs, **remote_code) if reference_name else None
         value = load_value_model(arguments.value_model, model_config) if arguments.value_model else None
-    return PPOTrainer(
+    trainer = PPOTrainer(
         policy,
         rewards,
         training,
@@ -121,6 +132,8 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         peft_config=build_lora_config(model_config),
         reward_quantization_config=frozen_kwargs.get("quantization_config"),
     )
+    trainer.row_counts = rows.counts
+    return trainer
 
 
 def load_value_model(name: str, model_config: ModelConfig) -> Any:
@@ -168,7 +181,7 @@ def measure_ppo(trainer: PPOTrainer, folder: Path) -> Measured:
 
 
 def with_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int | None) -> Any:
-    """Return the dataset, or one whose column `prompt` is the first `prompt_tokens` tokens of the column `text`.
+    """Return the dataset, or one whose column `prompt` is the first `prompt_tokens` tokens of the column `text`, as ids.
 
     Raises:
         UserError: the dataset has no column `text`; names its columns.
@@ -177,12 +190,9 @@ def with_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int | None) -> Any
         return dataset
     require_columns(dataset, ["text"], role="with prompt_tokens, the dataset")
     dataset = dataset.filter(lambda row: bool(row["text"].strip()))
-
-    def start(row: dict[str, Any]) -> dict[str, str]:
-        ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"][:prompt_tokens]
-        return {"prompt": tokenizer.decode(ids)}
-
-    return dataset.map(start, remove_columns=["text"])
+    return dataset.map(
+        lambda row: {"prompt": text_ids(row["text"], tokenizer)[:prompt_tokens]}, remove_columns=["text"]
+    )
 
 
 def ppo_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:

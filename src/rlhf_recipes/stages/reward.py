@@ -4,7 +4,7 @@
 - classifier: texts labelled 1 (good) or 0 (bad), whose log-odds are the score (as for sentiment, Ziegler et al. 2019).
 """
 
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,21 @@ from rlhf_recipes.data import (
     LABEL,
     PREFERENCE,
     FormOptions,
-    keep_fitting_prompts,
+    LoadedRows,
+    RowCounts,
+    check_rows,
+    drop_unhelpful_pairs,
+    encode_pair,
+    encode_rows,
+    first_row,
+    fit_rows,
+    is_conversation,
+    is_empty_answer,
     load_rows,
     require_batch,
-    require_columns,
     require_held_out,
     require_texts,
+    require_turn_end,
 )
 from rlhf_recipes.evaluation import compute_classification_metrics, measure_classifier, measure_ranking
 from rlhf_recipes.models import (
@@ -42,7 +51,7 @@ from rlhf_recipes.training import (
     Measured,
     SafeTrainer,
     collate_labelled_texts,
-    encode_labelled_texts,
+    encode_labelled,
     mean_cross_entropy,
     measures_model,
     prepare_process_,
@@ -54,10 +63,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RewardType = Literal["auto", "ranking", "classifier"]
-PAIR, LABELLED = ("chosen", "rejected"), ("text", "label")
+PAIR = ("chosen", "rejected")
+LABELLED_COLUMNS = ("prompt", "completion", "messages", "text")
 LABELS = {"ranking": 1, "classifier": 2}
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -97,15 +105,12 @@ class RewardConfig(FineTuningDefaults, trl.RewardConfig):
     output_dir: str = field(default="runs/reward", metadata={"help": "Output folder for the reward model."})
     max_length: int | None = field(
         default=None,
-        metadata={
-            "help": "Longest row in tokens. Longer pairs are dropped, longer labelled texts are cut. "
-            "Unset: the model's context."
-        },
+        metadata={"help": "Longest row in tokens; see too_long for longer ones. Unset: the model's context."},
     )
 
 
 class RankingTrainer(SafeTrainer, RewardTrainer):
-    """TRL's `RewardTrainer` with the guarantees of `SafeTrainer`. test_rows: the test split before it is tokenized."""
+    """TRL's `RewardTrainer` with the guarantees of `SafeTrainer`. test_rows: the held-out pairs as they are measured."""
 
     def __init__(self, *args: Any, test_rows: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -113,11 +118,7 @@ class RankingTrainer(SafeTrainer, RewardTrainer):
 
 
 class ClassifierTrainer(SafeTrainer):
-    """`SafeTrainer` for texts with labels. test_rows: the test split before it is tokenized."""
-
-    def __init__(self, *args: Any, test_rows: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.test_rows = test_rows
+    """`SafeTrainer` for texts with labels."""
 
 
 def build_reward_trainer(
@@ -127,18 +128,22 @@ def build_reward_trainer(
     tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_starting_model(model_config, training.max_length, **tokens, **code)
-    kind, train, test = load_reward_data(arguments, start)
-    require_batch(len(train), training)
-    require_held_out(test, training, arguments.dataset_test_split)
+    rows = load_reward_rows(arguments, start)
+    require_batch(len(rows.train), training)
+    require_held_out(rows.test, training, arguments.dataset_test_split)
+    kind, encode = ("ranking", encode_pairs) if rows.form == PREFERENCE else ("classifier", encode_labels)
+    rows = rows.each_split(partial(encode, start=start, too_long=arguments.too_long, training=training))
+    require_batch(len(rows.train), training, "after dropping rows, the training split")
     training = prepare_process_(
         training, start.config.hidden_size, max_length=start.max_length
     )  # a new head is random
     model = load_reward_model(start.name, model_config, labels=LABELS[kind], **code)
     model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora_(model, training.gradient_checkpointing)
-    if kind == "ranking":
-        return _ranking_trainer(model, start, model_config, training, train, test)
-    return _classifier_trainer(model, start, model_config, training, train, test)
+    make = _ranking_trainer if kind == "ranking" else _classifier_trainer
+    trainer = make(model, start, model_config, training, rows.train, rows.test)
+    trainer.row_counts = rows.counts
+    return trainer
 
 
 def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: RewardConfig) -> Path:
@@ -177,8 +182,8 @@ def measure_reward(trainer: RankingTrainer | ClassifierTrainer, folder: Path) ->
     return Measured(metrics, images)
 
 
-def load_reward_data(arguments: RewardArguments, start: StartingModel) -> "tuple[str, Any, Any | None]":
-    """Return the type that the columns decide, and the training and test rows, each row checked."""
+def load_reward_rows(arguments: RewardArguments, start: StartingModel) -> LoadedRows:
+    """Load preferences or labelled rows, as the columns decide, and check each row."""
     forms = {"ranking": (PREFERENCE,), "classifier": (LABEL,)}.get(arguments.reward_type, (PREFERENCE, LABEL))
     options = FormOptions(
         forms,
@@ -189,42 +194,56 @@ def load_reward_data(arguments: RewardArguments, start: StartingModel) -> "tuple
         tokenizer=start.tokenizer,
     )
     rows = load_rows(arguments, options)
-    train, kind = rows.train, "ranking" if rows.form == PREFERENCE else "classifier"
-    splits: list[Any] = []
-    for dataset, name in ((train, "the training split"), (rows.test, "the held-out split")):
-        if dataset is not None and kind == "ranking":
-            dataset = _check_pairs(dataset, train.column_names, arguments, start, name)
-        elif dataset is not None:
-            dataset = _check_labels(dataset, start, name)
-        splits.append(dataset)
-    return kind, splits[0], splits[1]
-
-
-def _check_pairs(dataset: Any, present: list[str], arguments: RewardArguments, start: StartingModel, name: str) -> Any:
-    columns = [*(["prompt"] if "prompt" in present else []), *PAIR]
-    require_columns(dataset, columns, role=name)
-    dataset = dataset.select_columns(columns)
-    require_texts(dataset, columns, start.tokenizer, name)
-    if "prompt" not in columns:
-        return dataset
-    return keep_fitting_prompts(
-        dataset, start.tokenizer, start.max_length, drop=arguments.too_long == "drop", name=name
-    )
+    if rows.form == LABEL:
+        return rows.each_split(lambda dataset, counts: _check_labels(dataset, start, counts.name))
+    columns = PAIR if not rows.train[0]["prompt"] else ("prompt", *PAIR)
+    return rows.each_split(lambda dataset, counts: check_rows(dataset, columns, start.tokenizer, counts.name))
 
 
 def _check_labels(dataset: Any, start: StartingModel, name: str) -> Any:
-    require_columns(dataset, LABELLED, role=name)
-    dataset = dataset.select_columns(list(LABELLED))
-    require_texts(dataset, ["text"], start.tokenizer, name)
+    columns = [column for column in LABELLED_COLUMNS if column in dataset.column_names]
+    require_texts(dataset, columns, start.tokenizer, name)
     labels = set(dataset["label"])
-    if strange := [label for label in labels if label not in (0, 1)]:
-        raise UserError(f"{name} has the label {strange[0]!r}; a classifier learns from 0 (bad) and 1 (good)")
     if len(labels) == 1:
         raise UserError(
             f"every label of {name} is {labels.pop()}, so there is nothing to tell apart; if the rows are sorted by "
             "label, leave out --max_train_samples and --max_test_samples or shuffle the file"
         )
     return dataset
+
+
+def encode_pairs(
+    rows: Any, counts: RowCounts, start: StartingModel, too_long: str | None, training: RewardConfig
+) -> Any:
+    """Tokenize pairs to `chosen_ids` and `rejected_ids`, each with the prompt, `prompt_length`, and `margin` if there is one.
+
+    Raises:
+        UserError: a chat template without a token that ends an answer; no pair is left.
+    """
+    if is_conversation((first_row(rows) or {}).get("chosen")):
+        require_turn_end(start.tokenizer, start.name)
+    pairs = encode_rows(rows, partial(encode_pair, tokenizer=start.tokenizer), training.dataset_num_proc)
+    pairs = fit_rows(pairs, start.max_length, too_long or "drop", counts, unit="pair")
+    pairs = drop_unhelpful_pairs(pairs, partial(is_empty_answer, tokenizer=start.tokenizer), counts)
+    return encode_rows(pairs, _whole_rows, training.dataset_num_proc)
+
+
+def _whole_rows(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pair whose two answers follow their prompt."""
+    prompt, margin = pair["prompt_ids"], {"margin": pair["margin"]} if "margin" in pair else {}
+    return (
+        {name: prompt + pair[name] for name in ("chosen_ids", "rejected_ids")}
+        | {"prompt_length": len(prompt)}
+        | margin
+    )
+
+
+def encode_labels(
+    rows: Any, counts: RowCounts, start: StartingModel, too_long: str | None, training: RewardConfig
+) -> Any:
+    """Tokenize labelled texts to `input_ids` and `labels`. A text that is cut has no EOS, as an incomplete answer has none."""
+    encoded = encode_rows(rows, partial(encode_labelled, tokenizer=start.tokenizer), training.dataset_num_proc)
+    return fit_rows(encoded, start.max_length, too_long or "cut", counts, unit="text")
 
 
 def _ranking_trainer(
@@ -235,7 +254,7 @@ def _ranking_trainer(
     train: Any,
     test: Any,
 ) -> RankingTrainer:
-    trainer = RankingTrainer(
+    return RankingTrainer(
         model=model,
         args=training,
         train_dataset=train,
@@ -244,16 +263,6 @@ def _ranking_trainer(
         peft_config=build_lora_config(model_config, "SEQ_CLS"),
         test_rows=test,
     )
-    for rows, kept, name in ((train, trainer.train_dataset, "training"), (test, trainer.eval_dataset, "held-out")):
-        if rows is not None and len(kept) < len(rows):
-            logger.warning(
-                "%d of %d %s pairs are longer than %s tokens and are dropped",
-                len(rows) - len(kept), len(rows), name, training.max_length,
-            )  # fmt: skip
-    require_batch(len(trainer.train_dataset), training, "without the pairs that are too long, the training split")
-    if test is not None and not len(trainer.eval_dataset):
-        raise UserError(f"every held-out pair is longer than {training.max_length} tokens; raise --max_length")
-    return trainer
 
 
 def _classifier_trainer(
@@ -274,17 +283,15 @@ def _classifier_trainer(
         model = get_peft_model(model, lora)
     if training.disable_dropout:
         disable_dropout_in_model(model)
-    encode = partial(encode_labelled_texts, tokenizer=start.tokenizer, max_length=start.max_length)
     return ClassifierTrainer(
         model=model,
         args=training,
-        train_dataset=train.map(encode, batched=True, remove_columns=train.column_names, desc="Tokenizing"),
-        eval_dataset=test and test.map(encode, batched=True, remove_columns=test.column_names, desc="Tokenizing"),
+        train_dataset=train,
+        eval_dataset=test,
         data_collator=partial(collate_labelled_texts, pad_id=start.tokenizer.pad_token_id),
         processing_class=start.tokenizer,
         compute_metrics=compute_classification_metrics,
         compute_loss_func=mean_cross_entropy,
-        test_rows=test,
     )
 
 
@@ -292,10 +299,11 @@ def measure_reward_model(
     trainer: RankingTrainer | ClassifierTrainer,
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Return metrics on the test split and the rows of the reliability plot."""
-    tokenizer, max_length, test = trainer.processing_class, trainer.args.max_length, trainer.test_rows
+    tokenizer = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
     reward = load_reward(model, tokenizer, batch_size=trainer.args.per_device_eval_batch_size)
+    texts = partial(tokenizer.batch_decode, skip_special_tokens=True)
     if isinstance(trainer, RankingTrainer):
-        return measure_ranking(reward, test, tokenizer, max_length)
-    encoded = encode_labelled_texts(test[:], tokenizer, max_length)
-    return measure_classifier(reward, test["text"], encoded["input_ids"], encoded["labels"])
+        return measure_ranking(reward, trainer.test_rows, texts)
+    ids = trainer.eval_dataset["input_ids"][:]
+    return measure_classifier(reward, texts(ids), ids, trainer.eval_dataset["labels"][:])

@@ -6,18 +6,29 @@ KL penalty is part of the score, as in ppo.
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trl
 from trl import ModelConfig, RLOOTrainer
 
-from rlhf_recipes.core.arguments import DatasetArguments
+from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import world_size
-from rlhf_recipes.data import PROMPT, FormOptions, Prompts, load_rows, require_columns, require_held_out, require_texts
-from rlhf_recipes.generation import stop_ids
+from rlhf_recipes.data import (
+    PROMPT,
+    FormOptions,
+    LoadedRows,
+    column_prompt_ids,
+    decode_answers,
+    is_conversation,
+    load_rows,
+    prompts_by_split,
+    require_held_out,
+    require_texts,
+)
+from rlhf_recipes.generation import check_turn_end, reset_generation_config_, stop_ids
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
     StartingModel,
@@ -27,6 +38,7 @@ from rlhf_recipes.models import (
     count_positions_from_mask_,
     load_causal_lm,
     prepare_for_lora_,
+    saved_eos_ids,
 )
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
 from rlhf_recipes.training import (
@@ -39,7 +51,7 @@ from rlhf_recipes.training import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 PANELS = [
     ("Score", ["reward", "eval_reward"]),
@@ -54,7 +66,7 @@ PANELS = [
 
 
 @dataclass
-class RLOOArguments(DatasetArguments, FrozenQuantizationArguments):
+class RLOOArguments(RowLengthArguments, FrozenQuantizationArguments):
     """Prompts (column `prompt`: text or messages) and the rewards of their answers."""
 
     reward: list[str] | None = field(
@@ -134,21 +146,49 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
 
 
 class SafeRLOOTrainer(SafeTrainer, RLOOTrainer):
-    """TRL's `RLOOTrainer` with the guarantees of `SafeTrainer`."""
+    """TRL's `RLOOTrainer` with the guarantees of `SafeTrainer`. It reads prompts, and decodes answers, as ppo does.
+
+    max_prompt_tokens: read this many last tokens of a longer prompt; None: all.
+    """
+
+    def __init__(self, *args: Any, max_prompt_tokens: int | None = None, **kwargs: Any) -> None:
+        self.max_prompt_tokens = max_prompt_tokens
+        self._rows: list[dict[str, Any]] = []  # whose answers TRL generates
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        self._rows = inputs
+        return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
+        return column_prompt_ids(prompts, columns, self.processing_class, self.max_prompt_tokens), None, {}
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        prompt_ids, completion_ids, _, *others = super()._generate(prompts)
+        texts = decode_answers(prompt_ids, completion_ids, self.processing_class)
+        completions = [
+            [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return prompt_ids, completion_ids, completions, *others
 
 
 def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, training: RLOOConfig) -> RLOOTrainer:
     """Build the trainer. Invalid options and rows raise a `UserError` before weights are loaded."""
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_policy(model_config, None, pad_token=training.pad_token, **code)
-    prompts, test_prompts = load_prompts(arguments, start, training)
-    require_held_out(test_prompts, training, arguments.dataset_test_split)
-    sources = check_rewards(arguments, training, prompts.column_names)
+    rows = load_prompts(arguments, start, training)
+    require_held_out(rows.test, training, arguments.dataset_test_split)
+    sources = check_rewards(arguments, training, rows.train.column_names)
+    context = context_length(start.config)
+    limit = None if context is None else context - training.max_completion_length
     functions = load_trl_reward_functions(
         sources,
         start.tokenizer,
         training.device,
         training.normalize_rewards,
+        max_prompt_tokens=limit,
         **arguments.frozen_model_kwargs(model_config),
     )
     training = prepare_process_(training, start.config.hidden_size)
@@ -164,11 +204,13 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         model=prepare_for_lora_(model, training.gradient_checkpointing),
         reward_funcs=functions,
         args=training,
-        train_dataset=prompts,
-        eval_dataset=test_prompts,
+        train_dataset=rows.train,
+        eval_dataset=rows.test,
         processing_class=start.tokenizer,
         peft_config=build_lora_config(model_config),
+        max_prompt_tokens=limit,
     )
+    trainer.row_counts = rows.counts
     if trainer.ref_model is not None and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         # TRL loads the reference by the model's name, which for a LoRA folder is the name of its base.
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
@@ -204,28 +246,26 @@ def measure_rloo(trainer: SafeRLOOTrainer, folder: Path) -> Measured:
     return Measured(metrics | {name: value for name, value in held_out.items() if name.startswith("eval_rewards/")})
 
 
-def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOConfig) -> "tuple[Any, Any | None]":
-    """Load the training and test prompts, and check that each is text or messages and leaves room for an answer."""
-
-    def checked(rows: Any, name: str) -> Any:
-        if rows is None:
-            return None
-        require_columns(rows, ["prompt"], role=name)
-        require_texts(rows, ["prompt"], start.tokenizer, name)
-        columns = Prompts(
-            rows, start.tokenizer, context_length(start.config), training.max_completion_length, name
-        ).columns
-        return rows.select_columns(["prompt", *columns])
-
-    loaded = load_rows(arguments, FormOptions((PROMPT,), tokenizer=start.tokenizer))
-    prompts, held_out = checked(loaded.train, "the training split"), checked(loaded.test, "the held-out split")
+def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOConfig) -> LoadedRows:
+    """Load the training and test prompts, check that each fits, and count their rows; long ones are cut when tokenized."""
+    rows = load_rows(arguments, FormOptions((PROMPT,), tokenizer=start.tokenizer))
+    for dataset, counts in zip((rows.train, rows.test), rows.counts.values(), strict=False):
+        require_texts(dataset, ["prompt"], start.tokenizer, counts.name)
+    stops = saved_eos_ids(start.name, start.config)
+    check_turn_end(rows.train[0]["prompt"], start.tokenizer, stops, start.name)
+    room = (context_length(start.config), training.max_completion_length)
+    train, test = prompts_by_split(rows, start.tokenizer, room, arguments.too_long)
+    prompts = rows.train.select_columns(["prompt", *train.columns]).select(train.kept)
+    held_out: Any = None
+    if rows.test is not None and test is not None:
+        held_out = rows.test.select_columns(["prompt", *test.columns]).select(test.kept)
     prompts_per_batch = training.answers // training.num_generations
     if len(prompts) < prompts_per_batch:
         raise UserError(
             f"the training split has {len(prompts)} prompts, fewer than the {prompts_per_batch} of one batch "
             "(per_device_train_batch_size x steps_per_generation x processes / num_generations); lower the batch"
         )
-    return prompts, held_out
+    return replace(rows, train=prompts, test=held_out)
 
 
 def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[str]) -> list[str]:
@@ -239,20 +279,6 @@ def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[
     if weights is not None and len(weights) != len(sources):
         raise UserError(f"there are {len(sources)} rewards and {len(weights)} reward_weights; give one weight each")
     return sources
-
-
-def reset_generation_config_(model: "PreTrainedModel", stop_ids: set[int]) -> None:
-    """Replace the model's generation config by one with special token ids only.
-
-    Settings such as no_repeat_ngram_size or suppress_tokens change the distribution that answers are sampled from, and the
-    trained log-probabilities do not know them.
-    """
-    from transformers import GenerationConfig
-
-    config = model.generation_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=sorted(stop_ids), pad_token_id=config.pad_token_id
-    )
 
 
 def rloo_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,25 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
     COMPLETION,
     MESSAGES,
+    NO_LOSS,
     TEXT,
     FormOptions,
+    LoadedRows,
+    RowCounts,
     bos_prefix,
+    check_rows,
+    drop_rows,
+    encode_demonstration,
+    encode_rows,
     first_row,
+    fit_rows,
     is_conversation,
-    keep_fitting_prompts,
+    is_empty_answer,
     load_rows,
+    require_assistant_spans,
     require_batch,
     require_held_out,
-    require_texts,
+    require_turn_end,
     text_options,
 )
 from rlhf_recipes.evaluation import completion_perplexity
@@ -32,6 +42,7 @@ from rlhf_recipes.models import (
     check_policy,
     load_causal_lm,
     prepare_for_lora_,
+    saved_eos_ids,
 )
 from rlhf_recipes.training import (
     FineTuningDefaults,
@@ -43,7 +54,7 @@ from rlhf_recipes.training import (
     training_inputs,
 )
 
-IGNORED_LABEL = -100  # of a token without loss
+FORM_COLUMNS = ("prompt", "completion", "messages", "text")
 
 
 @dataclass
@@ -60,7 +71,8 @@ class SFTConfig(FineTuningDefaults, trl.SFTConfig):
 
     output_dir: str = field(default="runs/sft", metadata={"help": "Output folder for the model."})
     max_length: int | None = field(
-        default=None, metadata={"help": "Longest row in tokens; longer rows are cut. Unset: the model's context."}
+        default=None,
+        metadata={"help": "Longest row in tokens; see too_long for longer ones. Unset: the model's context."},
     )
     assistant_only_loss: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Loss on assistant turns only. Unset: on where the rows are messages."}
@@ -77,28 +89,25 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_policy(model_config, training.max_length, **tokens, **code)
-    train, test = load_demonstrations(arguments, start, training.dataset_text_field)
-    require_batch(len(train), training)
-    require_held_out(test, training, arguments.dataset_test_split)
-    if training.assistant_only_loss and not is_conversation((first_row(train) or {})[train.column_names[-1]]):
-        raise UserError("assistant_only_loss needs rows of messages, and these rows are text; leave it out")
-    assistant_only = training.assistant_only_loss
-    if assistant_only is None:
-        assistant_only = "messages" in train.column_names
-    if assistant_only:
-        _require_generation_markers(start)
-    options = {"max_length": start.max_length, "assistant_only_loss": assistant_only}
+    rows = load_demonstrations(arguments, start, training.dataset_text_field)
+    require_batch(len(rows.train), training)
+    require_held_out(rows.test, training, arguments.dataset_test_split)
+    encode = partial(encode_demonstrations, start=start, too_long=arguments.too_long or "drop", training=training)
+    rows = rows.each_split(encode)
+    require_batch(len(rows.train), training, "after dropping rows, the training split")
+    options = {"max_length": start.max_length, "assistant_only_loss": False}  # the labels of the rows say it
     training = prepare_process_(training, start.config.hidden_size, **options)
     model = load_causal_lm(start.name, model_config, **code)
     trainer = SafeSFTTrainer(
         model=prepare_for_lora_(model, training.gradient_checkpointing),
         args=training,
-        train_dataset=train,
-        eval_dataset=test,
+        train_dataset=rows.train,
+        eval_dataset=rows.test,
         processing_class=start.tokenizer,
         peft_config=build_lora_config(model_config),
     )
-    require_batch(len(trainer.train_dataset), training, "after cutting and packing, the training split")
+    trainer.row_counts = rows.counts
+    require_batch(len(trainer.train_dataset), training, "after packing, the training split")
     return trainer
 
 
@@ -134,27 +143,58 @@ def measure_sft(trainer: SafeSFTTrainer, folder: Path) -> Measured:
     return Measured(metrics | {"held_out_tokens": measured["tokens"]})
 
 
-def load_demonstrations(
-    arguments: SFTArguments, start: StartingModel, text_column: str = "text"
-) -> "tuple[Any, Any | None]":
+def load_demonstrations(arguments: SFTArguments, start: StartingModel, text_column: str = "text") -> LoadedRows:
     """Load the training and the test rows with the columns that are used, and check each row."""
     options = FormOptions((COMPLETION, MESSAGES, TEXT), tokenizer=start.tokenizer)
     rows = load_rows(arguments, text_options(options, text_column))
-    columns = [name for name in ("prompt", "completion", "messages", "text") if name in rows.train.column_names]
-    splits: list[Any] = []
-    for dataset, name in ((rows.train, "the training split"), (rows.test, "the held-out split")):
-        if dataset is None:
-            splits.append(None)
-            continue
-        require_texts(dataset, columns, start.tokenizer, name)
-        if "prompt" in columns:
-            dataset = keep_fitting_prompts(
-                dataset, start.tokenizer, start.max_length, drop=arguments.too_long == "drop", name=name
-            )
-        if "messages" in columns:
-            _require_assistant(dataset, name)
-        splits.append(dataset)
-    return splits[0], splits[1]
+    columns = [name for name in FORM_COLUMNS if name in rows.train.column_names]
+    return rows.each_split(lambda dataset, counts: check_rows(dataset, columns, start.tokenizer, counts.name))
+
+
+def encode_demonstrations(
+    rows: Any, counts: RowCounts, start: StartingModel, too_long: str, training: SFTConfig
+) -> Any:
+    """Tokenize demonstrations to `input_ids` and `labels`, and drop or cut those that are too long.
+
+    Raises:
+        UserError: a chat template that does not show what the assistant says, or ends it with a token at which nothing
+            stops; assistant_only_loss for rows of text; no row is left.
+    """
+    first = first_row(rows) or {}
+    chat = is_conversation(first.get("messages") or first.get("completion"))
+    if training.assistant_only_loss and not chat:
+        raise UserError("assistant_only_loss needs rows of messages, and these rows are text; leave it out")
+    assistant_only = training.assistant_only_loss
+    if assistant_only is None:
+        assistant_only = "messages" in first
+    if chat:
+        _require_stop(start)
+    if assistant_only:
+        turns = first.get("messages") or [*first["prompt"], *first["completion"]]
+        require_assistant_spans(start.tokenizer, turns, start.name)
+    encode = partial(
+        encode_demonstration,
+        tokenizer=start.tokenizer,
+        assistant_only=assistant_only,
+        completion_only=training.completion_only_loss is not False,
+    )
+    encoded = encode_rows(rows, encode, training.dataset_num_proc)
+    keep_end = getattr(training, "truncation_mode", "keep_start") == "keep_end"
+    encoded = fit_rows(encoded, start.max_length, too_long, counts, keep_end=keep_end)
+    remedy = "leave them out of the dataset"
+
+    def trained(row: Any) -> list[int]:
+        return [label for label in row["labels"] if label != NO_LOSS]
+
+    encoded = drop_rows(
+        encoded, lambda row: not trained(row), counts, "without_loss", "have no token with loss", remedy
+    )
+    encoded = drop_rows(
+        encoded,
+        lambda row: is_empty_answer(trained(row), start.tokenizer),
+        counts, "empty_answers", "have an empty answer", remedy,
+    )  # fmt: skip
+    return encoded
 
 
 def loss_spans(dataset: Any, prefix: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
@@ -166,7 +206,7 @@ def loss_spans(dataset: Any, prefix: Sequence[int] = ()) -> list[tuple[list[int]
     """
     spans = []
     for row in dataset:
-        ids, has_loss = row["input_ids"], [label != IGNORED_LABEL for label in row["labels"]]
+        ids, has_loss = row["input_ids"], [label != NO_LOSS for label in row["labels"]]
         starts = [index for index in range(len(ids)) if has_loss[index] and not (index and has_loss[index - 1])]
         for start in starts:
             end = next((index for index in range(start, len(ids)) if not has_loss[index]), len(ids))
@@ -176,21 +216,12 @@ def loss_spans(dataset: Any, prefix: Sequence[int] = ()) -> list[tuple[list[int]
     return spans
 
 
-def _require_generation_markers(start: StartingModel) -> None:
-    """Check that the chat template marks the assistant's tokens, or that TRL knows a marked version of it."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    try:
-        if not has_generation_markers(start.tokenizer.chat_template or ""):
-            get_training_chat_template(start.tokenizer)
-    except ValueError:
+def _require_stop(start: StartingModel) -> None:
+    """Check that generation stops at the token with which the chat template ends an answer."""
+    end = require_turn_end(start.tokenizer, start.name)
+    stops = {start.tokenizer.eos_token_id, *saved_eos_ids(start.name, start.config)}
+    if end.id not in stops:
         raise UserError(
-            f"the chat template of {start.name} does not mark what the assistant says with {{% generation %}}, "
-            "so loss cannot be limited to it; add the markers to the template, or pass --assistant_only_loss false"
-        ) from None
-
-
-def _require_assistant(dataset: Any, name: str) -> None:
-    for index, row in enumerate(dataset):
-        if not any(message["role"] == "assistant" for message in row["messages"]):
-            raise UserError(f"{name}, row {index}: no assistant turn to learn from; drop the row")
+            f"the chat template of {start.name} ends an answer with {end.token}, but generation stops at "
+            f'{start.tokenizer.eos_token}, so no answer would end; pass --eos_token "{end.token}"'
+        )

@@ -1,6 +1,6 @@
 """What every trainer shares: a trainer whose runs can be resumed, the run around it, its defaults."""
 
-from rlhf_recipes.training.classifier import collate_labelled_texts, encode_labelled_texts, mean_cross_entropy
+from rlhf_recipes.training.classifier import collate_labelled_texts, encode_labelled, mean_cross_entropy
 from rlhf_recipes.training.defaults import FineTuningDefaults, TrainingDefaults
 from rlhf_recipes.training.pretrain import PretrainTrainer, SampleContinuations, collate_blocks
 from rlhf_recipes.training.run import Measured, measures_model, prepare_process_, run_training, training_inputs
@@ -15,7 +15,7 @@ __all__ = [
     "TrainingDefaults",
     "collate_blocks",
     "collate_labelled_texts",
-    "encode_labelled_texts",
+    "encode_labelled",
     "mean_cross_entropy",
     "measures_model",
     "prepare_process_",

@@ -6,21 +6,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_recipes.core.tensors import pad
+from rlhf_recipes.data import encode_completion, template_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LABELLED_COLUMNS = ("completion", "messages", "text")
 
-def encode_labelled_texts(
-    batch: Mapping[str, Sequence[Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int | None
-) -> dict[str, list[Any]]:
-    """Tokenize the column `text` and append EOS, truncated to `max_length` tokens; `label` becomes an int.
 
-    A truncated row has no EOS, as an incomplete answer has none.
+def encode_labelled(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Tokenize a labelled row to `input_ids`, which begin and end as the rows that a reward model scores; `labels` is an int.
+
+    row: label, and text, messages, or prompt and completion; optionally tools and chat_template_kwargs.
     """
-    rows = tokenizer(list(batch["text"]), add_special_tokens=False, verbose=False)["input_ids"]
-    truncated = [[*row, tokenizer.eos_token_id][:max_length] for row in rows]
-    return {"input_ids": truncated, "labels": [int(label) for label in batch["label"]]}
+    prompt, whole = row.get("prompt"), next(row[name] for name in LABELLED_COLUMNS if row.get(name) is not None)
+    before, after = encode_completion(prompt, whole, tokenizer, **template_options(row))
+    return {"input_ids": [*before, *after], "labels": int(row["label"])}
 
 
 def collate_labelled_texts(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:

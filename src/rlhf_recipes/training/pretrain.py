@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.files import write_text
 from rlhf_recipes.core.markdown import escape_markdown
+from rlhf_recipes.data import document_start, plain_ids
 from rlhf_recipes.generation import Sampling, row_seed, sample, stop_ids
 from rlhf_recipes.optimizations import fuse_kernels_
 from rlhf_recipes.training.trainer import SafeTrainer
@@ -66,8 +67,8 @@ class PretrainTrainer(SafeTrainer):
 class SampleContinuations(TrainerCallback):
     """Continues the same prompts at every evaluation and at the end, and writes the texts to samples.md.
 
-    The random numbers are the same each time, so two samples differ by the model alone. Every prompt follows an EOS,
-    like a document of the training data; an empty prompt starts a document.
+    The random numbers are the same each time, so two samples differ by the model alone. Every prompt begins as a document of
+    the training data does: with the tokenizer's prefix, or else after an EOS. An empty prompt starts a document.
 
     Args:
         tokens: length of a continuation.
@@ -83,12 +84,12 @@ class SampleContinuations(TrainerCallback):
         self.prompts, self.tokenizer, self.tokens, self.seed = list(prompts), tokenizer, tokens, seed
         self.sections: list[str] = []
         self.last_step = -1
-        start = [tokenizer.eos_token_id]
-        self.rows = [start + tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        start = document_start(tokenizer)
+        self.rows = [start + plain_ids(prompt, tokenizer) for prompt in prompts]
         for prompt, row in zip(prompts, self.rows, strict=True):
             if len(row) + tokens > context:
                 raise UserError(
-                    f"sample prompt {prompt[:40]!r} has {len(row) - 1} tokens, and with {tokens} sampled ones it does "
+                    f"sample prompt {prompt[:40]!r} has {len(row) - len(start)} tokens, and with {tokens} sampled ones it does "
                     f"not fit the context of {context}; shorten it or lower --sample_tokens"
                 )
 
@@ -96,7 +97,7 @@ class SampleContinuations(TrainerCallback):
         """Sample one continuation of each prompt."""
         sampling = Sampling(self.tokens, stop_ids=stop_ids(model, self.tokenizer))
         seeds = [row_seed(self.seed, index) for index in range(len(self.rows))]
-        return sample(model, self.rows, sampling, seeds).texts(self.tokenizer)
+        return sample(model, self.rows, sampling, seeds).texts(self.tokenizer, self.rows)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         file = Path(args.output_dir) / SAMPLES_FILE

@@ -122,7 +122,7 @@ def run_training(
                 stage=stage,
                 title=title,
                 parents=parents,
-                metrics=metrics | measured.metrics,
+                metrics=metrics | measured.metrics | counted_rows(trainer),
                 arguments=arguments,
                 images=["curves.png", *measured.images],
             )
@@ -226,6 +226,12 @@ def save_final_model(trainer: SafeTrainer, folder: Path) -> None:
     (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml holds the same as text
     move_files_into(staged, folder)
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+
+
+def counted_rows(trainer: SafeTrainer) -> dict[str, dict[str, dict[str, int]]]:
+    """Return, as `rows`, how many rows of each split were read, dropped, cut and used; nothing if they were not counted."""
+    rows = {split: dict(counts) for split, counts in trainer.row_counts.items() if counts}
+    return {"rows": rows} if rows else {}
 
 
 def measures_model(trainer: SafeTrainer) -> bool:

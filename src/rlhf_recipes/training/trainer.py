@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from rlhf_recipes.core.files import files_by_rank, write_text
 from rlhf_recipes.core.secrets import redact
 from rlhf_recipes.core.unwrapping import base_model
+from rlhf_recipes.data import RowCounts
 from rlhf_recipes.folders import (
     STAGING_FOLDER,
     STATE_FILE,
@@ -59,6 +62,7 @@ class SafeTrainer(Trainer):
 
     stop_at_nonfinite_loss = True  # False in a trainer that skips such an optimizer step itself
     requested: dict[str, Any] | None = None  # the options a stage was run with; each checkpoint holds them
+    row_counts: Mapping[str, RowCounts] = MappingProxyType({})  # by split: what happened to its rows
     _staging = False
     _resuming_from: str | None = None
     _stop_requested = False  # in this process

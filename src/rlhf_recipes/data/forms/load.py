@@ -1,6 +1,6 @@
 """The one door for data: from the arguments of a stage to canonical rows with counts of what happened to them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -44,6 +44,14 @@ class LoadedRows:
     train: Any
     test: Any | None
     counts: dict[str, RowCounts] = field(default_factory=dict)
+
+    def each_split(self, change: Callable[[Any, RowCounts], Any]) -> "LoadedRows":
+        """Return the rows with `change` applied to the dataset and the counts of each split; counts how many it leaves."""
+        splits = [self.train, self.test]
+        for index, counts in enumerate(self.counts.values()):
+            splits[index] = change(splits[index], counts)
+            counts["used"] = len(splits[index])
+        return replace(self, train=splits[0], test=splits[1])
 
 
 def load_rows(arguments: DatasetArguments, options: FormOptions, *, streaming: bool = False) -> LoadedRows:

@@ -73,7 +73,8 @@ def check_arguments(arguments: ReadingArguments) -> None:
 
 def _reading_options(arguments: ReadingArguments) -> dict[str, Any]:
     config = {"config": arguments.dataset_config} if isinstance(arguments, DatasetArguments) else {}
-    return config | {"encoding": arguments.encoding, "text_by": arguments.text_by}
+    tables = {"csv_columns": arguments.csv_columns}
+    return config | {"encoding": arguments.encoding, "text_by": arguments.text_by} | tables
 
 
 def _requested_columns(

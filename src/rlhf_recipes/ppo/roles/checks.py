@@ -34,7 +34,7 @@ def check_prompts(
         raise UserError("the policy's tokenizer has no EOS token, so no answer could end; set tokenizer.eos_token")
     train = None
     if train_dataset is not None or required:
-        train = Prompts(train_dataset, tokenizer, context_length(config), args.response_length, "train_dataset")
+        train = _read_prompts(config, tokenizer, train_dataset, args, "train_dataset")
         if len(train) < args.episodes_per_update:
             raise UserError(
                 f"train_dataset has {len(train)} prompts, fewer than the {args.episodes_per_update} episodes of one "
@@ -47,7 +47,13 @@ def evaluation_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfi
     """Return `Prompts`, or a dict of them for a dict of datasets."""
     if isinstance(dataset, dict):
         return {name: evaluation_prompts(config, tokenizer, each, args) for name, each in dataset.items()}
-    return Prompts(dataset, tokenizer, context_length(config), args.response_length, "eval_dataset")
+    return _read_prompts(config, tokenizer, dataset, args, "eval_dataset")
+
+
+def _read_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig, role: str) -> Prompts:
+    if isinstance(dataset, Prompts):
+        return dataset
+    return Prompts(dataset, tokenizer, context_length(config), args.response_length, role)
 
 
 def refuse_sharded(role: str, model: Any) -> None:
