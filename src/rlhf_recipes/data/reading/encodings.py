@@ -179,7 +179,7 @@ def _cyrillic(text: str, place: int) -> float:
 def _western(text: str, place: int) -> float:
     letter, around = text[place], text[max(0, place - 1) : place + 2].replace(text[place], "", 1)
     if letter in "‘’“”–—…€«»„•°£§":
-        return 0.9
+        return 0.95
     if not letter.isalpha() or letter in "ªº":
         return 0.6 if letter in "¿¡ªº" else 0.0
     crowded = len(around) == 2 and all(other > "\x7f" for other in around)
