@@ -111,7 +111,7 @@ def test_one_of_several_numbered_files_can_be_named(tmp_path: Path) -> None:
     assert texts(tmp_path, "fold_1") == ["fold_1.jsonl"]
 
 
-def test_splits_with_names_of_their_own(tmp_path: Path) -> None:
+def test_splits_with_other_names(tmp_path: Path) -> None:
     fill(tmp_path, "train/0.jsonl", "test/0.jsonl", "hard_ones/0.jsonl", "test_prefs-00000-of-00001.jsonl")
     assert sorted(data_splits(tmp_path)) == ["hard_ones", "test", "test_prefs", "train"]
     assert texts(tmp_path, "test_prefs") == ["test_prefs-00000-of-00001.jsonl"]

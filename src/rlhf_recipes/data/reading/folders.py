@@ -192,7 +192,7 @@ def _cached_splits(tree: Tree, names: Iterable[str]) -> dict[str, Split]:
 
 
 def _subsets(tree: Tree) -> dict[str, str]:
-    """Return the folders that have splits of their own, by name."""
+    """Return the folders that have splits, by name."""
     return {
         folder: place + folder
         for place in PLACES
