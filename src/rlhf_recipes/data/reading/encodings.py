@@ -110,7 +110,7 @@ def _first_failure(file: DataFile, codec: str) -> tuple[int, int, bytes | None]:
 
 
 def _proposals(sample: bytes, failed: str) -> list[tuple[str, str]]:
-    """Return at most two encodings that fit the bytes, the most probable first, each with what the text would read."""
+    """Return at most three encodings that fit the bytes, the most probable first, each with what the text would read."""
     sample = sample[: 1 << 16]
     scored: list[tuple[float, str, str]] = []
     for name, plausible in PLAUSIBLE.items():
@@ -122,7 +122,7 @@ def _proposals(sample: bytes, failed: str) -> list[tuple[str, str]]:
         start = max(0, places[0] - EXCERPT // 2) if places else 0
         scored.append((score, name, " ".join(text[start : start + EXCERPT].split())))
     scored.sort(key=lambda each: -each[0])  # a stable sort: ties keep the order of the table
-    return [(name, text) for score, name, text in scored[:2] if score >= max(GOOD, 0.7 * scored[0][0])]
+    return [(name, text) for score, name, text in scored[:3] if score >= max(GOOD, 0.7 * scored[0][0])]
 
 
 def _wide_proposals(head: bytes) -> list[tuple[str, str]]:
