@@ -64,7 +64,7 @@ def test_columns_are_those_of_all_rows_and_absent_keys_stay_absent(tmp_path: Pat
     assert list(source) == list(source)
 
 
-def test_a_changed_file_is_read_anew_whatever_its_time(tmp_path: Path) -> None:
+def test_a_changed_file_is_read_again_whatever_its_time(tmp_path: Path) -> None:
     import os
 
     path = tmp_path / "a.jsonl"

@@ -14,6 +14,7 @@ from rlhf_recipes.data.reading.files import DataFile, Options, note
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "vertical bar"}
 NAMELESS = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__")  # as pandas names the numbers of rows
 QUOTE_AFTER_SPACE = re.compile(r'[,;|\t] +"')
+SEPARATOR = re.compile(r"\ufeff?\"?sep=([,;|\t])\"?\s*", re.I)  # the first line that Excel reads as a command
 STYLES: dict[str, dict[str, Any]] = {
     "standard": {"doublequote": True},
     "spaced": {"doublequote": True, "skipinitialspace": True},
@@ -39,13 +40,13 @@ class Dialect:
         """Return what every line must match where ``csv`` itself is not strict: whole quotes, one line to a row."""
         if self.style != "escaped":
             return None
-        cell = rf'(?:"(?:[^"\\]|\\.)*"|[^"\\{re.escape(self.delimiter)}]*)'
+        cell = rf'(?:"(?:[^"\\]|\\["\\])*"|[^"\\{re.escape(self.delimiter)}]*)'
         return re.compile(rf"{cell}(?:{re.escape(self.delimiter)}{cell})*")
 
     def reader(self, lines: Iterable[str]) -> Any:
         """Return a strict ``csv.reader`` over the lines."""
         csv.field_size_limit(sys.maxsize)
-        return csv.reader(lines, delimiter=self.delimiter, strict=True, **STYLES[self.style])
+        return csv.reader(_without_command(lines), delimiter=self.delimiter, strict=True, **STYLES[self.style])
 
 
 @dataclass
@@ -84,6 +85,8 @@ def choose_dialect(file: DataFile, options: Options, kind: str) -> tuple[Dialect
     own = "\t" if kind == "tsv" else ","
     with open_text(file, options.encoding, "") as stream:
         header = next((line for line in stream if line.strip()), "")
+    if announced := SEPARATOR.fullmatch(header):
+        own, header = announced[1], announced[1]
     present = [each for each in (own, *DELIMITERS) if each in header] or [own]
     problems = []
     for delimiter in dict.fromkeys(present):
@@ -105,7 +108,7 @@ def survey(file: DataFile, options: Options, dialect: Dialect) -> Survey:
         line = 0
         try:
             for cells in reader:
-                if not cells:
+                if is_blank(cells, found.width):
                     continue
                 if not found.first:
                     _start_(found, cells, options)
@@ -132,6 +135,17 @@ def ragged(file: DataFile, line: int, cells: int, names: Sequence[str], dialect:
     )
 
 
+def is_blank(cells: Sequence[str], width: int) -> bool:
+    """Whether a line is no row: nothing, or white space where several cells are expected."""
+    return not cells or (len(cells) == 1 and width > 1 and not cells[0].strip())
+
+
+def _without_command(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines without a first one such as ``sep=;``; a blank line keeps its number."""
+    for number, line in enumerate(lines):
+        yield "\n" if number == 0 and SEPARATOR.fullmatch(line) else line
+
+
 def short(cell: str) -> str:
     """Return a cell, abbreviated for a message."""
     return cell if len(cell) <= 40 else cell[:40] + "..."
@@ -141,7 +155,7 @@ def _watched(lines: Iterable[str], found: Survey, strictly: re.Pattern[str] | No
     """Yield the lines, note in `found` which quotes they hold, and whether one does not match `strictly`."""
     for line in lines:
         if strictly is not None and not found.problem and not strictly.fullmatch(line.rstrip("\r\n")):
-            found.problem = "a quote stands within a cell"
+            found.problem = "a quote is within a cell"
         if '"' in line:
             found.has_quotes = True
             found.has_escapes = found.has_escapes or '\\"' in line

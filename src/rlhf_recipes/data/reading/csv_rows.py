@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.reading.csv_dialect import NAMELESS, Dialect, Survey, choose_dialect, ragged, short
+from rlhf_recipes.data.reading.csv_dialect import NAMELESS, Dialect, Survey, choose_dialect, is_blank, ragged, short
 from rlhf_recipes.data.reading.encodings import open_text
 from rlhf_recipes.data.reading.files import DataFile, Options, note
 from rlhf_recipes.data.reading.source import Row
@@ -82,7 +82,7 @@ def _rows(
         reader = dialect.reader(stream)
         try:
             for cells in reader:
-                if not cells:
+                if is_blank(cells, width):
                     continue
                 if skip:
                     skip = False

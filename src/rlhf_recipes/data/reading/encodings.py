@@ -59,7 +59,7 @@ def choose_encoding(head: bytes, requested: str | None, name: str) -> str:
 
 
 def _wide(head: bytes) -> str | None:
-    """Return UTF-16 or UTF-32 where zero bytes stand at the places of ASCII characters."""
+    """Return UTF-16 or UTF-32 where zero bytes are at the places of ASCII characters."""
     whole = head[: len(head) // 4 * 4]
     zero = [whole[place::4].count(0) / max(1, len(whole) // 4) for place in range(4)]
     if min(zero[1:]) > 0.5 > zero[0]:
@@ -67,7 +67,7 @@ def _wide(head: bytes) -> str | None:
     if min(zero[:3]) > 0.5 > zero[3]:
         return "utf-32-be"
     even, odd = (zero[0] + zero[2]) / 2, (zero[1] + zero[3]) / 2
-    if max(even, odd) > 0.25 and min(even, odd) < max(even, odd) / 20:
+    if max(even, odd) > 0.5 and min(even, odd) < max(even, odd) / 20:
         return "utf-16-le" if odd > even else "utf-16-be"
     return None
 
@@ -77,7 +77,7 @@ def _undecodable(file: DataFile, codec: str, requested: str | None) -> UserError
     offset, line, sample = _first_failure(file, codec)
     said = requested or codec.removesuffix("-sig")
     where = f"{file.name}, line {line}: byte {offset} is not {said}"
-    proposals = [] if sample is None else _proposals(sample, codec)
+    proposals = _wide_proposals(read_head(file)) or ([] if sample is None else _proposals(sample, codec))
     if not proposals:
         return UserError(f"{where}; pass --encoding with the file's encoding, or save it as UTF-8")
     shown = " or ".join(f"--encoding {name} (it reads {text!r})" for name, text in proposals)
@@ -110,7 +110,7 @@ def _first_failure(file: DataFile, codec: str) -> tuple[int, int, bytes | None]:
 
 
 def _proposals(sample: bytes, failed: str) -> list[tuple[str, str]]:
-    """Return at most two encodings that fit the bytes, the most probable first, each with what the text would read."""
+    """Return at most three encodings that fit the bytes, the most probable first, each with what the text would read."""
     sample = sample[: 1 << 16]
     scored: list[tuple[float, str, str]] = []
     for name, plausible in PLAUSIBLE.items():
@@ -122,7 +122,17 @@ def _proposals(sample: bytes, failed: str) -> list[tuple[str, str]]:
         start = max(0, places[0] - EXCERPT // 2) if places else 0
         scored.append((score, name, " ".join(text[start : start + EXCERPT].split())))
     scored.sort(key=lambda each: -each[0])  # a stable sort: ties keep the order of the table
-    return [(name, text) for score, name, text in scored[:2] if score >= max(GOOD, 0.7 * scored[0][0])]
+    return [(name, text) for score, name, text in scored[:3] if score >= max(GOOD, 0.7 * scored[0][0])]
+
+
+def _wide_proposals(head: bytes) -> list[tuple[str, str]]:
+    """Return UTF-16 for text with few ASCII characters, which zero bytes do not give away."""
+    for name in ("utf-16-le", "utf-16-be"):
+        text = _decoded(head[:CHUNK], name)
+        plausible = sum("\t" <= letter <= "~" or _simplified(letter) for letter in text or "")
+        if text and plausible > 0.8 * len(text):
+            return [(name, " ".join(text[:EXCERPT].split()))]
+    return []
 
 
 def _decoded(sample: bytes, name: str) -> str | None:
@@ -146,6 +156,9 @@ def _in_rows(codec: str, first: int, last: int) -> Callable[[str], bool]:
     return common
 
 
+_simplified = _in_rows("gb2312", 0xB0A1, 0xD7F9)
+
+
 def _chinese(codec: str, first: int, last: int) -> Callable[[str, int], float]:
     common = _in_rows(codec, first, last)
     return lambda text, place: 1.0 if text[place] in "，。、？！：；（）《》“”「」…—" or common(text[place]) else 0.0
@@ -158,7 +171,7 @@ def _japanese(codec: str, first: int, last: int) -> Callable[[str, int], float]:
         letter = text[place]
         kana = "\u3040" <= letter <= "\u30ff" or letter in "、。"
         near = any("\u3040" <= other <= "\u309f" for other in text[max(0, place - 8) : place + 9])
-        return 1.01 if kana else 1.01 if near and common(letter) else 0.3 if common(letter) else 0.0
+        return 1.01 if kana else 1.01 if near and common(letter) else 0.6 if common(letter) else 0.0
 
     return plausible
 
@@ -179,7 +192,7 @@ def _cyrillic(text: str, place: int) -> float:
 def _western(text: str, place: int) -> float:
     letter, around = text[place], text[max(0, place - 1) : place + 2].replace(text[place], "", 1)
     if letter in "‘’“”–—…€«»„•°£§":
-        return 0.9
+        return 0.95
     if not letter.isalpha() or letter in "ªº":
         return 0.6 if letter in "¿¡ªº" else 0.0
     crowded = len(around) == 2 and all(other > "\x7f" for other in around)

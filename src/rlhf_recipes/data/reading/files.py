@@ -153,8 +153,8 @@ def refuse_by_name(name: str, label: str) -> None:
     """Raise UserError if the ending of `name` is one of a format that is not read; `label` is what messages call it."""
     for ending in {Path(name).suffix.lower(), Path(_without(name, COMPRESSIONS)[0]).suffix.lower()}:
         if ending in REFUSED:
-            kind, remedy = REFUSED[ending]
-            raise UserError(f"{label} is {kind}; {remedy}")
+            kind, fix = REFUSED[ending]
+            raise UserError(f"{label} is {kind}; {fix}")
 
 
 def format_of(file: DataFile) -> str:
@@ -169,8 +169,10 @@ def format_of(file: DataFile) -> str:
     found = _format_by_content(head)
     if isinstance(found, tuple):
         raise UserError(f"{file.name} is {found[0]}; {found[1]}")
-    if announced not in (None, "text") and head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(HTML):
-        raise UserError(f"{file.name} holds a web page, not data; download the file itself")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(HTML):
+        if announced != "text":
+            raise UserError(f"{file.name} holds a web page, not data; download the file itself")
+        note("%s holds a web page: its markup is part of the text", file.name)
     if found is not None:
         if found == "zip":
             _refuse_office(file)
@@ -183,8 +185,8 @@ def format_of(file: DataFile) -> str:
     if announced in ("parquet", "arrow"):
         kind = {"parquet": "a Parquet", "arrow": "an Arrow"}[announced]
         start = f"it starts with {head[:30].decode('utf-8', 'replace')!r}" if head else "it is empty"
-        remedy = "rename it to .jsonl" if head.lstrip()[:1] in (b"{", b"[") else "copy or download it again"
-        raise UserError(f"{file.name} is not {kind} file: {start}; {remedy}")
+        fix = "rename it to .jsonl" if head.lstrip()[:1] in (b"{", b"[") else "copy or download it again"
+        raise UserError(f"{file.name} is not {kind} file: {start}; {fix}")
     return announced
 
 

@@ -133,7 +133,7 @@ def _split_folder(tree: Tree, path: str, folder: str) -> Split | None:
         )
     found = split_in_folder(folder, [f"{path}/{name}" for name in inner.direct()])
     if not looks_like_split(folder):
-        own = any(looks_like_split(name) for name in splits_by_file(inner.direct()))
+        own = any(data_ending(name)[1] and looks_like_split(data_ending(name)[0]) for name in inner.direct())
         return found if found.files and not own else None
     deeper = [name for name in inner.files if "/" in name and data_ending(_base(name))[1]]
     if deeper:
@@ -192,7 +192,7 @@ def _cached_splits(tree: Tree, names: Iterable[str]) -> dict[str, Split]:
 
 
 def _subsets(tree: Tree) -> dict[str, str]:
-    """Return the folders that have splits of their own, by name."""
+    """Return the folders that have splits, by name."""
     return {
         folder: place + folder
         for place in PLACES

@@ -40,8 +40,17 @@ def document_rows(document: Mapping[str, Any], file: DataFile, split: str) -> It
                 f"{file.name} holds one object with a list under {key!r}: is it one row, or are these the rows? Write "
                 "the rows as an array, or one per line as .jsonl"
             )
-    if _ending(file) == ".json" and _are_columns(document):
-        return _from_columns(document, file)
+    if _ending(file) == ".json":
+        if set(document) - {"index"} == {"columns", "data"}:  # as pandas writes it with orient="split"
+            names = document["columns"]
+            return (dict(zip(names, cells, strict=True)) for cells in document["data"])
+        if _are_columns(document):
+            return _from_columns(document, file)
+        if document and all(isinstance(value, dict) for value in document.values()):
+            raise UserError(
+                f"{file.name} holds one object with an object under {next(iter(document))!r}; write the rows as an array "
+                "(jq '[.[]]' FILE), or one per line as .jsonl"
+            )
     return iter([dict(document)] if document else [])
 
 

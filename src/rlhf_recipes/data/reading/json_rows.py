@@ -232,7 +232,7 @@ def _require_whole_characters(text: str, value: Any) -> None:
 
 
 def _invalid(file: DataFile, line: int, error: json.JSONDecodeError) -> UserError:
-    reason = error.msg[:1].lower() + error.msg[1:]
+    reason = (error.msg[:1].lower() + error.msg[1:]).removesuffix(" at")
     return UserError(f"{file.name}, line {line}, column {error.colno} cannot be read as JSON: {reason}; fix the line")
 
 

@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 
 from rlhf_recipes.data.reading.files import data_ending
 
-SPLIT = re.compile(r"(train|training|test|testing|validation|valid|val|dev|eval|evaluation|held_?out)([-_.].*)?", re.I)
-TRAINING = re.compile(r"(train|training)([-_.].*)?", re.I)
+SPLIT = re.compile(r"(train|training|test|testing|validation|valid|val|dev|eval|evaluation|h[eo]ld_?out)(\d+|[-_.].*)?", re.I)
+TRAINING = re.compile(r"(train|training)(\d+|[-_.].*)?", re.I)
 SHARD = re.compile(r"(?P<stem>.+?)[-_.](?P<number>\d+)[-_]of[-_](?P<total>\d+)([-_.][0-9a-f]{6,})?", re.I)
 NUMBERED = re.compile(r"(?P<stem>.+?)[-_.]?(?P<number>\d+)")
 PART = re.compile(r"(part[-_.].*|\d+)", re.I)  # as Spark, Dask and the Hub's converter write them
