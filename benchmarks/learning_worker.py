@@ -91,7 +91,7 @@ class Clock(TrainerCallback):
         )
         self.float32_policy.load_state_dict(self.policy.state_dict())
         answers = sample(self.float32_policy, ids, sampling, [row_seed(99, row) for row in range(len(rows))])
-        texts = answers.texts(self.prepared.tokenizer)
+        texts = answers.texts(self.prepared.tokenizer, ids)
         scores = self.reward_model.score_ids([[*one, *two] for one, two in zip(ids, answers.ids, strict=True)])
         point = {
             "seconds": self.trained,

@@ -179,8 +179,7 @@ def of_reward(run: Path, precision: str, out: Path) -> dict[str, Any]:
     def measured(model: Any) -> float:
         reward_model: Any = load_reward(model, tokenizer)
         ids = [
-            [encode_completion(row["prompt"], row[side], tokenizer) for row in rows]
-            for side in ("chosen", "rejected")
+            [encode_completion(row["prompt"], row[side], tokenizer) for row in rows] for side in ("chosen", "rejected")
         ]
         chosen, rejected = (reward_model.score_ids([[*prompt, *answer] for prompt, answer in side]) for side in ids)
         return sum(map(float.__gt__, chosen, rejected)) / len(rows)

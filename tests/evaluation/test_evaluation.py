@@ -302,7 +302,16 @@ def test_evaluation_metrics_match_the_rows(
     assert metrics.keys() == {*expected, "gold_score_low", "gold_score_high"}
 
 
-NO_START_TOKEN = SimpleNamespace(bos_token_id=None, eos_token_id=None)
+class NoStartToken(SimpleNamespace):
+    """A tokenizer of one letter, without special tokens."""
+
+    bos_token_id = eos_token_id = None
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1] * len(text)}
+
+
+NO_START_TOKEN = NoStartToken()
 REFUSED: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str]] = [
     (distinct_n, ([],), {}, "at least one text"),
     (win_rate, ([1.0], [1.0, 2.0]), {}, "same prompts"),

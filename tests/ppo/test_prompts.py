@@ -165,7 +165,7 @@ def test_reward_model_reads_text_with_its_tokenizer_and_template(
     make_trainer: Make, make_policy: Make, make_reward_model: Make, recorder: type, other_tokenizer: Any, tmp_path: Path,
     prompts: str, source: str,
 ) -> None:  # fmt: skip
-    """Turns are written in its template, with its EOS only if the policy has ended its answer."""
+    """Turns are written in its template, with its EOS only if the policy has ended its answer, and nothing after it."""
     model, reward_model = make_policy(), make_reward_model(3, vocab_size=300, initializer_range=0.2, pad_token_id=1)
     model.lm_head.weight.data[EOS] *= 40
     options: dict[str, Any] = {"reward_processing_classes": [None, other_tokenizer]}
@@ -195,8 +195,7 @@ def test_reward_model_reads_text_with_its_tokenizer_and_template(
             bytes(token for token in part if token < 256).decode(errors="replace") for part in (query, ids)
         )
         text = f"u={prompt}\na={answer}" if prompts == "messages" else prompt + answer
-        ended_text = text + ("</s>\n" if prompts == "messages" else "</s>")
-        assert score == pytest.approx(score_by_hand(reward_model, ended_text if ended else text), abs=1e-4)
+        assert score == pytest.approx(score_by_hand(reward_model, text + "</s>" * ended), abs=1e-4)
     assert np.std(scored["reward_model"]) > 0.05
 
 

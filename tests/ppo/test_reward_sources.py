@@ -40,12 +40,13 @@ def with_likely_tokens_(model: Any, *tokens: int) -> Any:
 
 @pytest.mark.parametrize(
     ("options", "ids"),
-    [({}, STOP_IDS), ({"stop_token": "eos"}, [256]), ({"stop_token_id": 33}, [33])],
+    [({}, [*STOP_IDS, 256]), ({"stop_token": "eos"}, [256]), ({"stop_token_id": 33}, [33])],
     ids=["generation config", "eos", "custom"],
 )
 def test_answers_stop_at_the_configured_stop_ids(
     make_trainer: Make, make_policy: Make, recorder: type, options: dict[str, Any], ids: list[int]
 ) -> None:
+    """By default also where the chat template ends a turn: at 256."""
     model = with_likely_tokens_(make_policy(), 33, 256)
     trainer = make_trainer(
         model, trainer_class=recorder, rows=32, per_device_train_batch_size=32, response_length=20, **options

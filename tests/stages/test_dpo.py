@@ -222,19 +222,25 @@ def test_an_adapter_on_quantized_weights_is_trained(
     assert losses[0] == pytest.approx(math.log(2), abs=1e-3) and losses[-1] < 0.5
 
 
-def test_a_long_answer_is_truncated_with_a_warning(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
-    long = [{"prompt": "Count:", "chosen": " one" * 50, "rejected": " two"}, PLAIN[0]]
-    trainer = build_dpo_trainer(*ask(long))
-    assert "1 of 2 pairs are longer than 128 tokens and are cut off" in caplog.text
-    assert all(batch["input_ids"].shape[1] <= 128 for batch in trainer.get_train_dataloader())
-    caplog.clear()
-    build_dpo_trainer(*ask(PLAIN))
-    assert "cut off" not in caplog.text
+def test_pairs_that_are_too_long_are_dropped_or_cut(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
+    long = {"prompt": "Count:", "chosen": " one" * 50, "rejected": " two"}
+    rows = [*PLAIN, long, {"prompt": "x" * 200, "chosen": "y", "rejected": "z"}]
+    trainer = build_dpo_trainer(*ask(rows))
+    assert len(trainer.train_dataset) == len(PLAIN)
+    assert f"2 of {len(rows)} rows are longer than 128 tokens and are dropped" in caplog.text
+    trainer = build_dpo_trainer(*ask(rows, too_long="cut"))
+    assert trainer.row_counts["train"] == {
+        "read": len(rows), "too_long_cut": 1, "too_long_dropped": 1, "used": len(PLAIN) + 1
+    }  # fmt: skip
+    cut = trainer.train_dataset[len(PLAIN)]
+    assert bytes(cut["chosen_ids"]) == (b" one" * 50)[:122] and cut["rejected_ids"] == [*b" two", 256]
 
 
-def test_long_prompts_can_be_dropped(ask: Any) -> None:
-    rows = [*PLAIN, {"prompt": "x" * 200, "chosen": "y", "rejected": "z"}]
-    assert len(build_dpo_trainer(*ask(rows, too_long="drop")).train_dataset) == len(PLAIN)
+def test_pairs_that_teach_nothing_are_dropped_and_counted(ask: Any) -> None:
+    equal, empty = PLAIN[0] | {"rejected": PLAIN[0]["chosen"]}, PLAIN[0] | {"rejected": ""}
+    trainer = build_dpo_trainer(*ask([*PLAIN, equal, empty]))
+    counts = {"read": len(PLAIN) + 2, "empty_answers": 1, "equal_pairs": 1, "used": len(PLAIN)}
+    assert len(trainer.train_dataset) == len(PLAIN) and trainer.row_counts["train"] == counts
 
 
 WRONG = {
@@ -247,7 +253,7 @@ WRONG = {
     "numbers": ([PLAIN[0] | {"chosen": 3}] * 2, {}, "row 0: the column chosen holds 3, which is no text"),
     "mixed forms": ([CHAT[0] | {"prompt": "a"}] * 2, {}, "prompt holds text, chosen holds messages"),
     "empty prompt": ([PLAIN[0], PLAIN[1] | {"prompt": ""}], {}, "row 1: the prompt is empty"),
-    "long prompt": ([PLAIN[0] | {"prompt": "x" * 128}] * 2, {}, "row 0: the prompt has 128 tokens"),
+    "long prompt": ([PLAIN[0] | {"prompt": "x" * 128}] * 2, {}, "all 2 rows are longer than 128 tokens"),
     "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
     "quantized without LoRA": (CHAT, {"load_in_4bit": True}, "add --use_peft true"),
     "unknown loss": (CHAT, {"beta": "much"}, "invalid float value: 'much'"),

@@ -104,12 +104,13 @@ def test_a_value_model_starts_from_a_reward_model(place: Path) -> None:
 
 
 def test_prompts_are_the_first_tokens_of_texts(tokenizer: Any) -> None:
-    """Tokens are bytes here. Empty texts are dropped, other columns kept."""
+    """Tokens are bytes here, so a prompt may end within a character. Empty texts are dropped, other columns kept."""
     from datasets import Dataset
 
-    rows = Dataset.from_dict({"text": ["a long review", "   ", "ok"], "label": [1, 0, 1]})
-    prompts = with_prompts(rows, tokenizer, 6)
-    assert prompts.to_list() == [{"label": 1, "prompt": "a long"}, {"label": 1, "prompt": "ok"}]
+    rows = Dataset.from_dict({"text": ["中文 review", "   ", "ok"], "label": [1, 0, 1]})
+    prompts = with_prompts(rows, tokenizer, 4)
+    expected = [{"label": 1, "prompt": [*"中文".encode()[:4]]}, {"label": 1, "prompt": [*b"ok"]}]
+    assert prompts.to_list() == expected
 
 
 def test_metrics_hold_the_first_and_the_last_update() -> None:

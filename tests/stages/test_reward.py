@@ -14,11 +14,13 @@ from programs import forks
 
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data.counts import RowCounts
 from rlhf_recipes.data.encoding import encode_completion
+from rlhf_recipes.data.fitting import fit_rows
 from rlhf_recipes.models.loading import load_reward_model, load_tokenizer
 from rlhf_recipes.scoring.reward import load_reward
 from rlhf_recipes.stages.reward import ModelConfig, RewardArguments, RewardConfig, build_reward_trainer, run_reward
-from rlhf_recipes.training.classifier import collate_labelled_texts, encode_labelled_texts
+from rlhf_recipes.training.classifier import collate_labelled_texts, encode_labelled
 
 EOS = "<|endoftext|>"
 Rows = Sequence[dict[str, Any]]
@@ -260,10 +262,17 @@ def test_gradient_accumulation_changes_no_weight(ask: Any) -> None:
 
 
 def test_truncated_texts_do_not_end_with_eos(tokenizer: Any) -> None:
-    rows = encode_labelled_texts({"text": ["ab", "abc", "abcd", "abcde"], "label": [0, 1, True, 0]}, tokenizer, 4)
+    texts = {"ab": 0, "abc": 1, "abcd": True, "abcde": 0}
+    rows = [encode_labelled({"text": text, "label": label}, tokenizer) for text, label in texts.items()]
+    rows = fit_rows(rows, 4, "cut", RowCounts("rows"))
     eos = tokenizer.eos_token_id
-    assert rows["input_ids"] == [[97, 98, eos], [97, 98, 99, eos], [97, 98, 99, 100], [97, 98, 99, 100]]
-    assert rows["labels"] == [0, 1, 1, 0]
+    assert [row["input_ids"] for row in rows] == [
+        [97, 98, eos],
+        [97, 98, 99, eos],
+        [97, 98, 99, 100],
+        [97, 98, 99, 100],
+    ]
+    assert [row["labels"] for row in rows] == [0, 1, 1, 0]
     batch = collate_labelled_texts([{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": [8], "labels": 0}], pad_id=9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and batch["labels"].tolist() == [1, 0]
@@ -342,8 +351,8 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(ask: Any, caplog: pytes
     long = {"prompt": "a", "chosen": "b" * 50, "rejected": "c"}
     folder = run_reward(*ask([*PROMPTED, long], [*PROMPTED, long], max_length=30, max_steps=1))
     assert metrics_of(folder)["pairs"] == 2
-    assert "1 of 3 training pairs are longer than 30 tokens" in caplog.text
-    assert "1 of 3 held-out pairs" in caplog.text
+    assert "the training split: 1 of 3 rows are longer than 30 tokens" in caplog.text
+    assert "the held-out split: 1 of 3 rows" in caplog.text
     beyond = {"prompt": "a", "chosen": "b" * 127, "rejected": "c"}  # 129 tokens with EOS
     trainer = build_reward_trainer(*ask([*PROMPTED, beyond]))
     assert len(trainer.train_dataset) == 2 and "longer than 128 tokens" in caplog.text
@@ -365,7 +374,8 @@ WRONG = {
     "one label": ([LABELLED[0]] * 4, {}, "every label of the training split is 1"),
     "no text": ([{"text": None, "label": 1}, {"text": "b", "label": 0}], {}, "holds None, which is no text"),
     "mixed forms": ([CHAT[0] | {"prompt": "a"}] * 2, {}, "prompt holds text, chosen holds messages"),
-    "long prompt": ([PROMPTED[0], PROMPTED[1] | {"prompt": "x" * 128}], {}, "row 1: the prompt has 128 tokens"),
+    "long prompt": ([PROMPTED[0], PROMPTED[1] | {"prompt": "x" * 128}], {}, "after dropping rows, the training split has 1"),
+    "long and refused": ([PROMPTED[0] | {"prompt": "x" * 128}] * 2, {"too_long": "error"}, "row 0: the pair has 138 tokens"),
     "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
     "quantized without LoRA": (CHAT, {"load_in_8bit": True}, "add --use_peft true"),
 }  # fmt: skip
@@ -418,7 +428,7 @@ def test_metrics_use_the_same_rows_and_columns_as_training(ask: Any, tmp_path: P
     reward_model = load_reward(load_reward_model(str(folder)), load_tokenizer(str(folder)))
     texts = [[*row[side].encode(), 256] for side in ("chosen", "rejected") for row in PLAIN]
     scores = reward_model([""] * 4, [""] * 4, prompt_ids=[[]] * 4, completion_ids=texts)
-    assert without.test_rows.column_names == ["chosen", "rejected"]
+    assert [row["prompt_length"] for row in without.test_rows] == [0, 0]
     assert metrics_of(folder)["score_mean"] == pytest.approx(sum(scores) / 4, rel=1e-4)
 
 

@@ -194,22 +194,39 @@ def test_packed_rows_have_the_loss_of_separate_rows(ask: Any) -> None:
     assert measured / tokens == pytest.approx(nats / tokens, rel=1e-4)
 
 
-def test_a_long_answer_is_truncated_and_a_long_prompt_refused(ask: Any) -> None:
-    long = [{"prompt": "Count:", "completion": " one" * 20}] * 2
-    trainer = build_sft_trainer(*ask(long, max_length=16))
-    assert [len(row["input_ids"]) for row in trainer.train_dataset] == [16, 16]
-    assert words_with_loss(trainer, trainer.processing_class) == [" one one o"] * 2  # 6 of the 16 are the prompt
-    beyond = [{"prompt": "Count:", "completion": " one" * 50}] * 2
-    default = build_sft_trainer(*ask(beyond))  # the default is the model's context
-    assert [len(row["input_ids"]) for row in default.train_dataset] == [128, 128]
-    with pytest.raises(UserError, match=r"row 0: the prompt has 6 tokens, .* within 6 \(2 of 2 rows"):
-        build_sft_trainer(*ask(long, max_length=6))
-
-
-def test_long_prompts_can_be_dropped(ask: Any) -> None:
-    rows = [*PLAIN, {"prompt": "x" * 200, "completion": "y"}]
-    trainer = build_sft_trainer(*ask(rows, too_long="drop"))
+def test_rows_that_are_too_long_are_dropped_cut_or_refused(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
+    long = {"prompt": "Count:", "completion": " one" * 20}
+    rows = [*PLAIN, long, {"prompt": "x" * 40, "completion": "y"}]
+    trainer = build_sft_trainer(*ask(rows, rows, max_length=36))
     assert sorted(words_with_loss(trainer, trainer.processing_class)) == sorted(FORMS["plain"][1])
+    assert trainer.row_counts["train"] == {"read": 4, "too_long_dropped": 2, "used": 2} == trainer.row_counts["test"]
+    assert "the training split: 2 of 4 rows are longer than 36 tokens and are dropped" in caplog.text
+    caplog.clear()
+    trainer = build_sft_trainer(*ask(rows, max_length=36, too_long="cut", per_device_train_batch_size=3))
+    expected = [*FORMS["plain"][1], (" one" * 20)[:30]]  # 6 of the 36 are the prompt; nothing is left of the last row
+    assert sorted(words_with_loss(trainer, trainer.processing_class)) == sorted(expected)
+    assert trainer.row_counts["train"] == {"read": 4, "too_long_cut": 1, "too_long_dropped": 1, "used": 3}
+    assert "1 of 4 rows are longer than 36 tokens and are cut, so they lose their end" in caplog.text
+    with pytest.raises(UserError, match=r"row 2: the row has 87 tokens, more than the 36 that fit \(2 of 4"):
+        build_sft_trainer(*ask(rows, max_length=36, too_long="error"))
+    with pytest.raises(UserError, match="all 2 rows are longer than 128 tokens"):  # the default is the model's context
+        build_sft_trainer(*ask([{"prompt": "Count:", "completion": " one" * 50}] * 2))
+
+
+def test_counts_of_rows_are_in_the_metrics(ask: Any) -> None:
+    rows = [*CHAT, {"prompt": [says("user", "Hi")], "completion": [says("assistant", "")]}]
+    folder = run_sft(*ask(rows, CHAT, max_steps=1))
+    counted = json.loads((folder / "metrics.json").read_text())["rows"]
+    assert counted == {"train": {"read": 3, "empty_answers": 1, "used": 2}, "test": {"read": 2, "used": 2}}
+
+
+def test_held_out_conversations_cut_before_the_assistant_are_refused(ask: Any, tmp_path: Path) -> None:
+    """Before training, not after it."""
+    long = [{"messages": [says("user", "x" * 100), says("assistant", "y")]}] * 2
+    for too_long, reason in (("drop", "are longer than"), ("cut", "have nothing to train on within")):
+        with pytest.raises(UserError, match=f"the held-out split: all 2 rows {reason} 64 tokens"):
+            run_sft(*ask(MESSAGES, long, max_length=64, too_long=too_long))
+    assert not (tmp_path / "out").exists()
 
 
 def planted_rows() -> list[dict[str, Any]]:
@@ -333,7 +350,7 @@ WRONG = {
     "unknown role": ([{"messages": [says("robot", "a")]}] * 2, {"template": True}, "row 0: .* not robot"),
     "nobody answers": ([{"messages": [says("user", "a")]}] * 2, {}, "row 0: no assistant turn"),
     "no content": ([{"messages": [{"role": "user"}, {"role": "assistant"}]}] * 2, {}, "whose content is no text"),
-    "long prompt": ([{"prompt": "x" * 128, "completion": "y"}] * 2, {}, "row 0: the prompt has 128 tokens"),
+    "long prompt": ([{"prompt": "x" * 128, "completion": "y"}] * 2, {}, "all 2 rows are longer than 128 tokens"),
     "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
     "nothing held out": (CHAT, {"eval_strategy": "epoch"}, "eval_strategy is epoch, but the dataset has no split 'test'"),
     "nobody's turns": (PLAIN, {"assistant_only_loss": True}, "assistant_only_loss needs rows of messages"),
@@ -360,12 +377,63 @@ def test_invalid_input_is_refused_before_weights_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_template_without_generation_marks_is_refused(ask: Any, model_folder: Path, tmp_path: Path) -> None:
-    start = tmp_path / "start"
-    shutil.copytree(model_folder, start, ignore=shutil.ignore_patterns("*.safetensors"))
-    (start / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(UserError, match="does not mark what the assistant says"):
+def with_template(folder: Path, template: str, place: Path, **tokens: str) -> Path:
+    """Copy a model's folder without its weights, with another chat template and other special tokens."""
+    shutil.copytree(folder, place, ignore=shutil.ignore_patterns("*.safetensors"))
+    (place / "chat_template.jinja").write_text(template)
+    path = place / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens))
+    return place
+
+
+NAMES_LATER = (  # what is written of a turn depends on the turns after it
+    "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+)
+
+
+def test_a_template_that_does_not_show_the_assistants_turns_is_refused(
+    ask: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    start = with_template(model_folder, NAMES_LATER, tmp_path / "start")
+    with pytest.raises(UserError, match=f"of {start} does not mark what the assistant says"):
         run_sft(*ask(MESSAGES, model_name_or_path=start))
+
+
+CHATML = (
+    "{% for m in messages %}<|user|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"
+)
+
+
+def test_an_answer_that_ends_where_nothing_stops_is_refused(ask: Any, model_folder: Path, tmp_path: Path) -> None:
+    """The end of a turn is <|end|>, the tokenizer's EOS is another token."""
+    start = with_template(model_folder, CHATML, tmp_path / "start")
+    with pytest.raises(UserError, match=r'ends an answer with <\|end\|>.* pass --eos_token "<\|end\|>"'):
+        run_sft(*ask(MESSAGES, model_name_or_path=start))
+    silent = with_template(model_folder, "{% for m in messages %}{{ m['content'] }}{% endfor %}", tmp_path / "silent")
+    with pytest.raises(UserError, match="writes no special token after an assistant turn"):
+        run_sft(*ask(MESSAGES, model_name_or_path=silent))
+
+
+@pytest.mark.parametrize("form", ["chat", "messages"])
+def test_a_template_without_generation_marks_has_loss_on_answers_and_their_end(
+    ask: Any, form: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """Its turns are found by rendering, and the line break behind the end of a turn has no loss."""
+    rows, expected = FORMS[form]
+    start = with_template(model_folder, CHATML, tmp_path / "start")
+    shutil.copy(model_folder / "model.safetensors", start)
+    trainer = build_sft_trainer(*ask(rows, model_name_or_path=start, eos_token="<|end|>"))
+    words = words_with_loss(trainer, trainer.processing_class)
+    assert sorted(words) == sorted(text.replace(EOS, "<|end|>") for text in expected)
+    assert all(row["input_ids"][-1] == 261 for row in trainer.train_dataset)
+
+
+def test_turns_that_are_not_to_be_trained_have_no_loss(ask: Any) -> None:
+    marked = [says("user", "a"), says("assistant", "bcd") | {"train": False}, says("user", "e")]
+    rows = [{"messages": [*marked, says("assistant", "fg")]}] * 2
+    trainer = build_sft_trainer(*ask(rows))
+    assert words_with_loss(trainer, trainer.processing_class) == ["fg" + EOS] * 2
 
 
 def test_a_resumed_run_matches_the_uninterrupted_run(ask: Any, tmp_path: Path) -> None:

@@ -78,14 +78,14 @@ def fit_rows(
     shorter = {index: cut_row(rows[index], limit, keep_end) for index in long} if too_long == "cut" else {}
     replaced = {index: row for index, row in shorter.items() if row is not None}
     dropped = len(long) - len(replaced)
-    counts.report("too_long_cut", len(replaced), f"are longer than {limit} tokens and are cut, so they lose their end")
     reason = "have nothing to train on within" if too_long == "cut" else "are longer than"
     remedy = "shorten them, raise --max_length up to the model's context" + (
         "" if too_long == "cut" else ", or pass --too_long cut"
     )
-    counts.report("too_long_dropped", dropped, f"{reason} {limit} tokens and are dropped; {remedy}")
     if dropped == len(lengths):
         raise UserError(f"{counts.name}: all {len(lengths)} rows {reason} {limit} tokens; {remedy}")
+    counts.report("too_long_cut", len(replaced), f"are longer than {limit} tokens and are cut, so they lose their end")
+    counts.report("too_long_dropped", dropped, f"{reason} {limit} tokens and are dropped; {remedy}")
     kept = [index for index, length in enumerate(lengths) if length <= limit or index in replaced]
     if isinstance(rows, list):
         return [replaced.get(index, rows[index]) for index in kept]
@@ -107,9 +107,9 @@ def drop_rows(
     dropped = len(rows) - len(kept)
     if not dropped:
         return rows
-    counts.report(kind, dropped, f"{message} and are dropped; {remedy}")
     if not kept:
         raise UserError(f"{counts.name}: all {dropped} rows {message}; {remedy}")
+    counts.report(kind, dropped, f"{message} and are dropped; {remedy}")
     return rows.select(kept)
 
 

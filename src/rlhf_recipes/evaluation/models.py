@@ -104,12 +104,11 @@ def evaluate_model(
     encoded = column_prompt_ids(prompts, columns or {}, tokenizer, max_prompt_tokens)
     ids = [encoded[index] for index in repeated]
     answers = _sample_answers(model, ids, sampling, seed, batch_size, progress)
+    values = (repeated, answers.texts(tokenizer, ids), answers.ids, answers.stopped)
     shown = readable_prompts(prompts, tokenizer)
     rows: list[dict[str, Any]] = [
         {"index": index, "prompt": shown[index], "completion": text, "tokens": len(answer), "stopped": stopped}
-        for index, text, answer, stopped in zip(
-            repeated, answers.texts(tokenizer, ids), answers.ids, answers.stopped, strict=True
-        )
+        for index, text, answer, stopped in zip(*values, strict=True)
     ]
     given = [prompts[index] for index in repeated]
     aligned = {name: [values[index] for index in repeated] for name, values in (columns or {}).items()}

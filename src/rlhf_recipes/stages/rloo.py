@@ -183,13 +183,9 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     sources = check_rewards(arguments, training, rows.train.column_names)
     context = context_length(start.config)
     limit = None if context is None else context - training.max_completion_length
+    frozen = arguments.frozen_model_kwargs(model_config)
     functions = load_trl_reward_functions(
-        sources,
-        start.tokenizer,
-        training.device,
-        training.normalize_rewards,
-        max_prompt_tokens=limit,
-        **arguments.frozen_model_kwargs(model_config),
+        sources, start.tokenizer, training.device, training.normalize_rewards, max_prompt_tokens=limit, **frozen
     )
     training = prepare_process_(training, start.config.hidden_size)
     model = load_causal_lm(start.name, model_config, **code)
@@ -259,10 +255,10 @@ def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOC
     held_out: Any = None
     if rows.test is not None and test is not None:
         held_out = rows.test.select_columns(["prompt", *test.columns]).select(test.kept)
-    prompts_per_batch = training.answers // training.num_generations
-    if len(prompts) < prompts_per_batch:
+    needed = training.answers // training.num_generations
+    if len(prompts) < needed:
         raise UserError(
-            f"the training split has {len(prompts)} prompts, fewer than the {prompts_per_batch} of one batch "
+            f"the training split has {len(prompts)} prompts, fewer than the {needed} of one batch "
             "(per_device_train_batch_size x steps_per_generation x processes / num_generations); lower the batch"
         )
     return replace(rows, train=prompts, test=held_out)
@@ -270,8 +266,7 @@ def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOC
 
 def check_rewards(arguments: RLOOArguments, training: RLOOConfig, columns: list[str]) -> list[str]:
     """Check every reward against the columns of the prompts, and return their sources."""
-    sources = list(arguments.reward or [])
-    if not sources:
+    if not (sources := list(arguments.reward or [])):
         raise UserError("no reward; pass --reward with a reward model's folder or package.module:function")
     for source in sources:
         check_reward(source, [name for name in columns if name != "prompt"])

@@ -230,7 +230,7 @@ def save_final_model(trainer: SafeTrainer, folder: Path) -> None:
 
 def counted_rows(trainer: SafeTrainer) -> dict[str, dict[str, dict[str, int]]]:
     """Return, as `rows`, how many rows of each split were read, dropped, cut and used; nothing if they were not counted."""
-    rows = {split: dict(counts) for split, counts in trainer.row_counts.items() if counts}
+    rows = {split: dict(counts) for split, counts in (trainer.row_counts or {}).items()}
     return {"rows": rows} if rows else {}
 
 

@@ -4,10 +4,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,7 +60,7 @@ class SafeTrainer(Trainer):
 
     stop_at_nonfinite_loss = True  # False in a trainer that skips such an optimizer step itself
     requested: dict[str, Any] | None = None  # the options a stage was run with; each checkpoint holds them
-    row_counts: Mapping[str, RowCounts] = MappingProxyType({})  # by split: what happened to its rows
+    row_counts: dict[str, RowCounts] | None = None  # by split: what happened to its rows
     _staging = False
     _resuming_from: str | None = None
     _stop_requested = False  # in this process
