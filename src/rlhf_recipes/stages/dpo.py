@@ -15,9 +15,14 @@ from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.data import check_and_fit_rows, load_train_and_test, require_batch, require_held_out
 from rlhf_recipes.models import StartingModel, build_lora_config, check_policy, load_causal_lm, prepare_for_lora_
 from rlhf_recipes.training import (
+    ROWS,
     FineTuningDefaults,
+    HeldOutMeans,
     Measured,
     SafeTrainer,
+    SyncedReference,
+    check_synced_reference,
+    mask_total,
     prepare_process_,
     run_training,
     training_inputs,
@@ -53,8 +58,20 @@ class DPOConfig(FineTuningDefaults, trl.DPOConfig):
     )
 
 
-class SafeDPOTrainer(SafeTrainer, DPOTrainer):
-    """TRL's `DPOTrainer` with the guarantees of `SafeTrainer`."""
+class SafeDPOTrainer(HeldOutMeans, SyncedReference, SafeTrainer, DPOTrainer):
+    """TRL's `DPOTrainer` with the guarantees of `SafeTrainer`; held-out means are over pairs, some over tokens."""
+
+    kinds = {
+        "entropy": "tokens",
+        "logits/chosen": "chosen tokens",
+        "logits/rejected": "rejected tokens",
+        "mean_token_accuracy": "chosen tokens",
+    }
+
+    def count_held_out(self, inputs: Any) -> dict[str, float]:
+        chosen, rejected = map(mask_total, inputs["completion_mask"][..., 1:].chunk(2))
+        counts = {"tokens": chosen + rejected, "chosen tokens": chosen, "rejected tokens": rejected}
+        return {ROWS: len(inputs["completion_mask"]) / 2} | counts
 
 
 def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, training: DPOConfig) -> DPOTrainer:
@@ -64,6 +81,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     pairs, test_pairs = load_pairs(arguments, start)
     require_batch(len(pairs), training)
     require_held_out(test_pairs, training, arguments.dataset_test_split)
+    check_synced_reference(training, model_config.use_peft)
     training = prepare_process_(training, start.config.hidden_size, max_length=start.max_length)
     model = load_causal_lm(start.name, model_config, **code)
     # Without a reference model TRL loads one by the model's name, which for a LoRA folder is the name of its base.

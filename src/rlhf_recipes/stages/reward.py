@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 import trl
 from trl import ModelConfig, RewardTrainer
 
@@ -35,7 +36,10 @@ from rlhf_recipes.models import (
 from rlhf_recipes.reports import plot_reliability
 from rlhf_recipes.scoring import load_reward
 from rlhf_recipes.training import (
+    GREATEST,
+    LEAST,
     FineTuningDefaults,
+    HeldOutMeans,
     Measured,
     SafeTrainer,
     collate_labelled_texts,
@@ -91,8 +95,13 @@ class RewardConfig(FineTuningDefaults, trl.RewardConfig):
     )
 
 
-class RankingTrainer(SafeTrainer, RewardTrainer):
-    """TRL's `RewardTrainer` with the guarantees of `SafeTrainer`. test_rows: the test split before it is tokenized."""
+class RankingTrainer(HeldOutMeans, SafeTrainer, RewardTrainer):
+    """TRL's `RewardTrainer` with the guarantees of `SafeTrainer`; held-out means are over pairs.
+
+    test_rows: the test split before it is tokenized.
+    """
+
+    kinds = {"min_reward": LEAST, "max_reward": GREATEST}
 
     def __init__(self, *args: Any, test_rows: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,6 +114,13 @@ class ClassifierTrainer(SafeTrainer):
     def __init__(self, *args: Any, test_rows: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.test_rows = test_rows
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate as `Trainer` does; the loss is the mean over the held-out rows."""
+        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        logits, labels = torch.from_numpy(result.predictions).float(), torch.from_numpy(result.label_ids)
+        result.metrics[f"{metric_key_prefix}_loss"] = torch.nn.functional.cross_entropy(logits, labels).item()
+        return result
 
 
 def build_reward_trainer(

@@ -33,6 +33,9 @@ from rlhf_recipes.training import (
     FineTuningDefaults,
     Measured,
     SafeTrainer,
+    SampledBatches,
+    SyncedReference,
+    check_synced_reference,
     prepare_process_,
     run_training,
     training_inputs,
@@ -97,7 +100,6 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
 
     def __post_init__(self) -> None:
         self.split_global_batch_(world_size())
-        evaluated = self.per_device_eval_batch_size * world_size()
         compared = self.num_generations_eval or self.num_generations
         if self.num_generations < 2:
             raise UserError(
@@ -108,10 +110,10 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
                 f"num_generations {self.num_generations} does not divide the {self.answers} answers of a batch "
                 "(per_device_train_batch_size x steps_per_generation x processes); change one of them"
             )
-        if evaluated % compared:
+        if self.per_device_eval_batch_size % compared:
             raise UserError(
-                f"num_generations_eval {compared} does not divide the {evaluated} answers of an evaluation batch "
-                "(per_device_eval_batch_size x processes); change one of them"
+                f"num_generations_eval {compared} does not divide the {self.per_device_eval_batch_size} answers of an "
+                "evaluation batch (per_device_eval_batch_size); change one of them"
             )
         if self.temperature <= 0:
             raise UserError(
@@ -133,7 +135,7 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
         return math.ceil(steps * self.gradient_accumulation_steps / uses) * self.answers
 
 
-class SafeRLOOTrainer(SafeTrainer, RLOOTrainer):
+class SafeRLOOTrainer(SampledBatches, SyncedReference, SafeTrainer, RLOOTrainer):
     """TRL's `RLOOTrainer` with the guarantees of `SafeTrainer`."""
 
 
@@ -143,6 +145,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     start = check_policy(model_config, None, pad_token=training.pad_token, **code)
     prompts, test_prompts = load_prompts(arguments, start, training)
     require_held_out(test_prompts, training, arguments.dataset_test_split)
+    check_synced_reference(training, model_config.use_peft)
     sources = check_rewards(arguments, training, prompts.column_names)
     functions = load_trl_reward_functions(
         sources,

@@ -31,8 +31,10 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.training import (
     FineTuningDefaults,
+    HeldOutMeans,
     Measured,
     SafeTrainer,
+    mask_total,
     measures_model,
     prepare_process_,
     run_training,
@@ -65,8 +67,14 @@ class SFTConfig(FineTuningDefaults, trl.SFTConfig):
     eval_packing: bool | None = field(default=False, metadata={"help": "Pack held-out rows as well."})
 
 
-class SafeSFTTrainer(SafeTrainer, SFTTrainer):
-    """TRL's `SFTTrainer` with the guarantees of `SafeTrainer`."""
+class SafeSFTTrainer(HeldOutMeans, SafeTrainer, SFTTrainer):
+    """TRL's `SFTTrainer` with the guarantees of `SafeTrainer`; held-out means are over tokens with loss."""
+
+    kinds = dict.fromkeys(("loss", "entropy", "mean_token_accuracy"), "tokens")
+
+    def count_held_out(self, inputs: Any) -> dict[str, float]:
+        tokens = mask_total(inputs["labels"][..., 1:] != IGNORED_LABEL)
+        return super().count_held_out(inputs) | {"tokens": tokens}
 
 
 def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, training: SFTConfig) -> SFTTrainer:

@@ -2,20 +2,32 @@
 
 from rlhf_recipes.training.classifier import collate_labelled_texts, encode_labelled_texts, mean_cross_entropy
 from rlhf_recipes.training.defaults import FineTuningDefaults, TrainingDefaults
+from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
 from rlhf_recipes.training.pretrain import PretrainTrainer, SampleContinuations, collate_blocks
+from rlhf_recipes.training.reference import SyncedReference, check_synced_reference
+from rlhf_recipes.training.rloo import SampledBatches
 from rlhf_recipes.training.run import Measured, measures_model, prepare_process_, run_training, training_inputs
 from rlhf_recipes.training.trainer import SafeTrainer
 
 __all__ = [
+    "GREATEST",
+    "LEAST",
+    "ROWS",
+    "SPREAD",
     "FineTuningDefaults",
+    "HeldOutMeans",
     "Measured",
     "PretrainTrainer",
     "SafeTrainer",
     "SampleContinuations",
+    "SampledBatches",
+    "SyncedReference",
     "TrainingDefaults",
+    "check_synced_reference",
     "collate_blocks",
     "collate_labelled_texts",
     "encode_labelled_texts",
+    "mask_total",
     "mean_cross_entropy",
     "measures_model",
     "prepare_process_",
