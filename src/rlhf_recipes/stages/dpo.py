@@ -12,6 +12,7 @@ import trl
 from trl import DPOTrainer, ModelConfig
 
 from rlhf_recipes.core.arguments import RowLengthArguments
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import check_and_fit_rows, load_train_and_test, require_batch, require_held_out
 from rlhf_recipes.models import StartingModel, build_lora_config, check_policy, load_causal_lm, prepare_for_lora_
 from rlhf_recipes.training import (
@@ -21,7 +22,9 @@ from rlhf_recipes.training import (
     Measured,
     SafeTrainer,
     SyncedReference,
+    check_model_options,
     check_synced_reference,
+    learning_rate_field,
     mask_total,
     prepare_process_,
     run_training,
@@ -37,6 +40,16 @@ PANELS = [
     ("Log-probability of an answer", ["logps/chosen", "logps/rejected"]),
     ("Learning rate", ["learning_rate"]),
 ]
+LOGGED = ("loss", "rewards/", "logps/", "logits/", "entropy", "mean_token_accuracy")  # by an evaluation
+CHOICES = {
+    "loss_type": (
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+        "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    ),
+    "truncation_mode": ("keep_start", "keep_end"),
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+}  # fmt: skip
+DIFFERENCE_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 HELD_OUT_METRICS = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
 logger = logging.getLogger(__name__)
@@ -51,6 +64,9 @@ class DPOArguments(RowLengthArguments):
 class DPOConfig(FineTuningDefaults, trl.DPOConfig):
     """TRL's `DPOConfig`; rows may be as long as the model's context."""
 
+    unsupported = {"label_smoothing_factor": "has no effect: use label_smoothing, DPO's own"}
+    usual_learning_rate = 1e-6
+    learning_rate: float | None = learning_rate_field(1e-6)  # type: ignore[assignment]
     output_dir: str = field(default="runs/dpo", metadata={"help": "Output folder for the model."})
     max_length: int | None = field(
         default=None,
@@ -81,8 +97,12 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     pairs, test_pairs = load_pairs(arguments, start)
     require_batch(len(pairs), training)
     require_held_out(test_pairs, training, arguments.dataset_test_split)
+    check_model_options(training, model_config, start.config, LOGGED)
+    check_loss_options(training)
     check_synced_reference(training, model_config.use_peft)
-    training = prepare_process_(training, start.config.hidden_size, max_length=start.max_length)
+    training = prepare_process_(
+        training, start.config.hidden_size, adapter=model_config.use_peft, max_length=start.max_length
+    )
     model = load_causal_lm(start.name, model_config, **code)
     # Without a reference model TRL loads one by the model's name, which for a LoRA folder is the name of its base.
     shares_reference = model_config.use_peft or training.precompute_ref_log_probs
@@ -131,6 +151,40 @@ def load_pairs(arguments: DPOArguments, start: StartingModel) -> "tuple[Any, Any
 
     train_rows, test_rows = load_train_and_test(arguments)
     return checked(train_rows, "the training split"), checked(test_rows, "the held-out split")
+
+
+def check_loss_options(training: DPOConfig) -> None:
+    """Check the options of the loss, which TRL would refuse only once the model is loaded or the first batch is read.
+
+    Raises:
+        UserError: an unknown choice, or two options that do not go together.
+    """
+    for name, choices in CHOICES.items():
+        values = getattr(training, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value not in choices:
+                raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    losses, weights = set(training.loss_type), training.loss_weights
+    if weights is not None and len(weights) != len(training.loss_type):
+        raise UserError(
+            f"there are {len(training.loss_type)} loss_type and {len(weights)} loss_weights; give one weight each"
+        )
+    if training.f_divergence_type != "reverse_kl" and (others := sorted(losses - DIFFERENCE_LOSSES)):
+        raise UserError(
+            f"f_divergence_type {training.f_divergence_type} does not go with loss_type {others[0]}; leave it out"
+        )
+    if training.use_weighting and losses & {"aot", "aot_unpaired"}:
+        raise UserError(
+            "use_weighting does not go with the losses aot and aot_unpaired, which sort pairs; leave it out"
+        )
+    if "exo_pair" in losses and training.label_smoothing <= 0:
+        raise UserError("loss_type exo_pair needs label_smoothing above 0; pass --label_smoothing 1e-3")
+    if "robust" in losses and not 0 <= training.label_smoothing < 0.5:
+        raise UserError(
+            f"label_smoothing is {training.label_smoothing}; loss_type robust needs 0 up to, not including, 0.5"
+        )
+    if training.ld_alpha is not None and not 0 <= training.ld_alpha <= 1:
+        raise UserError(f"ld_alpha is {training.ld_alpha}; give a share from 0 to 1")
 
 
 def _warn_of_cut_answers(pairs: Any, limit: int | None) -> None:

@@ -14,6 +14,7 @@ from rlhf_recipes.models import (
     build_lora_config,
     check_quantization,
     has_adapter,
+    is_adapter,
     is_quantized,
     load_causal_lm,
     load_config,
@@ -26,7 +27,7 @@ from rlhf_recipes.models import (
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, check_prompts
 from rlhf_recipes.scoring import check_reward
 from rlhf_recipes.system import load_unsharded
-from rlhf_recipes.training import Measured, prepare_process_, run_training, training_inputs
+from rlhf_recipes.training import Measured, check_model_options, prepare_process_, run_training, training_inputs
 
 PANELS = [
     ("Score", ["objective/scores", "objective/rlhf_reward", "eval_objective/scores"]),
@@ -38,6 +39,17 @@ PANELS = [
     ("Ratio clipped", ["policy/clipfrac_avg"]),
     ("Variance the values explain", ["val/explained_variance"]),
 ]
+
+LOGGED = (
+    "objective/scores",
+    "objective/rlhf_reward",
+    "objective/kl",
+    "objective/entropy",
+    "objective/non_score_reward",
+    "completions/mean_length",
+    "completions/eos_share",
+    "rewards/",
+)  # by an evaluation
 
 
 @dataclass
@@ -93,8 +105,11 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     for reward in rewards:
         check_reward(reward, [column for column in first_row(train) or {} if column != "prompt"])
     check_prompts(config, tokenizer, train, test, training)
+    check_model_options(training, model_config, config, LOGGED)
     frozen_kwargs, reference_name = arguments.frozen_model_kwargs(model_config), arguments.reference_model
-    training = prepare_process_(training, config.get_text_config().hidden_size)  # seeds first: a new adapter is random
+    training = prepare_process_(  # seeds first: a new adapter is random
+        training, config.get_text_config().hidden_size, adapter=model_config.use_peft or is_adapter(name)
+    )
     with load_unsharded():
         policy = load_causal_lm(name, model_config, **remote_code)
         reference = load_causal_lm(reference_name, **frozen_kwargs, **remote_code) if reference_name else None

@@ -28,6 +28,7 @@ from rlhf_recipes.training import (
     PretrainTrainer,
     SampleContinuations,
     TrainingDefaults,
+    check_best_metric,
     collate_blocks,
     measures_model,
     prepare_process_,
@@ -122,6 +123,7 @@ def build_pretrain_trainer(
             f"eval_strategy is {training.eval_strategy.value}, but the dataset has no split "
             f"{arguments.dataset_test_split!r} of at least {context} tokens; add one or pass --eval_strategy no"
         )
+    check_best_metric(training, ["loss"])
     model = _make_model(arguments, model_config, tokenizer, context, training)
     return PretrainTrainer(
         model=model,

@@ -42,11 +42,14 @@ from rlhf_recipes.training import (
     HeldOutMeans,
     Measured,
     SafeTrainer,
+    check_model_options,
     collate_labelled_texts,
     encode_labelled_texts,
+    learning_rate_field,
     mean_cross_entropy,
     measures_model,
     prepare_process_,
+    require_causal,
     run_training,
     training_inputs,
 )
@@ -57,6 +60,10 @@ if TYPE_CHECKING:
 RewardType = Literal["auto", "ranking", "classifier"]
 PAIR, LABELLED = ("chosen", "rejected"), ("text", "label")
 LABELS = {"ranking": 1, "classifier": 2}
+LOGGED = {  # by an evaluation
+    "ranking": ("accuracy", "loss", "margin", "min_reward", "mean_reward", "max_reward"),
+    "classifier": ("accuracy", "f1", "loss", "precision", "recall"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +92,13 @@ class RewardArguments(RowLengthArguments):
 class RewardConfig(FineTuningDefaults, trl.RewardConfig):
     """TRL's `RewardConfig` for both types; rows may be as long as the model's context."""
 
+    unsupported = {
+        "chat_template_path": "would change the tokenizer after the rows are checked; put the template into the model's "
+        "folder as chat_template.jinja",
+        "label_smoothing_factor": "has no effect: the loss compares scores",
+    }
+    usual_learning_rate = 1e-4
+    learning_rate: float | None = learning_rate_field(1e-4)  # type: ignore[assignment]
     output_dir: str = field(default="runs/reward", metadata={"help": "Output folder for the reward model."})
     max_length: int | None = field(
         default=None,
@@ -130,12 +144,17 @@ def build_reward_trainer(
     tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_starting_model(model_config, training.max_length, **tokens, **code)
+    require_causal(start.config, start.name)
     kind, train, test = load_reward_data(arguments, start)
     require_batch(len(train), training)
     require_held_out(test, training, arguments.dataset_test_split)
-    training = prepare_process_(
-        training, start.config.hidden_size, max_length=start.max_length
-    )  # a new head is random
+    check_model_options(training, model_config, start.config, LOGGED[kind])
+    if kind == "classifier" and training.center_rewards_coefficient is not None:
+        raise UserError("center_rewards_coefficient has no effect on labelled texts; leave it out")
+    length, adapter = start.max_length, model_config.use_peft
+    training = prepare_process_(  # seeds first: a new head is random
+        training, start.config.hidden_size, adapter=adapter, max_length=length
+    )
     model = load_reward_model(start.name, model_config, labels=LABELS[kind], **code)
     model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora_(model, training.gradient_checkpointing)

@@ -35,7 +35,9 @@ from rlhf_recipes.training import (
     SafeTrainer,
     SampledBatches,
     SyncedReference,
+    check_model_options,
     check_synced_reference,
+    learning_rate_field,
     prepare_process_,
     run_training,
     training_inputs,
@@ -54,6 +56,9 @@ PANELS = [
     ("Prompts whose answers all score the same", ["frac_reward_zero_std"]),
     ("Learning rate", ["learning_rate"]),
 ]
+
+LOGGED = ("reward", "rewards/", "reward_std", "kl", "entropy", "completions/", "frac_reward_zero_std", "loss")
+USELESS = {"loss": "is 0 in every evaluation, whose answers are compared with one another"}
 
 
 @dataclass
@@ -76,6 +81,14 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
     prompt; each answer is trained on ``num_iterations`` times.
     """
 
+    unsupported = {
+        "label_smoothing_factor": "has no effect: RLOO has no labels",
+        "log_multimodal": "has no effect: prompts are text",
+        "train_sampling_strategy": "has no effect: prompts are repeated for each group of answers",
+    }
+    best_metric = "eval_reward"
+    usual_learning_rate = 1e-6
+    learning_rate: float | None = learning_rate_field(1e-6)  # type: ignore[assignment]
     output_dir: str = field(default="runs/rloo", metadata={"help": "Output folder for the model."})
     num_generations: int = field(
         default=4, metadata={"help": "Answers sampled to a prompt, each compared with the others; divides the batch."}
@@ -145,6 +158,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     start = check_policy(model_config, None, pad_token=training.pad_token, **code)
     prompts, test_prompts = load_prompts(arguments, start, training)
     require_held_out(test_prompts, training, arguments.dataset_test_split)
+    check_model_options(training, model_config, start.config, LOGGED, USELESS)
     check_synced_reference(training, model_config.use_peft)
     sources = check_rewards(arguments, training, prompts.column_names)
     functions = load_trl_reward_functions(
@@ -154,7 +168,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         training.normalize_rewards,
         **arguments.frozen_model_kwargs(model_config),
     )
-    training = prepare_process_(training, start.config.hidden_size)
+    training = prepare_process_(training, start.config.hidden_size, adapter=model_config.use_peft)
     model = load_causal_lm(start.name, model_config, **code)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
     reset_generation_config_(model, stops)

@@ -34,6 +34,8 @@ from rlhf_recipes.training import (
     HeldOutMeans,
     Measured,
     SafeTrainer,
+    check_model_options,
+    learning_rate_field,
     mask_total,
     measures_model,
     prepare_process_,
@@ -42,6 +44,12 @@ from rlhf_recipes.training import (
 )
 
 PROMPT_COMPLETION, MESSAGES = ("prompt", "completion"), ("messages",)
+LOGGED = ("loss", "mean_token_accuracy", "entropy")  # by an evaluation
+CHOICES = {  # the first is the default
+    "loss_type": ("nll", "dft", "chunked_nll"),
+    "truncation_mode": ("keep_start", "keep_end"),
+    "packing_strategy": ("bfd", "bfd_split", "wrapped"),
+}
 IGNORED_LABEL = -100  # of a token without loss
 
 
@@ -57,6 +65,13 @@ class SFTArguments(RowLengthArguments):
 class SFTConfig(FineTuningDefaults, trl.SFTConfig):
     """TRL's `SFTConfig`; the length defaults to the model's context, and messages have loss on assistant turns only."""
 
+    unsupported = {
+        "dataset_kwargs": "has no effect: rows are always prepared",
+        "chat_template_path": "would change the tokenizer after the rows are checked; put the template into the model's "
+        "folder as chat_template.jinja",
+    }
+    usual_learning_rate = 2e-5
+    learning_rate: float | None = learning_rate_field(2e-5)  # type: ignore[assignment]
     output_dir: str = field(default="runs/sft", metadata={"help": "Output folder for the model."})
     max_length: int | None = field(
         default=None, metadata={"help": "Longest row in tokens; longer rows are cut. Unset: the model's context."}
@@ -83,6 +98,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_policy(model_config, training.max_length, **tokens, **code)
     train, test = load_demonstrations(arguments, start, training.dataset_text_field)
+    check_loss_options(training, train.column_names)
     require_batch(len(train), training)
     require_held_out(test, training, arguments.dataset_test_split)
     if training.assistant_only_loss and not is_conversation((first_row(train) or {})[train.column_names[-1]]):
@@ -92,8 +108,9 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
         assistant_only = train.column_names == list(MESSAGES)
     if assistant_only:
         _require_generation_markers(start)
-    options = {"max_length": start.max_length, "assistant_only_loss": assistant_only}
-    training = prepare_process_(training, start.config.hidden_size, **options)
+    check_model_options(training, model_config, start.config, LOGGED)
+    options: dict[str, Any] = {"max_length": start.max_length, "assistant_only_loss": assistant_only}
+    training = prepare_process_(training, start.config.hidden_size, adapter=model_config.use_peft, **options)
     model = load_causal_lm(start.name, model_config, **code)
     trainer = SafeSFTTrainer(
         model=prepare_for_lora_(model, training.gradient_checkpointing),
@@ -180,6 +197,27 @@ def loss_spans(dataset: Any, prefix: Sequence[int] = ()) -> list[tuple[list[int]
                 start = len(prefix)
             spans.append((ids[:start], ids[start:end]))
     return spans
+
+
+def check_loss_options(training: SFTConfig, columns: Sequence[str]) -> None:
+    """Check the options that TRL would refuse only once the model is loaded, or would ignore.
+
+    Raises:
+        UserError: an unknown choice, or two options that do not go together.
+    """
+    for name, choices in CHOICES.items():
+        if (value := getattr(training, name, choices[0])) not in choices:
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    if training.padding_free and not training.packing:
+        raise UserError("padding_free does not cut rows to max_length without packing; add --packing true")
+    if training.completion_only_loss and "prompt" not in columns:
+        raise UserError(
+            f"completion_only_loss needs the columns prompt and completion; these rows have {', '.join(columns)}"
+        )
+    if training.label_smoothing_factor and training.loss_type != "nll":
+        raise UserError(
+            f"label_smoothing_factor has no effect with loss_type {training.loss_type}; leave one of them out"
+        )
 
 
 def _require_generation_markers(start: StartingModel) -> None:
