@@ -34,7 +34,7 @@ from rlhf_recipes.models import (
     save_reward_model_config,
 )
 from rlhf_recipes.reports import plot_reliability
-from rlhf_recipes.scoring import load_reward
+from rlhf_recipes.scoring import ModelReward, load_reward
 from rlhf_recipes.training import (
     GREATEST,
     LEAST,
@@ -309,6 +309,8 @@ def measure_reward_model(
     tokenizer, max_length, test = trainer.processing_class, trainer.args.max_length, trainer.test_rows
     model = trainer.accelerator.unwrap_model(trainer.model)
     reward = load_reward(model, tokenizer, batch_size=trainer.args.per_device_eval_batch_size)
+    if isinstance(reward, ModelReward):
+        reward.progress = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
     if isinstance(trainer, RankingTrainer):
         return measure_ranking(reward, test, tokenizer, max_length)
     encoded = encode_labelled_texts(test[:], tokenizer, max_length)
