@@ -131,10 +131,11 @@ def run_dpo(arguments: DPOArguments, model_config: ModelConfig, training: DPOCon
         inputs=training_inputs(model_config, arguments),
         plot_title="Direct preference optimisation",
         panels=PANELS,
+        measure_before=lambda trainer: measure_dpo(trainer).metrics,
     )
 
 
-def measure_dpo(trainer: SafeDPOTrainer, folder: Path) -> Measured:
+def measure_dpo(trainer: SafeDPOTrainer, folder: Path | None = None) -> Measured:
     """Return loss, accuracy and margin on the test split, if there is one. All ranks must call it."""
     if trainer.eval_dataset is None:
         return Measured({})

@@ -161,6 +161,7 @@ def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOCon
         inputs=training_inputs(model_config, arguments, *models),
         plot_title="PPO",
         panels=PANELS,
+        measure_before=lambda trainer: trainer.evaluate() if trainer.eval_prompts is not None else {},
     )
 
 

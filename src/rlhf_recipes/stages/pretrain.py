@@ -154,10 +154,11 @@ def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, traini
         },
         inputs=training_inputs(model_config, arguments, arguments.tokenizer_name),
         plot_title="Pretraining",
+        measure_before=lambda trainer: measure_pretrain(trainer).metrics,
     )
 
 
-def measure_pretrain(trainer: PretrainTrainer, folder: Path) -> Measured:
+def measure_pretrain(trainer: PretrainTrainer, folder: Path | None = None) -> Measured:
     """Return the number of parameters, and perplexity and bits per byte of the held-out documents, if there are any.
 
     They are measured in the precision of the weights. All ranks must call it.

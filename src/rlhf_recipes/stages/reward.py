@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 import trl
 from trl import ModelConfig, RewardTrainer
 
@@ -38,6 +37,7 @@ from rlhf_recipes.scoring import ModelReward, load_reward
 from rlhf_recipes.training import (
     GREATEST,
     LEAST,
+    ClassifierTrainer,
     FineTuningDefaults,
     HeldOutMeans,
     Measured,
@@ -122,21 +122,6 @@ class RankingTrainer(HeldOutMeans, SafeTrainer, RewardTrainer):
         self.test_rows = test_rows
 
 
-class ClassifierTrainer(SafeTrainer):
-    """`SafeTrainer` for texts with labels. test_rows: the test split before it is tokenized."""
-
-    def __init__(self, *args: Any, test_rows: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.test_rows = test_rows
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate as `Trainer` does; the loss is the mean over the held-out rows."""
-        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        logits, labels = torch.from_numpy(result.predictions).float(), torch.from_numpy(result.label_ids)
-        result.metrics[f"{metric_key_prefix}_loss"] = torch.nn.functional.cross_entropy(logits, labels).item()
-        return result
-
-
 def build_reward_trainer(
     arguments: RewardArguments, model_config: ModelConfig, training: RewardConfig
 ) -> RankingTrainer | ClassifierTrainer:
@@ -151,10 +136,8 @@ def build_reward_trainer(
     check_model_options(training, model_config, start.config, LOGGED[kind])
     if kind == "classifier" and training.center_rewards_coefficient is not None:
         raise UserError("center_rewards_coefficient has no effect on labelled texts; leave it out")
-    length, adapter = start.max_length, model_config.use_peft
-    training = prepare_process_(  # seeds first: a new head is random
-        training, start.config.hidden_size, adapter=adapter, max_length=length
-    )
+    shape: dict[str, Any] = {"adapter": model_config.use_peft, "max_length": start.max_length}
+    training = prepare_process_(training, start.config.hidden_size, **shape)  # a new head is random
     model = load_reward_model(start.name, model_config, labels=LABELS[kind], **code)
     model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora_(model, training.gradient_checkpointing)
@@ -174,6 +157,7 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         parents={"model": model_config.model_name_or_path, "preferences or labels": arguments.dataset_name},
         inputs=training_inputs(model_config, arguments),
         plot_title="Reward model",
+        measure_before=lambda trainer: measure_held_out(trainer)[0],
     )
 
 
@@ -182,21 +166,28 @@ def measure_reward(trainer: RankingTrainer | ClassifierTrainer, folder: Path) ->
 
     The mean and spread of its scores go into config.json, where `normalize_rewards` of ppo reads them.
     """
-    metrics: dict[str, Any] = {}
     images: tuple[str, ...] = ()
-    if trainer.eval_dataset is not None:
-        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+    metrics, table = measure_held_out(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.eval_dataset is not None and measures_model(trainer):
-        measured, table = measure_reward_model(trainer)
-        metrics |= measured | {"calibration_table": table}
-        if trainer.is_world_process_zero():
-            model.config.score_mean, model.config.score_std = measured["score_mean"], measured["score_std"]
+    if trainer.is_world_process_zero():
+        if table:
+            metrics["calibration_table"] = table
+            model.config.score_mean, model.config.score_std = metrics["score_mean"], metrics["score_std"]
             plot_reliability(table, folder / "reliability.png")
             images = ("reliability.png",)
-    if trainer.is_world_process_zero():
         save_reward_model_config(model, folder)
     return Measured(metrics, images)
+
+
+def measure_held_out(trainer: RankingTrainer | ClassifierTrainer) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Return metrics on the test split, and the rows of the reliability plot. All ranks must call it."""
+    if trainer.eval_dataset is None:
+        return {}, []
+    metrics: dict[str, Any] = {"eval_loss": trainer.evaluate()["eval_loss"]}
+    if not measures_model(trainer):
+        return metrics, []
+    measured, table = measure_reward_model(trainer)
+    return metrics | measured, table
 
 
 def load_reward_data(arguments: RewardArguments, start: StartingModel) -> "tuple[str, Any, Any | None]":

@@ -90,6 +90,9 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
     usual_learning_rate = 1e-6
     learning_rate: float | None = learning_rate_field(1e-6)  # type: ignore[assignment]
     output_dir: str = field(default="runs/rloo", metadata={"help": "Output folder for the model."})
+    eval_before_training: bool = field(
+        default=False, metadata={"help": "Answer held-out prompts before the first step too (<name>_before)."}
+    )
     num_generations: int = field(
         default=4, metadata={"help": "Answers sampled to a prompt, each compared with the others; divides the batch."}
     )
@@ -210,15 +213,21 @@ def run_rloo(arguments: RLOOArguments, model_config: ModelConfig, training: RLOO
         inputs=training_inputs(model_config, arguments, *(arguments.reward or [])),
         plot_title="RLOO",
         panels=PANELS,
+        measure_before=held_out_metrics,
     )
 
 
 def measure_rloo(trainer: SafeRLOOTrainer, folder: Path) -> Measured:
     """Return the metrics of the first and last batch of answers and of the held-out prompts. All ranks must call it."""
-    held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics: dict[str, Any] = {"episodes": trainer.args.episodes(trainer.state.global_step)}
-    metrics |= rloo_metrics(trainer.state.log_history) | answer_metrics(held_out, "eval_")
-    return Measured(metrics | {name: value for name, value in held_out.items() if name.startswith("eval_rewards/")})
+    return Measured(metrics | rloo_metrics(trainer.state.log_history) | held_out_metrics(trainer))
+
+
+def held_out_metrics(trainer: SafeRLOOTrainer) -> dict[str, float]:
+    """Return the metrics of the answers to the held-out prompts, under ppo's names. All ranks must call it."""
+    logged = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    rewards = {name: value for name, value in logged.items() if name.startswith("eval_rewards/")}
+    return answer_metrics(logged, "eval_") | rewards
 
 
 def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOConfig) -> "tuple[Any, Any | None]":

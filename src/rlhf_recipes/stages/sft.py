@@ -135,10 +135,11 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
         parents={"model": model_config.model_name_or_path, "demonstrations": arguments.dataset_name},
         inputs=training_inputs(model_config, arguments),
         plot_title="Supervised fine-tuning",
+        measure_before=lambda trainer: measure_sft(trainer).metrics,
     )
 
 
-def measure_sft(trainer: SafeSFTTrainer, folder: Path) -> Measured:
+def measure_sft(trainer: SafeSFTTrainer, folder: Path | None = None) -> Measured:
     """Return the loss on the test split, and perplexity and bits per byte of its tokens with loss. All ranks must call it."""
     if trainer.eval_dataset is None:
         return Measured({})

@@ -1,7 +1,12 @@
 """What every trainer shares: a trainer whose runs can be resumed, the run around it, its defaults."""
 
 from rlhf_recipes.training.best_model import check_best_metric
-from rlhf_recipes.training.classifier import collate_labelled_texts, encode_labelled_texts, mean_cross_entropy
+from rlhf_recipes.training.classifier import (
+    ClassifierTrainer,
+    collate_labelled_texts,
+    encode_labelled_texts,
+    mean_cross_entropy,
+)
 from rlhf_recipes.training.defaults import FineTuningDefaults, TrainingDefaults, learning_rate_field
 from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
 from rlhf_recipes.training.options import check_model_options, check_options, require_causal
@@ -16,6 +21,7 @@ __all__ = [
     "LEAST",
     "ROWS",
     "SPREAD",
+    "ClassifierTrainer",
     "FineTuningDefaults",
     "HeldOutMeans",
     "Measured",

@@ -94,6 +94,12 @@ class TrainingDefaults:
         default=False,
         metadata={"help": "Run the Python code in the model's folder or repo. Read it first."},
     )
+    eval_before_training: bool = field(
+        default=True,
+        metadata={
+            "help": "Measure held-out rows before the first step too; metrics.json has <name>_before beside <name>."
+        },
+    )
     resume: str | None = field(
         default=None,
         metadata={"help": "auto: continue from the last complete checkpoint in output_dir; without one, start."},

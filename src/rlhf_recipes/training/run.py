@@ -89,6 +89,7 @@ def run_training(
     inputs: Sequence[str | None],
     plot_title: str,
     panels: Panels | None = None,
+    measure_before: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Path:
     """Train, measure and leave the stage's folder; returns its path. All ranks must call it.
 
@@ -99,6 +100,7 @@ def run_training(
         parents: what the card names as origin, by role.
         inputs: the models and datasets that are read; none of them may lie in the output folder.
         panels: the curves to plot; None plots every logged number.
+        measure_before: (trainer) -> held-out numbers, which metrics.json holds as `<name>_before`; it writes nothing.
     """
     training = next(each for each in arguments if isinstance(each, TrainingArguments))
     run = plan_run(training, *(each for each in arguments if each is not training), inputs=inputs)
@@ -109,12 +111,15 @@ def run_training(
     with library_errors_as_user_errors():
         trainer = build()
     trainer.requested = run.requested  # each checkpoint holds it
+    if training.eval_before_training:
+        trainer.measure_before = measure_before
     if trainer.is_world_process_zero():
         open_requested_repo(trainer.args)
     with locked_run_folder(trainer, run):
         metrics = train(trainer, run)
         save_final_model(trainer, run.folder)
         measured = measure(trainer, run.folder)
+        before = {f"{name}_before": value for name, value in trainer.measured_before.items()}
         if trainer.is_world_process_zero():
             trainer.save_state()
             log = trainer.state.log_history
@@ -125,7 +130,7 @@ def run_training(
                 stage=stage,
                 title=title,
                 parents=parents,
-                metrics=metrics | measured.metrics,
+                metrics=metrics | before | measured.metrics,
                 arguments=arguments,
                 images=["curves.png", *measured.images],
             )
