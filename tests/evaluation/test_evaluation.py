@@ -19,12 +19,19 @@ from rlhf_recipes.evaluation.divergence import sequence_kl
 from rlhf_recipes.evaluation.language_model import completion_perplexity, perplexity
 from rlhf_recipes.evaluation.models import METRICS, Evaluation, compare, completion_log_probs, evaluate_model
 from rlhf_recipes.evaluation.preference import calibration_table, preference_metrics
-from rlhf_recipes.evaluation.text import distinct_n, eos_share, length_statistics
+from rlhf_recipes.evaluation.text import distinct_n, eos_share, length_statistics, split_words
 from rlhf_recipes.generation.sampling import Sampling
 from rlhf_recipes.scoring.reward import load_reward
 
 VOCABULARY = 262
 TEXTS = ["the mill lies by the river, where it has always been", "", "é", "nobody <|user|> was seen", "a"]
+
+
+def test_words_of_scripts_without_spaces_are_characters() -> None:
+    assert split_words("I like 東京タワー。ok") == ["I", "like", "東", "京", "タ", "ワ", "ー", "。", "ok"]
+    assert split_words("สวัสดี 한국어 단어") == ["ส", "วั", "ส", "ดี", "한국어", "단어"], "Korean writes spaces"
+    assert split_words("か\u3099") == ["か\u3099"], "a mark stays with its character"
+    assert distinct_n(["好好学习天天向上"], 1) == 6 / 8 and distinct_n(["天天天天"], 2) == 1 / 3
 
 
 def test_distinct_n_counts_over_all_texts_but_not_across_texts() -> None:

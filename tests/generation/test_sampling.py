@@ -189,3 +189,13 @@ def test_prompts_as_text_messages_and_ids_give_equal_completions(model: Any, tok
 def test_texts_of_completions_omit_special_tokens(tokenizer: Any) -> None:
     answers = Completions([[72, 105, 256], [256], [72, 261, 105]], [True, True, False])
     assert answers.texts(tokenizer, [[65]] * 3) == ["Hi", "", "Hi"]
+
+
+def test_progress_moves_with_every_step_and_ends_at_the_total(make_model: Any) -> None:
+    """An answer that ends early needs none of its remaining tokens, so it counts in full."""
+    model, moved = make_model(initializer_range=0.5), []
+    sampling = Sampling(6, stop_ids=tuple(range(0, 200, 2)))
+    rows = [[1, 2], [3], [4, 5, 6], [7]]
+    answers = sample(model, rows, sampling, [11, 12, 13, 14], batch_size=3, advance=moved.append)
+    assert sum(moved) == 4 * 6 and min(moved) >= 1 and len(moved) >= max(map(len, answers.ids))
+    assert {len(answer) for answer in answers.ids} != {6}, "some answers end early"

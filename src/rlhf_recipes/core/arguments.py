@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from rlhf_recipes.core.config_file import known_names, nearest, yaml_as_flags
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.secrets import SECRET_ARGUMENTS
+from rlhf_recipes.core.unsupported import unsupported_options
 
 DataclassT = TypeVar("DataclassT")
 
@@ -206,18 +207,14 @@ def _parser(dataclass_types: Sequence[type]) -> Any:
     for dataclass_type in dataclass_types:
         title = getattr(dataclass_type, "_argument_group_name", dataclass_type.__name__)
         group = parser.add_argument_group(title)
-        hints = _type_hints(dataclass_type)
+        hints, hidden = get_type_hints(dataclass_type), unsupported_options(dataclass_type)
         for item in dataclasses.fields(dataclass_type):
             if item.init:
                 item.type = hints[item.name]
                 parser._parse_dataclass_field(group, item)  # type: ignore[arg-type]
+                if item.name in hidden:
+                    parser._actions[-1].help = SUPPRESS
     return parser
-
-
-def _type_hints(dataclass_type: type) -> dict[str, Any]:
-    from typing import get_type_hints
-
-    return get_type_hints(dataclass_type)
 
 
 def _split_config(argv: list[str]) -> tuple[list[str], str | None]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.progress import progress_bar
 from rlhf_recipes.core.tensors import batches_by_length, log_probs_and_entropies, pad, position_ids
 from rlhf_recipes.data import column_prompt_ids, plain_text, readable_prompts
 from rlhf_recipes.evaluation.comparison import mean_with_interval, win_rate
@@ -38,7 +39,7 @@ METRICS = {
     "length": "mean tokens of an answer, with the stop token",
     "length_p90": "90th percentile of the tokens of an answer",
     "eos_share": "share of answers that a stop token ended",
-    "distinct_1": "share of different words among all words of the answers",
+    "distinct_1": "share of different words among all words of the answers (Chinese, Japanese, Thai: characters)",
     "distinct_2": "share of different pairs of neighbouring words among all pairs",
     "win_rate_reward": "share of prompts with a higher reward model score than the first model's; ties count half",
     "win_rate_gold": "share of prompts with a higher gold score than the first model's; ties count half",
@@ -113,6 +114,9 @@ def evaluate_model(
     given = [prompts[index] for index in repeated]
     aligned = {name: [values[index] for index in repeated] for name, values in (columns or {}).items()}
     metrics = _text_metrics(rows)
+    for scorer in (reward_model, gold):
+        if isinstance(scorer, ModelReward):
+            scorer.progress = progress
     if reward_model is not None:
         _add_scores_(rows, "reward", reward_model, given, ids, answers.ids, aligned)
         metrics |= _reward_model_metrics(rows, reward_model)
@@ -179,22 +183,16 @@ def _sample_answers(
 ) -> Completions:
     """Sample an answer to each row of prompt ids, with a progress bar."""
     seeds = [row_seed(seed, index) for index in range(len(ids))]
-    result = Completions([[] for _ in ids], [False] * len(ids))
-    for batch in _batches(ids, batch_size, "answers", progress):
-        answers = sample(model, [ids[row] for row in batch], sampling, [seeds[row] for row in batch], batch_size)
-        for row, answer, stopped in zip(batch, answers.ids, answers.stopped, strict=True):
-            result.ids[row], result.stopped[row] = answer, stopped
-    return result
+    with progress_bar(len(ids) * sampling.max_new_tokens, "answers", "token", progress) as advance:
+        return sample(model, ids, sampling, seeds, batch_size, advance)
 
 
 def _batches(rows: Sequence[Sequence[int]], batch_size: int, label: str, progress: bool) -> Iterator[list[int]]:
     """Yield indices of rows in batches of similar length, with a progress bar."""
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(rows), desc=label, disable=not progress) as bar:
+    with progress_bar(len(rows), label, "row", progress) as advance:
         for batch in batches_by_length([len(row) for row in rows], batch_size):
             yield batch
-            bar.update(len(batch))
+            advance(len(batch))
 
 
 def _text_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf_recipes.core.progress import Advance
 from rlhf_recipes.core.tensors import batches_by_length, pad, position_ids
 from rlhf_recipes.data import decode_answers, is_conversation, prompt_ids, require_turn_end, turn_end
 from rlhf_recipes.optimizations import preallocated_cache, prepacked_weights, without_cudnn_attention
@@ -144,6 +145,7 @@ def sample(
     sampling: Sampling,
     seeds: Sequence[int],
     batch_size: int = 64,
+    advance: Advance | None = None,
 ) -> Completions:
     """Continue rows of token ids; the result is in the order of `prompts`.
 
@@ -153,6 +155,7 @@ def sample(
         prompts: token ids of each row.
         seeds: one for each row, for example from `row_seed`.
         batch_size: rows in one forward pass; rows of similar length share a batch.
+        advance: called after each step with the number of tokens that need no more work, of ``max_new_tokens`` a row.
     """
     was_training = model.training
     apply_bitsandbytes_workarounds_(model).eval()
@@ -160,7 +163,8 @@ def sample(
     try:
         with prepacked_weights(model), without_cudnn_attention():
             for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-                answers = _sample_batch(model, [prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
+                part = [prompts[row] for row in rows], sampling, [seeds[row] for row in rows]
+                answers = _sample_batch(model, *part, advance or _ignore)
                 for row, answer in zip(rows, answers, strict=True):
                     ids[row] = answer
     finally:
@@ -169,7 +173,7 @@ def sample(
 
 
 def _sample_batch(
-    model: "PreTrainedModel", prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]
+    model: "PreTrainedModel", prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int], advance: Advance
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in pad(prompts, value=0, side="left"))
@@ -190,7 +194,9 @@ def _sample_batch(
         for row, token in zip(active, drawn.tolist(), strict=True):
             answers[row].append(token)
         unfinished = ~torch.isin(drawn, stops)
-        if not bool(unfinished.all()):  # finished rows leave the batch and cost nothing more
+        ended = len(active) - int(unfinished.sum())
+        advance(len(active) + ended * (sampling.max_new_tokens - step - 1))  # ended rows need no more steps
+        if ended:  # finished rows leave the batch and cost nothing more
             rows = unfinished.nonzero().squeeze(-1)
             active = [active[index] for index in rows.tolist()]
             if not active:
@@ -200,6 +206,10 @@ def _sample_batch(
         tokens, positions = drawn[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return answers
+
+
+def _ignore(count: int) -> None:
+    """Show no progress."""
 
 
 def _uniform_draws(seed: int, count: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.training import TrainingDefaults
+from rlhf_recipes.training import TrainingDefaults, learning_rate_field
 
 SAMPLING = ("top_k", "top_p", "min_p", "min_new_tokens")  # the keys of generation_kwargs
 
@@ -22,7 +22,19 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "generation_kwargs"]
 
-    learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate."})
+    best_metric = "eval_objective/scores"
+    usual_learning_rate = 3e-6
+    unsupported = {
+        "dataset_num_proc": "is for scripts that tokenize themselves; prompts are tokenized as they are used",
+        "sft_model_path": "is for scripts that load the model themselves; use --model_name_or_path",
+        "reward_model_path": "is for scripts that load the model themselves; use --reward",
+        "ds3_gather_for_generation": "has no effect: weights are always gathered for rollouts",
+        "label_smoothing_factor": "has no effect: PPO has no labels",
+        "train_sampling_strategy": "has no effect: each update takes the next prompts of a shuffled epoch",
+        "remove_unused_columns": "has no effect: reward functions receive every column",
+    }
+
+    learning_rate: float | None = learning_rate_field(3e-6)
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the episodes of each update."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in one pass."})
     total_episodes: int | None = field(

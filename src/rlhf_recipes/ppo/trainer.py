@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallb
 from transformers.integrations.deepspeed import deepspeed_init
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.progress import Advance, progress_bar
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.data import readable_prompts
 from rlhf_recipes.generation import Completions, row_seed, sample
@@ -100,6 +101,7 @@ class PPOTrainer(SafeTrainer):
     prompts: Any
     current_rollout: Rollout | None = None  # of the update that is being trained on
     stop_at_nonfinite_loss = False  # `StepGuard` skips such a step
+    advance: Advance | None = None  # moves the progress bar of the held-out answers
 
     def __init__(
         self,
@@ -175,7 +177,8 @@ class PPOTrainer(SafeTrainer):
     def generate(self, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Completions:
         """Sample answers to rows of prompt ids from the current policy; seeds: one a row."""
         with cached_casts(self.model.policy), self.accelerator.autocast():
-            return sample(self.model.policy, queries, self.sampling, seeds, self.args.local_rollout_forward_batch_size)
+            size = self.args.local_rollout_forward_batch_size
+            return sample(self.model.policy, queries, self.sampling, seeds, size, self.advance)
 
     def score(self, rows: Mapping[str, Any], completions: Completions) -> dict[str, Scores]:
         """Score answers with each reward: a number per answer, or a list with one per token. rows: from `Prompts.rows`."""
@@ -412,7 +415,12 @@ class PPOTrainer(SafeTrainer):
         metrics: dict[str, float] = {}
         for name, each in prompts_by_set(prompts).items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            means = {f"{prefix}_{key}": value for key, value in evaluator.metrics(each, self.reduce).items()}
+            answers = len(each or ()) // self.args.world_size
+            shown = self.is_world_process_zero() and not self.args.disable_tqdm
+            with progress_bar(answers * self.args.response_length, "held-out answers", "token", shown) as self.advance:
+                measured = evaluator.metrics(each, self.reduce)
+            self.advance = None
+            means = {f"{prefix}_{key}": value for key, value in measured.items()}
             self.log(dict(means))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
             metrics |= means

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_recipes.core.errors import RankError, UserError
+from rlhf_recipes.core.progress import progress_bar
 from rlhf_recipes.core.tensors import batches_by_length, pad
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.data import (
@@ -79,6 +80,7 @@ class ModelReward:
         if not self.shares_ids:
             ensure_chat_template_(tokenizer)
         self.shift, self.scale = 0.0, 1.0
+        self.progress = False  # whether scoring shows a progress bar
         self.prefix_scores = prefix_scores and self.shares_ids and hasattr(base_model(model), "score")
 
     def normalize(self) -> None:
@@ -153,16 +155,18 @@ class ModelReward:
         parameter = next(self.model.parameters())
         max_tokens = tokens_per_forward(parameter.device, parameter.dtype == torch.bfloat16)
         prefix_scores = [torch.empty(0)] * len(rows)
-        for batch in batches_by_length([len(row) for row in rows], self.batch_size, max_tokens):
-            batch_rows = [rows[index] for index in batch]
-            if self.prefix_scores:
-                logits, prefix_logits = classify_prefixes(self.model, batch_rows)
-                for index, row, row_logits in zip(batch, batch_rows, prefix_logits, strict=True):
-                    prefix_scores[index] = self._scores(row_logits[: len(row)])
-            else:
-                logits = classify(self.model, batch_rows)
-            for index, value in zip(batch, self._scores(logits).tolist(), strict=True):
-                scores[index] = value
+        with progress_bar(len(rows), f"scores of {self.name}", "row", self.progress) as advance:
+            for batch in batches_by_length([len(row) for row in rows], self.batch_size, max_tokens):
+                batch_rows = [rows[index] for index in batch]
+                if self.prefix_scores:
+                    logits, prefix_logits = classify_prefixes(self.model, batch_rows)
+                    for index, row, row_logits in zip(batch, batch_rows, prefix_logits, strict=True):
+                        prefix_scores[index] = self._scores(row_logits[: len(row)])
+                else:
+                    logits = classify(self.model, batch_rows)
+                for index, value in zip(batch, self._scores(logits).tolist(), strict=True):
+                    scores[index] = value
+                advance(len(batch))
         return ScoresWithPrefixes(scores, prefix_scores) if self.prefix_scores else scores
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:

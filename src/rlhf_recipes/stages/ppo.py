@@ -27,6 +27,7 @@ from rlhf_recipes.models import (
     check_quantization,
     context_length,
     has_adapter,
+    is_adapter,
     is_quantized,
     load_causal_lm,
     load_config,
@@ -40,7 +41,7 @@ from rlhf_recipes.models import (
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, check_prompts
 from rlhf_recipes.scoring import check_reward
 from rlhf_recipes.system import load_unsharded
-from rlhf_recipes.training import Measured, prepare_process_, run_training, training_inputs
+from rlhf_recipes.training import Measured, check_model_options, prepare_process_, run_training, training_inputs
 
 PANELS = [
     ("Score", ["objective/scores", "objective/rlhf_reward", "eval_objective/scores"]),
@@ -52,6 +53,17 @@ PANELS = [
     ("Ratio clipped", ["policy/clipfrac_avg"]),
     ("Variance the values explain", ["val/explained_variance"]),
 ]
+
+LOGGED = (
+    "objective/scores",
+    "objective/rlhf_reward",
+    "objective/kl",
+    "objective/entropy",
+    "objective/non_score_reward",
+    "completions/mean_length",
+    "completions/eos_share",
+    "rewards/",
+)  # by an evaluation
 
 
 @dataclass
@@ -114,8 +126,11 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     room = (context_length(config), training.response_length)
     train, test = prompts_by_split(rows, tokenizer, room, arguments.too_long)
     check_prompts(config, tokenizer, train, test, training)
+    check_model_options(training, model_config, config, LOGGED)
     frozen_kwargs, reference_name = arguments.frozen_model_kwargs(model_config), arguments.reference_model
-    training = prepare_process_(training, config.get_text_config().hidden_size)  # seeds first: a new adapter is random
+    training = prepare_process_(  # seeds first: a new adapter is random
+        training, config.get_text_config().hidden_size, adapter=model_config.use_peft or is_adapter(name)
+    )
     with load_unsharded():
         policy = load_causal_lm(name, model_config, **remote_code)
         reference = load_causal_lm(reference_name, **frozen_kwargs, **remote_code) if reference_name else None
@@ -169,6 +184,7 @@ def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOCon
         inputs=training_inputs(model_config, arguments, *models),
         plot_title="PPO",
         panels=PANELS,
+        measure_before=lambda trainer: trainer.evaluate() if trainer.eval_prompts is not None else {},
     )
 
 

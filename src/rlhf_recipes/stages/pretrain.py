@@ -28,6 +28,7 @@ from rlhf_recipes.training import (
     PretrainTrainer,
     SampleContinuations,
     TrainingDefaults,
+    check_best_metric,
     collate_blocks,
     measures_model,
     prepare_process_,
@@ -122,6 +123,7 @@ def build_pretrain_trainer(
             f"eval_strategy is {training.eval_strategy.value}, but the dataset has no split "
             f"{arguments.dataset_test_split!r} of at least {context} tokens; add one or pass --eval_strategy no"
         )
+    check_best_metric(training, ["loss"])
     model = _make_model(arguments, model_config, tokenizer, context, training)
     return PretrainTrainer(
         model=model,
@@ -152,10 +154,11 @@ def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, traini
         },
         inputs=training_inputs(model_config, arguments, arguments.tokenizer_name),
         plot_title="Pretraining",
+        measure_before=lambda trainer: measure_pretrain(trainer).metrics,
     )
 
 
-def measure_pretrain(trainer: PretrainTrainer, folder: Path) -> Measured:
+def measure_pretrain(trainer: PretrainTrainer, folder: Path | None = None) -> Measured:
     """Return the number of parameters, and perplexity and bits per byte of the held-out documents, if there are any.
 
     They are measured in the precision of the weights. All ranks must call it.

@@ -45,16 +45,23 @@ from rlhf_recipes.models import (
     save_reward_model_config,
 )
 from rlhf_recipes.reports import plot_reliability
-from rlhf_recipes.scoring import load_reward
+from rlhf_recipes.scoring import ModelReward, load_reward
 from rlhf_recipes.training import (
+    GREATEST,
+    LEAST,
+    ClassifierTrainer,
     FineTuningDefaults,
+    HeldOutMeans,
     Measured,
     SafeTrainer,
+    check_model_options,
     collate_labelled_texts,
     encode_labelled,
+    learning_rate_field,
     mean_cross_entropy,
     measures_model,
     prepare_process_,
+    require_causal,
     run_training,
     training_inputs,
 )
@@ -66,6 +73,10 @@ RewardType = Literal["auto", "ranking", "classifier"]
 PAIR = ("chosen", "rejected")
 LABELLED_COLUMNS = ("prompt", "completion", "messages", "text")
 LABELS = {"ranking": 1, "classifier": 2}
+LOGGED = {  # by an evaluation
+    "ranking": ("accuracy", "loss", "margin", "min_reward", "mean_reward", "max_reward"),
+    "classifier": ("accuracy", "f1", "loss", "precision", "recall"),
+}
 
 
 @dataclass
@@ -102,6 +113,13 @@ class RewardArguments(RowLengthArguments):
 class RewardConfig(FineTuningDefaults, trl.RewardConfig):
     """TRL's `RewardConfig` for both types; rows may be as long as the model's context."""
 
+    unsupported = {
+        "chat_template_path": "would change the tokenizer after the rows are checked; put the template into the model's "
+        "folder as chat_template.jinja",
+        "label_smoothing_factor": "has no effect: the loss compares scores",
+    }
+    usual_learning_rate = 1e-4
+    learning_rate: float | None = learning_rate_field(1e-4)  # type: ignore[assignment]
     output_dir: str = field(default="runs/reward", metadata={"help": "Output folder for the reward model."})
     max_length: int | None = field(
         default=None,
@@ -109,16 +127,17 @@ class RewardConfig(FineTuningDefaults, trl.RewardConfig):
     )
 
 
-class RankingTrainer(SafeTrainer, RewardTrainer):
-    """TRL's `RewardTrainer` with the guarantees of `SafeTrainer`. test_rows: the held-out pairs as they are measured."""
+class RankingTrainer(HeldOutMeans, SafeTrainer, RewardTrainer):
+    """TRL's `RewardTrainer` with the guarantees of `SafeTrainer`; held-out means are over pairs.
+
+    test_rows: the test split before it is tokenized.
+    """
+
+    kinds = {"min_reward": LEAST, "max_reward": GREATEST}
 
     def __init__(self, *args: Any, test_rows: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.test_rows = test_rows
-
-
-class ClassifierTrainer(SafeTrainer):
-    """`SafeTrainer` for texts with labels."""
 
 
 def build_reward_trainer(
@@ -128,15 +147,18 @@ def build_reward_trainer(
     tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_starting_model(model_config, training.max_length, **tokens, **code)
+    require_causal(start.config, start.name)
     rows = load_reward_rows(arguments, start)
+    kind, encode = ("ranking", encode_pairs) if rows.form == PREFERENCE else ("classifier", encode_labels)
     require_batch(len(rows.train), training)
     require_held_out(rows.test, training, arguments.dataset_test_split)
-    kind, encode = ("ranking", encode_pairs) if rows.form == PREFERENCE else ("classifier", encode_labels)
+    check_model_options(training, model_config, start.config, LOGGED[kind])
+    if kind == "classifier" and training.center_rewards_coefficient is not None:
+        raise UserError("center_rewards_coefficient has no effect on labelled texts; leave it out")
     rows = rows.each_split(partial(encode, start=start, too_long=arguments.too_long, training=training))
     require_batch(len(rows.train), training, "after dropping rows, the training split")
-    training = prepare_process_(
-        training, start.config.hidden_size, max_length=start.max_length
-    )  # a new head is random
+    shape: dict[str, Any] = {"adapter": model_config.use_peft, "max_length": start.max_length}
+    training = prepare_process_(training, start.config.hidden_size, **shape)  # a new head is random
     model = load_reward_model(start.name, model_config, labels=LABELS[kind], **code)
     model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora_(model, training.gradient_checkpointing)
@@ -157,6 +179,7 @@ def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: 
         parents={"model": model_config.model_name_or_path, "preferences or labels": arguments.dataset_name},
         inputs=training_inputs(model_config, arguments),
         plot_title="Reward model",
+        measure_before=lambda trainer: measure_held_out(trainer)[0],
     )
 
 
@@ -165,21 +188,28 @@ def measure_reward(trainer: RankingTrainer | ClassifierTrainer, folder: Path) ->
 
     The mean and spread of its scores go into config.json, where `normalize_rewards` of ppo reads them.
     """
-    metrics: dict[str, Any] = {}
     images: tuple[str, ...] = ()
-    if trainer.eval_dataset is not None:
-        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+    metrics, table = measure_held_out(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.eval_dataset is not None and measures_model(trainer):
-        measured, table = measure_reward_model(trainer)
-        metrics |= measured | {"calibration_table": table}
-        if trainer.is_world_process_zero():
-            model.config.score_mean, model.config.score_std = measured["score_mean"], measured["score_std"]
+    if trainer.is_world_process_zero():
+        if table:
+            metrics["calibration_table"] = table
+            model.config.score_mean, model.config.score_std = metrics["score_mean"], metrics["score_std"]
             plot_reliability(table, folder / "reliability.png")
             images = ("reliability.png",)
-    if trainer.is_world_process_zero():
         save_reward_model_config(model, folder)
     return Measured(metrics, images)
+
+
+def measure_held_out(trainer: RankingTrainer | ClassifierTrainer) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Return metrics on the test split, and the rows of the reliability plot. All ranks must call it."""
+    if trainer.eval_dataset is None:
+        return {}, []
+    metrics: dict[str, Any] = {"eval_loss": trainer.evaluate()["eval_loss"]}
+    if not measures_model(trainer):
+        return metrics, []
+    measured, table = measure_reward_model(trainer)
+    return metrics | measured, table
 
 
 def load_reward_rows(arguments: RewardArguments, start: StartingModel) -> LoadedRows:
@@ -303,6 +333,8 @@ def measure_reward_model(
     model = trainer.accelerator.unwrap_model(trainer.model)
     reward = load_reward(model, tokenizer, batch_size=trainer.args.per_device_eval_batch_size)
     texts = partial(tokenizer.batch_decode, skip_special_tokens=True)
+    if isinstance(reward, ModelReward):
+        reward.progress = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
     if isinstance(trainer, RankingTrainer):
         return measure_ranking(reward, trainer.test_rows, texts)
     ids = trainer.eval_dataset["input_ids"][:]

@@ -45,6 +45,11 @@ from rlhf_recipes.training import (
     FineTuningDefaults,
     Measured,
     SafeTrainer,
+    SampledBatches,
+    SyncedReference,
+    check_model_options,
+    check_synced_reference,
+    learning_rate_field,
     prepare_process_,
     run_training,
     training_inputs,
@@ -63,6 +68,9 @@ PANELS = [
     ("Prompts whose answers all score the same", ["frac_reward_zero_std"]),
     ("Learning rate", ["learning_rate"]),
 ]
+
+LOGGED = ("reward", "rewards/", "reward_std", "kl", "entropy", "completions/", "frac_reward_zero_std", "loss")
+USELESS = {"loss": "is 0 in every evaluation, whose answers are compared with one another"}
 
 
 @dataclass
@@ -85,7 +93,18 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
     prompt; each answer is trained on ``num_iterations`` times.
     """
 
+    unsupported = {
+        "label_smoothing_factor": "has no effect: RLOO has no labels",
+        "log_multimodal": "has no effect: prompts are text",
+        "train_sampling_strategy": "has no effect: prompts are repeated for each group of answers",
+    }
+    best_metric = "eval_reward"
+    usual_learning_rate = 1e-6
+    learning_rate: float | None = learning_rate_field(1e-6)  # type: ignore[assignment]
     output_dir: str = field(default="runs/rloo", metadata={"help": "Output folder for the model."})
+    eval_before_training: bool = field(
+        default=False, metadata={"help": "Answer held-out prompts before the first step too (<name>_before)."}
+    )
     num_generations: int = field(
         default=4, metadata={"help": "Answers sampled to a prompt, each compared with the others; divides the batch."}
     )
@@ -109,7 +128,6 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
 
     def __post_init__(self) -> None:
         self.split_global_batch_(world_size())
-        evaluated = self.per_device_eval_batch_size * world_size()
         compared = self.num_generations_eval or self.num_generations
         if self.num_generations < 2:
             raise UserError(
@@ -120,10 +138,10 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
                 f"num_generations {self.num_generations} does not divide the {self.answers} answers of a batch "
                 "(per_device_train_batch_size x steps_per_generation x processes); change one of them"
             )
-        if evaluated % compared:
+        if self.per_device_eval_batch_size % compared:
             raise UserError(
-                f"num_generations_eval {compared} does not divide the {evaluated} answers of an evaluation batch "
-                "(per_device_eval_batch_size x processes); change one of them"
+                f"num_generations_eval {compared} does not divide the {self.per_device_eval_batch_size} answers of an "
+                "evaluation batch (per_device_eval_batch_size); change one of them"
             )
         if self.temperature <= 0:
             raise UserError(
@@ -145,7 +163,7 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
         return math.ceil(steps * self.gradient_accumulation_steps / uses) * self.answers
 
 
-class SafeRLOOTrainer(SafeTrainer, RLOOTrainer):
+class SafeRLOOTrainer(SampledBatches, SyncedReference, SafeTrainer, RLOOTrainer):
     """TRL's `RLOOTrainer` with the guarantees of `SafeTrainer`. It reads prompts, and decodes answers, as ppo does.
 
     max_prompt_tokens: read this many last tokens of a longer prompt; None: all.
@@ -180,6 +198,8 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     start = check_policy(model_config, None, pad_token=training.pad_token, **code)
     rows = load_prompts(arguments, start, training)
     require_held_out(rows.test, training, arguments.dataset_test_split)
+    check_model_options(training, model_config, start.config, LOGGED, USELESS)
+    check_synced_reference(training, model_config.use_peft)
     sources = check_rewards(arguments, training, rows.train.column_names)
     context = context_length(start.config)
     limit = None if context is None else context - training.max_completion_length
@@ -187,7 +207,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     functions = load_trl_reward_functions(
         sources, start.tokenizer, training.device, training.normalize_rewards, max_prompt_tokens=limit, **frozen
     )
-    training = prepare_process_(training, start.config.hidden_size)
+    training = prepare_process_(training, start.config.hidden_size, adapter=model_config.use_peft)
     model = load_causal_lm(start.name, model_config, **code)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
     reset_generation_config_(model, stops)
@@ -231,15 +251,21 @@ def run_rloo(arguments: RLOOArguments, model_config: ModelConfig, training: RLOO
         inputs=training_inputs(model_config, arguments, *(arguments.reward or [])),
         plot_title="RLOO",
         panels=PANELS,
+        measure_before=held_out_metrics,
     )
 
 
 def measure_rloo(trainer: SafeRLOOTrainer, folder: Path) -> Measured:
     """Return the metrics of the first and last batch of answers and of the held-out prompts. All ranks must call it."""
-    held_out = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics: dict[str, Any] = {"episodes": trainer.args.episodes(trainer.state.global_step)}
-    metrics |= rloo_metrics(trainer.state.log_history) | answer_metrics(held_out, "eval_")
-    return Measured(metrics | {name: value for name, value in held_out.items() if name.startswith("eval_rewards/")})
+    return Measured(metrics | rloo_metrics(trainer.state.log_history) | held_out_metrics(trainer))
+
+
+def held_out_metrics(trainer: SafeRLOOTrainer) -> dict[str, float]:
+    """Return the metrics of the answers to the held-out prompts, under ppo's names. All ranks must call it."""
+    logged = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    rewards = {name: value for name, value in logged.items() if name.startswith("eval_rewards/")}
+    return answer_metrics(logged, "eval_") | rewards
 
 
 def load_prompts(arguments: RLOOArguments, start: StartingModel, training: RLOOConfig) -> LoadedRows:

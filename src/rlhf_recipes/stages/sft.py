@@ -46,8 +46,12 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.training import (
     FineTuningDefaults,
+    HeldOutMeans,
     Measured,
     SafeTrainer,
+    check_model_options,
+    learning_rate_field,
+    mask_total,
     measures_model,
     prepare_process_,
     run_training,
@@ -55,6 +59,12 @@ from rlhf_recipes.training import (
 )
 
 FORM_COLUMNS = ("prompt", "completion", "messages", "text")
+LOGGED = ("loss", "mean_token_accuracy", "entropy")  # by an evaluation
+CHOICES = {  # the first is the default
+    "loss_type": ("nll", "dft", "chunked_nll"),
+    "truncation_mode": ("keep_start", "keep_end"),
+    "packing_strategy": ("bfd", "bfd_split", "wrapped"),
+}
 
 
 @dataclass
@@ -69,6 +79,13 @@ class SFTArguments(RowLengthArguments):
 class SFTConfig(FineTuningDefaults, trl.SFTConfig):
     """TRL's `SFTConfig`; the length defaults to the model's context, and messages have loss on assistant turns only."""
 
+    unsupported = {
+        "dataset_kwargs": "has no effect: rows are always prepared",
+        "chat_template_path": "would change the tokenizer after the rows are checked; put the template into the model's "
+        "folder as chat_template.jinja",
+    }
+    usual_learning_rate = 2e-5
+    learning_rate: float | None = learning_rate_field(2e-5)  # type: ignore[assignment]
     output_dir: str = field(default="runs/sft", metadata={"help": "Output folder for the model."})
     max_length: int | None = field(
         default=None,
@@ -80,8 +97,14 @@ class SFTConfig(FineTuningDefaults, trl.SFTConfig):
     eval_packing: bool | None = field(default=False, metadata={"help": "Pack held-out rows as well."})
 
 
-class SafeSFTTrainer(SafeTrainer, SFTTrainer):
-    """TRL's `SFTTrainer` with the guarantees of `SafeTrainer`."""
+class SafeSFTTrainer(HeldOutMeans, SafeTrainer, SFTTrainer):
+    """TRL's `SFTTrainer` with the guarantees of `SafeTrainer`; held-out means are over tokens with loss."""
+
+    kinds = dict.fromkeys(("loss", "entropy", "mean_token_accuracy"), "tokens")
+
+    def count_held_out(self, inputs: Any) -> dict[str, float]:
+        tokens = mask_total(inputs["labels"][..., 1:] != NO_LOSS)
+        return super().count_held_out(inputs) | {"tokens": tokens}
 
 
 def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, training: SFTConfig) -> SFTTrainer:
@@ -90,13 +113,16 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_policy(model_config, training.max_length, **tokens, **code)
     rows = load_demonstrations(arguments, start, training.dataset_text_field)
+    check_loss_options(training, rows.train.column_names)
     require_batch(len(rows.train), training)
     require_held_out(rows.test, training, arguments.dataset_test_split)
+    check_model_options(training, model_config, start.config, LOGGED)
     encode = partial(encode_demonstrations, start=start, too_long=arguments.too_long or "drop", training=training)
     rows = rows.each_split(encode)
     require_batch(len(rows.train), training, "after dropping rows, the training split")
-    options = {"max_length": start.max_length, "assistant_only_loss": False}  # the labels of the rows say it
-    training = prepare_process_(training, start.config.hidden_size, **options)
+    # The labels of the rows say which tokens have loss.
+    options: dict[str, Any] = {"max_length": start.max_length, "assistant_only_loss": False}
+    training = prepare_process_(training, start.config.hidden_size, adapter=model_config.use_peft, **options)
     model = load_causal_lm(start.name, model_config, **code)
     trainer = SafeSFTTrainer(
         model=prepare_for_lora_(model, training.gradient_checkpointing),
@@ -122,10 +148,11 @@ def run_sft(arguments: SFTArguments, model_config: ModelConfig, training: SFTCon
         parents={"model": model_config.model_name_or_path, "demonstrations": arguments.dataset_name},
         inputs=training_inputs(model_config, arguments),
         plot_title="Supervised fine-tuning",
+        measure_before=lambda trainer: measure_sft(trainer).metrics,
     )
 
 
-def measure_sft(trainer: SafeSFTTrainer, folder: Path) -> Measured:
+def measure_sft(trainer: SafeSFTTrainer, folder: Path | None = None) -> Measured:
     """Return the loss on the test split, and perplexity and bits per byte of its tokens with loss. All ranks must call it."""
     if trainer.eval_dataset is None:
         return Measured({})
@@ -214,6 +241,27 @@ def loss_spans(dataset: Any, prefix: Sequence[int] = ()) -> list[tuple[list[int]
                 start = len(prefix)
             spans.append((ids[:start], ids[start:end]))
     return spans
+
+
+def check_loss_options(training: SFTConfig, columns: Sequence[str]) -> None:
+    """Check the options that TRL would refuse only once the model is loaded, or would ignore.
+
+    Raises:
+        UserError: an unknown choice, or two options that do not go together.
+    """
+    for name, choices in CHOICES.items():
+        if (value := getattr(training, name, choices[0])) not in choices:
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    if training.padding_free and not training.packing:
+        raise UserError("padding_free does not cut rows to max_length without packing; add --packing true")
+    if training.completion_only_loss and "prompt" not in columns:
+        raise UserError(
+            f"completion_only_loss needs the columns prompt and completion; these rows have {', '.join(columns)}"
+        )
+    if training.label_smoothing_factor and training.loss_type != "nll":
+        raise UserError(
+            f"label_smoothing_factor has no effect with loss_type {training.loss_type}; leave one of them out"
+        )
 
 
 def _require_stop(start: StartingModel) -> None:

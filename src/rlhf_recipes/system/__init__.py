@@ -1,5 +1,6 @@
 """The machine: hardware, launcher, DeepSpeed and FSDP, workarounds for library bugs."""
 
+from rlhf_recipes.system.collectives import this_process_only
 from rlhf_recipes.system.deepspeed import (
     DeferredStepEngine,
     cast_like_engine_,
@@ -73,6 +74,7 @@ __all__ = [
     "reset_pending_forward_",
     "restore_ties_",
     "safe_deepspeed_loading",
+    "this_process_only",
     "tokens_per_forward",
     "unsharded_weights",
     "zero_stage",

@@ -1,24 +1,49 @@
 """What every trainer shares: a trainer whose runs can be resumed, the run around it, its defaults."""
 
-from rlhf_recipes.training.classifier import collate_labelled_texts, encode_labelled, mean_cross_entropy
-from rlhf_recipes.training.defaults import FineTuningDefaults, TrainingDefaults
+from rlhf_recipes.training.best_model import check_best_metric
+from rlhf_recipes.training.classifier import (
+    ClassifierTrainer,
+    collate_labelled_texts,
+    encode_labelled,
+    mean_cross_entropy,
+)
+from rlhf_recipes.training.defaults import FineTuningDefaults, TrainingDefaults, learning_rate_field
+from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
+from rlhf_recipes.training.options import check_model_options, check_options, require_causal
 from rlhf_recipes.training.pretrain import PretrainTrainer, SampleContinuations, collate_blocks
+from rlhf_recipes.training.reference import SyncedReference, check_synced_reference
+from rlhf_recipes.training.rloo import SampledBatches
 from rlhf_recipes.training.run import Measured, measures_model, prepare_process_, run_training, training_inputs
 from rlhf_recipes.training.trainer import SafeTrainer
 
 __all__ = [
+    "GREATEST",
+    "LEAST",
+    "ROWS",
+    "SPREAD",
+    "ClassifierTrainer",
     "FineTuningDefaults",
+    "HeldOutMeans",
     "Measured",
     "PretrainTrainer",
     "SafeTrainer",
     "SampleContinuations",
+    "SampledBatches",
+    "SyncedReference",
     "TrainingDefaults",
+    "check_best_metric",
+    "check_model_options",
+    "check_options",
+    "check_synced_reference",
     "collate_blocks",
     "collate_labelled_texts",
     "encode_labelled",
+    "learning_rate_field",
+    "mask_total",
     "mean_cross_entropy",
     "measures_model",
     "prepare_process_",
+    "require_causal",
     "run_training",
     "training_inputs",
 ]

@@ -7,6 +7,7 @@ import torch
 
 from rlhf_recipes.core.tensors import pad
 from rlhf_recipes.data import encode_completion, template_options
+from rlhf_recipes.training.trainer import SafeTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,3 +44,18 @@ def mean_cross_entropy(
     """
     loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+class ClassifierTrainer(SafeTrainer):
+    """`SafeTrainer` for texts with labels. test_rows: the test split before it is tokenized."""
+
+    def __init__(self, *args: Any, test_rows: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.test_rows = test_rows
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate as `Trainer` does; the loss is the mean over the held-out rows."""
+        result = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        logits, labels = torch.from_numpy(result.predictions).float(), torch.from_numpy(result.label_ids)
+        result.metrics[f"{metric_key_prefix}_loss"] = torch.nn.functional.cross_entropy(logits, labels).item()
+        return result

@@ -1,9 +1,21 @@
 """Defaults of every training stage, in place of transformers'."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import world_size
+from rlhf_recipes.core.unsupported import requested_unsupported
+from rlhf_recipes.training.best_model import choose_metric_, point_plateau_
+
+LORA_FACTOR = 10.0  # the best learning rate of LoRA over that of full training (Schulman et al. 2025)
+
+
+def learning_rate_field(usual: float) -> Any:
+    """Return a dataclass field for the peak learning rate of a stage whose usual one is given."""
+    text = f"Peak learning rate. Unset: {usual:g}; for an adapter (--use_peft) {LORA_FACTOR * usual:g}."
+    return field(default=None, metadata={"help": text})
 
 
 @dataclass
@@ -17,6 +29,26 @@ class TrainingDefaults:
         UserError: an unknown `resume`, or a `global_batch_size` that the number of processes does not divide.
     """
 
+    best_metric: ClassVar[str] = "eval_loss"
+    usual_learning_rate: ClassVar[float] = 5e-5
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "do_train": "has no effect: a stage trains",
+        "do_eval": "has no effect: a stage measures held-out rows at its end, and with eval_strategy also in between",
+        "do_predict": "has no effect: a stage measures held-out rows at its end",
+        "local_rank": "has no effect: launch several processes with torchrun or accelerate",
+        "label_names": "has no effect: a stage knows the columns that it learns from",
+        "prediction_loss_only": "would leave out metrics that the stage reports; leave it out",
+        "batch_eval_metrics": "does not fit the metrics of a stage; lower --per_device_eval_batch_size instead",
+        "include_for_metrics": "has no effect: no metric of a stage reads it",
+        "eval_do_concat_batches": "must stay on: metrics are over all rows",
+        "eval_use_gather_object": "must stay off: held-out rows are tensors",
+        "auto_find_batch_size": "would change the run; set --global_batch_size and lower --per_device_train_batch_size",
+        "enable_jit_checkpoint": "has no effect: a run that gets SIGTERM saves a checkpoint",
+        "hub_always_push": "has no effect: a push waits for the one before",
+        "parallelism_config": "cannot be given here; set it in the configuration of accelerate launch",
+    }
+
+    learning_rate: float | None = learning_rate_field(5e-5)
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bfloat16 autocast. Unset: on if it is faster for the model's size on this hardware."},
@@ -62,6 +94,12 @@ class TrainingDefaults:
         default=False,
         metadata={"help": "Run the Python code in the model's folder or repo. Read it first."},
     )
+    eval_before_training: bool = field(
+        default=True,
+        metadata={
+            "help": "Measure held-out rows before the first step too; metrics.json has <name>_before beside <name>."
+        },
+    )
     resume: str | None = field(
         default=None,
         metadata={"help": "auto: continue from the last complete checkpoint in output_dir; without one, start."},
@@ -72,6 +110,7 @@ class TrainingDefaults:
 
         if self.resume not in (None, "auto"):
             raise UserError(f"resume is {self.resume!r}; give auto, or a checkpoint as resume_from_checkpoint")
+        self.__dict__["_unsupported_requested"] = requested_unsupported(self)  # before transformers changes values
         self.split_global_batch_(world_size())
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -84,10 +123,15 @@ class TrainingDefaults:
             self.activation_checkpointing = self.gradient_checkpointing  # the name since transformers 5.23
         if not hasattr(self, "activation_checkpointing_kwargs"):
             self.activation_checkpointing_kwargs = getattr(self, "gradient_checkpointing_kwargs", None)
+        if self.learning_rate is None:
+            self.learning_rate = self.usual_learning_rate
+            self.__dict__["_learning_rate_by_default"] = True
+        choose_metric_(self, self.best_metric)
         pad_token = self.__dict__.pop("pad_token", None)  # TRL warns about its field of this name
         super().__post_init__()  # type: ignore[misc]
         if pad_token is not None:
             self.pad_token = pad_token
+        point_plateau_(self)
 
     def split_global_batch_(self, processes: int) -> None:
         """Set the batch size and accumulation steps of a process so that all `processes` make up `global_batch_size`.
@@ -113,6 +157,8 @@ class TrainingDefaults:
 @dataclass
 class FineTuningDefaults(TrainingDefaults):
     """`TrainingDefaults` for stages that start from a model and its tokenizer."""
+
+    unsupported = {"model_init_kwargs": "has no effect: use --dtype, --attn_implementation and --trust_remote_code"}
 
     pad_token: str | None = field(
         default=None,

@@ -15,6 +15,7 @@ from rlhf_recipes.core.markdown import escape_markdown
 from rlhf_recipes.data import document_start, plain_ids
 from rlhf_recipes.generation import Sampling, row_seed, sample, stop_ids
 from rlhf_recipes.optimizations import fuse_kernels_
+from rlhf_recipes.training.held_out import HeldOutMeans
 from rlhf_recipes.training.trainer import SafeTrainer
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def collate_blocks(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Ten
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-class PretrainTrainer(SafeTrainer):
+class PretrainTrainer(HeldOutMeans, SafeTrainer):
     """A `Trainer` that adds `l1_penalty` times the sum of |w| over the weights with weight decay to the loss.
 
     The penalty is in the training loss and its gradient once per optimizer step, for any number of micro-batches and

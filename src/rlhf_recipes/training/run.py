@@ -34,6 +34,8 @@ from rlhf_recipes.folders import (
 from rlhf_recipes.hub import HubArguments, check_push, open_requested_repo, push_if_requested
 from rlhf_recipes.reports import plot_curves
 from rlhf_recipes.system import check_launch, choose_precision, configure_cpu_runtime_
+from rlhf_recipes.training.defaults import LORA_FACTOR
+from rlhf_recipes.training.options import check_options, library_errors_as_user_errors
 from rlhf_recipes.training.trainer import SafeTrainer
 
 # Options that do not change what is trained.
@@ -87,6 +89,7 @@ def run_training(
     inputs: Sequence[str | None],
     plot_title: str,
     panels: Panels | None = None,
+    measure_before: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Path:
     """Train, measure and leave the stage's folder; returns its path. All ranks must call it.
 
@@ -97,6 +100,7 @@ def run_training(
         parents: what the card names as origin, by role.
         inputs: the models and datasets that are read; none of them may lie in the output folder.
         panels: the curves to plot; None plots every logged number.
+        measure_before: (trainer) -> held-out numbers, which metrics.json holds as `<name>_before`; it writes nothing.
     """
     training = next(each for each in arguments if isinstance(each, TrainingArguments))
     run = plan_run(training, *(each for each in arguments if each is not training), inputs=inputs)
@@ -104,14 +108,18 @@ def run_training(
         if training.process_index == 0:
             push_if_requested(run.folder, training)
         return run.folder
-    trainer = build()
+    with library_errors_as_user_errors():
+        trainer = build()
     trainer.requested = run.requested  # each checkpoint holds it
+    if training.eval_before_training:
+        trainer.measure_before = measure_before
     if trainer.is_world_process_zero():
         open_requested_repo(trainer.args)
     with locked_run_folder(trainer, run):
         metrics = train(trainer, run)
         save_final_model(trainer, run.folder)
         measured = measure(trainer, run.folder)
+        before = {f"{name}_before": value for name, value in trainer.measured_before.items()}
         if trainer.is_world_process_zero():
             trainer.save_state()
             log = trainer.state.log_history
@@ -122,7 +130,7 @@ def run_training(
                 stage=stage,
                 title=title,
                 parents=parents,
-                metrics=metrics | measured.metrics | counted_rows(trainer),
+                metrics=metrics | before | measured.metrics | counted_rows(trainer),
                 arguments=arguments,
                 images=["curves.png", *measured.images],
             )
@@ -140,6 +148,7 @@ def plan_run(training: Any, *others: Any, inputs: Sequence[str | None]) -> Run:
     """
     check_launch(training)
     check_push(training)
+    check_options(training, *others)
     folder = Path(training.output_dir)
     require_unlocked(folder)
     auto, requested = training.resume == "auto", _trained_options(training, *others)
@@ -255,14 +264,20 @@ def training_inputs(model_config: Any, arguments: Any, *others: str | None) -> l
     return [model_config.model_name_or_path, arguments.dataset_name, *extra, *others]
 
 
-def prepare_process_(training: Any, width: int, **changes: Any) -> Any:
+def prepare_process_(training: Any, width: int, *, adapter: bool = False, **changes: Any) -> Any:
     """Configure this process for a run, and return a copy of the training arguments for it.
 
     Sets CPU threads and memory options for a model `width` units wide, and seeds all random generators with `training.seed`.
-    The copy has its precision chosen for this machine, and `changes` set.
+    The copy has its precision chosen for this machine, the learning rate of an adapter where one is trained and no rate is
+    set, and `changes`.
     """
     prepared = copy.copy(choose_precision(training, width))
     configure_cpu_runtime_(prepared, width)
+    if adapter and prepared.__dict__.get("_learning_rate_by_default"):
+        prepared.learning_rate = LORA_FACTOR * prepared.usual_learning_rate
+        logger.warning(
+            "learning_rate %g, ten times that of full training, since an adapter is trained", prepared.learning_rate
+        )
     for name, value in changes.items():
         setattr(prepared, name, value)
     set_seed(training.seed)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from rlhf_recipes.core.files import files_by_rank, write_text
@@ -42,7 +43,8 @@ from rlhf_recipes.system import (
 )
 from rlhf_recipes.training.batches import complete_batch_size, complete_batches_sampler, drop_last
 from rlhf_recipes.training.finite import all_finite, nonfinite_error
-from rlhf_recipes.training.sigterm import StoppedBySignal, on_sigterm
+from rlhf_recipes.training.hooks import StepHooks
+from rlhf_recipes.training.sigterm import on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,10 @@ class SafeTrainer(Trainer):
     stop_at_nonfinite_loss = True  # False in a trainer that skips such an optimizer step itself
     requested: dict[str, Any] | None = None  # the options a stage was run with; each checkpoint holds them
     row_counts: dict[str, RowCounts] | None = None  # by split: what happened to its rows
+    measure_before: Callable[[Any], dict[str, Any]] | None = (
+        None  # (trainer) -> held-out numbers before the first step
+    )
+    measured_before: dict[str, float] = {}
     _staging = False
     _resuming_from: str | None = None
     _stop_requested = False  # in this process
@@ -83,8 +89,8 @@ class SafeTrainer(Trainer):
         check_sharding(self.accelerator)
         if self._resuming_from is not None and self.is_deepspeed_enabled:
             require_same_world_size(Path(self._resuming_from), self.args.world_size)
-        self.remove_callback(_StepHooks)
-        self.add_callback(_StepHooks(self))  # last, so that it sees the decisions of the others
+        self.remove_callback(StepHooks)
+        self.add_callback(StepHooks(self))  # last, so that it sees the decisions of the others
         unpickles = self.is_deepspeed_enabled and (self._resuming_from is not None or self.args.load_best_model_at_end)
         loading = safe_deepspeed_loading() if unpickles else nullcontext()
         lock = folder_lock(folder) if self.args.should_save else nullcontext()
@@ -126,6 +132,7 @@ class SafeTrainer(Trainer):
         return {
             "world_size": self.args.world_size,
             "requested": self.requested,
+            "measured_before": self.measured_before,
             "loss": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
             "metrics": getattr(self, "_metrics", {}).get("train", {}),  # of TRL's trainers
@@ -152,6 +159,7 @@ class SafeTrainer(Trainer):
         if saved[0]["metrics"] and hasattr(self, "_metrics"):
             self._metrics["train"].update(saved[0]["metrics"])  # the same in every process
         self.model.train(saved[0]["training"])
+        self.measured_before = saved[0].get("measured_before", {})
         if hasattr(self, "_total_train_tokens"):
             self._total_train_tokens = saved[0]["tokens"]
         return saved
@@ -277,24 +285,3 @@ class SafeTrainer(Trainer):
     def reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum over all processes. All ranks must call it."""
         return tensor if self.args.world_size == 1 else self.accelerator.reduce(tensor, reduction="sum")
-
-
-class _StepHooks(TrainerCallback):
-    """Calls the trainer at the points where `Trainer` calls callbacks only."""
-
-    def __init__(self, trainer: SafeTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._resuming_from is not None:
-            self.trainer.load_progress(Path(self.trainer._resuming_from))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.synchronize_stop()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save |= self.trainer._stopping
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._stopping:
-            raise StoppedBySignal(f"stopped by SIGTERM; saved at step {state.global_step}: resume with --resume auto")

@@ -1,0 +1,97 @@
+"""What a trainer that samples its own batches needs besides TRL's: held-out means, and answers kept in checkpoints."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf_recipes.core.files import files_by_rank
+from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
+
+logger = logging.getLogger(__name__)
+
+
+class SampledBatches(HeldOutMeans):
+    """Mixin before a `SafeTrainer` with TRL's `RLOOTrainer`.
+
+    Held-out means are over answers, some over tokens. A checkpoint within a batch of answers (`steps_per_generation`,
+    `num_iterations`) holds the answers, and a resumed run draws the prompts of later epochs in the same order.
+    """
+
+    kinds = {
+        "kl": "tokens",
+        "entropy": "tokens",
+        "reward_std": f"{SPREAD} reward",
+        "completions/min_length": LEAST,
+        "completions/max_length": GREATEST,
+        "completions/mean_terminated_length": "ended",
+        "completions/min_terminated_length": f"{LEAST} ended",
+        "completions/max_terminated_length": f"{GREATEST} ended",
+        "clip_ratio/low_min": LEAST,
+        "clip_ratio/high_max": GREATEST,
+    }
+    num_generations_eval: int | None
+    num_iterations: int
+    state: Any
+    _metrics: Any
+    _step: int  # TRL's number of micro-batches so far
+    _buffered_inputs: Any  # TRL's current batch of answers, in parts
+    _train_sampler: Any
+
+    def kind_of(self, name: str) -> str:
+        reward = name.removesuffix("/std")
+        return super().kind_of(name) if reward == name else f"{SPREAD} {reward}/mean"
+
+    @property
+    def rows_per_group(self) -> int:
+        return int(self.num_generations_eval or 1)
+
+    def count_held_out(self, inputs: Any) -> dict[str, float]:
+        answers = float(len(inputs["completion_ids"]))
+        ended = round(answers * (1.0 - self._metrics["eval"]["completions/clipped_ratio"][-1]))
+        return {ROWS: answers, "tokens": mask_total(inputs["completion_mask"]), "ended": ended}
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
+        self._train_sampler = trainer._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def progress(self) -> dict[str, Any]:
+        trainer: Any = super()
+        return trainer.progress() | {"micro_batches": self._step}
+
+    def save_progress(self, folder: Path) -> None:
+        trainer: Any = super()
+        trainer.save_progress(folder)
+        if self._step % (self.args.steps_per_generation * self.num_iterations):  # else the next step samples anew
+            parts = enumerate(self._buffered_inputs)
+            tensors = {f"{number}.{name}": each.contiguous() for number, part in parts for name, each in part.items()}
+            save_file(tensors, folder / f"answers_{self.args.process_index}.safetensors")
+
+    def load_progress(self, folder: Path) -> list[dict[str, Any]]:
+        trainer: Any = super()
+        saved: list[dict[str, Any]] = trainer.load_progress(folder)
+        for _ in range(int(self.state.epoch or 0)):
+            next(iter(self._train_sampler), None)  # its generator draws an order for each epoch
+        if saved and "micro_batches" in saved[0]:
+            self._step = saved[0]["micro_batches"]  # the same in every process
+        paths = files_by_rank(folder, "answers_*.safetensors")
+        if len(paths) == self.args.world_size:
+            self._buffered_inputs = load_parts(paths[self.args.process_index], self.args.device)
+        elif paths:
+            logger.warning(
+                "%s was saved by %d processes in the middle of a batch of answers; %d processes sample new ones",
+                folder, len(paths), self.args.world_size,
+            )  # fmt: skip
+        return saved
+
+
+def load_parts(path: Path, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Return the parts of a batch of answers that `SampledBatches.save_progress` saved."""
+    parts: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        number, _, name = key.partition(".")
+        parts.setdefault(int(number), {})[name] = tensor.to(device)
+    return [parts[number] for number in sorted(parts)]
