@@ -115,9 +115,7 @@ def evaluate_model(
         _add_scores_(rows, "gold", gold, ids, answers.ids, aligned)
         metrics |= _gold_metrics(Evaluation({}, rows))
     if reference is not None and sampling.temperature > 0:
-        metrics |= _add_divergence_(
-            rows, model, reference, ids, answers.ids, sampling.temperature, batch_size, progress
-        )
+        metrics |= _add_divergence_(rows, model, reference, ids, answers.ids, sampling, batch_size, progress)
     if texts:
         measured = perplexity(model, tokenizer, texts, batch_size=min(batch_size, PERPLEXITY_BATCH), progress=progress)
         metrics |= {key: measured[key] for key in ("perplexity", "bits_per_byte")}
@@ -145,10 +143,11 @@ def completion_log_probs(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     temperature: float = 1.0,
+    vocabulary: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the log-probabilities of completions in one batch; the model should be in eval mode.
 
-    prompts, completions: rows of token ids.
+    prompts, completions: rows of token ids. vocabulary: as in `Sampling`; other ids have no probability.
 
     Returns:
         float32 log-probabilities and the mask of real tokens, both (batch, longest completion), on the CPU.
@@ -165,7 +164,7 @@ def completion_log_probs(
         position_ids=position_ids(mask).to(device),
         use_cache=False,
         logits_to_keep=width + 1,
-    ).logits[:, -width - 1 : -1]
+    ).logits[:, -width - 1 : -1, :vocabulary]
     return log_probs_and_entropies(logits, padded_completions.to(device), temperature)[0].cpu(), completion_mask
 
 
@@ -245,12 +244,13 @@ def _add_divergence_(
     reference: "PreTrainedModel",
     ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
-    temperature: float,
+    sampling: Sampling,
     batch_size: int,
     progress: bool,
 ) -> dict[str, float]:
     """Add each row's log ratio to the row, as `kl`, and return the metrics `kl` and `kl_per_token`."""
     modes = [(module, module.training) for module in (model, reference)]
+    options = (sampling.temperature, sampling.vocabulary)
     nats, per_token, tokens = 0.0, 0.0, 0
     try:
         for module, _ in modes:
@@ -258,8 +258,8 @@ def _add_divergence_(
         texts = [[*prompt, *answer] for prompt, answer in zip(ids, completion_ids, strict=True)]
         for batch in _batches(texts, batch_size, "KL", progress):
             prompts, answers = [ids[row] for row in batch], [completion_ids[row] for row in batch]
-            log_probs, mask = completion_log_probs(model, prompts, answers, temperature)
-            reference_log_probs, _ = completion_log_probs(reference, prompts, answers, temperature)
+            log_probs, mask = completion_log_probs(model, prompts, answers, *options)
+            reference_log_probs, _ = completion_log_probs(reference, prompts, answers, *options)
             estimates, count = sequence_kl(log_probs, reference_log_probs, mask), int(mask.sum())
             nats += estimates["kl"] * len(batch)
             per_token += estimates["kl_per_token_k3"] * count

@@ -13,9 +13,22 @@ from rlhf_recipes.models.adapters import (
     save_adapter,
     use_adapter,
 )
+from rlhf_recipes.models.architectures import (
+    check_left_padding,
+    check_packing,
+    check_stop_id,
+    check_token_ids,
+    context_length,
+    drop_tokenless_logits_,
+    hidden_size_of,
+    refuse_left_padding,
+    refuse_packing,
+    text_config,
+    token_count,
+    vocabulary_size,
+)
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
 from rlhf_recipes.models.loading import (
-    context_length,
     is_reward_model,
     load_causal_lm,
     load_config,
@@ -24,7 +37,8 @@ from rlhf_recipes.models.loading import (
     reward_label_count,
     save_reward_model_config,
 )
-from rlhf_recipes.models.lora import build_lora_config, prepare_for_lora_, trainable_to_float32_
+from rlhf_recipes.models.logits import transform_logits
+from rlhf_recipes.models.lora import attach_adapter, build_lora_config, prepare_for_lora_, trainable_to_float32_
 from rlhf_recipes.models.padding import count_positions_from_mask_
 from rlhf_recipes.models.quantization import (
     FrozenQuantizationArguments,
@@ -46,16 +60,23 @@ __all__ = [
     "StartingModel",
     "adapter_parameters",
     "add_adapter_from",
+    "attach_adapter",
     "build_gpt2",
     "build_lora_config",
+    "check_left_padding",
+    "check_packing",
     "check_policy",
     "check_quantization",
     "check_starting_model",
+    "check_stop_id",
+    "check_token_ids",
     "context_length",
     "copy_adapter",
     "count_positions_from_mask_",
     "disable_adapters",
+    "drop_tokenless_logits_",
     "has_adapter",
+    "hidden_size_of",
     "is_adapter",
     "is_quantized",
     "is_reward_model",
@@ -66,10 +87,16 @@ __all__ = [
     "load_tokenizer",
     "prepare_for_lora_",
     "quantization_kwargs",
+    "refuse_left_padding",
+    "refuse_packing",
     "reward_label_count",
     "save_adapter",
     "save_reward_model_config",
+    "text_config",
+    "token_count",
     "trainable_to_float32_",
+    "transform_logits",
     "use_adapter",
+    "vocabulary_size",
     "will_be_quantized",
 ]

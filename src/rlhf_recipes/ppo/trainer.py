@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.generation import Completions, row_seed, sample
-from rlhf_recipes.models import has_adapter
+from rlhf_recipes.models import has_adapter, hidden_size_of, token_count
 from rlhf_recipes.optimizations import cached_casts, fuse_kernels_
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.evaluate import HeldOutEvaluator, prompts_by_set
@@ -124,7 +124,7 @@ class PPOTrainer(SafeTrainer):
         check_parallelism(args, getattr(args.distributed_state, "distributed_type", None))
         model, processing_class = load_policy(model, processing_class, quantization_config, args.trust_remote_code)
         config = base_model(fuse_kernels_(model, args.device)).config
-        hidden_size = config.get_text_config().hidden_size
+        hidden_size = hidden_size_of(config)
         args = choose_precision(args, hidden_size)
         configure_cpu_runtime_(args, hidden_size)
         rewards = reward_funcs if reward_funcs is not None else reward_model
@@ -132,7 +132,8 @@ class PPOTrainer(SafeTrainer):
         data = (train_dataset, eval_dataset)
         self.prompts, self.eval_prompts = check_prompts(config, processing_class, *data, args, can_train)
         came_with_adapter = peft_config is None and has_adapter(model)
-        policy_and_value = build_policy_and_value(build_trainable_policy(model, peft_config, args), value_model, args)
+        policy, vocabulary = build_trainable_policy(model, peft_config, args), token_count(processing_class)
+        policy_and_value = build_policy_and_value(policy, value_model, args, vocabulary)
         reference = build_reference(policy_and_value, came_with_adapter, ref_model, args)
         tokenizers = (processing_class, reward_processing_classes)
         quantization = reward_quantization_config

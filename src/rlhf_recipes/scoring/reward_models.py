@@ -10,7 +10,7 @@ from rlhf_recipes.core.errors import RankError, UserError
 from rlhf_recipes.core.tensors import batches_by_length, pad
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.data import ensure_chat_template_, is_conversation, plain_text, prompt_text, text_ids
-from rlhf_recipes.models import context_length
+from rlhf_recipes.models import context_length, vocabulary_size
 from rlhf_recipes.scoring.functions import ScoresWithPrefixes
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_, tokens_per_forward
 
@@ -54,7 +54,7 @@ class ModelReward:
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         # With the policy's vocabulary the model reads the policy's ids; otherwise it reads text.
         self.shares_ids = tokenizer is policy_tokenizer or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        vocabulary = getattr(model.config, "vocab_size", None)
+        vocabulary = vocabulary_size(model.config)
         # A pad token added without a row in the embedding is never looked up: padding is masked.
         ids = [index for index in tokenizer.get_vocab().values() if index != tokenizer.pad_token_id]
         if vocabulary is not None and vocabulary <= max(ids):
@@ -195,7 +195,7 @@ def classify_prefixes(model: Any, rows: Sequence[Sequence[int]]) -> tuple[torch.
 def _needs_single_rows(model: Any) -> bool:
     """Whether the model reads one row at a time: it has no pad id, or one beyond its embedding."""
     pad_id = model.config.pad_token_id
-    return pad_id is None or pad_id >= getattr(model.config, "vocab_size", math.inf)
+    return pad_id is None or pad_id >= (vocabulary_size(model.config) or math.inf)
 
 
 def _padded(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:

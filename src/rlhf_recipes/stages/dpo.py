@@ -13,7 +13,16 @@ from trl import DPOTrainer, ModelConfig
 
 from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.data import check_and_fit_rows, load_train_and_test, require_batch, require_held_out
-from rlhf_recipes.models import StartingModel, build_lora_config, check_policy, load_causal_lm, prepare_for_lora_
+from rlhf_recipes.models import (
+    StartingModel,
+    build_lora_config,
+    check_packing,
+    check_policy,
+    hidden_size_of,
+    load_causal_lm,
+    prepare_for_lora_,
+    refuse_packing,
+)
 from rlhf_recipes.training import (
     FineTuningDefaults,
     Measured,
@@ -64,8 +73,13 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     pairs, test_pairs = load_pairs(arguments, start)
     require_batch(len(pairs), training)
     require_held_out(test_pairs, training, arguments.dataset_test_split)
-    training = prepare_process_(training, start.config.hidden_size, max_length=start.max_length)
+    if training.padding_free:
+        refuse_packing(start.config, start.name)
+    lora = build_lora_config(model_config, start.config, **code)
+    training = prepare_process_(training, hidden_size_of(start.config), max_length=start.max_length)
     model = load_causal_lm(start.name, model_config, **code)
+    if training.padding_free:
+        check_packing(model, start.name)
     # Without a reference model TRL loads one by the model's name, which for a LoRA folder is the name of its base.
     shares_reference = model_config.use_peft or training.precompute_ref_log_probs
     trainer = SafeDPOTrainer(
@@ -75,7 +89,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
         train_dataset=pairs,
         eval_dataset=test_pairs,
         processing_class=start.tokenizer,
-        peft_config=build_lora_config(model_config),
+        peft_config=lora,
     )
     _warn_of_cut_answers(trainer.train_dataset, training.max_length)
     return trainer

@@ -28,11 +28,15 @@ from rlhf_recipes.folders import check_output_folder, clear_output_folder, compl
 from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.models import (
     LoadingArguments,
+    check_stop_id,
+    check_token_ids,
     context_length,
     is_reward_model,
     load_causal_lm,
     load_config,
     load_tokenizer,
+    token_count,
+    vocabulary_size,
 )
 from rlhf_recipes.reports import plot_bars
 from rlhf_recipes.scoring import check_reward, load_reward
@@ -220,7 +224,8 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
         require_columns(documents, (arguments.text_column,), role=f"dataset {arguments.text_dataset_name}")
         texts = [text for text in documents[arguments.text_column] if text]
     for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
-        _check_lengths(name, arguments.remote_code_kwargs, tokenizer, prompts, arguments.max_new_tokens)
+        check_stop_id(arguments.stop_token_id, token_count(tokenizer))
+        _check_prompts(name, arguments.remote_code_kwargs, tokenizer, prompts, arguments.max_new_tokens)
     return EvalInputs(prompts, columns, texts)
 
 
@@ -255,7 +260,7 @@ def evaluate_all(
             model,
             tokenizer,
             inputs.prompts,
-            sampling=replace(sampling, stop_ids=stops),
+            sampling=replace(sampling, stop_ids=stops, vocabulary=token_count(tokenizer)),
             seed=arguments.seed,
             completions_per_prompt=arguments.completions_per_prompt,
             columns=inputs.columns,
@@ -290,9 +295,10 @@ def _first_tokens(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int
     return str(tokenizer.decode(tokenizer(prompt, add_special_tokens=False)["input_ids"][:tokens]))
 
 
-def _check_lengths(name: str, code: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> None:
-    limit = context_length(load_config(name, **code))
-    longest = max(len(prompt_ids(prompt, tokenizer)) for prompt in prompts)
+def _check_prompts(name: str, code: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> None:
+    config, rows = load_config(name, **code), [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    check_token_ids(rows, vocabulary_size(config), f"for model {name}, prompt")
+    limit, longest = context_length(config), max(len(row) for row in rows)
     if limit and longest + max_new_tokens > limit:
         raise UserError(
             f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit the context of model {name} "

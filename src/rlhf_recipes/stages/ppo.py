@@ -11,9 +11,11 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import first_row, load_train_and_test, require_columns, require_held_out, write_rows
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
+    attach_adapter,
     build_lora_config,
     check_quantization,
     has_adapter,
+    hidden_size_of,
     is_quantized,
     load_causal_lm,
     load_config,
@@ -93,8 +95,9 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     for reward in rewards:
         check_reward(reward, [column for column in first_row(train) or {} if column != "prompt"])
     check_prompts(config, tokenizer, train, test, training)
+    lora = build_lora_config(model_config, config, **remote_code)
     frozen_kwargs, reference_name = arguments.frozen_model_kwargs(model_config), arguments.reference_model
-    training = prepare_process_(training, config.get_text_config().hidden_size)  # seeds first: a new adapter is random
+    training = prepare_process_(training, hidden_size_of(config))  # seeds first: a new adapter is random
     with load_unsharded():
         policy = load_causal_lm(name, model_config, **remote_code)
         reference = load_causal_lm(reference_name, **frozen_kwargs, **remote_code) if reference_name else None
@@ -108,14 +111,14 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         tokenizer,
         ref_model=reference,
         value_model=value,
-        peft_config=build_lora_config(model_config),
+        peft_config=lora,
         reward_quantization_config=frozen_kwargs.get("quantization_config"),
     )
 
 
 def load_value_model(name: str, model_config: ModelConfig) -> Any:
     """Load a separate value model. With LoRA on quantized weights, quantize it and add an adapter, unless it has one."""
-    adapter = build_lora_config(model_config, "SEQ_CLS")
+    adapter = build_lora_config(model_config, load_config(name, "value model"), "SEQ_CLS")
     if adapter is None:
         return load_reward_model(name)
     bits = 8 if model_config.load_in_8bit else 4 if model_config.load_in_4bit else None
@@ -124,9 +127,7 @@ def load_value_model(name: str, model_config: ModelConfig) -> Any:
     )
     if not is_quantized(model) or has_adapter(model):
         return model
-    from peft import get_peft_model
-
-    return get_peft_model(prepare_for_lora_(model), adapter)
+    return attach_adapter(prepare_for_lora_(model), adapter)
 
 
 def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> Path:

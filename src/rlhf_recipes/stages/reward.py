@@ -26,8 +26,10 @@ from rlhf_recipes.data import (
 from rlhf_recipes.evaluation import compute_classification_metrics, measure_classifier, measure_ranking
 from rlhf_recipes.models import (
     StartingModel,
+    attach_adapter,
     build_lora_config,
     check_starting_model,
+    hidden_size_of,
     load_reward_model,
     prepare_for_lora_,
     save_reward_model_config,
@@ -117,15 +119,15 @@ def build_reward_trainer(
     kind, train, test = load_reward_data(arguments, start)
     require_batch(len(train), training)
     require_held_out(test, training, arguments.dataset_test_split)
-    training = prepare_process_(
-        training, start.config.hidden_size, max_length=start.max_length
-    )  # a new head is random
+    lora = build_lora_config(model_config, start.config, "SEQ_CLS", **code)
+    # Seeds first: a new head is random.
+    training = prepare_process_(training, hidden_size_of(start.config), max_length=start.max_length)
     model = load_reward_model(start.name, model_config, labels=LABELS[kind], **code)
     model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora_(model, training.gradient_checkpointing)
     if kind == "ranking":
-        return _ranking_trainer(model, start, model_config, training, train, test)
-    return _classifier_trainer(model, start, model_config, training, train, test)
+        return _ranking_trainer(model, start, lora, training, train, test)
+    return _classifier_trainer(model, start, lora, training, train, test)
 
 
 def run_reward(arguments: RewardArguments, model_config: ModelConfig, training: RewardConfig) -> Path:
@@ -209,7 +211,7 @@ def _check_labels(dataset: Any, start: StartingModel, name: str) -> Any:
 def _ranking_trainer(
     model: "PreTrainedModel",
     start: StartingModel,
-    model_config: ModelConfig,
+    lora: Any,
     training: RewardConfig,
     train: Any,
     test: Any,
@@ -220,7 +222,7 @@ def _ranking_trainer(
         train_dataset=train,
         eval_dataset=test,
         processing_class=start.tokenizer,
-        peft_config=build_lora_config(model_config, "SEQ_CLS"),
+        peft_config=lora,
         test_rows=test,
     )
     for rows, kept, name in ((train, trainer.train_dataset, "training"), (test, trainer.eval_dataset, "held-out")):
@@ -238,7 +240,7 @@ def _ranking_trainer(
 def _classifier_trainer(
     model: "PreTrainedModel",
     start: StartingModel,
-    model_config: ModelConfig,
+    lora: Any,
     training: RewardConfig,
     train: Any,
     test: Any,
@@ -246,11 +248,8 @@ def _classifier_trainer(
     from trl.trainer.utils import disable_dropout_in_model
 
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
-    lora = build_lora_config(model_config, "SEQ_CLS")
     if lora is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, lora)
+        model = attach_adapter(model, lora)
     if training.disable_dropout:
         disable_dropout_in_model(model)
     encode = partial(encode_labelled_texts, tokenizer=start.tokenizer, max_length=start.max_length)

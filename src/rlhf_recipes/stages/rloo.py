@@ -22,11 +22,16 @@ from rlhf_recipes.models import (
     FrozenQuantizationArguments,
     StartingModel,
     build_lora_config,
+    check_left_padding,
     check_policy,
     context_length,
     count_positions_from_mask_,
+    drop_tokenless_logits_,
+    hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
+    refuse_left_padding,
+    token_count,
 )
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
 from rlhf_recipes.training import (
@@ -144,6 +149,8 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     prompts, test_prompts = load_prompts(arguments, start, training)
     require_held_out(test_prompts, training, arguments.dataset_test_split)
     sources = check_rewards(arguments, training, prompts.column_names)
+    refuse_left_padding(start.config, start.name)
+    lora = build_lora_config(model_config, start.config, **code)
     functions = load_trl_reward_functions(
         sources,
         start.tokenizer,
@@ -151,8 +158,9 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         training.normalize_rewards,
         **arguments.frozen_model_kwargs(model_config),
     )
-    training = prepare_process_(training, start.config.hidden_size)
+    training = prepare_process_(training, hidden_size_of(start.config))
     model = load_causal_lm(start.name, model_config, **code)
+    check_left_padding(model, start.name)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
     reset_generation_config_(model, stops)
     if training.missing_eos_penalty is not None:
@@ -167,13 +175,14 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         train_dataset=prompts,
         eval_dataset=test_prompts,
         processing_class=start.tokenizer,
-        peft_config=build_lora_config(model_config),
+        peft_config=lora,
     )
     if trainer.ref_model is not None and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         # TRL loads the reference by the model's name, which for a LoRA folder is the name of its base.
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
-    for module in (trainer.model, trainer.ref_model):
+    for module in filter(None, (trainer.model, trainer.ref_model)):
         count_positions_from_mask_(module)
+        drop_tokenless_logits_(module, token_count(start.tokenizer))
     return trainer
 
 

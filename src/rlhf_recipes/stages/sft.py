@@ -25,9 +25,13 @@ from rlhf_recipes.evaluation import completion_perplexity
 from rlhf_recipes.models import (
     StartingModel,
     build_lora_config,
+    check_packing,
     check_policy,
+    context_length,
+    hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
+    refuse_packing,
 )
 from rlhf_recipes.training import (
     FineTuningDefaults,
@@ -84,16 +88,22 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
         assistant_only = train.column_names == list(MESSAGES)
     if assistant_only:
         _require_generation_markers(start)
+    packs = training.packing or training.eval_packing or training.padding_free
+    if packs:
+        refuse_packing(start.config, start.name)
+    lora = build_lora_config(model_config, start.config, **code)
     options = {"max_length": start.max_length, "assistant_only_loss": assistant_only}
-    training = prepare_process_(training, start.config.hidden_size, **options)
+    training = prepare_process_(training, hidden_size_of(start.config), **options)
     model = load_causal_lm(start.name, model_config, **code)
+    if packs:
+        check_packing(model, start.name)
     trainer = SafeSFTTrainer(
         model=prepare_for_lora_(model, training.gradient_checkpointing),
         args=training,
         train_dataset=train,
         eval_dataset=test,
         processing_class=start.tokenizer,
-        peft_config=build_lora_config(model_config),
+        peft_config=lora,
     )
     require_batch(len(trainer.train_dataset), training, "after cutting and packing, the training split")
     return trainer
@@ -120,11 +130,13 @@ def measure_sft(trainer: SafeSFTTrainer, folder: Path) -> Measured:
     metrics = {"eval_loss": trainer.evaluate()["eval_loss"]}
     if not measures_model(trainer):
         return Measured(metrics)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     measured = completion_perplexity(
-        trainer.accelerator.unwrap_model(trainer.model),
+        model,
         trainer.processing_class,
         loss_spans(trainer.eval_dataset, bos_prefix(trainer.processing_class)),
         batch_size=trainer.args.per_device_eval_batch_size,
+        max_length=None if context_length(model.config) else trainer.args.max_length,
         progress=True,
     )
     metrics |= {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")}
