@@ -19,6 +19,7 @@ from rlhf_recipes.evaluation.divergence import sequence_kl
 from rlhf_recipes.evaluation.language_model import perplexity
 from rlhf_recipes.evaluation.text import distinct_n, eos_share, length_statistics
 from rlhf_recipes.generation import Completions, Sampling, row_seed, sample
+from rlhf_recipes.optimizations import supports_preallocated_cache
 from rlhf_recipes.scoring import ModelReward, Reward, score
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
@@ -153,6 +154,8 @@ def completion_log_probs(
         float32 log-probabilities and the mask of real tokens, both (batch, longest completion), on the CPU.
     """
     device = next(apply_bitsandbytes_workarounds_(model).parameters()).device
+    if not supports_preallocated_cache(model):
+        return _right_padded_log_probs(model, prompts, completions, temperature, vocabulary)
     padded_prompts, prompt_mask = pad(prompts, value=0, side="left")
     padded_completions, completion_mask = pad(completions, value=0)
     width = padded_completions.shape[1]
@@ -166,6 +169,20 @@ def completion_log_probs(
         logits_to_keep=width + 1,
     ).logits[:, -width - 1 : -1, :vocabulary]
     return log_probs_and_entropies(logits, padded_completions.to(device), temperature)[0].cpu(), completion_mask
+
+
+def _right_padded_log_probs(
+    model: Any, prompts: Any, completions: Any, temperature: float, vocabulary: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `completion_log_probs` does for a model with a state, which may read padding on the left."""
+    device = next(model.parameters()).device
+    ids, _ = pad([[*prompt, *answer] for prompt, answer in zip(prompts, completions, strict=True)], value=0)
+    answers, mask = pad(completions, value=0)
+    logits = model(input_ids=ids.to(device), use_cache=False).logits[..., :vocabulary]
+    first = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
+    columns = (first + torch.arange(answers.shape[1])).clamp(max=ids.shape[1] - 1).to(device)
+    logits = logits[torch.arange(len(ids), device=device)[:, None], columns]
+    return log_probs_and_entropies(logits, answers.to(device), temperature)[0].cpu(), mask
 
 
 def _sample_answers(

@@ -14,12 +14,10 @@ from rlhf_recipes.models.adapters import (
     use_adapter,
 )
 from rlhf_recipes.models.architectures import (
-    check_left_padding,
-    check_packing,
+    check_prompts_fit,
     check_stop_id,
     check_token_ids,
     context_length,
-    drop_tokenless_logits_,
     hidden_size_of,
     refuse_left_padding,
     refuse_packing,
@@ -27,6 +25,7 @@ from rlhf_recipes.models.architectures import (
     token_count,
     vocabulary_size,
 )
+from rlhf_recipes.models.behavior import check_fused_head, check_left_padding, check_packing
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
 from rlhf_recipes.models.loading import (
     is_reward_model,
@@ -63,9 +62,11 @@ __all__ = [
     "attach_adapter",
     "build_gpt2",
     "build_lora_config",
+    "check_fused_head",
     "check_left_padding",
     "check_packing",
     "check_policy",
+    "check_prompts_fit",
     "check_quantization",
     "check_starting_model",
     "check_stop_id",
@@ -74,7 +75,6 @@ __all__ = [
     "copy_adapter",
     "count_positions_from_mask_",
     "disable_adapters",
-    "drop_tokenless_logits_",
     "has_adapter",
     "hidden_size_of",
     "is_adapter",

@@ -136,8 +136,9 @@ class PPOTrainer(SafeTrainer):
         policy_and_value = build_policy_and_value(policy, value_model, args, vocabulary)
         reference = build_reference(policy_and_value, came_with_adapter, ref_model, args)
         tokenizers = (processing_class, reward_processing_classes)
-        quantization = reward_quantization_config
-        self.rewards = load_rewards(policy_and_value, rewards, *tokenizers, args, can_train, quantization)
+        self.rewards = load_rewards(
+            policy_and_value, rewards, *tokenizers, args, can_train, reward_quantization_config
+        )
         super().__init__(
             model=policy_and_value,
             args=args,

@@ -10,7 +10,7 @@ from rlhf_recipes.core.errors import RankError, UserError
 from rlhf_recipes.core.tensors import batches_by_length, pad
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.data import ensure_chat_template_, is_conversation, plain_text, prompt_text, text_ids
-from rlhf_recipes.models import context_length, vocabulary_size
+from rlhf_recipes.models import context_length, text_config, vocabulary_size
 from rlhf_recipes.scoring.functions import ScoresWithPrefixes
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_, tokens_per_forward
 
@@ -54,7 +54,7 @@ class ModelReward:
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         # With the policy's vocabulary the model reads the policy's ids; otherwise it reads text.
         self.shares_ids = tokenizer is policy_tokenizer or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        vocabulary = vocabulary_size(model.config)
+        self.vocabulary = vocabulary = vocabulary_size(model.config)
         # A pad token added without a row in the embedding is never looked up: padding is masked.
         ids = [index for index in tokenizer.get_vocab().values() if index != tokenizer.pad_token_id]
         if vocabulary is not None and vocabulary <= max(ids):
@@ -98,12 +98,13 @@ class ModelReward:
             RankError: a score is not finite; names the sample.
         """
         if self.shares_ids:
-            scores = self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
+            rows = zip(prompt_ids, completion_ids, strict=True)
+            scores = self.score_ids([self._known_ids([*prompt, *answer]) for prompt, answer in rows])
         else:
             finished = [bool(ids) and ids[-1] == self.policy_tokenizer.eos_token_id for ids in completion_ids]
             texts = [self._text(*row) for row in zip(prompts, completions, finished, strict=True)]
-            rows = zip(texts, prompts, strict=True)
-            scores = self.score_ids([self._ids(text, is_conversation(prompt)) for text, prompt in rows])
+            pairs = zip(texts, prompts, strict=True)
+            scores = self.score_ids([self._ids(text, is_conversation(prompt)) for text, prompt in pairs])
         for score, prompt, completion in zip(scores, prompts, completions, strict=True):
             if not math.isfinite(score):
                 raise RankError(
@@ -129,6 +130,10 @@ class ModelReward:
         if from_template:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return text_ids(text, self.tokenizer)
+
+    def _known_ids(self, ids: list[int]) -> list[int]:
+        """Leave out ids without an embedding here: a policy with more of them may sample one, which is no text either."""
+        return ids if self.vocabulary is None else [token for token in ids if token < self.vocabulary]
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -194,11 +199,11 @@ def classify_prefixes(model: Any, rows: Sequence[Sequence[int]]) -> tuple[torch.
 
 def _needs_single_rows(model: Any) -> bool:
     """Whether the model reads one row at a time: it has no pad id, or one beyond its embedding."""
-    pad_id = model.config.pad_token_id
+    pad_id = text_config(model.config).pad_token_id
     return pad_id is None or pad_id >= (vocabulary_size(model.config) or math.inf)
 
 
 def _padded(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    ids, mask = pad(rows, value=model.config.pad_token_id or 0)
+    ids, mask = pad(rows, value=text_config(model.config).pad_token_id or 0)
     device = next(model.parameters()).device
     return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}

@@ -16,6 +16,7 @@ from rlhf_recipes.data import check_and_fit_rows, load_train_and_test, require_b
 from rlhf_recipes.models import (
     StartingModel,
     build_lora_config,
+    check_fused_head,
     check_packing,
     check_policy,
     hidden_size_of,
@@ -91,6 +92,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
         processing_class=start.tokenizer,
         peft_config=lora,
     )
+    check_fused_head(trainer.model, start.name)
     _warn_of_cut_answers(trainer.train_dataset, training.max_length)
     return trainer
 

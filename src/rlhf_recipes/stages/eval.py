@@ -28,15 +28,13 @@ from rlhf_recipes.folders import check_output_folder, clear_output_folder, compl
 from rlhf_recipes.generation import Sampling, stop_ids
 from rlhf_recipes.models import (
     LoadingArguments,
+    check_prompts_fit,
     check_stop_id,
-    check_token_ids,
-    context_length,
     is_reward_model,
     load_causal_lm,
     load_config,
     load_tokenizer,
     token_count,
-    vocabulary_size,
 )
 from rlhf_recipes.reports import plot_bars
 from rlhf_recipes.scoring import check_reward, load_reward
@@ -225,7 +223,8 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
         texts = [text for text in documents[arguments.text_column] if text]
     for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
         check_stop_id(arguments.stop_token_id, token_count(tokenizer))
-        _check_prompts(name, arguments.remote_code_kwargs, tokenizer, prompts, arguments.max_new_tokens)
+        ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+        check_prompts_fit(ids, load_config(name, **arguments.remote_code_kwargs), arguments.max_new_tokens, name)
     return EvalInputs(prompts, columns, texts)
 
 
@@ -293,14 +292,3 @@ def _first_tokens(prompt: Any, tokenizer: "PreTrainedTokenizerBase", tokens: int
     if not isinstance(prompt, str):
         raise UserError("prompt_tokens cuts text; the prompts are messages or ids, so leave it out")
     return str(tokenizer.decode(tokenizer(prompt, add_special_tokens=False)["input_ids"][:tokens]))
-
-
-def _check_prompts(name: str, code: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> None:
-    config, rows = load_config(name, **code), [prompt_ids(prompt, tokenizer) for prompt in prompts]
-    check_token_ids(rows, vocabulary_size(config), f"for model {name}, prompt")
-    limit, longest = context_length(config), max(len(row) for row in rows)
-    if limit and longest + max_new_tokens > limit:
-        raise UserError(
-            f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit the context of model {name} "
-            f"({limit} tokens); drop long prompts or lower --max_new_tokens"
-        )

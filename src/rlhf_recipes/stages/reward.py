@@ -33,6 +33,7 @@ from rlhf_recipes.models import (
     load_reward_model,
     prepare_for_lora_,
     save_reward_model_config,
+    text_config,
 )
 from rlhf_recipes.reports import plot_reliability
 from rlhf_recipes.scoring import load_reward
@@ -123,7 +124,8 @@ def build_reward_trainer(
     # Seeds first: a new head is random.
     training = prepare_process_(training, hidden_size_of(start.config), max_length=start.max_length)
     model = load_reward_model(start.name, model_config, labels=LABELS[kind], **code)
-    model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
+    for config in (model.config, text_config(model.config)):  # transformers reads the pad id of the text config
+        config.pad_token_id, config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora_(model, training.gradient_checkpointing)
     if kind == "ranking":
         return _ranking_trainer(model, start, lora, training, train, test)

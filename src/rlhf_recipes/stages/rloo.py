@@ -22,16 +22,15 @@ from rlhf_recipes.models import (
     FrozenQuantizationArguments,
     StartingModel,
     build_lora_config,
+    check_fused_head,
     check_left_padding,
     check_policy,
     context_length,
     count_positions_from_mask_,
-    drop_tokenless_logits_,
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
     refuse_left_padding,
-    token_count,
 )
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
 from rlhf_recipes.training import (
@@ -177,12 +176,12 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         processing_class=start.tokenizer,
         peft_config=lora,
     )
+    check_fused_head(trainer.model, start.name)
     if trainer.ref_model is not None and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         # TRL loads the reference by the model's name, which for a LoRA folder is the name of its base.
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
-    for module in filter(None, (trainer.model, trainer.ref_model)):
+    for module in (trainer.model, trainer.ref_model):
         count_positions_from_mask_(module)
-        drop_tokenless_logits_(module, token_count(start.tokenizer))
     return trainer
 
 

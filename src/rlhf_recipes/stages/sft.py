@@ -25,6 +25,7 @@ from rlhf_recipes.evaluation import completion_perplexity
 from rlhf_recipes.models import (
     StartingModel,
     build_lora_config,
+    check_fused_head,
     check_packing,
     check_policy,
     context_length,
@@ -105,6 +106,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
         processing_class=start.tokenizer,
         peft_config=lora,
     )
+    check_fused_head(trainer.model, start.name)
     require_batch(len(trainer.train_dataset), training, "after cutting and packing, the training split")
     return trainer
 

@@ -118,8 +118,9 @@ class PolicyAndValue(nn.Module):
         """
         episodes = (input_ids, attention_mask, response_mask)
         policy = self.policy if lower_states is None else self.upper
-        options = (temperature, entropy_gradient, lower_states, self.vocabulary)
-        hidden, log_probs, entropies = policy_outputs(policy, *episodes, *options)
+        hidden, log_probs, entropies = policy_outputs(
+            policy, *episodes, temperature, entropy_gradient, lower_states, self.vocabulary
+        )
         if isinstance(self.value_model, ValueHead):
             if self.value_adapter is not None:
                 with use_adapter(self.policy, self.value_adapter):
