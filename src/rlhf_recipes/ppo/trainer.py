@@ -123,8 +123,7 @@ class PPOTrainer(SafeTrainer):
         args = args or PPOConfig(output_dir="ppo")
         check_parallelism(args, getattr(args.distributed_state, "distributed_type", None))
         model, processing_class = load_policy(model, processing_class, quantization_config, args.trust_remote_code)
-        config = base_model(fuse_kernels_(model, args.device)).config
-        hidden_size = hidden_size_of(config)
+        hidden_size = hidden_size_of(config := base_model(fuse_kernels_(model, args.device)).config)
         args = choose_precision(args, hidden_size)
         configure_cpu_runtime_(args, hidden_size)
         rewards = reward_funcs if reward_funcs is not None else reward_model
@@ -132,13 +131,11 @@ class PPOTrainer(SafeTrainer):
         data = (train_dataset, eval_dataset)
         self.prompts, self.eval_prompts = check_prompts(config, processing_class, *data, args, can_train)
         came_with_adapter = peft_config is None and has_adapter(model)
-        policy, vocabulary = build_trainable_policy(model, peft_config, args), token_count(processing_class)
-        policy_and_value = build_policy_and_value(policy, value_model, args, vocabulary)
+        policy = build_trainable_policy(model, peft_config, args)
+        policy_and_value = build_policy_and_value(policy, value_model, args, token_count(processing_class))
         reference = build_reference(policy_and_value, came_with_adapter, ref_model, args)
-        tokenizers = (processing_class, reward_processing_classes)
-        self.rewards = load_rewards(
-            policy_and_value, rewards, *tokenizers, args, can_train, reward_quantization_config
-        )
+        tokenizers, quantization = (processing_class, reward_processing_classes), reward_quantization_config
+        self.rewards = load_rewards(policy_and_value, rewards, *tokenizers, args, can_train, quantization)
         super().__init__(
             model=policy_and_value,
             args=args,
