@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.models.architectures import context_length
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
 from rlhf_recipes.models.loading import (
-    context_length,
     is_reward_model,
     load_causal_lm,
     load_config,
@@ -112,7 +112,7 @@ def test_a_lora_folder_loads_merged_into_its_base(
 
     base = save(make_model(seed=1), tokenizer, tmp_path / "base")
     before = load_causal_lm(base).state_dict()
-    config = build_lora_config(ModelConfig(use_peft=True, lora_r=2, lora_alpha=6))
+    config = build_lora_config(ModelConfig(use_peft=True, lora_r=2, lora_alpha=6), load_config(base))
     adapted = get_peft_model(load_causal_lm(base), config)
     weights = {name: weight for name, weight in adapted.named_parameters() if "lora_" in name}
     for index, weight in enumerate(weights.values()):
@@ -126,7 +126,7 @@ def test_a_lora_folder_loads_merged_into_its_base(
         down, up = (weights[f"{stem}.lora_{letter}.default.weight"].detach().double() for letter in "AB")
         expected = before[name].double() + 3.0 * (up @ down).T  # Conv1D stores its weights transposed
         assert torch.allclose(merged[name].double(), expected, atol=1e-5), name
-    assert build_lora_config(ModelConfig()) is None
+    assert build_lora_config(ModelConfig(), load_config(base)) is None
 
 
 def test_an_adapter_on_a_merged_adapter_loads_with_both(make_model: Any, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_a_policy_that_changes_its_logits_after_the_head_is_refused(make_policy:
         return outputs
 
     model.forward = soft_capped
-    with pytest.raises(UserError, match="are not its head applied to its last hidden states"):
+    with pytest.raises(UserError, match="changes the logits of its head in a way that PPOTrainer does not know"):
         make_trainer(model)
 
 

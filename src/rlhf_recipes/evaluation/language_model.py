@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import begin_with, bos_prefix, decode_answers, document_start, plain_ids
+from rlhf_recipes.models import context_length
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def perplexity(
 
     Args:
         batch_size: windows in one forward pass.
-        max_length: context in tokens; None: the model's.
+        max_length: context in tokens; None: the model's. A model without one reads each text as a whole.
         progress: show a progress bar.
 
     Returns:
@@ -50,9 +51,9 @@ def perplexity(
         `tokens` (predicted) and `bytes` (UTF-8, of the given texts).
 
     Raises:
-        UserError: no tokens, an unknown or too short context, or a tokenizer with neither BOS nor EOS.
+        UserError: no tokens, a context that is too short or beyond the model's, or a tokenizer with neither BOS nor EOS.
     """
-    context = _context_length(model, max_length)
+    context = _window_length(model, max_length)
     start, prefix = _start(tokenizer), bos_prefix(tokenizer)
     rows = [
         begin_with(prefix, plain_ids(text, tokenizer)) if prefix else [*start, *plain_ids(text, tokenizer)]
@@ -86,7 +87,7 @@ def completion_perplexity(
     Raises:
         UserError: as in `perplexity`.
     """
-    context = _context_length(model, max_length)
+    context = _window_length(model, max_length)
     rows = [(list(prompt) or _start(tokenizer), list(completion)) for prompt, completion in pairs]
     windows = [
         window for prompt, completion in rows for window in _windows([*prompt, *completion], len(prompt), context)
@@ -96,10 +97,13 @@ def completion_perplexity(
     return _summary(model, windows, size, batch_size, progress)
 
 
-def _windows(ids: list[int], first_scored: int, context: int) -> list[_Window]:
-    """Split `ids` so that each token from `first_scored` on is scored once, after at least half a context."""
+def _windows(ids: list[int], first_scored: int, context: int | None) -> list[_Window]:
+    """Split `ids` so that each token from `first_scored` on is scored once, after at least half a context.
+
+    Without a context there is one window.
+    """
     windows: list[_Window] = []
-    scored = first_scored
+    scored, context = first_scored, context or len(ids)
     while scored < len(ids):
         begin = max(0, scored - context // 2)
         end = min(len(ids), begin + context)
@@ -159,15 +163,13 @@ def _batch_nats(model: "PreTrainedModel", batch: list[_Window]) -> float:
     return nats
 
 
-def _context_length(model: "PreTrainedModel", max_length: int | None) -> int:
-    """Return the context to use; `max_length` may not exceed the model's."""
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    if max_length is None and limit is None:
-        raise UserError("the model's config has no context length; set max_length")
-    context = min(length for length in (max_length, limit) if length is not None)
-    if context < 2:
+def _window_length(model: "PreTrainedModel", max_length: int | None) -> int | None:
+    """Return the longest window: `max_length`, which may not exceed the model's context, or that; None: no limit."""
+    limit = context_length(model.config)
+    context = min((length for length in (max_length, limit) if length is not None), default=None)
+    if context is not None and context < 2:
         raise UserError(f"a context of {context} tokens predicts nothing; set max_length to at least 2")
-    if max_length is not None and context < max_length:
+    if max_length is not None and context != max_length:
         raise UserError(f"max_length {max_length} exceeds the model's context; set it to {context} or less")
     return context
 

@@ -20,6 +20,7 @@ from rlhf_recipes.evaluation.divergence import sequence_kl
 from rlhf_recipes.evaluation.language_model import perplexity
 from rlhf_recipes.evaluation.text import distinct_n, eos_share, length_statistics
 from rlhf_recipes.generation import Completions, Sampling, row_seed, sample
+from rlhf_recipes.optimizations import supports_preallocated_cache
 from rlhf_recipes.scoring import ModelReward, Reward, score
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
@@ -124,9 +125,7 @@ def evaluate_model(
         _add_scores_(rows, "gold", gold, given, ids, answers.ids, aligned)
         metrics |= _gold_metrics(Evaluation({}, rows))
     if reference is not None and sampling.temperature > 0:
-        metrics |= _add_divergence_(
-            rows, model, reference, ids, answers.ids, sampling.temperature, batch_size, progress
-        )
+        metrics |= _add_divergence_(rows, model, reference, ids, answers.ids, sampling, batch_size, progress)
     if texts:
         measured = perplexity(model, tokenizer, texts, batch_size=min(batch_size, PERPLEXITY_BATCH), progress=progress)
         metrics |= {key: measured[key] for key in ("perplexity", "bits_per_byte")}
@@ -154,15 +153,18 @@ def completion_log_probs(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     temperature: float = 1.0,
+    vocabulary: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the log-probabilities of completions in one batch; the model should be in eval mode.
 
-    prompts, completions: rows of token ids.
+    prompts, completions: rows of token ids. vocabulary: as in `Sampling`; other ids have no probability.
 
     Returns:
         float32 log-probabilities and the mask of real tokens, both (batch, longest completion), on the CPU.
     """
     device = next(apply_bitsandbytes_workarounds_(model).parameters()).device
+    if not supports_preallocated_cache(model):
+        return _right_padded_log_probs(model, prompts, completions, temperature, vocabulary)
     padded_prompts, prompt_mask = pad(prompts, value=0, side="left")
     padded_completions, completion_mask = pad(completions, value=0)
     width = padded_completions.shape[1]
@@ -174,8 +176,22 @@ def completion_log_probs(
         position_ids=position_ids(mask).to(device),
         use_cache=False,
         logits_to_keep=width + 1,
-    ).logits[:, -width - 1 : -1]
+    ).logits[:, -width - 1 : -1, :vocabulary]
     return log_probs_and_entropies(logits, padded_completions.to(device), temperature)[0].cpu(), completion_mask
+
+
+def _right_padded_log_probs(
+    model: Any, prompts: Any, completions: Any, temperature: float, vocabulary: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `completion_log_probs` does for a model with a state, which may read padding on the left."""
+    device = next(model.parameters()).device
+    ids, _ = pad([[*prompt, *answer] for prompt, answer in zip(prompts, completions, strict=True)], value=0)
+    answers, mask = pad(completions, value=0)
+    logits = model(input_ids=ids.to(device), use_cache=False).logits[..., :vocabulary]
+    first = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
+    columns = (first + torch.arange(answers.shape[1])).clamp(max=ids.shape[1] - 1).to(device)
+    logits = logits[torch.arange(len(ids), device=device)[:, None], columns]
+    return log_probs_and_entropies(logits, answers.to(device), temperature)[0].cpu(), mask
 
 
 def _sample_answers(
@@ -249,12 +265,13 @@ def _add_divergence_(
     reference: "PreTrainedModel",
     ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
-    temperature: float,
+    sampling: Sampling,
     batch_size: int,
     progress: bool,
 ) -> dict[str, float]:
     """Add each row's log ratio to the row, as `kl`, and return the metrics `kl` and `kl_per_token`."""
     modes = [(module, module.training) for module in (model, reference)]
+    options = (sampling.temperature, sampling.vocabulary)
     nats, per_token, tokens = 0.0, 0.0, 0
     try:
         for module, _ in modes:
@@ -262,8 +279,8 @@ def _add_divergence_(
         texts = [[*prompt, *answer] for prompt, answer in zip(ids, completion_ids, strict=True)]
         for batch in _batches(texts, batch_size, "KL", progress):
             prompts, answers = [ids[row] for row in batch], [completion_ids[row] for row in batch]
-            log_probs, mask = completion_log_probs(model, prompts, answers, temperature)
-            reference_log_probs, _ = completion_log_probs(reference, prompts, answers, temperature)
+            log_probs, mask = completion_log_probs(model, prompts, answers, *options)
+            reference_log_probs, _ = completion_log_probs(reference, prompts, answers, *options)
             estimates, count = sequence_kl(log_probs, reference_log_probs, mask), int(mask.sum())
             nats += estimates["kl"] * len(batch)
             per_token += estimates["kl_per_token_k3"] * count

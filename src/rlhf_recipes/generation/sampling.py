@@ -15,7 +15,14 @@ from torch import Tensor
 from rlhf_recipes.core.progress import Advance
 from rlhf_recipes.core.tensors import batches_by_length, pad, position_ids
 from rlhf_recipes.data import decode_answers, is_conversation, prompt_ids, require_turn_end, turn_end
-from rlhf_recipes.optimizations import preallocated_cache, prepacked_weights, without_cudnn_attention
+from rlhf_recipes.generation.own_cache import batches_of_equal_length, generate_equal_rows
+from rlhf_recipes.models import token_count
+from rlhf_recipes.optimizations import (
+    preallocated_cache,
+    prepacked_weights,
+    supports_preallocated_cache,
+    without_cudnn_attention,
+)
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_
 
 if TYPE_CHECKING:
@@ -35,6 +42,8 @@ class Sampling:
     min_p: leave out tokens less likely than this share of the most likely one's probability (Nguyen et al. 2024).
     min_new_tokens: draw no stop token before the answer has so many tokens.
     stop_ids: tokens that end an answer.
+    vocabulary: draw ids below this number only; None: all that the model has an embedding for. Models have more
+        embeddings than their tokenizer has tokens, and no other model need know such an id.
     """
 
     max_new_tokens: int = 53
@@ -44,6 +53,7 @@ class Sampling:
     min_p: float = 0.0
     min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    vocabulary: int | None = None
 
 
 @dataclass
@@ -125,7 +135,8 @@ def generate(
 ) -> list[str]:
     """Answer prompts (text, messages or ids) with text. The same seed gives the same answers for any batch size."""
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]  # first: it may set the tokenizer's chat template
-    sampling = Sampling(max_new_tokens, temperature, stop_ids=stop_ids(model, tokenizer))
+    stops, vocabulary = stop_ids(model, tokenizer), token_count(tokenizer)
+    sampling = Sampling(max_new_tokens, temperature, stop_ids=stops, vocabulary=vocabulary)
     seeds = [row_seed(seed, index) for index in range(len(rows))]
     return sample(model, rows, sampling, seeds, batch_size).texts(tokenizer, rows)
 
@@ -160,11 +171,14 @@ def sample(
     was_training = model.training
     apply_bitsandbytes_workarounds_(model).eval()
     ids: list[list[int]] = [[] for _ in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    has_plain_cache = supports_preallocated_cache(model)
+    continue_batch = _sample_batch if has_plain_cache else _sample_equal_rows
     try:
         with prepacked_weights(model), without_cudnn_attention():
-            for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+            for rows in (batches_by_length if has_plain_cache else batches_of_equal_length)(lengths, batch_size):
                 part = [prompts[row] for row in rows], sampling, [seeds[row] for row in rows]
-                answers = _sample_batch(model, *part, advance or _ignore)
+                answers = continue_batch(model, *part, advance or _ignore)
                 for row, answer in zip(rows, answers, strict=True):
                     ids[row] = answer
     finally:
@@ -187,10 +201,7 @@ def _sample_batch(
             input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-        logits = output.logits[:, -1]
-        if step < sampling.min_new_tokens:
-            logits = logits.index_fill(-1, stops, -torch.inf)
-        drawn = _draw_tokens(logits, sampling, uniforms[:, step])
+        drawn = _draw_tokens(_allowed(output.logits[:, -1], sampling, step), sampling, uniforms[:, step])
         for row, token in zip(active, drawn.tolist(), strict=True):
             answers[row].append(token)
         unfinished = ~torch.isin(drawn, stops)
@@ -210,6 +221,32 @@ def _sample_batch(
 
 def _ignore(count: int) -> None:
     """Show no progress."""
+
+
+def _sample_equal_rows(
+    model: "PreTrainedModel", prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int], advance: Advance
+) -> list[list[int]]:
+    uniforms = torch.stack([_uniform_draws(seed, sampling.max_new_tokens) for seed in seeds])
+    steps = 0
+
+    def draw(logits: Tensor, step: int) -> Tensor:
+        nonlocal steps
+        steps += 1
+        advance(len(prompts))
+        return _draw_tokens(_allowed(logits, sampling, step), sampling, uniforms[:, step].to(logits.device))
+
+    answers = generate_equal_rows(model, prompts, draw, sampling.max_new_tokens, sampling.stop_ids)
+    advance(len(prompts) * (sampling.max_new_tokens - steps))
+    return answers
+
+
+def _allowed(logits: Tensor, sampling: Sampling, step: int) -> Tensor:
+    """Return the logits of the ids that may be drawn at this step: (batch, ids) -> (batch, vocabulary)."""
+    logits = logits[:, : sampling.vocabulary]
+    if step < sampling.min_new_tokens:
+        stops = [stop for stop in sampling.stop_ids if stop < logits.shape[-1]]
+        logits = logits.index_fill(-1, torch.tensor(stops, dtype=torch.long, device=logits.device), -torch.inf)
+    return logits
 
 
 def _uniform_draws(seed: int, count: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model
+from rlhf_recipes.models.generation_config import repair_generation_config_
 from rlhf_recipes.models.gpt2 import CAUSAL_LOSS
 from rlhf_recipes.models.lora import prepare_for_lora_
 from rlhf_recipes.models.quantization import is_quantized, quantization_config_of
@@ -177,15 +178,6 @@ def is_reward_model(name: str, **kwargs: Any) -> bool:
     return any("SequenceClassification" in architecture for architecture in architectures)
 
 
-def context_length(config: "PretrainedConfig") -> int | None:
-    """Return the model's context length in tokens, or None if it has no limit."""
-    for name in ("n_positions", "max_position_embeddings"):
-        length = getattr(config, name, None)
-        if length:
-            return int(length)
-    return None
-
-
 def save_reward_model_config(model: Any, folder: str | Path) -> None:
     """Save a reward model's config.json, which peft leaves out: its labels and pad token are not the base's."""
     config = copy.deepcopy(model.config)
@@ -218,9 +210,13 @@ def _load(
                 model = apply_bitsandbytes_workarounds_(auto_class.from_pretrained(source, **subfolder, **options))
         if is_quantized(model):
             release_freed_memory_()  # of the full-precision weights
-        return _add_adapter(model, name) if is_adapter(name) else model
+        model = _add_adapter(model, name) if is_adapter(name) else model
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(_loading_error(name, role, "safetensors weights", error)) from None
+    if "rescale_every" in dir(base_model(model).config):
+        base_model(model).config.rescale_every = 0  # RWKV halves weights in eval mode, and would save them so
+    repair_generation_config_(base_model(model), name)
+    return model
 
 
 def _add_adapter(model: "PreTrainedModel", name: str) -> Any:

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.models.loading import context_length, is_reward_model, load_config, load_tokenizer
+from rlhf_recipes.models.architectures import context_length, vocabulary_size
+from rlhf_recipes.models.loading import is_reward_model, load_config, load_tokenizer
 from rlhf_recipes.models.quantization import will_be_quantized
 from rlhf_recipes.models.sources import is_adapter
 from rlhf_recipes.system import refuse_sharded_8bit
@@ -52,9 +53,10 @@ def check_starting_model(
     config = load_config(name, **options)
     tokens = {key: value for key, value in (("eos_token", eos_token), ("pad_token", pad_token)) if value is not None}
     tokenizer = load_tokenizer(name, "tokenizer of the model", **options, **tokens)
-    if len(tokenizer) > config.vocab_size:
+    size = vocabulary_size(config)
+    if size is not None and len(tokenizer) > size:
         raise UserError(
-            f"model {name} has embeddings for {config.vocab_size} tokens, but its tokenizer has {len(tokenizer)}; "
+            f"model {name} has embeddings for {size} tokens, but its tokenizer has {len(tokenizer)}; "
             "give the model the tokenizer it was trained with"
         )
     limit = context_length(config)

@@ -11,7 +11,7 @@ from rlhf_recipes.optimizations.attention import (
     without_cudnn_attention,
 )
 from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, check_layer_count, freeze_lower_layers_, lower_layers
-from rlhf_recipes.optimizations.kv_cache import preallocated_cache
+from rlhf_recipes.optimizations.kv_cache import preallocated_cache, supports_preallocated_cache
 from rlhf_recipes.optimizations.packing import SHORT_ATTENTION, TILE, hidden_states_at, hidden_states_of, pad_to_tile
 from rlhf_recipes.optimizations.prepacking import prepacked_weights
 
@@ -31,5 +31,6 @@ __all__ = [
     "pad_to_tile",
     "preallocated_cache",
     "prepacked_weights",
+    "supports_preallocated_cache",
     "without_cudnn_attention",
 ]

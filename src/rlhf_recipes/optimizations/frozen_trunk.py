@@ -97,12 +97,12 @@ def _check_split(base: Any, count: int) -> None:
     trunk, device = trunk_of(base), next(base.parameters()).device
     was_training = base.training
     base.eval()
-    ids = torch.arange(1, 9, device=device)[None] % base.config.vocab_size
+    ids = torch.arange(1, 9, device=device)[None] % base.config.get_text_config().vocab_size
     expected = trunk(input_ids=ids, use_cache=False).last_hidden_state
     lower = lower_layers(base, count)(input_ids=ids, use_cache=False).last_hidden_state
     equal = torch.allclose(UpperLayers(base, count)(lower), expected, atol=1e-3, rtol=1e-3)
     base.train(was_training)
-    if not equal or len(set(getattr(base.config, "layer_types", None) or ["one"])) > 1:
+    if not equal or len(set(getattr(base.config.get_text_config(), "layer_types", None) or ["one"])) > 1:
         raise UserError(f"num_layers_unfrozen does not know how to split a {type(base).__name__}; leave it out")
 
 

@@ -3,16 +3,19 @@
 It returns the keys and values of transformers' own cache. Keys kept in float32 change a result by rounding only.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.optimizations.packing import SHORT_ATTENTION
 from rlhf_recipes.system import BF16_MATRIX_UNIT, bf16_support
 
+CACHE_ARGUMENT = "past_key_values"
 SPARE_TOKENS = 64  # room added whenever a buffer is full
 
 
@@ -60,6 +63,18 @@ def _grown(past: Tensor | None, states: Tensor, end: int) -> Tensor:
     if past is not None:
         buffer[:, :, : past.shape[2]] = past
     return buffer
+
+
+def supports_preallocated_cache(model: Any) -> bool:
+    """Return whether the model's cache holds keys and values only, so that rows of it can be dropped.
+
+    Models with a state-space, convolution or linear attention layer have another cache, or take theirs by another name.
+    """
+    base = base_model(model)
+    if CACHE_ARGUMENT not in inspect.signature(type(base).forward).parameters:
+        return False
+    kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def preallocated_cache(config: Any) -> DynamicCache:

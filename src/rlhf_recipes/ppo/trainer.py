@@ -21,7 +21,7 @@ from rlhf_recipes.core.progress import Advance, progress_bar
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.data import readable_prompts
 from rlhf_recipes.generation import Completions, row_seed, sample
-from rlhf_recipes.models import has_adapter
+from rlhf_recipes.models import has_adapter, hidden_size_of, token_count
 from rlhf_recipes.optimizations import cached_casts, fuse_kernels_
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.evaluate import HeldOutEvaluator, prompts_by_set
@@ -126,8 +126,7 @@ class PPOTrainer(SafeTrainer):
         args = args or PPOConfig(output_dir="ppo")
         check_parallelism(args, getattr(args.distributed_state, "distributed_type", None))
         model, processing_class = load_policy(model, processing_class, quantization_config, args.trust_remote_code)
-        config = base_model(fuse_kernels_(model, args.device)).config
-        hidden_size = config.get_text_config().hidden_size
+        hidden_size = hidden_size_of(config := base_model(fuse_kernels_(model, args.device)).config)
         args = choose_precision(args, hidden_size)
         configure_cpu_runtime_(args, hidden_size)
         rewards = reward_funcs if reward_funcs is not None else reward_model
@@ -135,10 +134,10 @@ class PPOTrainer(SafeTrainer):
         data = (train_dataset, eval_dataset)
         self.prompts, self.eval_prompts = check_prompts(config, processing_class, *data, args, can_train)
         came_with_adapter = peft_config is None and has_adapter(model)
-        policy_and_value = build_policy_and_value(build_trainable_policy(model, peft_config, args), value_model, args)
+        policy = build_trainable_policy(model, peft_config, args)
+        policy_and_value = build_policy_and_value(policy, value_model, args, token_count(processing_class))
         reference = build_reference(policy_and_value, came_with_adapter, ref_model, args)
-        tokenizers = (processing_class, reward_processing_classes)
-        quantization = reward_quantization_config
+        tokenizers, quantization = (processing_class, reward_processing_classes), reward_quantization_config
         self.rewards = load_rewards(policy_and_value, rewards, *tokenizers, args, can_train, quantization)
         super().__init__(
             model=policy_and_value,

@@ -21,7 +21,7 @@ from rlhf_recipes.data import (
     is_ids,
     plain_text,
 )
-from rlhf_recipes.models import context_length
+from rlhf_recipes.models import context_length, text_config, vocabulary_size
 from rlhf_recipes.scoring.functions import ScoresWithPrefixes
 from rlhf_recipes.system import apply_bitsandbytes_workarounds_, tokens_per_forward
 
@@ -69,7 +69,7 @@ class ModelReward:
             tokenizer.get_vocab() == policy_tokenizer.get_vocab()
             and bos_prefix(tokenizer) == bos_prefix(policy_tokenizer)
         )
-        vocabulary = getattr(model.config, "vocab_size", None)
+        self.vocabulary = vocabulary = vocabulary_size(model.config)
         # A pad token added without a row in the embedding is never looked up: padding is masked.
         ids = [index for index in tokenizer.get_vocab().values() if index != tokenizer.pad_token_id]
         if vocabulary is not None and vocabulary <= max(ids):
@@ -114,7 +114,8 @@ class ModelReward:
             RankError: a score is not finite; names the sample.
         """
         if self.shares_ids and not self._has_other_template(prompts):
-            scores = self.score_ids([[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)])
+            pairs = zip(prompt_ids, completion_ids, strict=True)
+            scores = self.score_ids([self._known_ids([*prompt, *answer]) for prompt, answer in pairs])
         else:
             ends = set(self.policy_tokenizer.all_special_ids) | answer_ends(self.policy_tokenizer)
             finished = [bool(ids) and ids[-1] in ends for ids in completion_ids]
@@ -145,6 +146,10 @@ class ModelReward:
             before, after = encode_completion(prompt, plain_text(completion), self.tokenizer)
         cut = not finished and bool(after) and after[-1] in answer_ends(self.tokenizer)
         return [*before, *(after[:-1] if cut else after)]
+
+    def _known_ids(self, ids: list[int]) -> list[int]:
+        """Leave out ids without an embedding here: a policy with more of them may sample one, which is no text either."""
+        return ids if self.vocabulary is None else [token for token in ids if token < self.vocabulary]
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -212,11 +217,11 @@ def classify_prefixes(model: Any, rows: Sequence[Sequence[int]]) -> tuple[torch.
 
 def _needs_single_rows(model: Any) -> bool:
     """Whether the model reads one row at a time: it has no pad id, or one beyond its embedding."""
-    pad_id = model.config.pad_token_id
-    return pad_id is None or pad_id >= getattr(model.config, "vocab_size", math.inf)
+    pad_id = text_config(model.config).pad_token_id
+    return pad_id is None or pad_id >= (vocabulary_size(model.config) or math.inf)
 
 
 def _padded(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    ids, mask = pad(rows, value=model.config.pad_token_id or 0)
+    ids, mask = pad(rows, value=text_config(model.config).pad_token_id or 0)
     device = next(model.parameters()).device
     return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}

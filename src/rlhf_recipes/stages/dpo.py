@@ -33,9 +33,13 @@ from rlhf_recipes.generation import check_turn_end
 from rlhf_recipes.models import (
     StartingModel,
     build_lora_config,
+    check_fused_head,
+    check_packing,
     check_policy,
+    hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
+    refuse_packing,
     saved_eos_ids,
 )
 from rlhf_recipes.training import (
@@ -131,13 +135,18 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     check_model_options(training, model_config, start.config, LOGGED)
     check_loss_options(training)
     check_synced_reference(training, model_config.use_peft)
+    if training.padding_free:
+        refuse_packing(start.config, start.name)
+    lora = build_lora_config(model_config, start.config, **code)
     encode = partial(encode_pairs, start=start, too_long=arguments.too_long or "drop", training=training)
     pairs = pairs.each_split(encode)
     require_batch(len(pairs.train), training, "after dropping rows, the training split")
     training = prepare_process_(
-        training, start.config.hidden_size, adapter=model_config.use_peft, max_length=start.max_length
+        training, hidden_size_of(start.config), adapter=model_config.use_peft, max_length=start.max_length
     )
     model = load_causal_lm(start.name, model_config, **code)
+    if training.padding_free:
+        check_packing(model, start.name)
     # Without a reference model TRL loads one by the model's name, which for a LoRA folder is the name of its base.
     shares_reference = model_config.use_peft or training.precompute_ref_log_probs
     trainer = SafeDPOTrainer(
@@ -147,9 +156,10 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
         train_dataset=pairs.train,
         eval_dataset=pairs.test,
         processing_class=start.tokenizer,
-        peft_config=build_lora_config(model_config),
+        peft_config=lora,
     )
     trainer.row_counts = pairs.counts
+    check_fused_head(trainer.model, start.name)
     return trainer
 
 

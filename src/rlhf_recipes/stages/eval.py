@@ -39,12 +39,14 @@ from rlhf_recipes.folders import check_output_folder, clear_output_folder, compl
 from rlhf_recipes.generation import Sampling, check_turn_end, stop_ids
 from rlhf_recipes.models import (
     LoadingArguments,
+    check_stop_id,
     context_length,
     is_reward_model,
     load_causal_lm,
     load_config,
     load_tokenizer,
     saved_eos_ids,
+    token_count,
 )
 from rlhf_recipes.reports import plot_bars
 from rlhf_recipes.scoring import check_reward, load_reward
@@ -236,6 +238,7 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
     contexts: list[tuple[str, int | None]] = []
     for name, tokenizer in zip(arguments.models, tokenizers, strict=True):
         config = load_config(name, **arguments.remote_code_kwargs)
+        check_stop_id(arguments.stop_token_id, token_count(tokenizer))
         check_turn_end(prompts[0], tokenizer, saved_eos_ids(name, config), name)
         contexts.append((name, context_length(config)))
     inputs = EvalInputs(prompts, columns, texts)
@@ -273,7 +276,7 @@ def evaluate_all(
             model,
             tokenizer,
             inputs.prompts_for(tokenizer, tokenizers[0]),
-            sampling=replace(sampling, stop_ids=stops),
+            sampling=replace(sampling, stop_ids=stops, vocabulary=token_count(tokenizer)),
             seed=arguments.seed,
             completions_per_prompt=arguments.completions_per_prompt,
             columns=inputs.columns,

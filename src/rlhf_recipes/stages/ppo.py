@@ -23,10 +23,12 @@ from rlhf_recipes.data import (
 from rlhf_recipes.generation import check_turn_end
 from rlhf_recipes.models import (
     FrozenQuantizationArguments,
+    attach_adapter,
     build_lora_config,
     check_quantization,
     context_length,
     has_adapter,
+    hidden_size_of,
     is_adapter,
     is_quantized,
     load_causal_lm,
@@ -127,9 +129,10 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     train, test = prompts_by_split(rows, tokenizer, room, arguments.too_long)
     check_prompts(config, tokenizer, train, test, training)
     check_model_options(training, model_config, config, LOGGED)
+    lora = build_lora_config(model_config, config, **remote_code)
     frozen_kwargs, reference_name = arguments.frozen_model_kwargs(model_config), arguments.reference_model
     training = prepare_process_(  # seeds first: a new adapter is random
-        training, config.get_text_config().hidden_size, adapter=model_config.use_peft or is_adapter(name)
+        training, hidden_size_of(config), adapter=model_config.use_peft or is_adapter(name)
     )
     with load_unsharded():
         policy = load_causal_lm(name, model_config, **remote_code)
@@ -144,7 +147,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
         tokenizer,
         ref_model=reference,
         value_model=value,
-        peft_config=build_lora_config(model_config),
+        peft_config=lora,
         reward_quantization_config=frozen_kwargs.get("quantization_config"),
     )
     trainer.row_counts = rows.counts
@@ -153,7 +156,7 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
 
 def load_value_model(name: str, model_config: ModelConfig) -> Any:
     """Load a separate value model. With LoRA on quantized weights, quantize it and add an adapter, unless it has one."""
-    adapter = build_lora_config(model_config, "SEQ_CLS")
+    adapter = build_lora_config(model_config, load_config(name, "value model"), "SEQ_CLS")
     if adapter is None:
         return load_reward_model(name)
     bits = 8 if model_config.load_in_8bit else 4 if model_config.load_in_4bit else None
@@ -162,9 +165,7 @@ def load_value_model(name: str, model_config: ModelConfig) -> Any:
     )
     if not is_quantized(model) or has_adapter(model):
         return model
-    from peft import get_peft_model
-
-    return get_peft_model(prepare_for_lora_(model), adapter)
+    return attach_adapter(prepare_for_lora_(model), adapter)
 
 
 def run_ppo(arguments: PPOArguments, model_config: ModelConfig, training: PPOConfig) -> Path:

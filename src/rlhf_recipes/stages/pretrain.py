@@ -1,5 +1,6 @@
 """Pretraining: train a GPT-2 language model on text, from scratch by named size or from a checkpoint."""
 
+import math
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,10 +18,12 @@ from rlhf_recipes.models import (
     SIZES,
     build_gpt2,
     context_length,
+    hidden_size_of,
     is_reward_model,
     load_causal_lm,
     load_config,
     load_tokenizer,
+    vocabulary_size,
     will_be_quantized,
 )
 from rlhf_recipes.training import (
@@ -127,7 +130,7 @@ def build_pretrain_trainer(
     model = _make_model(arguments, model_config, tokenizer, context, training)
     return PretrainTrainer(
         model=model,
-        args=prepare_process_(training, model.config.hidden_size),
+        args=prepare_process_(training, hidden_size_of(model.config)),
         train_dataset=blocks,
         eval_dataset=test_blocks or None,
         data_collator=collate_blocks,
@@ -166,8 +169,14 @@ def measure_pretrain(trainer: PretrainTrainer, folder: Path | None = None) -> Me
     metrics: dict[str, Any] = {}
     if trainer.held_out_texts and measures_model(trainer):
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        batch = trainer.args.per_device_eval_batch_size
-        measured = perplexity(model, trainer.processing_class, trainer.held_out_texts, batch_size=batch, progress=True)
+        measured = perplexity(
+            model,
+            trainer.processing_class,
+            trainer.held_out_texts,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            max_length=None if context_length(model.config) else trainer.processing_class.model_max_length,
+            progress=True,
+        )
         metrics = {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")}
         metrics["held_out_tokens"] = measured["tokens"]
     if trainer.is_world_process_zero():
@@ -199,9 +208,8 @@ def _check_model(
     if is_reward_model(checkpoint, **code):
         raise UserError(f"model {checkpoint} is a reward model, which predicts no text; start from a language model")
     tokenizer = load_tokenizer(name, **code)
-    if len(tokenizer) > config.vocab_size or _has_other_vocabulary(
-        tokenizer, checkpoint, arguments.tokenizer_name, **code
-    ):
+    too_many = len(tokenizer) > (vocabulary_size(config) or math.inf)
+    if too_many or _has_other_vocabulary(tokenizer, checkpoint, arguments.tokenizer_name, **code):
         raise UserError(
             f"tokenizer {name} has another vocabulary than the model {checkpoint} was trained with; "
             "leave --tokenizer_name out, or start a new model with --model_size"

@@ -38,11 +38,14 @@ from rlhf_recipes.data import (
 from rlhf_recipes.evaluation import compute_classification_metrics, measure_classifier, measure_ranking
 from rlhf_recipes.models import (
     StartingModel,
+    attach_adapter,
     build_lora_config,
     check_starting_model,
+    hidden_size_of,
     load_reward_model,
     prepare_for_lora_,
     save_reward_model_config,
+    text_config,
 )
 from rlhf_recipes.reports import plot_reliability
 from rlhf_recipes.scoring import ModelReward, load_reward
@@ -155,15 +158,17 @@ def build_reward_trainer(
     check_model_options(training, model_config, start.config, LOGGED[kind])
     if kind == "classifier" and training.center_rewards_coefficient is not None:
         raise UserError("center_rewards_coefficient has no effect on labelled texts; leave it out")
+    lora = build_lora_config(model_config, start.config, "SEQ_CLS", **code)
     rows = rows.each_split(partial(encode, start=start, too_long=arguments.too_long, training=training))
     require_batch(len(rows.train), training, "after dropping rows, the training split")
     shape: dict[str, Any] = {"adapter": model_config.use_peft, "max_length": start.max_length}
-    training = prepare_process_(training, start.config.hidden_size, **shape)  # a new head is random
+    training = prepare_process_(training, hidden_size_of(start.config), **shape)  # a new head is random
     model = load_reward_model(start.name, model_config, labels=LABELS[kind], **code)
-    model.config.pad_token_id, model.config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
+    for config in (model.config, text_config(model.config)):  # transformers reads the pad id of the text config
+        config.pad_token_id, config.eos_token_id = start.tokenizer.pad_token_id, start.tokenizer.eos_token_id
     model = prepare_for_lora_(model, training.gradient_checkpointing)
     make = _ranking_trainer if kind == "ranking" else _classifier_trainer
-    trainer = make(model, start, model_config, training, rows.train, rows.test)
+    trainer = make(model, start, lora, training, rows.train, rows.test)
     trainer.row_counts = rows.counts
     return trainer
 
@@ -279,7 +284,7 @@ def encode_labels(
 def _ranking_trainer(
     model: "PreTrainedModel",
     start: StartingModel,
-    model_config: ModelConfig,
+    lora: Any,
     training: RewardConfig,
     train: Any,
     test: Any,
@@ -290,7 +295,7 @@ def _ranking_trainer(
         train_dataset=train,
         eval_dataset=test,
         processing_class=start.tokenizer,
-        peft_config=build_lora_config(model_config, "SEQ_CLS"),
+        peft_config=lora,
         test_rows=test,
     )
 
@@ -298,7 +303,7 @@ def _ranking_trainer(
 def _classifier_trainer(
     model: "PreTrainedModel",
     start: StartingModel,
-    model_config: ModelConfig,
+    lora: Any,
     training: RewardConfig,
     train: Any,
     test: Any,
@@ -306,11 +311,8 @@ def _classifier_trainer(
     from trl.trainer.utils import disable_dropout_in_model
 
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
-    lora = build_lora_config(model_config, "SEQ_CLS")
     if lora is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, lora)
+        model = attach_adapter(model, lora)
     if training.disable_dropout:
         disable_dropout_in_model(model)
     return ClassifierTrainer(

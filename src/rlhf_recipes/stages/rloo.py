@@ -33,11 +33,15 @@ from rlhf_recipes.models import (
     FrozenQuantizationArguments,
     StartingModel,
     build_lora_config,
+    check_fused_head,
+    check_left_padding,
     check_policy,
     context_length,
     count_positions_from_mask_,
+    hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
+    refuse_left_padding,
     saved_eos_ids,
 )
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
@@ -201,14 +205,17 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     check_model_options(training, model_config, start.config, LOGGED, USELESS)
     check_synced_reference(training, model_config.use_peft)
     sources = check_rewards(arguments, training, rows.train.column_names)
+    refuse_left_padding(start.config, start.name)
+    lora = build_lora_config(model_config, start.config, **code)
     context = context_length(start.config)
     limit = None if context is None else context - training.max_completion_length
     frozen = arguments.frozen_model_kwargs(model_config)
     functions = load_trl_reward_functions(
         sources, start.tokenizer, training.device, training.normalize_rewards, max_prompt_tokens=limit, **frozen
     )
-    training = prepare_process_(training, start.config.hidden_size, adapter=model_config.use_peft)
+    training = prepare_process_(training, hidden_size_of(start.config), adapter=model_config.use_peft)
     model = load_causal_lm(start.name, model_config, **code)
+    check_left_padding(model, start.name)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
     reset_generation_config_(model, stops)
     if training.missing_eos_penalty is not None:
@@ -223,10 +230,11 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         train_dataset=rows.train,
         eval_dataset=rows.test,
         processing_class=start.tokenizer,
-        peft_config=build_lora_config(model_config),
+        peft_config=lora,
         max_prompt_tokens=limit,
     )
     trainer.row_counts = rows.counts
+    check_fused_head(trainer.model, start.name)
     if trainer.ref_model is not None and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         # TRL loads the reference by the model's name, which for a LoRA folder is the name of its base.
         trainer.ref_model.load_state_dict(trainer.model.state_dict())

@@ -39,9 +39,14 @@ from rlhf_recipes.evaluation import completion_perplexity
 from rlhf_recipes.models import (
     StartingModel,
     build_lora_config,
+    check_fused_head,
+    check_packing,
     check_policy,
+    context_length,
+    hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
+    refuse_packing,
     saved_eos_ids,
 )
 from rlhf_recipes.training import (
@@ -117,22 +122,29 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     require_batch(len(rows.train), training)
     require_held_out(rows.test, training, arguments.dataset_test_split)
     check_model_options(training, model_config, start.config, LOGGED)
+    packs = training.packing or training.eval_packing or training.padding_free
+    if packs:
+        refuse_packing(start.config, start.name)
+    lora = build_lora_config(model_config, start.config, **code)
     encode = partial(encode_demonstrations, start=start, too_long=arguments.too_long or "drop", training=training)
     rows = rows.each_split(encode)
     require_batch(len(rows.train), training, "after dropping rows, the training split")
     # The labels of the rows say which tokens have loss.
     options: dict[str, Any] = {"max_length": start.max_length, "assistant_only_loss": False}
-    training = prepare_process_(training, start.config.hidden_size, adapter=model_config.use_peft, **options)
+    training = prepare_process_(training, hidden_size_of(start.config), adapter=model_config.use_peft, **options)
     model = load_causal_lm(start.name, model_config, **code)
+    if packs:
+        check_packing(model, start.name)
     trainer = SafeSFTTrainer(
         model=prepare_for_lora_(model, training.gradient_checkpointing),
         args=training,
         train_dataset=rows.train,
         eval_dataset=rows.test,
         processing_class=start.tokenizer,
-        peft_config=build_lora_config(model_config),
+        peft_config=lora,
     )
     trainer.row_counts = rows.counts
+    check_fused_head(trainer.model, start.name)
     require_batch(len(trainer.train_dataset), training, "after packing, the training split")
     return trainer
 
@@ -159,11 +171,13 @@ def measure_sft(trainer: SafeSFTTrainer, folder: Path | None = None) -> Measured
     metrics = {"eval_loss": trainer.evaluate()["eval_loss"]}
     if not measures_model(trainer):
         return Measured(metrics)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     measured = completion_perplexity(
-        trainer.accelerator.unwrap_model(trainer.model),
+        model,
         trainer.processing_class,
         loss_spans(trainer.eval_dataset, bos_prefix(trainer.processing_class)),
         batch_size=trainer.args.per_device_eval_batch_size,
+        max_length=None if context_length(model.config) else trainer.args.max_length,
         progress=True,
     )
     metrics |= {key: measured[key] for key in ("perplexity", "bits_per_byte", "loss")}

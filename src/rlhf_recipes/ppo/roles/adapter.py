@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.models import has_adapter, is_quantized, prepare_for_lora_
+from rlhf_recipes.models import attach_adapter, has_adapter, is_quantized, prepare_for_lora_
 from rlhf_recipes.ppo.config import PPOConfig
 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of LoraConfig.init_lora_weights
@@ -14,8 +14,6 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values 
 def build_trainable_policy(model: Any, peft_config: Any, args: PPOConfig) -> Any:
     """Return the policy as it is trained: with a new adapter, with the adapter it came with, or as it is."""
     if peft_config is not None:
-        from peft import get_peft_model
-
         if has_adapter(model):
             raise UserError(
                 "the policy has an adapter already; leave peft_config out to train that one, or merge it into its base "
@@ -23,7 +21,7 @@ def build_trainable_policy(model: Any, peft_config: Any, args: PPOConfig) -> Any
             )
         base = prepare_for_lora_(model, args.gradient_checkpointing)
         config = _check_init(_for_trained_layers(peft_config, model, args))
-        return _check_adapter(get_peft_model(base, config))
+        return _check_adapter(attach_adapter(base, config))
     if is_quantized(base_model(model)) and not has_adapter(model):
         raise UserError(
             "a policy quantized to 4 or 8 bits cannot be trained itself; pass peft_config to train an adapter on it"

@@ -20,6 +20,7 @@ from rlhf_recipes.models import (
     is_quantized,
     load_causal_lm,
     load_tokenizer,
+    token_count,
     use_adapter,
 )
 from rlhf_recipes.optimizations import UpperLayers, fuse_kernels_
@@ -48,8 +49,13 @@ def load_policy(
     return load_causal_lm(model, **options), tokenizer or load_tokenizer(model, **code)
 
 
-def build_policy_and_value(policy: Any, value_model: nn.Module | None, args: PPOConfig) -> PolicyAndValue:
-    """Put policy and value into one module. Where the policy has an adapter, the value may get its own on the same base."""
+def build_policy_and_value(
+    policy: Any, value_model: nn.Module | None, args: PPOConfig, vocabulary: int | None = None
+) -> PolicyAndValue:
+    """Put policy and value into one module. Where the policy has an adapter, the value may get its own on the same base.
+
+    vocabulary: ids from here on are no tokens; see `PolicyAndValue`.
+    """
     refuse_sharded("value_model", value_model)
     check_vocabulary("value_model", value_model, policy)
     if value_model is not None and is_quantized(base_model(value_model)) and not has_adapter(value_model):
@@ -64,7 +70,7 @@ def build_policy_and_value(policy: Any, value_model: nn.Module | None, args: PPO
             "adapter; set value_adapter to false"
         )
     adapter = copy_adapter(policy, VALUE_ADAPTER, trainable=True) if own_adapter else None
-    model = PolicyAndValue(policy, value_model, adapter, args.num_layers_unfrozen)
+    model = PolicyAndValue(policy, value_model, adapter, args.num_layers_unfrozen, vocabulary)
     if not isinstance(model.value_model, ValueHead):
         fuse_kernels_(model.value_model, args.device)
     return model
@@ -133,7 +139,8 @@ def build_sampling(model: nn.Module, tokenizer: Any, args: PPOConfig) -> Samplin
     if args.stop_token_id is not None:
         stops = (args.stop_token_id,)
     options: Any = args.generation_kwargs or {}
-    return Sampling(args.response_length, args.temperature, stop_ids=stops, **options)
+    vocabulary = token_count(tokenizer)
+    return Sampling(args.response_length, args.temperature, stop_ids=stops, vocabulary=vocabulary, **options)
 
 
 def disable_dropout_(module: nn.Module | None) -> None:

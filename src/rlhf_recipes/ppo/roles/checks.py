@@ -1,5 +1,6 @@
 """Checks of the models and prompts that PPO is given, before anything is trained."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -7,11 +8,9 @@ from torch import nn
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.data import Prompts
-from rlhf_recipes.models import context_length
+from rlhf_recipes.models import check_stop_id, check_token_ids, context_length, token_count, vocabulary_size
 from rlhf_recipes.optimizations import check_layer_count
 from rlhf_recipes.ppo.config import PPOConfig
-
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # options of transformers' configs
 
 
 def check_prompts(
@@ -23,15 +22,12 @@ def check_prompts(
     """
     if tokenizer is None:
         raise UserError("PPOTrainer needs the policy's tokenizer; pass processing_class")
-    for name in LOGIT_TRANSFORMS:
-        if getattr(config, name, None):
-            raise UserError(
-                f"the policy scales or caps its logits ({name}), which PPOTrainer does not support; use another model"
-            )
     if args.num_layers_unfrozen is not None:
         check_layer_count(args.num_layers_unfrozen, config.get_text_config().num_hidden_layers)
     if tokenizer.eos_token_id is None:
         raise UserError("the policy's tokenizer has no EOS token, so no answer could end; set tokenizer.eos_token")
+    size = min(token_count(tokenizer), vocabulary_size(config) or math.inf)
+    check_stop_id(args.stop_token_id, int(size))
     train = None
     if train_dataset is not None or required:
         train = _read_prompts(config, tokenizer, train_dataset, args, "train_dataset")
@@ -40,6 +36,7 @@ def check_prompts(
                 f"train_dataset has {len(train)} prompts, fewer than the {args.episodes_per_update} episodes of one "
                 "update (per_device_train_batch_size x gradient_accumulation_steps x processes); lower the batch"
             )
+        check_token_ids(train.ids, vocabulary_size(config), "train_dataset row")
     return train, None if eval_dataset is None else evaluation_prompts(config, tokenizer, eval_dataset, args)
 
 
@@ -51,9 +48,11 @@ def evaluation_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfi
 
 
 def _read_prompts(config: Any, tokenizer: Any, dataset: Any, args: PPOConfig, role: str) -> Prompts:
-    if isinstance(dataset, Prompts):
-        return dataset
-    return Prompts(dataset, tokenizer, context_length(config), args.response_length, role)
+    prompts = dataset
+    if not isinstance(dataset, Prompts):
+        prompts = Prompts(dataset, tokenizer, context_length(config), args.response_length, role)
+    check_token_ids(prompts.ids, vocabulary_size(config), f"{role} row")
+    return prompts
 
 
 def refuse_sharded(role: str, model: Any) -> None:
@@ -71,7 +70,8 @@ def refuse_sharded(role: str, model: Any) -> None:
 
 def check_vocabulary(role: str, model: Any, policy: Any) -> None:
     """Refuse a model object whose vocabulary is not the policy's, where the model has no tokenizer."""
-    sizes = [getattr(getattr(each, "config", None), "vocab_size", None) for each in (model, base_model(policy))]
+    configs = [getattr(each, "config", None) for each in (model, base_model(policy))]
+    sizes = [None if config is None else vocabulary_size(config) for config in configs]
     if isinstance(model, nn.Module) and None not in sizes and sizes[0] != sizes[1]:
         raise UserError(
             f"the {role} has {sizes[0]} token embeddings and the policy {sizes[1]}, so it reads other ids; "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.tensors import log_probs_and_entropies
 from rlhf_recipes.core.unwrapping import base_model, trunk_of
+from rlhf_recipes.models import transform_logits
 from rlhf_recipes.optimizations import SHORT_ATTENTION, UpperLayers, hidden_states_at, pad_to_tile
 
 
@@ -40,16 +41,27 @@ def policy_outputs(
     temperature: float = 1.0,
     entropy_gradient: bool = False,
     lower_states: Tensor | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return states (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of these tokens."""
+    """Return states (generated tokens, hidden_size), log-probabilities and entropies (batch, tokens) of these tokens.
+
+    vocabulary: ids from here on are never sampled, so they have no probability; None: all have.
+    """
     hidden = response_states(policy, input_ids, attention_mask, response_mask, lower_states)
-    head = policy.head if isinstance(policy, UpperLayers) else base_model(policy).get_output_embeddings()
     chosen = input_ids[answer_columns(attention_mask, response_mask)]
-    logits = head(pad_to_tile(hidden))
+    logits = logits_from_states(policy, pad_to_tile(hidden))[:, :vocabulary]
     both = log_probs_and_entropies(logits, pad_to_tile(chosen), temperature)
     log_probs, entropies = (each[: len(chosen)] for each in both)
     entropies = entropies if entropy_gradient else entropies.detach()
     return hidden, scatter(log_probs, response_mask), scatter(entropies, response_mask)
+
+
+def logits_from_states(policy: Any, states: Tensor) -> Tensor:
+    """Return the policy's logits for its last hidden states: (n, hidden_size) -> (n, vocabulary)."""
+    if isinstance(policy, UpperLayers):
+        return transform_logits(policy.trunk.config, policy.head(states))
+    base = base_model(policy)
+    return transform_logits(base.config, base.get_output_embeddings()(states))
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
@@ -64,10 +76,10 @@ def hidden_size(model: nn.Module) -> int:
 
 @torch.no_grad()
 def check_head(policy: nn.Module) -> None:
-    """Check that the policy's logits are its head applied to the last hidden states, which log-probabilities rely on.
+    """Check that `logits_from_states` gives the policy's logits, which log-probabilities rely on.
 
     Raises:
-        UserError: the model changes the logits in another way.
+        UserError: the model changes its logits in a way that `transform_logits` does not know.
     """
     base = base_model(policy)
     device, mode, attention = next(base.parameters()).device, base.training, base.config._attn_implementation
@@ -85,13 +97,12 @@ def check_head(policy: nn.Module) -> None:
         if unsupported:
             base.set_attn_implementation("eager")
         logits = base(input_ids=ids, use_cache=False).logits
-        expected = base.get_output_embeddings()(trunk_of(base)(input_ids=ids, use_cache=False).last_hidden_state)
+        expected = logits_from_states(base, trunk_of(base)(input_ids=ids, use_cache=False).last_hidden_state)
     finally:
         if unsupported:
             base.set_attn_implementation(attention)
         base.train(mode)
     if logits.shape != expected.shape or (logits - expected).abs().max() > 1e-3 * logits.abs().max():
         raise UserError(
-            f"the logits of a {type(base).__name__} are not its head applied to its last hidden states, which PPOTrainer "
-            "relies on; use another model"
+            f"a {type(base).__name__} changes the logits of its head in a way that PPOTrainer does not know; use another model"
         )

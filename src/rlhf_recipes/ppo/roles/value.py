@@ -69,6 +69,7 @@ class PolicyAndValue(nn.Module):
         value_model: a sequence classifier with one label; None makes a `ValueHead`.
         value_adapter: the name of the value's own adapter on the policy's base; None reads the policy's hidden states.
         upper_layers: train only this many upper layers; the output of the frozen layers can be reused for many passes.
+        vocabulary: ids from here on are no tokens and have no probability; None: all are.
 
     Raises:
         TypeError: value_model is not a sequence classifier with one label.
@@ -81,11 +82,12 @@ class PolicyAndValue(nn.Module):
         value_model: nn.Module | None = None,
         value_adapter: str | None = None,
         upper_layers: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         super().__init__()
         self.policy: Any = policy
         self.policy_adapter: str | None = getattr(self.policy, "active_adapter", None)
-        self.value_adapter = value_adapter
+        self.value_adapter, self.vocabulary = value_adapter, vocabulary
         self.value_model: Any = (
             check_value_model(value_model) if value_model is not None else ValueHead(hidden_size(policy))
         )
@@ -116,7 +118,9 @@ class PolicyAndValue(nn.Module):
         """
         episodes = (input_ids, attention_mask, response_mask)
         policy = self.policy if lower_states is None else self.upper
-        hidden, log_probs, entropies = policy_outputs(policy, *episodes, temperature, entropy_gradient, lower_states)
+        hidden, log_probs, entropies = policy_outputs(
+            policy, *episodes, temperature, entropy_gradient, lower_states, self.vocabulary
+        )
         if isinstance(self.value_model, ValueHead):
             if self.value_adapter is not None:
                 with use_adapter(self.policy, self.value_adapter):

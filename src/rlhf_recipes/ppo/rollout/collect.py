@@ -123,7 +123,7 @@ class RolloutCollector:
             (episodes["lower_states"],) = self._forward(self.model.lower_outputs, episodes, batches)
         log_probs, _, values = self._forward(partial(self.model, temperature=temperature), episodes, batches)
         with self.reference.active() as module:
-            outputs = partial(policy_outputs, module, temperature=temperature)
+            outputs = partial(policy_outputs, module, temperature=temperature, vocabulary=self.model.vocabulary)
             (reference_log_probs,) = self._forward(
                 lambda **columns: (outputs(**columns)[1],), episodes, batches, module
             )

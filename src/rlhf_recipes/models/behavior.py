@@ -1,0 +1,114 @@
+"""Checks on a few tokens that a loaded model behaves as a stage needs: packed rows, left padding, TRL's fused head.
+
+A config cannot tell of an architecture that is not known here. Each check costs two short forward passes.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.unwrapping import base_model, trunk_of
+from rlhf_recipes.models.architectures import left_padding_error, packing_error, vocabulary_size
+
+ATTENTION_ON_CPU = (None, "eager", "sdpa", "sdpa_with_short_backward")
+
+
+def check_packing(model: Any, name: str) -> None:
+    """Check on a few tokens that a packed row equals its rows; transformers separates them by `position_ids`.
+
+    Raises:
+        UserError: it does not.
+    """
+    if _is_partial(model):
+        return
+    if "position_ids" not in _parameters(model):
+        raise packing_error(name, type(base_model(model)).__name__)
+    first, second = torch.arange(2, 9), torch.arange(9, 2, -1)
+    packed = {"input_ids": torch.cat([first, second])[None], "position_ids": torch.arange(7).repeat(2)[None]}
+    alone = [_states(model, input_ids=row[None]) for row in (first, second)]
+    if not _equal(_states(model, **packed), torch.cat(alone, dim=1)):
+        raise packing_error(name, type(base_model(model)).__name__)
+
+
+def check_left_padding(model: Any, name: str) -> None:
+    """Check on a few tokens that padding on the left changes no state of a row.
+
+    Raises:
+        UserError: it does.
+    """
+    if _is_partial(model):
+        return
+    row, padding = torch.arange(2, 9), torch.ones(3, dtype=torch.long)
+    padded = {
+        "input_ids": torch.cat([padding, row])[None],
+        "attention_mask": torch.cat([padding * 0, row * 0 + 1])[None],
+    }
+    if "position_ids" in _parameters(model):
+        padded["position_ids"] = torch.cat([padding * 0, torch.arange(len(row))])[None]
+    if not _equal(_states(model, **padded)[:, len(padding) :], _states(model, input_ids=row[None])):
+        raise left_padding_error(name, type(base_model(model)).__name__)
+
+
+def _parameters(model: Any) -> Any:
+    return inspect.signature(type(trunk_of(model)).forward).parameters
+
+
+@torch.no_grad()
+def _states(model: Any, **inputs: Tensor) -> Tensor:
+    """Return the last hidden states, (rows, tokens, hidden_size), in eval mode. Restores the model's mode."""
+    base = base_model(model)
+    device, mode, attention = next(base.parameters()).device, base.training, base.config._attn_implementation
+    size = vocabulary_size(base.config) or 9
+    inputs = {key: (value % size if key == "input_ids" else value).to(device) for key, value in inputs.items()}
+    for_gpu = device.type == "cpu" and attention not in ATTENTION_ON_CPU
+    base.eval()
+    try:
+        if for_gpu:
+            base.set_attn_implementation("eager")
+        return torch.as_tensor(trunk_of(base)(**inputs, use_cache=False).last_hidden_state).float()
+    finally:
+        if for_gpu:
+            base.set_attn_implementation(attention)
+        base.train(mode)
+
+
+def _equal(actual: Tensor, expected: Tensor) -> bool:
+    """Return whether states agree up to the rounding of bfloat16."""
+    return bool((actual - expected).abs().mean() <= 5e-2 * expected.abs().mean())
+
+
+def check_fused_head(model: Any, name: str) -> None:
+    """Check on a few tokens that the head that a TRL trainer has put on the model gives the model's log-probabilities.
+
+    TRL applies the head's weights itself, with the soft-capping and scaling that it knows. A model without such a head
+    passes.
+
+    Raises:
+        UserError: TRL does not know what the model does to its logits.
+    """
+    base = base_model(model)
+    if "forward" not in vars(base) or _is_partial(model):
+        return
+    ids = torch.arange(1, 9, device=next(base.parameters()).device)[None] % (vocabulary_size(base.config) or 9)
+    mode = base.training
+    base.eval()
+    try:
+        with torch.no_grad():
+            own = torch.log_softmax(type(base).forward(base, input_ids=ids).logits[:, :-1].float(), dim=-1)
+            fused = base(input_ids=ids, labels=ids, fused_lm_head=True)
+    finally:
+        base.train(mode)
+    own_loss = -own.gather(-1, ids[:, 1:, None]).mean()
+    if (fused.loss - own_loss).abs() > 2e-2 * own_loss.abs():
+        raise UserError(
+            f"TRL does not know how a {type(base).__name__} changes the logits of its head, so {name} would learn from "
+            "wrong log-probabilities; use pretrain or ppo, or another model"
+        )
+
+
+def _is_partial(model: Any) -> bool:
+    """Return whether this process has not all weights: another holds them, or ZeRO-3 sharded them while loading."""
+    return any(weight.device.type == "meta" or "ds_id" in dir(weight) for weight in model.parameters())
