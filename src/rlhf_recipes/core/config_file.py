@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.other_names import name_here
 
 
 def yaml_as_flags(config: str, parser: Any) -> list[str]:
@@ -54,5 +55,7 @@ def known_names(parser: Any) -> list[str]:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known one, or where all are listed."""
+    if here := name_here(name, known):
+        return f"; here it is {here}"
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else "; run with --help for the list of flags"

@@ -41,7 +41,7 @@ from rlhf_recipes.data.encoding import (
     prompt_ids,
     text_ids,
 )
-from rlhf_recipes.data.fitting import drop_rows, drop_unhelpful_pairs, encode_rows, fit_rows
+from rlhf_recipes.data.fitting import drop_rows, drop_unhelpful_pairs, encode_rows, fit_rows, row_length
 from rlhf_recipes.data.forms import (
     COMPLETION,
     LABEL,
@@ -60,7 +60,7 @@ from rlhf_recipes.data.packing import pack_documents
 from rlhf_recipes.data.prompts import RESERVED_COLUMNS, Prompts, prompts_by_split, read_prompt
 from rlhf_recipes.data.reading import Source, data_splits, open_source, open_test_source
 from rlhf_recipes.data.rows import first_row, require_columns, write_rows
-from rlhf_recipes.data.show import ShownRow, show_rows
+from rlhf_recipes.data.show import ShownRow, log_first_row, show_rows
 from rlhf_recipes.data.sources import (
     load_split,
     load_test_split,
@@ -120,6 +120,7 @@ __all__ = [
     "load_texts",
     "load_train_and_test",
     "load_training_sources",
+    "log_first_row",
     "open_source",
     "open_test_source",
     "pack_documents",
@@ -137,6 +138,7 @@ __all__ = [
     "require_text",
     "require_texts",
     "require_turn_end",
+    "row_length",
     "show_rows",
     "special_tokens_around_text",
     "template_options",

@@ -100,7 +100,8 @@ def _messages_problem(
     if not is_conversation(value):
         return f"holds {_shortened(value)}, which is no list of messages; give [{{'role': ..., 'content': ...}}, ...]"
     for message in value:
-        if not (isinstance(message, Mapping) and isinstance(message.get("content"), str)):
+        calls = isinstance(message, Mapping) and (message.get("tool_calls") or message.get("function_call"))
+        if not (isinstance(message, Mapping) and (isinstance(message.get("content"), str) or calls)):
             return f"holds the message {_shortened(message)}, whose content is no text; give a string"
     messages = [*(prompt if is_conversation(prompt) else []), *value]
     roles = tuple(str(message["role"]) for message in messages)

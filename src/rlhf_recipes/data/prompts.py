@@ -12,6 +12,7 @@ from rlhf_recipes.data.encoding import prompt_ids
 from rlhf_recipes.data.fitting import fit_rows
 from rlhf_recipes.data.forms import LoadedRows
 from rlhf_recipes.data.rows import first_row, require_columns
+from rlhf_recipes.data.show import log_first_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +119,7 @@ def prompts_by_split(
     for dataset, counts in zip((rows.train, rows.test), rows.counts.values(), strict=False):
         prompts.append(Prompts(dataset, tokenizer, *room, counts.name, too_long or "error", counts))
         counts["used"] = len(prompts[-1])
+    log_first_row(prompts[0].ids[0], tokenizer, "first prompt")
     return prompts[0], prompts[1] if len(prompts) > 1 else None
 
 

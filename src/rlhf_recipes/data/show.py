@@ -2,16 +2,19 @@
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
+
+from rlhf_recipes.core.processes import log_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOSS_COLOUR, RESET, FAINT = "\x1b[30;42m", "\x1b[0m", "\x1b[2m"
 MARKS = ("[[", "]]")  # around tokens with loss where there are no colours
+FIRST_TOKENS = 100  # of the first row, in the log
 LONGEST = 1500  # characters of one row; the middle of a longer one is left out
 
 
@@ -20,17 +23,18 @@ class ShownRow:
     """One row of token ids.
 
     title: what it is, such as ``chosen``. ids: its tokens. loss: which of them have loss; None: none. note: what else is
-    known about it, such as a label.
+    known about it, such as a label. counts_loss: the marked tokens have loss, and their number is shown.
     """
 
     title: str
     ids: Sequence[int]
     loss: Sequence[bool] | None = None
     note: str = ""
+    counts_loss: bool = True
 
 
 def show_rows(
-    rows: Iterable[ShownRow],
+    rows: Sequence[ShownRow],
     tokenizer: "PreTrainedTokenizerBase",
     stream: TextIO | None = None,
     colours: bool | None = None,
@@ -46,16 +50,30 @@ def show_rows(
     if colours is None:
         colours = (stream.isatty() or bool(os.environ.get("FORCE_COLOR"))) and not os.environ.get("NO_COLOR")
     begin, end = (LOSS_COLOUR, RESET) if colours else MARKS
-    print(f"tokens with loss: {begin}like this{end}", file=stream)
+    if any(row.loss is not None for row in rows):
+        print(f"{begin}marked{end}: tokens with loss, or the one that is scored", file=stream)
     for row in rows:
         loss = list(row.loss) if row.loss is not None else [False] * len(row.ids)
-        parts = [f"{len(row.ids)} tokens", f"{sum(loss)} with loss" if row.loss is not None else "", row.note]
+        parts = [
+            f"{len(row.ids)} tokens",
+            f"{sum(loss)} with loss" if row.loss is not None and row.counts_loss else "",
+            row.note,
+        ]
         heading = f"-- {row.title}: {', '.join(part for part in parts if part)}"
         print(f"\n{FAINT}{heading}{RESET}" if colours else f"\n{heading}", file=stream)
         print(
             "".join(f"{begin}{text}{end}" if has else text for text, has in _spans(row.ids, loss, tokenizer)),
             file=stream,
         )
+
+
+def log_first_row(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", what: str = "first row") -> None:
+    """Print the first row of a run, as its model reads it, in one line on stderr."""
+    text = str(
+        tokenizer.decode(list(ids[:FIRST_TOKENS]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+    more = f" ... ({len(ids)} tokens)" if len(ids) > FIRST_TOKENS else ""
+    log_line(f"{what}: {text!r}{more}")
 
 
 def _spans(ids: Sequence[int], loss: Sequence[bool], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, bool]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data import RowCounts, column_prompt_ids, fit_rows, is_ids, readable_prompts, text_ids
+from rlhf_recipes.data import RowCounts, column_prompt_ids, fit_rows, is_ids, log_first_row, readable_prompts, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +57,8 @@ def fit_inputs(
         limit = None if context is None else max(context - max_new_tokens, 0)
         encoded = column_prompt_ids(inputs.prompts_for(tokenizer, tokenizers[0]), inputs.columns, tokenizer)
         longest = max(len(ids) for ids in encoded)
+        if not limits:
+            log_first_row(encoded[0], tokenizer, "first prompt")
         if limit is not None and longest > limit and too_long in (None, "error"):
             raise UserError(
                 f"a prompt of {longest} tokens and an answer of {max_new_tokens} do not fit the context of model {name} "

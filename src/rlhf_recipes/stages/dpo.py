@@ -14,24 +14,12 @@ from trl import DPOTrainer, ModelConfig
 from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
-    PREFERENCE,
-    FormOptions,
-    LoadedRows,
-    RowCounts,
-    check_rows,
-    drop_unhelpful_pairs,
-    encode_pair,
-    encode_rows,
     first_row,
-    fit_rows,
-    is_empty_answer,
-    load_rows,
+    log_first_row,
     require_batch,
     require_held_out,
 )
-from rlhf_recipes.generation import check_turn_end
 from rlhf_recipes.models import (
-    StartingModel,
     build_lora_config,
     check_fused_head,
     check_packing,
@@ -40,7 +28,6 @@ from rlhf_recipes.models import (
     load_causal_lm,
     prepare_for_lora_,
     refuse_packing,
-    saved_eos_ids,
 )
 from rlhf_recipes.training import (
     ROWS,
@@ -51,14 +38,15 @@ from rlhf_recipes.training import (
     SyncedReference,
     check_model_options,
     check_synced_reference,
+    encode_dpo_pairs,
     learning_rate_field,
+    load_pairs,
     mask_total,
     prepare_process_,
     run_training,
     training_inputs,
 )
 
-COLUMNS = ("prompt", "chosen", "rejected")
 PANELS = [
     ("Loss (nats)", ["loss", "eval_loss"]),
     ("Pairs in the right order", ["rewards/accuracies", "eval_rewards/accuracies"]),
@@ -138,9 +126,10 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     if training.padding_free:
         refuse_packing(start.config, start.name)
     lora = build_lora_config(model_config, start.config, **code)
-    encode = partial(encode_pairs, start=start, too_long=arguments.too_long or "drop", training=training)
+    encode = partial(encode_dpo_pairs, start=start, too_long=arguments.too_long or "drop", training=training)
     pairs = pairs.each_split(encode)
     require_batch(len(pairs.train), training, "after dropping rows, the training split")
+    log_first_row([*pairs.train[0]["prompt_ids"], *pairs.train[0]["chosen_ids"]], start.tokenizer)
     training = prepare_process_(
         training, hidden_size_of(start.config), adapter=model_config.use_peft, max_length=start.max_length
     )
@@ -185,30 +174,6 @@ def measure_dpo(trainer: SafeDPOTrainer, folder: Path | None = None) -> Measured
         return Measured({})
     metrics = trainer.evaluate()
     return Measured({name: metrics[name] for name in HELD_OUT_METRICS})
-
-
-def load_pairs(arguments: DPOArguments, start: StartingModel) -> LoadedRows:
-    """Load the training and the test pairs and check each row."""
-    pairs = load_rows(arguments, FormOptions((PREFERENCE,), tokenizer=start.tokenizer))
-    if not pairs.train[0]["prompt"]:
-        raise UserError(
-            "the pairs have no prompts, and dpo compares answers to a prompt; say which column it is with --columns "
-            "prompt=NAME"
-        )
-    return pairs.each_split(lambda dataset, counts: check_rows(dataset, COLUMNS, start.tokenizer, counts.name))
-
-
-def encode_pairs(rows: Any, counts: RowCounts, start: StartingModel, too_long: str, training: DPOConfig) -> Any:
-    """Tokenize pairs to `prompt_ids`, `chosen_ids` and `rejected_ids`; drop or cut those that are too long.
-
-    Raises:
-        UserError: a chat template without a token that ends an answer; no pair is left.
-    """
-    stops = saved_eos_ids(start.name, start.config)
-    check_turn_end((first_row(rows) or {}).get("chosen"), start.tokenizer, stops, start.name)
-    encoded = encode_rows(rows, partial(encode_pair, tokenizer=start.tokenizer), training.dataset_num_proc)
-    encoded = fit_rows(encoded, start.max_length, too_long, counts, unit="pair")
-    return drop_unhelpful_pairs(encoded, partial(is_empty_answer, tokenizer=start.tokenizer), counts)
 
 
 def check_loss_options(training: DPOConfig) -> None:

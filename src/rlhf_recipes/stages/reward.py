@@ -4,7 +4,6 @@
 - classifier: texts labelled 1 (good) or 0 (bad), whose log-odds are the score (as for sentiment, Ziegler et al. 2019).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,24 +15,10 @@ from trl import ModelConfig, RewardTrainer
 from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
-    LABEL,
     PREFERENCE,
-    FormOptions,
-    LoadedRows,
-    RowCounts,
-    check_rows,
-    drop_unhelpful_pairs,
-    encode_pair,
-    encode_rows,
-    first_row,
-    fit_rows,
-    is_conversation,
-    is_empty_answer,
-    load_rows,
+    log_first_row,
     require_batch,
     require_held_out,
-    require_texts,
-    require_turn_end,
 )
 from rlhf_recipes.evaluation import compute_classification_metrics, measure_classifier, measure_ranking
 from rlhf_recipes.models import (
@@ -59,8 +44,10 @@ from rlhf_recipes.training import (
     SafeTrainer,
     check_model_options,
     collate_labelled_texts,
-    encode_labelled,
+    encode_labels,
+    encode_pairs,
     learning_rate_field,
+    load_reward_rows,
     mean_cross_entropy,
     measures_model,
     prepare_process_,
@@ -73,8 +60,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RewardType = Literal["auto", "ranking", "classifier"]
-PAIR = ("chosen", "rejected")
-LABELLED_COLUMNS = ("prompt", "completion", "messages", "text")
 LABELS = {"ranking": 1, "classifier": 2}
 LOGGED = {  # by an evaluation
     "ranking": ("accuracy", "loss", "margin", "min_reward", "mean_reward", "max_reward"),
@@ -161,6 +146,7 @@ def build_reward_trainer(
     lora = build_lora_config(model_config, start.config, "SEQ_CLS", **code)
     rows = rows.each_split(partial(encode, start=start, too_long=arguments.too_long, training=training))
     require_batch(len(rows.train), training, "after dropping rows, the training split")
+    log_first_row(rows.train[0]["chosen_ids" if kind == "ranking" else "input_ids"], start.tokenizer)
     shape: dict[str, Any] = {"adapter": model_config.use_peft, "max_length": start.max_length}
     training = prepare_process_(training, hidden_size_of(start.config), **shape)  # a new head is random
     model = load_reward_model(start.name, model_config, labels=LABELS[kind], **code)
@@ -215,70 +201,6 @@ def measure_held_out(trainer: RankingTrainer | ClassifierTrainer) -> tuple[dict[
         return metrics, []
     measured, table = measure_reward_model(trainer)
     return metrics | measured, table
-
-
-def load_reward_rows(arguments: RewardArguments, start: StartingModel) -> LoadedRows:
-    """Load preferences or labelled rows, as the columns decide, and check each row."""
-    forms = {"ranking": (PREFERENCE,), "classifier": (LABEL,)}.get(arguments.reward_type, (PREFERENCE, LABEL))
-    options = FormOptions(
-        forms,
-        positive_label=arguments.positive_label,
-        label_threshold=arguments.label_threshold,
-        margin=True,
-        score_margin=arguments.score_margin,
-        tokenizer=start.tokenizer,
-    )
-    rows = load_rows(arguments, options)
-    if rows.form == LABEL:
-        return rows.each_split(lambda dataset, counts: _check_labels(dataset, start, counts.name))
-    columns = PAIR if not rows.train[0]["prompt"] else ("prompt", *PAIR)
-    return rows.each_split(lambda dataset, counts: check_rows(dataset, columns, start.tokenizer, counts.name))
-
-
-def _check_labels(dataset: Any, start: StartingModel, name: str) -> Any:
-    columns = [column for column in LABELLED_COLUMNS if column in dataset.column_names]
-    require_texts(dataset, columns, start.tokenizer, name)
-    labels = set(dataset["label"])
-    if len(labels) == 1:
-        raise UserError(
-            f"every label of {name} is {labels.pop()}, so there is nothing to tell apart; if the rows are sorted by "
-            "label, leave out --max_train_samples and --max_test_samples or shuffle the file"
-        )
-    return dataset
-
-
-def encode_pairs(
-    rows: Any, counts: RowCounts, start: StartingModel, too_long: str | None, training: RewardConfig
-) -> Any:
-    """Tokenize pairs to `chosen_ids` and `rejected_ids`, each with the prompt, `prompt_length`, and `margin` if there is one.
-
-    Raises:
-        UserError: a chat template without a token that ends an answer; no pair is left.
-    """
-    if is_conversation((first_row(rows) or {}).get("chosen")):
-        require_turn_end(start.tokenizer, start.name)
-    pairs = encode_rows(rows, partial(encode_pair, tokenizer=start.tokenizer), training.dataset_num_proc)
-    pairs = fit_rows(pairs, start.max_length, too_long or "drop", counts, unit="pair")
-    pairs = drop_unhelpful_pairs(pairs, partial(is_empty_answer, tokenizer=start.tokenizer), counts)
-    return encode_rows(pairs, _whole_rows, training.dataset_num_proc)
-
-
-def _whole_rows(pair: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pair whose two answers follow their prompt."""
-    prompt, margin = pair["prompt_ids"], {"margin": pair["margin"]} if "margin" in pair else {}
-    return (
-        {name: prompt + pair[name] for name in ("chosen_ids", "rejected_ids")}
-        | {"prompt_length": len(prompt)}
-        | margin
-    )
-
-
-def encode_labels(
-    rows: Any, counts: RowCounts, start: StartingModel, too_long: str | None, training: RewardConfig
-) -> Any:
-    """Tokenize labelled texts to `input_ids` and `labels`. A text that is cut has no EOS, as an incomplete answer has none."""
-    encoded = encode_rows(rows, partial(encode_labelled, tokenizer=start.tokenizer), training.dataset_num_proc)
-    return fit_rows(encoded, start.max_length, too_long or "cut", counts, unit="text")
 
 
 def _ranking_trainer(

@@ -8,7 +8,7 @@ import copy
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trl
 from trl import ModelConfig, RLOOTrainer
@@ -20,9 +20,6 @@ from rlhf_recipes.data import (
     PROMPT,
     FormOptions,
     LoadedRows,
-    column_prompt_ids,
-    decode_answers,
-    is_conversation,
     load_rows,
     prompts_by_split,
     require_held_out,
@@ -48,6 +45,7 @@ from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missin
 from rlhf_recipes.training import (
     FineTuningDefaults,
     Measured,
+    OwnTokenization,
     SafeTrainer,
     SampledBatches,
     SyncedReference,
@@ -58,9 +56,6 @@ from rlhf_recipes.training import (
     run_training,
     training_inputs,
 )
-
-if TYPE_CHECKING:
-    pass
 
 PANELS = [
     ("Score", ["reward", "eval_reward"]),
@@ -167,33 +162,8 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
         return math.ceil(steps * self.gradient_accumulation_steps / uses) * self.answers
 
 
-class SafeRLOOTrainer(SampledBatches, SyncedReference, SafeTrainer, RLOOTrainer):
-    """TRL's `RLOOTrainer` with the guarantees of `SafeTrainer`. It reads prompts, and decodes answers, as ppo does.
-
-    max_prompt_tokens: read this many last tokens of a longer prompt; None: all.
-    """
-
-    def __init__(self, *args: Any, max_prompt_tokens: int | None = None, **kwargs: Any) -> None:
-        self.max_prompt_tokens = max_prompt_tokens
-        self._rows: list[dict[str, Any]] = []  # whose answers TRL generates
-        super().__init__(*args, **kwargs)
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
-        self._rows = inputs
-        return super()._generate_and_score_completions(inputs)
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
-        return column_prompt_ids(prompts, columns, self.processing_class, self.max_prompt_tokens), None, {}
-
-    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        prompt_ids, completion_ids, _, *others = super()._generate(prompts)
-        texts = decode_answers(prompt_ids, completion_ids, self.processing_class)
-        completions = [
-            [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        return prompt_ids, completion_ids, completions, *others
+class SafeRLOOTrainer(SampledBatches, OwnTokenization, SyncedReference, SafeTrainer, RLOOTrainer):
+    """TRL's `RLOOTrainer` with the guarantees of `SafeTrainer`. It reads prompts, and decodes answers, as ppo does."""
 
 
 def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, training: RLOOConfig) -> RLOOTrainer:

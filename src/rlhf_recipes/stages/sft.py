@@ -12,32 +12,14 @@ from trl import ModelConfig, SFTTrainer
 from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
-    COMPLETION,
-    MESSAGES,
     NO_LOSS,
-    TEXT,
-    FormOptions,
-    LoadedRows,
-    RowCounts,
     bos_prefix,
-    check_rows,
-    drop_rows,
-    encode_demonstration,
-    encode_rows,
-    first_row,
-    fit_rows,
-    is_conversation,
-    is_empty_answer,
-    load_rows,
-    require_assistant_spans,
+    log_first_row,
     require_batch,
     require_held_out,
-    require_turn_end,
-    text_options,
 )
 from rlhf_recipes.evaluation import completion_perplexity
 from rlhf_recipes.models import (
-    StartingModel,
     build_lora_config,
     check_fused_head,
     check_packing,
@@ -47,7 +29,6 @@ from rlhf_recipes.models import (
     load_causal_lm,
     prepare_for_lora_,
     refuse_packing,
-    saved_eos_ids,
 )
 from rlhf_recipes.training import (
     FineTuningDefaults,
@@ -55,7 +36,10 @@ from rlhf_recipes.training import (
     Measured,
     SafeTrainer,
     check_model_options,
+    encode_demonstrations,
     learning_rate_field,
+    load_demonstrations,
+    loss_spans,
     mask_total,
     measures_model,
     prepare_process_,
@@ -63,7 +47,6 @@ from rlhf_recipes.training import (
     training_inputs,
 )
 
-FORM_COLUMNS = ("prompt", "completion", "messages", "text")
 LOGGED = ("loss", "mean_token_accuracy", "entropy")  # by an evaluation
 CHOICES = {  # the first is the default
     "loss_type": ("nll", "dft", "chunked_nll"),
@@ -129,6 +112,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     encode = partial(encode_demonstrations, start=start, too_long=arguments.too_long or "drop", training=training)
     rows = rows.each_split(encode)
     require_batch(len(rows.train), training, "after dropping rows, the training split")
+    log_first_row(rows.train[0]["input_ids"], start.tokenizer)
     # The labels of the rows say which tokens have loss.
     options: dict[str, Any] = {"max_length": start.max_length, "assistant_only_loss": False}
     training = prepare_process_(training, hidden_size_of(start.config), adapter=model_config.use_peft, **options)
@@ -184,79 +168,6 @@ def measure_sft(trainer: SafeSFTTrainer, folder: Path | None = None) -> Measured
     return Measured(metrics | {"held_out_tokens": measured["tokens"]})
 
 
-def load_demonstrations(arguments: SFTArguments, start: StartingModel, text_column: str = "text") -> LoadedRows:
-    """Load the training and the test rows with the columns that are used, and check each row."""
-    options = FormOptions((COMPLETION, MESSAGES, TEXT), tokenizer=start.tokenizer)
-    rows = load_rows(arguments, text_options(options, text_column))
-    columns = [name for name in FORM_COLUMNS if name in rows.train.column_names]
-    return rows.each_split(lambda dataset, counts: check_rows(dataset, columns, start.tokenizer, counts.name))
-
-
-def encode_demonstrations(
-    rows: Any, counts: RowCounts, start: StartingModel, too_long: str, training: SFTConfig
-) -> Any:
-    """Tokenize demonstrations to `input_ids` and `labels`, and drop or cut those that are too long.
-
-    Raises:
-        UserError: a chat template that does not show what the assistant says, or ends it with a token at which nothing
-            stops; assistant_only_loss for rows of text; no row is left.
-    """
-    first = first_row(rows) or {}
-    chat = is_conversation(first.get("messages") or first.get("completion"))
-    if training.assistant_only_loss and not chat:
-        raise UserError("assistant_only_loss needs rows of messages, and these rows are text; leave it out")
-    assistant_only = training.assistant_only_loss
-    if assistant_only is None:
-        assistant_only = "messages" in first
-    if chat:
-        _require_stop(start)
-    if assistant_only:
-        turns = first.get("messages") or [*first["prompt"], *first["completion"]]
-        require_assistant_spans(start.tokenizer, turns, start.name)
-    encode = partial(
-        encode_demonstration,
-        tokenizer=start.tokenizer,
-        assistant_only=assistant_only,
-        completion_only=training.completion_only_loss is not False,
-    )
-    encoded = encode_rows(rows, encode, training.dataset_num_proc)
-    keep_end = getattr(training, "truncation_mode", "keep_start") == "keep_end"
-    encoded = fit_rows(encoded, start.max_length, too_long, counts, keep_end=keep_end)
-    remedy = "leave them out of the dataset"
-
-    def trained(row: Any) -> list[int]:
-        return [label for label in row["labels"] if label != NO_LOSS]
-
-    encoded = drop_rows(
-        encoded, lambda row: not trained(row), counts, "without_loss", "have no token with loss", remedy
-    )
-    encoded = drop_rows(
-        encoded,
-        lambda row: is_empty_answer(trained(row), start.tokenizer),
-        counts, "empty_answers", "have an empty answer", remedy,
-    )  # fmt: skip
-    return encoded
-
-
-def loss_spans(dataset: Any, prefix: Sequence[int] = ()) -> list[tuple[list[int], list[int]]]:
-    """Return (ids before, ids with loss) of every unbroken span of tokens with loss.
-
-    Args:
-        dataset: rows of `input_ids` and `labels`, where the label -100 means no loss.
-        prefix: ids that the tokenizer puts before a text; they are never measured.
-    """
-    spans = []
-    for row in dataset:
-        ids, has_loss = row["input_ids"], [label != NO_LOSS for label in row["labels"]]
-        starts = [index for index in range(len(ids)) if has_loss[index] and not (index and has_loss[index - 1])]
-        for start in starts:
-            end = next((index for index in range(start, len(ids)) if not has_loss[index]), len(ids))
-            if start == 0 and ids[: len(prefix)] == list(prefix):
-                start = len(prefix)
-            spans.append((ids[:start], ids[start:end]))
-    return spans
-
-
 def check_loss_options(training: SFTConfig, columns: Sequence[str]) -> None:
     """Check the options that TRL would refuse only once the model is loaded, or would ignore.
 
@@ -275,15 +186,4 @@ def check_loss_options(training: SFTConfig, columns: Sequence[str]) -> None:
     if training.label_smoothing_factor and training.loss_type != "nll":
         raise UserError(
             f"label_smoothing_factor has no effect with loss_type {training.loss_type}; leave one of them out"
-        )
-
-
-def _require_stop(start: StartingModel) -> None:
-    """Check that generation stops at the token with which the chat template ends an answer."""
-    end = require_turn_end(start.tokenizer, start.name)
-    stops = {start.tokenizer.eos_token_id, *saved_eos_ids(start.name, start.config)}
-    if end.id not in stops:
-        raise UserError(
-            f"the chat template of {start.name} ends an answer with {end.token}, but generation stops at "
-            f'{start.tokenizer.eos_token}, so no answer would end; pass --eos_token "{end.token}"'
         )

@@ -8,23 +8,34 @@ from rlhf_recipes.training.classifier import (
     mean_cross_entropy,
 )
 from rlhf_recipes.training.defaults import FineTuningDefaults, TrainingDefaults, learning_rate_field
+from rlhf_recipes.training.demonstrations import encode_demonstrations, load_demonstrations, loss_spans
 from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
 from rlhf_recipes.training.options import check_model_options, check_options, require_causal
+from rlhf_recipes.training.preferences import (
+    PAIR,
+    encode_dpo_pairs,
+    encode_labels,
+    encode_pairs,
+    load_pairs,
+    load_reward_rows,
+)
 from rlhf_recipes.training.pretrain import PretrainTrainer, SampleContinuations, collate_blocks
 from rlhf_recipes.training.reference import SyncedReference, check_synced_reference
-from rlhf_recipes.training.rloo import SampledBatches
+from rlhf_recipes.training.rloo import OwnTokenization, SampledBatches
 from rlhf_recipes.training.run import Measured, measures_model, prepare_process_, run_training, training_inputs
 from rlhf_recipes.training.trainer import SafeTrainer
 
 __all__ = [
     "GREATEST",
     "LEAST",
+    "PAIR",
     "ROWS",
     "SPREAD",
     "ClassifierTrainer",
     "FineTuningDefaults",
     "HeldOutMeans",
     "Measured",
+    "OwnTokenization",
     "PretrainTrainer",
     "SafeTrainer",
     "SampleContinuations",
@@ -37,8 +48,16 @@ __all__ = [
     "check_synced_reference",
     "collate_blocks",
     "collate_labelled_texts",
+    "encode_demonstrations",
+    "encode_dpo_pairs",
     "encode_labelled",
+    "encode_labels",
+    "encode_pairs",
     "learning_rate_field",
+    "load_demonstrations",
+    "load_pairs",
+    "load_reward_rows",
+    "loss_spans",
     "mask_total",
     "mean_cross_entropy",
     "measures_model",

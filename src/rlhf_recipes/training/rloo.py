@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_recipes.core.files import files_by_rank
+from rlhf_recipes.data import column_prompt_ids, decode_answers, is_conversation
 from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
 
 logger = logging.getLogger(__name__)
@@ -95,3 +96,36 @@ def load_parts(path: Path, device: torch.device) -> list[dict[str, torch.Tensor]
         number, _, name = key.partition(".")
         parts.setdefault(int(number), {})[name] = tensor.to(device)
     return [parts[number] for number in sorted(parts)]
+
+
+class OwnTokenization:
+    """Mixin before TRL's `RLOOTrainer`: prompts are tokenized, and answers decoded, as in every other stage.
+
+    max_prompt_tokens: read this many last tokens of a longer prompt; None: all.
+    """
+
+    processing_class: Any
+
+    def __init__(self, *args: Any, max_prompt_tokens: int | None = None, **kwargs: Any) -> None:
+        self.max_prompt_tokens = max_prompt_tokens
+        self._rows: list[dict[str, Any]] = []  # whose answers TRL generates
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        self._rows = inputs
+        trainer: Any = super()
+        return trainer._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
+        return column_prompt_ids(prompts, columns, self.processing_class, self.max_prompt_tokens), None, {}
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        trainer: Any = super()
+        prompt_ids, completion_ids, _, *others = trainer._generate(prompts)
+        texts = decode_answers(prompt_ids, completion_ids, self.processing_class)
+        completions = [
+            [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return prompt_ids, completion_ids, completions, *others

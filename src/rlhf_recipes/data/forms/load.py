@@ -3,18 +3,22 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.arguments import DatasetArguments, ReadingArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import log_line
 from rlhf_recipes.data.counts import RowCounts
+from rlhf_recipes.data.forms.context import TEMPLATE_COLUMNS
 from rlhf_recipes.data.forms.convert import as_conversation
 from rlhf_recipes.data.forms.formats import COMPLETION, LABEL, MESSAGES, PREFERENCE, PROMPT, TEXT
 from rlhf_recipes.data.forms.options import FormOptions
 from rlhf_recipes.data.forms.selection import understand_sources, understand_split
 from rlhf_recipes.data.forms.store import canonical_features, store_rows, stream_rows
 from rlhf_recipes.data.forms.understand import Understood
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 TRAIN, TEST = "the training split", "the held-out split"
@@ -65,6 +69,9 @@ def load_rows(arguments: DatasetArguments, options: FormOptions, *, streaming: b
     form, chat = _common_form([*sources, *held_out])
     if arguments.as_chat is None:
         _tell_of_plain_text(form, chat, options)
+    if options.tokenizer is not None:
+        for each in [*sources, *held_out]:
+            _require_read_by_template(each, options.tokenizer)
     train = _stored(sources, form, train_counts, streaming, arguments.max_train_samples)
     test = _stored(held_out, form, test_counts, False) if held_out else None
     if form == PREFERENCE:
@@ -169,6 +176,26 @@ def _stored(
     for kind, message in dropped:
         counts.report(kind, counts.pop(kind), message)
     return dataset
+
+
+def _require_read_by_template(source: Understood, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse tools and template values that the chat template does not read.
+
+    Raises:
+        UserError: names the column and the flag.
+    """
+    template = str(tokenizer.chat_template or "")
+    columns = [name for name in TEMPLATE_COLUMNS if name in source.fields and source.chat]
+    for row in source.source if columns else ():
+        values = source.template_values(row)
+        unread = ["tools"] if values.get("tools") and "tools" not in template else []
+        unread += [key for key in values.get("chat_template_kwargs") or {} if key not in template]
+        if unread:
+            column = "tools" if unread[0] == "tools" else "chat_template_kwargs"
+            raise UserError(
+                f"{source.source.name} has {column}, but the chat template of the model does not read {unread[0]}; pass "
+                f"--ignore_columns {column}, or give a model whose template does"
+            )
 
 
 def _tell_of_plain_text(form: str, chat: bool, options: FormOptions) -> None:

@@ -33,7 +33,7 @@ def understand_split(
     source = open_source(name, split, **(_reading_options(arguments) | {"config": config}))
     columns = _requested_columns(arguments, options, [source])(source)
     understood = understand(source, arguments, options, [], columns, counts)
-    log_line(f"{source.name}: {understood.description}")
+    log_line(f"{source.name} ({split}): {understood.description}")
     return understood
 
 
@@ -60,8 +60,9 @@ def understand_sources(
         selected.append((_limited(_filtered(held_out, rules), limits[1]), test))
     read = partial(understand, arguments=arguments, options=options, filtered=list(rules), streaming=streaming)
     understood = [read(source, requested=columns(source), counts=counts) for source, counts in selected]
-    for each in understood:
-        log_line(f"{each.source.name}: {each.description}")
+    splits = [split] * len(sources) + [arguments.dataset_test_split]
+    for each, name in zip(understood, splits, strict=False):
+        log_line(f"{each.source.name} ({name}): {each.description}")
     return understood[: len(sources)], understood[len(sources) :]
 
 

@@ -12,6 +12,7 @@ from rlhf_recipes.data.forms.context import TEMPLATE_COLUMNS, Context
 from rlhf_recipes.data.forms.converters import row_converter
 from rlhf_recipes.data.forms.endings import foreign_ends, without_foreign_ends
 from rlhf_recipes.data.forms.formats import (
+    BEFORE_ANSWER,
     COMPLETION,
     MESSAGES,
     PREFERENCE,
@@ -57,6 +58,7 @@ class Understood:
     kept: Mapping[str, Column]
     counts: RowCounts
     ends: tuple[tuple[str, ...], tuple[str, ...]]
+    template_values: Callable[[Row], dict[str, Any]]
 
     def __iter__(self) -> Iterator[Row]:
         for index, row in enumerate(self.source):
@@ -116,15 +118,15 @@ def understand(
     convert_row, form, notes = row_converter(shape, form, context, facts, source, arguments, options)
     kept: dict[str, Column] = {}
     if keeps:
-        no_image = {name for name in (meanings.get("images"),) if name}  # all of its values are empty
-        kept = {
-            name: facts[name] for name in source.columns if name not in no_image and not _is_consumed(name, columns)
-        }
+        no_images = {name for name in source.columns if name in NAMES["images"]}  # all of their values are empty
+        kept = {name: facts[name] for name in source.columns if not (name in no_images or _is_consumed(name, columns))}
         convert_row = partial(_with_kept, convert_row, list(kept))
     fields = _fields(shape, form, context, facts, options)
-    line = _description(form, columns, notes, ignored, left, keeps)
+    read = _prompt_columns(columns) if form == PROMPT else columns
+    others = [name for name in (kept if keeps else left) if name not in read.values()]
+    line = _description(form, read, notes, ignored, others, keeps)
     ends = foreign_ends(options.tokenizer)
-    return Understood(source, form, chat, fields, convert_row, line, kept, counts, ends)
+    return Understood(source, form, chat, fields, convert_row, line, kept, counts, ends, context.template_values)
 
 
 def _fields(
@@ -221,15 +223,24 @@ def _with_kept(
         yield {name: row.get(name) for name in kept if name not in each} | each
 
 
+def _prompt_columns(columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns of which a prompt is made."""
+    source = next(
+        (names for names in (("input_ids",), ("prompt",), ("messages",), ("chosen", "rejected"), ("text",))
+         if names[0] in columns), (),
+    )  # fmt: skip
+    return {meaning: name for meaning, name in columns.items() if meaning in (*source, *BEFORE_ANSWER)}
+
+
 def _description(
-    form: str, columns: Mapping[str, str], notes: Sequence[str], ignored: Sequence[str], left: Mapping[str, Column],
+    form: str, columns: Mapping[str, str], notes: Sequence[str], ignored: Sequence[str], others: Sequence[str],
     kept: bool,
 ) -> str:  # fmt: skip
     """Return how a source was understood: ``preference: question -> prompt, chosen, rejected; not used: id``."""
     read = [name if name == meaning else f"{name} -> {meaning}" for meaning, name in columns.items()]
     parts = [f"{form}: {', '.join(read)}", *notes]
-    if left:
-        parts.append(f"{'passed on' if kept else 'not used'}: {', '.join(left)}")
+    if others:
+        parts.append(f"{'passed on' if kept else 'not used'}: {', '.join(others)}")
     if ignored:
         parts.append(f"ignored: {', '.join(ignored)}")
     return "; ".join(parts)
