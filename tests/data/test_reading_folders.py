@@ -198,8 +198,12 @@ def test_readme_lists_subsets(tmp_path: Path) -> None:
     readme.write_text(f"---\n{head}  default: true\n---\n")
     assert texts(tmp_path) == ["zh/1.jsonl"]
     readme.write_text("---\nconfigs:\n- data_files: data/*.parquet\n---\n")
-    with pytest.raises(UserError, match=r"README.md lists data/\*.parquet, which matches no data file"):
+    with pytest.raises(UserError, match=r"lists data/\*.parquet in README.md, which matches no data file"):
         open_source(str(tmp_path), "train")
+    readme.write_text("---\nconfigs:\n- data_files: {train: en/*.jsonl, test: no/*.jsonl}\n---\n")
+    assert texts(tmp_path) == ["en/1.jsonl"]
+    with pytest.raises(UserError, match="which matches no data file"):
+        open_test_source(str(tmp_path))
     readme.write_text("---\nconfigs: [\n---\n")
     with pytest.raises(UserError, match=r"YAML head of .* cannot be read"):
         open_source(str(tmp_path), "train")

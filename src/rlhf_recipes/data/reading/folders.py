@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.reading.files import data_ending, refuse_by_name
-from rlhf_recipes.data.reading.readme import files_by_split, readme_configs
+from rlhf_recipes.data.reading.readme import listed_splits, readme_configs
 from rlhf_recipes.data.reading.splits import (
     Split,
     check_shards,
@@ -99,7 +99,7 @@ def _readme_splits(tree: Tree, configs: dict[str, dict[str, object]], config: st
         )
     settings = configs[chosen]
     if settings.get("data_files"):
-        return {split: check_shards(split, names) for split, names in files_by_split(tree, settings).items()}
+        return listed_splits(tree, settings)
     folder = str(settings.get("data_dir") or "").strip("./")
     return _below(f"{folder}/", _own_splits(tree.below(folder))) if folder else _own_splits(tree)
 
@@ -154,7 +154,8 @@ def _joined(split: str, one: Split | None, other: Split) -> Split:
 
 def _saved_splits(tree: Tree) -> dict[str, Split] | None:
     """Return the splits of a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; None for others."""
-    names = (tree.json("dataset_dict.json") or {}).get("splits")
+    saved = tree.json("dataset_dict.json")
+    names = saved.get("splits") if isinstance(saved, dict) else None
     if isinstance(names, list):
         inner = {str(name): _saved_splits(tree.below(str(name))) for name in names}
         return {

@@ -7,7 +7,9 @@ from pathlib import PurePosixPath
 
 from rlhf_recipes.data.reading.files import data_ending
 
-SPLIT = re.compile(r"(train|training|test|testing|validation|valid|val|dev|eval|evaluation|h[eo]ld_?out)(\d+|[-_.].*)?", re.I)
+SPLIT = re.compile(
+    r"(train|training|test|testing|validation|valid|val|dev|eval|evaluation|h[eo]ld_?out)(\d+|[-_.].*)?", re.I
+)
 TRAINING = re.compile(r"(train|training)(\d+|[-_.].*)?", re.I)
 SHARD = re.compile(r"(?P<stem>.+?)[-_.](?P<number>\d+)[-_]of[-_](?P<total>\d+)([-_.][0-9a-f]{6,})?", re.I)
 NUMBERED = re.compile(r"(?P<stem>.+?)[-_.]?(?P<number>\d+)")
