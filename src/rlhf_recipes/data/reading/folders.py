@@ -9,7 +9,6 @@ from rlhf_recipes.data.reading.readme import listed_splits, readme_configs
 from rlhf_recipes.data.reading.splits import (
     Split,
     check_shards,
-    listed,
     looks_like_split,
     several,
     split_in_folder,
@@ -81,9 +80,14 @@ def pick_split(tree: Tree, splits: dict[str, Split], split: str) -> list[str]:
         for name in tree.files:
             if _base(name).split(".")[0] == split:
                 refuse_by_name(name, f"{tree.name}/{name}")
-        raise UserError(
-            f"dataset folder {tree.name} has no split {split!r} (it has {listed(splits)}); name one of them"
-        )
+        folders = [name for name in tree.folders() if any(data_ending(file)[1] for file in tree.below(name).files)]
+        if folders and not splits:
+            raise UserError(
+                f"dataset folder {tree.name} has no split {split!r}, but files in the folders {', '.join(folders)}; "
+                "give one of these folders, or a file"
+            )
+        present = ", ".join(splits) or "no data files"
+        raise UserError(f"dataset folder {tree.name} has no split {split!r} (it has {present}); name one of them")
     if splits[split].problem:
         raise UserError(f"dataset folder {tree.name} {splits[split].problem}")
     return list(splits[split].files)

@@ -1,7 +1,7 @@
 """Names of files and folders: which split they belong to, in which order, and whether something is missing."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
