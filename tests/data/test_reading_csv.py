@@ -104,6 +104,7 @@ def test_the_delimiter_is_the_one_that_fits_every_row(tmp_path: Path) -> None:
         ("a,a\n1,2\n", "two columns named 'a'"),
         ("a,,b\n1,x,2\n", "column 2 has no name"),
         (",b\nx,2\ny,3\n", "column 1 has no name"),
+        (",b\n1,x\n0,y\n1,z\n", "column 1 has no name"),
         ("", "has no rows"),
         ("a,b\n", "has no rows"),
     ],
@@ -129,6 +130,7 @@ def test_a_late_long_row_of_a_stream_is_an_error(tmp_path: Path) -> None:
         "text,label,\na,1,\nb,0,\n",
         ",text,label\n0,a,1\n1,b,0\n",
         "Unnamed: 0,text,label\n0,a,1\n1,b,0\n",
+        "Unnamed: 0.1,Unnamed: 0,text,label\n0,0,a,1\n1,1,b,0\n",
     ],
 )
 def test_nameless_columns_without_content_are_left_out(tmp_path: Path, content: str, caplog: Any) -> None:

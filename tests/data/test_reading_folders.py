@@ -97,6 +97,7 @@ def test_two_candidates_for_a_split_are_refused(tmp_path: Path, names: list[str]
         (["rows.jsonl"], r"no split 'train' \(it has rows\)"),
         (["train.xlsx"], "is a spreadsheet; save the sheet as .csv"),
         (["notes.md"], "it has no data files"),
+        (["raw/x.jsonl", "clean/y.jsonl"], "but files in the folders clean, raw; give one of these folders"),
     ],
 )
 def test_what_is_incomplete_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
@@ -131,7 +132,9 @@ def test_subsets_are_folders(tmp_path: Path) -> None:
     assert texts(tmp_path) == ["train.jsonl"] and texts(tmp_path, config="en") == ["en/train.jsonl"]
 
 
-@pytest.mark.parametrize("others", [["validation"], ["dev", "valid", "eval"], ["test_prefs"], ["val"]])
+@pytest.mark.parametrize(
+    "others", [["validation"], ["dev", "valid", "eval"], ["test_prefs"], ["val"], ["imdb_test"], ["test1"]]
+)
 def test_a_held_out_split_of_another_name_is_not_passed_over(tmp_path: Path, others: list[str]) -> None:
     fill(tmp_path, "train.jsonl", *(f"{other}.jsonl" for other in others))
     with pytest.raises(UserError, match=rf"no split 'test', but .*--dataset_test_split {sorted(others)[0]}"):
@@ -198,8 +201,12 @@ def test_readme_lists_subsets(tmp_path: Path) -> None:
     readme.write_text(f"---\n{head}  default: true\n---\n")
     assert texts(tmp_path) == ["zh/1.jsonl"]
     readme.write_text("---\nconfigs:\n- data_files: data/*.parquet\n---\n")
-    with pytest.raises(UserError, match=r"README.md lists data/\*.parquet, which matches no data file"):
+    with pytest.raises(UserError, match=r"lists data/\*.parquet in README.md, which matches no data file"):
         open_source(str(tmp_path), "train")
+    readme.write_text("---\nconfigs:\n- data_files: {train: en/*.jsonl, test: no/*.jsonl}\n---\n")
+    assert texts(tmp_path) == ["en/1.jsonl"]
+    with pytest.raises(UserError, match="which matches no data file"):
+        open_test_source(str(tmp_path))
     readme.write_text("---\nconfigs: [\n---\n")
     with pytest.raises(UserError, match=r"YAML head of .* cannot be read"):
         open_source(str(tmp_path), "train")

@@ -15,6 +15,7 @@ DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "vertical bar"}
 NAMELESS = re.compile(r"|Unnamed: [\d.]+|__index_level_\d+__")  # as pandas names the numbers of rows
 QUOTE_AFTER_SPACE = re.compile(r'[,;|\t] +"')
 SEPARATOR = re.compile(r"\ufeff?\"?sep=([,;|\t])\"?\s*", re.I)  # the first line that Excel reads as a command
+SEEN = 10_000  # rows whose numbers are compared: a column of labels repeats itself sooner
 STYLES: dict[str, dict[str, Any]] = {
     "standard": {"doublequote": True},
     "spaced": {"doublequote": True, "skipinitialspace": True},
@@ -60,7 +61,8 @@ class Survey:
         problem: why the dialect does not fit; empty if it does.
         spanning: the number of rows that go over several lines.
         empty: places of nameless columns without any content.
-        numeric: places of nameless columns that hold whole numbers only.
+        numeric: places of nameless columns that hold whole numbers only, each once.
+        seen: such places and numbers, of the first rows.
         has_quotes, has_escapes, has_spaced_quotes: what the lines hold.
     """
 
@@ -71,6 +73,7 @@ class Survey:
     spanning: int = 0
     empty: set[int] = field(default_factory=set)
     numeric: set[int] = field(default_factory=set)
+    seen: set[tuple[int, str]] = field(default_factory=set)
     has_quotes: bool = False
     has_escapes: bool = False
     has_spaced_quotes: bool = False
@@ -182,7 +185,11 @@ def _add_(found: Survey, cells: list[str], options: Options, file: DataFile, lin
         found.problem = ragged(file, line, len(cells), names, dialect)
         return
     found.empty -= {place for place in found.empty if cells[place].strip()}
-    found.numeric -= {place for place in found.numeric if not cells[place].strip().isdecimal()}
+    for place in list(found.numeric):
+        if not cells[place].isdecimal() or (place, cells[place]) in found.seen:
+            found.numeric.discard(place)
+        elif found.rows < SEEN:
+            found.seen.add((place, cells[place]))
 
 
 def _with_quotes(

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.reading.files import data_ending, refuse_by_name
-from rlhf_recipes.data.reading.readme import files_by_split, readme_configs
+from rlhf_recipes.data.reading.readme import listed_splits, readme_configs
 from rlhf_recipes.data.reading.splits import (
     Split,
     check_shards,
-    listed,
     looks_like_split,
     several,
     split_in_folder,
@@ -81,9 +80,14 @@ def pick_split(tree: Tree, splits: dict[str, Split], split: str) -> list[str]:
         for name in tree.files:
             if _base(name).split(".")[0] == split:
                 refuse_by_name(name, f"{tree.name}/{name}")
-        raise UserError(
-            f"dataset folder {tree.name} has no split {split!r} (it has {listed(splits)}); name one of them"
-        )
+        folders = [name for name in tree.folders() if any(data_ending(file)[1] for file in tree.below(name).files)]
+        if folders and not splits:
+            raise UserError(
+                f"dataset folder {tree.name} has no split {split!r}, but files in the folders {', '.join(folders)}; "
+                "give one of these folders, or a file"
+            )
+        present = ", ".join(splits) or "no data files"
+        raise UserError(f"dataset folder {tree.name} has no split {split!r} (it has {present}); name one of them")
     if splits[split].problem:
         raise UserError(f"dataset folder {tree.name} {splits[split].problem}")
     return list(splits[split].files)
@@ -99,7 +103,7 @@ def _readme_splits(tree: Tree, configs: dict[str, dict[str, object]], config: st
         )
     settings = configs[chosen]
     if settings.get("data_files"):
-        return {split: check_shards(split, names) for split, names in files_by_split(tree, settings).items()}
+        return listed_splits(tree, settings)
     folder = str(settings.get("data_dir") or "").strip("./")
     return _below(f"{folder}/", _own_splits(tree.below(folder))) if folder else _own_splits(tree)
 
@@ -154,7 +158,8 @@ def _joined(split: str, one: Split | None, other: Split) -> Split:
 
 def _saved_splits(tree: Tree) -> dict[str, Split] | None:
     """Return the splits of a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; None for others."""
-    names = (tree.json("dataset_dict.json") or {}).get("splits")
+    saved = tree.json("dataset_dict.json")
+    names = saved.get("splits") if isinstance(saved, dict) else None
     if isinstance(names, list):
         inner = {str(name): _saved_splits(tree.below(str(name))) for name in names}
         return {

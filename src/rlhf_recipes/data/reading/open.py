@@ -14,7 +14,7 @@ from rlhf_recipes.data.reading.json_rows import json_rows, splits_inside
 from rlhf_recipes.data.reading.names import local_path
 from rlhf_recipes.data.reading.reader import Reader
 from rlhf_recipes.data.reading.source import Row, Source
-from rlhf_recipes.data.reading.splits import listed, looks_held_out
+from rlhf_recipes.data.reading.splits import looks_held_out
 from rlhf_recipes.data.reading.text_rows import text_rows
 from rlhf_recipes.data.reading.tree import Tree, archive_tree, folder_tree
 
@@ -152,7 +152,7 @@ def _unpacked(file: DataFile) -> tuple[DataFile, str]:
     only = _only_file(tree)
     if only is None:
         raise UserError(
-            f"{file.name} is an archive of {listed(dict.fromkeys(tree.files[:6]))}; unpack it and give the folder"
+            f"{file.name} is an archive of {', '.join(tree.files[:6]) or 'no files'}; unpack it and give the folder"
         )
     return tree.file(only), format_of(tree.file(only))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.reading.files import data_ending, open_bytes
-from rlhf_recipes.data.reading.splits import natural
+from rlhf_recipes.data.reading.splits import Split, check_shards, natural
 from rlhf_recipes.data.reading.tree import Tree
 
 HEAD = re.compile(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
@@ -37,16 +37,18 @@ def readme_configs(tree: Tree) -> dict[str, dict[str, Any]]:
     return {str(each.get("config_name", "default")): each for each in configs if isinstance(each, dict)}
 
 
-def files_by_split(tree: Tree, config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the files of each split of a config with ``data_files``.
-
-    Raises:
-        UserError: a pattern that matches no file.
-    """
-    return {
-        split: [name for pattern in patterns for name in _matching(tree, pattern)]
-        for split, patterns in _patterns(config["data_files"])
-    }
+def listed_splits(tree: Tree, config: Mapping[str, Any]) -> dict[str, Split]:
+    """Return the splits of a config with ``data_files``; a pattern that matches no file is a problem of its split."""
+    splits: dict[str, Split] = {}
+    for split, patterns in _patterns(config["data_files"]):
+        matches = {pattern: _matching(tree, pattern) for pattern in patterns}
+        absent = next((pattern for pattern, names in matches.items() if not names), None)
+        found = check_shards(split, [name for names in matches.values() for name in names])
+        if absent is not None:
+            problem = f"lists {absent} in README.md, which matches no data file; copy the files, or fix the YAML head"
+            found = Split(found.files, problem)
+        splits[split] = found
+    return splits
 
 
 def _patterns(data_files: Any) -> Iterator[tuple[str, list[str]]]:
@@ -75,10 +77,6 @@ def _matching(tree: Tree, pattern: str) -> list[str]:
         return [pattern]
     found = [name for name in tree.files if _glob(pattern).fullmatch(name) and data_ending(name)[1]]
     found = found or [name for name in tree.direct(pattern.rstrip("/") + "/") if data_ending(name)[1]]
-    if not found:
-        raise UserError(
-            f"{tree.name}/README.md lists {pattern}, which matches no data file; copy the files or fix its YAML head"
-        )
     return sorted(found, key=natural)
 
 

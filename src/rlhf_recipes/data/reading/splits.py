@@ -1,7 +1,7 @@
 """Names of files and folders: which split they belong to, in which order, and whether something is missing."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -11,6 +11,9 @@ SPLIT = re.compile(
     r"(train|training|test|testing|validation|valid|val|dev|eval|evaluation|h[eo]ld_?out)(\d+|[-_.].*)?", re.I
 )
 TRAINING = re.compile(r"(train|training)(\d+|[-_.].*)?", re.I)
+HELD_OUT = re.compile(
+    r"(.*[-_.])?(test|testing|validation|valid|val|dev|eval|evaluation|h[eo]ld_?out)(\d+|[-_.].*)?", re.I
+)
 SHARD = re.compile(r"(?P<stem>.+?)[-_.](?P<number>\d+)[-_]of[-_](?P<total>\d+)([-_.][0-9a-f]{6,})?", re.I)
 NUMBERED = re.compile(r"(?P<stem>.+?)[-_.]?(?P<number>\d+)")
 PART = re.compile(r"(part[-_.].*|\d+)", re.I)  # as Spark, Dask and the Hub's converter write them
@@ -56,8 +59,8 @@ def looks_like_split(name: str) -> bool:
 
 
 def looks_held_out(name: str) -> bool:
-    """Whether a name is one of a split that is not trained on."""
-    return looks_like_split(name) and TRAINING.fullmatch(name) is None
+    """Whether a name is one of a split that is not trained on: test, dev_2, imdb_validation, ..."""
+    return HELD_OUT.fullmatch(name) is not None and TRAINING.fullmatch(name) is None
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -201,8 +204,3 @@ def _missing(split: str, group: _Group) -> str:
             "copy or download the rest, or rename the files that are there"
         )
     return "" if len(group.files) == group.total else several(split, group.files)
-
-
-def listed(splits: Mapping[str, object]) -> str:
-    """Return the names of splits for a message."""
-    return ", ".join(splits) or "no data files"
