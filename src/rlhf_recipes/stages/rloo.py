@@ -256,7 +256,7 @@ def load_prompts(
     room = (context_length(start.config), training.max_completion_length)
     read, read_test, counts = prompts_by_split(train, test, start.tokenizer, room, arguments.too_long)
     prompts = train.select_columns(["prompt", *read.columns]).select(read.kept)
-    held_out = read_test and test.select_columns(["prompt", *read_test.columns]).select(read_test.kept)
+    held_out = test and read_test and test.select_columns(["prompt", *read_test.columns]).select(read_test.kept)
     needed = training.answers // training.num_generations
     if len(prompts) < needed:
         raise UserError(
