@@ -152,9 +152,9 @@ def test_a_conversation_has_the_same_ids_in_every_stage(make_kind: Any, kind: st
     labelled = {"prompt": PROMPT, "completion": ANSWER, "label": 1}
     assert encode_labelled(labelled, tokenizer) == {"input_ids": answer, "labels": 1}
     assert encode_labelled({"messages": [*PROMPT, *ANSWER], "label": 0}, tokenizer)["input_ids"] == answer
-    told = encode_demonstration({"prompt": PROMPT, "completion": ANSWER}, tokenizer)
-    assert told == {"input_ids": answer, "labels": [-100] * len(query) + pair["chosen_ids"]}
-    assert encode_demonstration({"messages": [*PROMPT, *ANSWER]}, tokenizer) == told
+    shown = encode_demonstration({"prompt": PROMPT, "completion": ANSWER}, tokenizer)
+    assert shown == {"input_ids": answer, "labels": [-100] * len(query) + pair["chosen_ids"]}
+    assert encode_demonstration({"messages": [*PROMPT, *ANSWER]}, tokenizer) == shown
     # It begins once, and ends with the token that a policy samples last.
     before, end = tokenizer.convert_tokens_to_ids(BEFORE.get(kind, [])), tokenizer.convert_tokens_to_ids(ENDS[kind])
     assert query[: len(before)] == before and not set(before) & set(query[len(before) :])
