@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data.counts import RowCounts
+from rlhf_recipes.data.prompts import Prompts
 
 Make = Callable[..., Any]
 EOS, PAD, USER, ASSISTANT, SYSTEM, END = range(256, 262)
@@ -127,6 +129,20 @@ def test_invalid_prompts_are_one_line_errors(make_trainer: Make, row: dict[str, 
     with pytest.raises(UserError, match=f"train_dataset row 3 has .*{message}") as raised:
         make_trainer(rows=[good] * 3 + [row] + [good] * 4)
     assert "\n" not in str(raised.value)
+
+
+def test_long_prompts_are_dropped_or_cut_to_their_last_tokens(tokenizer: Any) -> None:
+    rows = [{"prompt": "a" * size, "row": size} for size in (3, 9, 5, 7)]
+    counts = RowCounts("prompts")
+    kept = Prompts(rows, tokenizer, 10, 4, too_long="drop", counts=counts)
+    assert kept.rows([1]) == {"prompts": ["a" * 5], "prompt_ids": [[97] * 5], "columns": {"row": [5]}}
+    assert counts == {"read": 4, "too_long_dropped": 2, "used": 2} and len(kept) == 2
+    cut = Prompts([{"prompt": "abcdefgh"}], tokenizer, 10, 4, too_long="cut")
+    assert cut.ids == [[*b"cdefgh"]] and cut.rows([0])["prompts"] == ["abcdefgh"]
+    with pytest.raises(UserError, match=r"row 1 has a prompt of 9 tokens.*--too_long drop"):
+        Prompts(rows, tokenizer, 10, 4)
+    with pytest.raises(UserError, match="all 1 rows are longer than 6 tokens"):
+        Prompts(rows[1:2], tokenizer, 10, 4, too_long="drop")
 
 
 # Reward models with another tokenizer.

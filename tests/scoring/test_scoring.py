@@ -324,3 +324,43 @@ def test_reward_model_with_another_vocabulary_puts_its_bos_before_text(
     assert chat == rewards_of(
         ModelReward(reward_model, bos_tokenizer, bos_tokenizer), [[258, *b"Hi", 261, 259, *b"Ho", EOS]]
     )
+
+
+def test_a_reward_model_reads_conversations_by_its_own_template(
+    make_reward_model: Any, make_tokenizer: Any, tokenizer: Any
+) -> None:
+    """With the policy's vocabulary and another chat template, as with it."""
+    model, own = make_reward_model(0, initializer_range=0.2), make_tokenizer()
+    own.chat_template = "{% for m in messages %}{{ m['role'][0] }}={{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    reward = load_reward(model, tokenizer, tokenizer=own, prefix_scores=True)
+    ids = {"prompt_ids": [[1]] * 2, "completion_ids": [[*b"Yo", EOS], [*b"Yo"]]}
+    scores = score(reward, [CHAT, CHAT], ["Yo", "Yo"], **ids)
+    rows = [[*b"u=Hi", EOS, *b"\na=Yo", EOS], [*b"u=Hi", EOS, *b"\na=Yo"]]
+    assert scores == pytest.approx([logits_by_hand(model, row)[0] for row in rows], rel=1e-4, abs=1e-5)
+    assert not hasattr(scores, "prefix_scores")
+    text = score(reward, ["Hi"], ["Yo"], prompt_ids=[[*b"Hi"]], completion_ids=[[*b"Yo", EOS]])
+    assert text == pytest.approx(logits_by_hand(model, [*b"HiYo", EOS])[:1], rel=1e-4, abs=1e-5)
+
+
+def test_a_begun_turn_is_continued_for_a_reward_model_with_another_vocabulary(
+    make_reward_model: Any, tokenizer: Any, other_tokenizer: Any
+) -> None:
+    model = make_reward_model(0, initializer_range=0.2)
+    begun = [*CHAT, {"role": "assistant", "content": "Y"}]
+    scores = score(
+        load_reward(model, tokenizer, tokenizer=other_tokenizer), [begun], ["o"], prompt_ids=[[1]], completion_ids=[[111, EOS]]
+    )  # fmt: skip
+    row = [*(255 - byte for byte in b"u=Hi;a=Yo;"), EOS]
+    assert scores == pytest.approx(logits_by_hand(model, row)[:1], rel=1e-4, abs=1e-5)
+
+
+def test_a_function_gets_prompts_given_as_ids_as_text(tokenizer: Any) -> None:
+    received: list[Any] = []
+
+    def remember(prompts: list[Any], **columns: Any) -> list[float]:
+        received.extend(prompts)
+        return [0.0] * len(prompts)
+
+    prompts = [[*b"Hi"], [*"é".encode()[:1]], "text", CHAT]
+    score(load_reward(remember, tokenizer), prompts, ["a"] * 4, prompt_ids=[[1]] * 4, completion_ids=[[2]] * 4)
+    assert received == ["Hi", "", "text", CHAT]

@@ -212,6 +212,33 @@ def test_reward_functions_receive_the_dataset_columns_as_in_ppo(place: Path) -> 
         assert mean == pytest.approx(sum(counts) / len(counts))
 
 
+@pytest.mark.parametrize("form", ["plain", "begun", "cut"])
+def test_prompts_are_tokenized_as_in_ppo(place: Path, form: str, make_tokenizer_with_bos: Any) -> None:
+    """With BOS once, without an EOS that the tokenizer appends, a begun turn continued, and long prompts cut."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer_with_bos()
+    marks = [("<|system|>", 260), ("<|endoftext|>", EOS)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A <|endoftext|>", special_tokens=marks
+    )
+    tokenizer.save_pretrained(place / "policy")
+    begun = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    prompts, ids = {
+        "plain": ("Hi", [260, *b"Hi"]),
+        "begun": (begun, [258, *b"Hi", 261, 259, *b"Ho"]),
+        "cut": ("x" * 200, [ord("x")] * 122),
+    }[form]
+    write_prompts(place, [{"prompt": prompts}] * 8)
+    trainer = build_rloo_trainer(
+        *options(reward="rloo_rewards:remember reward_model", max_steps=1, too_long="cut" if form == "cut" else None)
+    )
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    rows = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+    assert all(row[mask].tolist() == ids for row, mask in rows)
+    assert trainer.row_counts["train"]["too_long_cut"] == (8 if form == "cut" else 0)
+
+
 def test_padding_does_not_shift_positions(place: Path) -> None:
     """Training uses the log-probabilities of each prompt and answer alone, in float64."""
     trainer = build_rloo_trainer(*options(temperature=0.7))

@@ -410,9 +410,11 @@ def test_an_answer_that_ends_where_nothing_stops_is_refused(ask: Any, model_fold
     start = with_template(model_folder, CHATML, tmp_path / "start")
     with pytest.raises(UserError, match=r'ends an answer with <\|end\|>.* pass --eos_token "<\|end\|>"'):
         run_sft(*ask(MESSAGES, model_name_or_path=start))
-    silent = with_template(model_folder, "{% for m in messages %}{{ m['content'] }}{% endfor %}", tmp_path / "silent")
+    endless = with_template(
+        model_folder, "{% for m in messages %}{{ m['content'] }}{% endfor %}", tmp_path / "endless"
+    )
     with pytest.raises(UserError, match="writes no special token after an assistant turn"):
-        run_sft(*ask(MESSAGES, model_name_or_path=silent))
+        run_sft(*ask(MESSAGES, model_name_or_path=endless))
 
 
 @pytest.mark.parametrize("form", ["chat", "messages"])

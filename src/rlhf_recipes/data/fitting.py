@@ -79,13 +79,13 @@ def fit_rows(
     replaced = {index: row for index, row in shorter.items() if row is not None}
     dropped = len(long) - len(replaced)
     reason = "have nothing to train on within" if too_long == "cut" else "are longer than"
-    remedy = "shorten them, raise --max_length up to the model's context" + (
+    advice = "shorten them, raise --max_length up to the model's context" + (
         "" if too_long == "cut" else ", or pass --too_long cut"
     )
     if dropped == len(lengths):
-        raise UserError(f"{counts.name}: all {len(lengths)} rows {reason} {limit} tokens; {remedy}")
+        raise UserError(f"{counts.name}: all {len(lengths)} rows {reason} {limit} tokens; {advice}")
     counts.report("too_long_cut", len(replaced), f"are longer than {limit} tokens and are cut, so they lose their end")
-    counts.report("too_long_dropped", dropped, f"{reason} {limit} tokens and are dropped; {remedy}")
+    counts.report("too_long_dropped", dropped, f"{reason} {limit} tokens and are dropped; {advice}")
     kept = [index for index, length in enumerate(lengths) if length <= limit or index in replaced]
     if isinstance(rows, list):
         return [replaced.get(index, rows[index]) for index in kept]
@@ -96,31 +96,31 @@ def fit_rows(
 
 
 def drop_rows(
-    rows: Any, unwanted: Callable[[Row], bool], counts: RowCounts, kind: str, message: str, remedy: str
+    rows: Any, unwanted: Callable[[Row], bool], counts: RowCounts, kind: str, message: str, advice: str
 ) -> Any:
     """Return the rows of a `Dataset` without the unwanted ones, which are counted under `kind` and logged with `message`.
 
     Raises:
-        UserError: every row is unwanted; the message ends with `remedy`.
+        UserError: every row is unwanted; the message ends with `advice`.
     """
     kept = [index for index, row in enumerate(rows) if not unwanted(row)]
     dropped = len(rows) - len(kept)
     if not dropped:
         return rows
     if not kept:
-        raise UserError(f"{counts.name}: all {dropped} rows {message}; {remedy}")
-    counts.report(kind, dropped, f"{message} and are dropped; {remedy}")
+        raise UserError(f"{counts.name}: all {dropped} rows {message}; {advice}")
+    counts.report(kind, dropped, f"{message} and are dropped; {advice}")
     return rows.select(kept)
 
 
 def drop_unhelpful_pairs(pairs: Any, is_empty: Callable[[Sequence[int]], bool], counts: RowCounts) -> Any:
     """Return a `Dataset` of encoded pairs without those whose chosen answer is empty, or equal to the rejected one."""
-    remedy = "leave them out of the dataset"
+    advice = "leave them out of the dataset"
     chosen, rejected = ANSWERS
     empty = "have an empty chosen answer"
-    pairs = drop_rows(pairs, lambda row: is_empty(row[chosen]), counts, "empty_answers", empty, remedy)
+    pairs = drop_rows(pairs, lambda row: is_empty(row[chosen]), counts, "empty_answers", empty, advice)
     equal = "have equal chosen and rejected answers"
-    return drop_rows(pairs, lambda row: row[chosen] == row[rejected], counts, "equal_pairs", equal, remedy)
+    return drop_rows(pairs, lambda row: row[chosen] == row[rejected], counts, "equal_pairs", equal, advice)
 
 
 def encode_rows(rows: Any, encode: Callable[[Row], Mapping[str, Any]], processes: int | None = None) -> Any:

@@ -73,18 +73,18 @@ def encode_demonstrations(
     encoded = encode_rows(rows, encode, training.dataset_num_proc)
     keep_end = getattr(training, "truncation_mode", "keep_start") == "keep_end"
     encoded = fit_rows(encoded, start.max_length, too_long, counts, keep_end=keep_end)
-    remedy = "leave them out of the dataset"
+    advice = "leave them out of the dataset"
 
     def trained(row: Any) -> list[int]:
         return [label for label in row["labels"] if label != NO_LOSS]
 
     encoded = drop_rows(
-        encoded, lambda row: not trained(row), counts, "without_loss", "have no token with loss", remedy
+        encoded, lambda row: not trained(row), counts, "without_loss", "have no token with loss", advice
     )
     encoded = drop_rows(
         encoded,
         lambda row: is_empty_answer(trained(row), start.tokenizer),
-        counts, "empty_answers", "have an empty answer", remedy,
+        counts, "empty_answers", "have an empty answer", advice,
     )  # fmt: skip
     return encoded
 
