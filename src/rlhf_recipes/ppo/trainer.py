@@ -176,8 +176,8 @@ class PPOTrainer(SafeTrainer):
     def generate(self, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Completions:
         """Sample answers to rows of prompt ids from the current policy; seeds: one a row."""
         with cached_casts(self.model.policy), self.accelerator.autocast():
-            size = self.args.local_rollout_forward_batch_size
-            return sample(self.model.policy, queries, self.sampling, seeds, size, self.advance)
+            options = (self.sampling, seeds, self.args.local_rollout_forward_batch_size, self.advance)
+            return sample(self.model.policy, queries, *options)
 
     def score(self, rows: Mapping[str, Any], completions: Completions) -> dict[str, Scores]:
         """Score answers with each reward: a number per answer, or a list with one per token. rows: from `Prompts.rows`."""
@@ -411,15 +411,13 @@ class PPOTrainer(SafeTrainer):
             config = base_model(self.model.policy).config
             prompts = evaluation_prompts(config, self.processing_class, eval_dataset, self.args)
         evaluator = HeldOutEvaluator(self.collector, self.generate, self.score, self.args)
-        metrics: dict[str, float] = {}
+        metrics, shown = dict[str, float](), self.is_world_process_zero() and not self.args.disable_tqdm
         for name, each in prompts_by_set(prompts).items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-            answers = len(each or ()) // self.args.world_size
-            shown = self.is_world_process_zero() and not self.args.disable_tqdm
-            with progress_bar(answers * self.args.response_length, "held-out answers", "token", shown) as self.advance:
-                measured = evaluator.metrics(each, self.reduce)
+            tokens = len(each or ()) // self.args.world_size * self.args.response_length
+            with progress_bar(tokens, "held-out answers", "token", shown) as self.advance:
+                means = {f"{prefix}_{key}": value for key, value in evaluator.metrics(each, self.reduce).items()}
             self.advance = None
-            means = {f"{prefix}_{key}": value for key, value in measured.items()}
             self.log(dict(means))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
             metrics |= means

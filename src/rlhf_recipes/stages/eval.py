@@ -50,6 +50,7 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.reports import plot_bars
 from rlhf_recipes.scoring import check_reward, load_reward
+from rlhf_recipes.system import configure_cpu_inference_, inference_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -252,15 +253,13 @@ def evaluate_all(
     inputs: EvalInputs,
 ) -> dict[str, Evaluation]:
     """Evaluate each model, by name; one at a time is in memory, beside the reference and the reward model."""
-    import torch
-
-    accelerator = None if arguments.use_cpu or not torch.accelerator.is_available() else torch.accelerator
-    device = (accelerator and accelerator.current_accelerator()) or torch.device("cpu")
+    device = inference_device(arguments.use_cpu)
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, min_new_tokens=arguments.min_new_tokens)
     bits, frozen = arguments.model_kwargs(), arguments.frozen_model_kwargs(arguments)
     reference_name = arguments.reference or arguments.models[0]
     reference_options = frozen | arguments.remote_code_kwargs if arguments.reference else bits
     reference = load_causal_lm(reference_name, **reference_options).to(device)
+    configure_cpu_inference_(device, reference.config.get_text_config().hidden_size)
     evaluations = {}
     for index, (name, source, tokenizer) in enumerate(zip(names, arguments.models, tokenizers, strict=True)):
         logger.info("measuring %s", name)

@@ -37,18 +37,17 @@ from rlhf_recipes.scoring import ModelReward, load_reward
 from rlhf_recipes.training import (
     GREATEST,
     LEAST,
+    NO_TEMPLATE_PATH,
     ClassifierTrainer,
     FineTuningDefaults,
     HeldOutMeans,
     Measured,
     SafeTrainer,
     check_model_options,
-    collate_labelled_texts,
     encode_labels,
     encode_pairs,
     learning_rate_field,
     load_reward_rows,
-    mean_cross_entropy,
     measures_model,
     prepare_process_,
     require_causal,
@@ -101,11 +100,7 @@ class RewardArguments(RowLengthArguments):
 class RewardConfig(FineTuningDefaults, trl.RewardConfig):
     """TRL's `RewardConfig` for both types; rows may be as long as the model's context."""
 
-    unsupported = {
-        "chat_template_path": "would change the tokenizer after the rows are checked; put the template into the model's "
-        "folder as chat_template.jinja",
-        "label_smoothing_factor": "has no effect: the loss compares scores",
-    }
+    unsupported = NO_TEMPLATE_PATH | {"label_smoothing_factor": "has no effect: the loss compares scores"}
     usual_learning_rate = 1e-4
     learning_rate: float | None = learning_rate_field(1e-4)  # type: ignore[assignment]
     output_dir: str = field(default="runs/reward", metadata={"help": "Output folder for the reward model."})
@@ -194,10 +189,8 @@ def measure_reward(trainer: RankingTrainer | ClassifierTrainer, folder: Path) ->
 
 def measure_held_out(trainer: RankingTrainer | ClassifierTrainer) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Return metrics on the test split, and the rows of the reliability plot. All ranks must call it."""
-    if trainer.eval_dataset is None:
-        return {}, []
-    metrics: dict[str, Any] = {"eval_loss": trainer.evaluate()["eval_loss"]}
-    if not measures_model(trainer):
+    metrics = {} if trainer.eval_dataset is None else {"eval_loss": trainer.evaluate()["eval_loss"]}
+    if not metrics or not measures_model(trainer):
         return metrics, []
     measured, table = measure_reward_model(trainer)
     return metrics | measured, table
@@ -242,10 +235,8 @@ def _classifier_trainer(
         args=training,
         train_dataset=train,
         eval_dataset=test,
-        data_collator=partial(collate_labelled_texts, pad_id=start.tokenizer.pad_token_id),
         processing_class=start.tokenizer,
         compute_metrics=compute_classification_metrics,
-        compute_loss_func=mean_cross_entropy,
     )
 
 

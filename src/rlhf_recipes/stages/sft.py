@@ -8,6 +8,7 @@ from typing import Any
 
 import trl
 from trl import ModelConfig, SFTTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
@@ -31,6 +32,7 @@ from rlhf_recipes.models import (
     refuse_packing,
 )
 from rlhf_recipes.training import (
+    NO_TEMPLATE_PATH,
     FineTuningDefaults,
     HeldOutMeans,
     Measured,
@@ -67,11 +69,7 @@ class SFTArguments(RowLengthArguments):
 class SFTConfig(FineTuningDefaults, trl.SFTConfig):
     """TRL's `SFTConfig`; the length defaults to the model's context, and messages have loss on assistant turns only."""
 
-    unsupported = {
-        "dataset_kwargs": "has no effect: rows are always prepared",
-        "chat_template_path": "would change the tokenizer after the rows are checked; put the template into the model's "
-        "folder as chat_template.jinja",
-    }
+    unsupported = NO_TEMPLATE_PATH | {"dataset_kwargs": "has no effect: rows are always prepared"}
     usual_learning_rate = 2e-5
     learning_rate: float | None = learning_rate_field(2e-5)  # type: ignore[assignment]
     output_dir: str = field(default="runs/sft", metadata={"help": "Output folder for the model."})
@@ -81,6 +79,10 @@ class SFTConfig(FineTuningDefaults, trl.SFTConfig):
     )
     assistant_only_loss: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Loss on assistant turns only. Unset: on where the rows are messages."}
+    )
+    disable_dropout: bool = field(
+        default=False,
+        metadata={"help": "Turn off the dropout that the model's config asks for, as dpo, reward and ppo do."},
     )
     eval_packing: bool | None = field(default=False, metadata={"help": "Pack held-out rows as well."})
 
@@ -119,6 +121,8 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     model = load_causal_lm(start.name, model_config, **code)
     if packs:
         check_packing(model, start.name)
+    if training.disable_dropout:
+        disable_dropout_in_model(model)
     trainer = SafeSFTTrainer(
         model=prepare_for_lora_(model, training.gradient_checkpointing),
         args=training,

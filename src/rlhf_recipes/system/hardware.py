@@ -74,6 +74,26 @@ def configure_cpu_runtime_(training: "TrainingArguments", hidden_size: int) -> N
     limit_onednn_cache_()
 
 
+def inference_device(use_cpu: bool) -> "torch.device":
+    """Return the accelerator, or the CPU where there is none or `use_cpu` asks for it."""
+    import torch
+
+    found = None if use_cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
+    return found or torch.device("cpu")
+
+
+def configure_cpu_inference_(device: "torch.device", hidden_size: int) -> None:
+    """Set torch's thread count and malloc's thresholds in this process, to run a model `hidden_size` units wide on a CPU.
+
+    It does nothing on an accelerator; environment variables override it as in `configure_cpu_runtime_`.
+    """
+    if device.type != "cpu":
+        return
+    if "OMP_NUM_THREADS" not in os.environ:
+        choose_thread_count_(hidden_size)
+    keep_freed_memory_()
+
+
 def keep_freed_memory_() -> None:
     """Set glibc's malloc to keep freed memory for the next tensor; the peak does not change.
 

@@ -7,7 +7,7 @@ from rlhf_recipes.training.classifier import (
     encode_labelled,
     mean_cross_entropy,
 )
-from rlhf_recipes.training.defaults import FineTuningDefaults, TrainingDefaults, learning_rate_field
+from rlhf_recipes.training.defaults import NO_TEMPLATE_PATH, FineTuningDefaults, TrainingDefaults, learning_rate_field
 from rlhf_recipes.training.demonstrations import encode_demonstrations, load_demonstrations, loss_spans
 from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
 from rlhf_recipes.training.options import check_model_options, check_options, require_causal
@@ -28,6 +28,7 @@ from rlhf_recipes.training.trainer import SafeTrainer
 __all__ = [
     "GREATEST",
     "LEAST",
+    "NO_TEMPLATE_PATH",
     "PAIR",
     "ROWS",
     "SPREAD",

@@ -1,6 +1,7 @@
 """Training a classifier as a reward model: labelled texts to rows, rows to batches, and the loss of a whole step."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,11 +48,15 @@ def mean_cross_entropy(
 
 
 class ClassifierTrainer(SafeTrainer):
-    """`SafeTrainer` for texts with labels. test_rows: the test split before it is tokenized."""
+    """`SafeTrainer` for texts with labels."""
 
-    def __init__(self, *args: Any, test_rows: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.test_rows = test_rows
+    def __init__(self, *, processing_class: Any, **kwargs: Any) -> None:
+        super().__init__(
+            processing_class=processing_class,
+            data_collator=partial(collate_labelled_texts, pad_id=processing_class.pad_token_id),
+            compute_loss_func=mean_cross_entropy,
+            **kwargs,
+        )
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as `Trainer` does; the loss is the mean over the held-out rows."""

@@ -10,6 +10,10 @@ from rlhf_recipes.core.unsupported import requested_unsupported
 from rlhf_recipes.training.best_model import choose_metric_, point_plateau_
 
 LORA_FACTOR = 10.0  # the best learning rate of LoRA over that of full training (Schulman et al. 2025)
+NO_TEMPLATE_PATH = {
+    "chat_template_path": "would change the tokenizer after the rows are checked; put the template into the model's folder "
+    "as chat_template.jinja"
+}
 
 
 def learning_rate_field(usual: float) -> Any:
@@ -45,6 +49,7 @@ class TrainingDefaults:
         "auto_find_batch_size": "would change the run; set --global_batch_size and lower --per_device_train_batch_size",
         "enable_jit_checkpoint": "has no effect: a run that gets SIGTERM saves a checkpoint",
         "hub_always_push": "has no effect: a push waits for the one before",
+        "liger_kernel_config": "cannot be given here; leave it out, and Liger's own defaults apply",
         "parallelism_config": "cannot be given here; set it in the configuration of accelerate launch",
     }
 
@@ -110,7 +115,10 @@ class TrainingDefaults:
 
         if self.resume not in (None, "auto"):
             raise UserError(f"resume is {self.resume!r}; give auto, or a checkpoint as resume_from_checkpoint")
-        self.__dict__["_unsupported_requested"] = requested_unsupported(self)  # before transformers changes values
+        requested = requested_unsupported(self)  # before transformers changes values
+        if self.eval_strategy != "no":  # type: ignore[attr-defined]
+            requested = [name for name in requested if name != "do_eval"]  # transformers sets it, and recipes hold it
+        self.__dict__["_unsupported_requested"] = requested
         self.split_global_batch_(world_size())
         if not torch.accelerator.is_available():
             self.use_cpu = True

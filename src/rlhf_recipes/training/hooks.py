@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from rlhf_recipes.training.disk import log_disk_use
 from rlhf_recipes.training.sigterm import StoppedBySignal
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class StepHooks(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        if state.is_world_process_zero:
+            log_disk_use(trainer.model, args, state)
         if trainer._resuming_from is not None:
             trainer.load_progress(Path(trainer._resuming_from))
         elif trainer.measure_before is not None:

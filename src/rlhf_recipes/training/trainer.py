@@ -42,6 +42,7 @@ from rlhf_recipes.system import (
     safe_deepspeed_loading,
 )
 from rlhf_recipes.training.batches import complete_batch_size, complete_batches_sampler, drop_last
+from rlhf_recipes.training.disk import warn_of_lost_state
 from rlhf_recipes.training.finite import all_finite, nonfinite_error
 from rlhf_recipes.training.hooks import StepHooks
 from rlhf_recipes.training.sigterm import on_sigterm
@@ -89,6 +90,7 @@ class SafeTrainer(Trainer):
         check_sharding(self.accelerator)
         if self._resuming_from is not None and self.is_deepspeed_enabled:
             require_same_world_size(Path(self._resuming_from), self.args.world_size)
+        warn_of_lost_state(self._resuming_from)
         self.remove_callback(StepHooks)
         self.add_callback(StepHooks(self))  # last, so that it sees the decisions of the others
         unpickles = self.is_deepspeed_enabled and (self._resuming_from is not None or self.args.load_best_model_at_end)
