@@ -80,11 +80,13 @@ def _equal(actual: Tensor, expected: Tensor) -> bool:
     return bool((actual - expected).abs().mean() <= 5e-2 * expected.abs().mean())
 
 
-def check_fused_head(model: Any, name: str) -> None:
+def check_fused_head(model: Any, name: str, temperature: float = 1.0) -> None:
     """Check on a few tokens that the head that a TRL trainer has put on the model gives the model's log-probabilities.
 
     TRL applies the head's weights itself, with the soft-capping and scaling that it knows. A model without such a head
     passes.
+
+    temperature: what the trainer divides logits by.
 
     Raises:
         UserError: TRL does not know what the model does to its logits.
@@ -97,7 +99,8 @@ def check_fused_head(model: Any, name: str) -> None:
     base.eval()
     try:
         with torch.no_grad():
-            own = torch.log_softmax(type(base).forward(base, input_ids=ids).logits[:, :-1].float(), dim=-1)
+            logits = type(base).forward(base, input_ids=ids, use_cache=False).logits[:, :-1]
+            own = torch.log_softmax(logits.float() / temperature, dim=-1)
             fused = base(input_ids=ids, labels=ids, fused_lm_head=True)
     finally:
         base.train(mode)

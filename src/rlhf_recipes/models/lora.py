@@ -17,6 +17,9 @@ GPT2_LORA_TARGETS = ["c_attn", "c_proj", "c_fc"]
 ALL_LINEAR = "all-linear"
 # Parts of a model for text and images that text never passes through.
 OTHER_MODALITIES = r".*(vision|visual|image|audio|multi_modal|multimodal).*"
+# Mamba's fused kernel reads these weights directly, past an adapter; peft refuses them in these models.
+MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+MAMBA_KERNEL_WEIGHTS = r".*\.(out_proj|conv1d)"
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ def build_lora_config(
             use_dora=model_config.use_dora,
             fan_in_fan_out=gpt2 and targets == GPT2_LORA_TARGETS,
             **({"target_parameters": parameters} if parameters else {}),
-            **({"exclude_modules": OTHER_MODALITIES} if config.get_text_config() is not config else {}),
+            exclude_modules=_excluded_modules(config, targets),
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"LoRA cannot be set up: {_first_line(error)}; change the lora_ options") from None
@@ -72,6 +75,13 @@ def default_lora_targets(config: "PretrainedConfig") -> list[str] | str:
     if kind == "gpt2":
         return GPT2_LORA_TARGETS
     return TABLE.get(kind, ALL_LINEAR)
+
+
+def _excluded_modules(config: "PretrainedConfig", targets: list[str] | str) -> str | None:
+    """Return a pattern of the modules that get no adapter though the targets would match them, or None."""
+    if config.get_text_config() is not config:
+        return OTHER_MODALITIES
+    return MAMBA_KERNEL_WEIGHTS if targets == ALL_LINEAR and config.model_type in MAMBA_TYPES else None
 
 
 def attach_adapter(model: Any, config: Any) -> Any:

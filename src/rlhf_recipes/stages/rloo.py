@@ -176,7 +176,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         processing_class=start.tokenizer,
         peft_config=lora,
     )
-    check_fused_head(trainer.model, start.name)
+    check_fused_head(trainer.model, start.name, training.temperature)
     if trainer.ref_model is not None and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         # TRL loads the reference by the model's name, which for a LoRA folder is the name of its base.
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
