@@ -159,7 +159,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     )
     training = prepare_process_(training, hidden_size_of(start.config))
     model = load_causal_lm(start.name, model_config, **code)
-    check_left_padding(model, start.name)
+    check_left_padding(model, start.name, start.tokenizer.pad_token_id)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
     reset_generation_config_(model, stops)
     if training.missing_eos_penalty is not None:
