@@ -17,6 +17,10 @@ GPT2_LORA_TARGETS = ["c_attn", "c_proj", "c_fc"]
 ALL_LINEAR = "all-linear"
 # Parts of a model for text and images that text never passes through.
 OTHER_MODALITIES = r".*(vision|visual|image|audio|multi_modal|multimodal).*"
+# Mamba's code reads these weights directly, past an adapter. peft refuses the second kind in these models.
+TIME_STEP = "dt_proj"
+MAMBA_TYPES = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+MAMBA_KERNEL_WEIGHTS = "out_proj|conv1d"
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +61,6 @@ def build_lora_config(
             use_dora=model_config.use_dora,
             fan_in_fan_out=gpt2 and targets == GPT2_LORA_TARGETS,
             **({"target_parameters": parameters} if parameters else {}),
-            **({"exclude_modules": OTHER_MODALITIES} if config.get_text_config() is not config else {}),
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"LoRA cannot be set up: {_first_line(error)}; change the lora_ options") from None
@@ -72,6 +75,15 @@ def default_lora_targets(config: "PretrainedConfig") -> list[str] | str:
     if kind == "gpt2":
         return GPT2_LORA_TARGETS
     return TABLE.get(kind, ALL_LINEAR)
+
+
+def _excluded_modules(model: Any, targets: Any) -> str | None:
+    """Return a pattern of the modules that get no adapter though the targets would match them, or None."""
+    if model.config.get_text_config() is not model.config:
+        return OTHER_MODALITIES
+    names = [TIME_STEP] if any(name.endswith(TIME_STEP) for name, _ in model.named_modules()) else []
+    names += [MAMBA_KERNEL_WEIGHTS] if model.config.model_type in MAMBA_TYPES else []
+    return rf".*\.({'|'.join(names)})" if names and targets == ALL_LINEAR else None
 
 
 def attach_adapter(model: Any, config: Any) -> Any:
@@ -95,7 +107,7 @@ def _tried_on_empty_model(lora: Any, config: "PretrainedConfig", trust_remote_co
     """
     import torch
     from peft import get_peft_model
-    from peft.tuners.lora import ParamWrapper
+    from peft.tuners.lora import LoraLayer, ParamWrapper
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto_class: Any = AutoModelForSequenceClassification if lora.task_type == "SEQ_CLS" else AutoModelForCausalLM
@@ -104,6 +116,7 @@ def _tried_on_empty_model(lora: Any, config: "PretrainedConfig", trust_remote_co
             empty = auto_class.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except (ValueError, ImportError, OSError) as error:
         raise UserError(f"no model can be made of this configuration: {_first_line(error)}") from None
+    lora.exclude_modules = _excluded_modules(empty, lora.target_modules)
     name, without_dropout = type(empty).__name__, copy.deepcopy(lora)
     without_dropout.lora_dropout = 0.0
     try:
@@ -111,6 +124,10 @@ def _tried_on_empty_model(lora: Any, config: "PretrainedConfig", trust_remote_co
             adapted = get_peft_model(empty, without_dropout)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(_adapter_error(error, name)) from None
+    if any(part.endswith(TIME_STEP) and isinstance(module, LoraLayer) for part, module in adapted.named_modules()):
+        raise UserError(
+            f"a {name} reads the weight of {TIME_STEP} past an adapter; leave it out of lora_target_modules"
+        )
     if lora.lora_dropout and any(isinstance(module, ParamWrapper) for module in adapted.modules()):
         logger.warning("LoRA on the experts of a %s cannot have dropout: lora_dropout is 0", name)
         lora.lora_dropout = 0.0

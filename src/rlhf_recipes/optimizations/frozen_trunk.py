@@ -20,7 +20,16 @@ LAYERS = ("h", "layers")
 NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm")
 TRAINED_POSITIONS = "wpe"
 # Other parts a trunk may have: they run only before its first layer, or do not change the states.
-OTHER_PARTS = ("wte", "drop", "embed_tokens", "embed_in", "emb_dropout", "rotary_emb", TRAINED_POSITIONS)
+OTHER_PARTS = (
+    "wte",
+    "drop",
+    "embed_tokens",
+    "embed_in",
+    "emb_dropout",
+    "embed_dropout",
+    "rotary_emb",
+    TRAINED_POSITIONS,
+)
 
 
 class UpperLayers(nn.Module):

@@ -185,7 +185,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     )
     training = prepare_process_(training, hidden_size_of(start.config), adapter=model_config.use_peft)
     model = load_causal_lm(start.name, model_config, **code)
-    check_left_padding(model, start.name)
+    check_left_padding(model, start.name, start.tokenizer.pad_token_id)
     stops = {start.tokenizer.eos_token_id, *stop_ids(model, start.tokenizer)}
     reset_generation_config_(model, stops)
     if training.missing_eos_penalty is not None:
@@ -204,7 +204,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         max_prompt_tokens=limit,
     )
     trainer.row_counts = rows.counts
-    check_fused_head(trainer.model, start.name)
+    check_fused_head(trainer.model, start.name, training.temperature)
     if trainer.ref_model is not None and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         # TRL loads the reference by the model's name, which for a LoRA folder is the name of its base.
         trainer.ref_model.load_state_dict(trainer.model.state_dict())

@@ -1,0 +1,204 @@
+"""Every architecture against plain transformers in float32: log-probabilities, answers, packing, LoRA, frozen layers."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs.tiny_models import ATTENTION, STATE, build_config, build_model, save_model
+from torch import Tensor
+from trl import ModelConfig
+
+from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.evaluation.language_model import perplexity
+from rlhf_recipes.evaluation.models import completion_log_probs
+from rlhf_recipes.generation import Sampling, sample
+from rlhf_recipes.models import (
+    attach_adapter,
+    build_lora_config,
+    check_left_padding,
+    check_packing,
+    context_length,
+    load_causal_lm,
+    refuse_left_padding,
+    refuse_packing,
+    text_config,
+    vocabulary_size,
+)
+from rlhf_recipes.models.lora import GPT2_LORA_TARGETS
+from rlhf_recipes.optimizations import UpperLayers, fuse_kernels_, freeze_lower_layers_, lower_layers
+from rlhf_recipes.ppo.roles.outputs import check_head, policy_outputs
+from rlhf_recipes.ppo.rollout.rollout import pad_episodes
+from rlhf_recipes.scoring import load_reward
+
+PROMPTS = [[5, 9], [3, 250, 7, 8, 100], [77], [1, 2, 3, 4, 5, 6, 7, 8, 9], [200, 31, 4]]
+ANSWERS = [[11, 12, 13], [14], [15, 16, 17, 18], [19, 20], [21, 22, 23, 24, 25]]
+NEW_TOKENS = 8
+EVERY = [*ATTENTION, *STATE]
+PACKS = set(ATTENTION) - {"opt", "bloom", "mpt", "falcon"}
+SPLITS = {
+    "gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "stablelm", "olmo",
+    "olmo2", "granite", "cohere", "smollm3", "mixtral", "qwen3_moe", "falcon_h1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_of() -> Any:
+    """Return a function (name) that returns the tiny model of an architecture; tests that change it build their own."""
+    models: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in models:
+            models[name] = build_model(name)
+        return models[name]
+
+    return get
+
+
+def logits_alone(model: Any, ids: list[int]) -> Tensor:
+    """Return plain transformers' logits of one row without padding or cache, (tokens, vocabulary)."""
+    with torch.no_grad():
+        return torch.as_tensor(model(input_ids=torch.tensor([ids]), use_cache=False).logits)[0].float()
+
+
+def log_probs_alone(model: Any, prompt: list[int], answer: list[int], temperature: float = 1.0) -> Tensor:
+    rows = torch.log_softmax(logits_alone(model, [*prompt, *answer]) / temperature, dim=-1)
+    return rows[len(prompt) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).squeeze(-1)
+
+
+def greedy_alone(model: Any, prompt: list[int], stops: tuple[int, ...] = ()) -> list[int]:
+    """Return the likeliest tokens one by one, each from a pass over the whole row: no cache, no padding."""
+    row = list(prompt)
+    while len(row) < len(prompt) + NEW_TOKENS and not (len(row) > len(prompt) and row[-1] in stops):
+        row.append(int(logits_alone(model, row)[-1].argmax()))
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_log_probabilities_equal_plain_transformers(name: str, model_of: Any) -> None:
+    model = model_of(name)
+    check_head(model)
+    with torch.no_grad():
+        _, log_probs, _ = policy_outputs(model, **pad_episodes(PROMPTS, ANSWERS), temperature=0.7)
+    evaluated, _ = completion_log_probs(model, PROMPTS, ANSWERS, 0.7)
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        expected = log_probs_alone(model, prompt, answer, 0.7)
+        assert torch.allclose(log_probs[row, : len(answer)], expected, atol=2e-5), name
+        assert torch.allclose(evaluated[row, : len(answer)], expected, atol=2e-5), name
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_greedy_answers_in_a_batch_equal_those_of_each_prompt_alone(name: str, model_of: Any) -> None:
+    """One row stops before the others, at a token that it gives itself."""
+    model = model_of(name)
+    stop = greedy_alone(model, PROMPTS[0])[3]
+    stops = (stop, 9999)  # 9999: an id that no model has
+    expected = [greedy_alone(model, prompt, stops) for prompt in PROMPTS]
+    answers = sample(model, PROMPTS, Sampling(NEW_TOKENS, 0.0, stop_ids=stops), list(range(len(PROMPTS))))
+    assert answers.ids == expected
+    assert len({len(row) for row in expected}) > 1, "a row stops early"
+    assert answers.stopped == [row[-1] == stop for row in expected]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "rwkv", "gpt2"])
+def test_sampled_answers_do_not_depend_on_the_batch(name: str, model_of: Any) -> None:
+    sampling = Sampling(NEW_TOKENS, 1.0, min_new_tokens=2, stop_ids=tuple(range(0, 250, 2)))
+    seeds = list(range(len(PROMPTS)))
+    together = sample(model_of(name), PROMPTS, sampling, seeds)
+    alone = [sample(model_of(name), [row], sampling, [seed]).ids[0] for row, seed in zip(PROMPTS, seeds, strict=True)]
+    assert together.ids == alone
+    assert all(len(row) >= 3 for row in alone), "no stop token among the first two"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_packed_rows_equal_separate_rows_or_are_refused(name: str, model_of: Any) -> None:
+    """The truth is measured; the refusals by config and by behaviour must agree with it."""
+    model, rows = model_of(name), [[*prompt, *answer] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    separate = torch.cat([logits_alone(model, row) for row in rows])
+    packed = {
+        "input_ids": torch.tensor([[token for row in rows for token in row]]),
+        "position_ids": torch.tensor([[index for row in rows for index in range(len(row))]]),
+    }
+    if name in PACKS:
+        refuse_packing(model.config, name)
+        check_packing(model, name)
+        with torch.no_grad():
+            assert torch.allclose(model(**packed, use_cache=False).logits[0], separate, atol=1e-4)
+        return
+    with pytest.raises(UserError, match="would read the neighbours of a packed row"):
+        refuse_packing(model.config, name)
+    with pytest.raises(UserError, match="would read the neighbours of a packed row"):
+        check_packing(model, name)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_left_padding_is_invisible_or_refused(name: str, model_of: Any) -> None:
+    """TRL's online trainer generates from prompts that are padded on the left."""
+    model = model_of(name)
+    width = max(len(prompt) for prompt in PROMPTS)
+    ids = torch.tensor([[257] * (width - len(row)) + row for row in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in PROMPTS])
+    options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 257}
+    batch = model.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
+    alone = [model.generate(torch.tensor([row]), **options)[0, len(row) :].tolist() for row in PROMPTS]
+    if name in ("minimax", "rwkv"):
+        assert batch != alone
+        with pytest.raises(UserError, match="reads the padding before a prompt"):
+            refuse_left_padding(model.config, name)
+        return
+    assert batch == alone
+    refuse_left_padding(model.config, name)
+    check_left_padding(model, name, 257)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("targets", [None, ["all-linear"]])
+def test_lora_attaches_and_merges_to_the_same_logits(name: str, targets: Any, tmp_path: Path) -> None:
+    options = ModelConfig(use_peft=True, lora_r=2, lora_target_modules=targets)
+    model = build_model(name)
+    before = logits_alone(model, PROMPTS[3])
+    config = build_lora_config(options, model.config)
+    adapted = attach_adapter(model, config).eval()
+    weights = [weight for weight_name, weight in adapted.named_parameters() if ".lora_" in weight_name]
+    for index, weight in enumerate(weights):
+        torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(index))
+    expected = logits_alone(adapted, PROMPTS[3])
+    assert (expected - before).abs().max() > 1e-3
+    build_model(name).save_pretrained(tmp_path / "base")
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = load_causal_lm(str(tmp_path / "adapter")).eval()
+    assert torch.allclose(logits_alone(merged, PROMPTS[3]), expected, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_frozen_lower_layers_equal_the_whole_model_or_are_refused(name: str) -> None:
+    model = build_model(name)
+    episodes = pad_episodes(PROMPTS, ANSWERS)
+    if name not in SPLITS:
+        with pytest.raises(UserError, match="num_layers_unfrozen does not know"):
+            freeze_lower_layers_(model, 1)
+        return
+    freeze_lower_layers_(model, 1)
+    with torch.no_grad():
+        ids = episodes["input_ids"]
+        states = lower_layers(model, 1)(input_ids=ids, use_cache=False).last_hidden_state
+        _, log_probs, _ = policy_outputs(UpperLayers(model, 1), **episodes, lower_states=states)
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        assert torch.allclose(log_probs[row, : len(answer)], log_probs_alone(model, prompt, answer), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", sorted({*EVERY} - {"cohere", "olmo", "olmo2", "granite"}))
+def test_a_reward_model_scores_a_batch_as_each_row_alone(name: str, tokenizer: Any) -> None:
+    try:
+        model = build_model(name, labels=1)
+    except ValueError:
+        pytest.skip("transformers has no classifier of this architecture")
+    rows = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    reward = load_reward(fuse_kernels_(model, torch.device("cpu")), tokenizer)
+    together, alone = reward.score_ids(rows), [reward.score_ids([row])[0] for row in rows]
+    with torch.no_grad():
+        plain = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
+    assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
+    assert torch.allclose(torch.tensor(together), torch.tensor(plain), atol=1e-5)
