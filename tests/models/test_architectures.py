@@ -1,17 +1,15 @@
 """Every architecture against plain transformers in float32: log-probabilities, answers, packing, LoRA, frozen layers."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from programs.tiny_models import ATTENTION, STATE, build_config, build_model, save_model
+from programs.tiny_models import ATTENTION, STATE, build_model
 from torch import Tensor
 from trl import ModelConfig
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.evaluation.language_model import perplexity
 from rlhf_recipes.evaluation.models import completion_log_probs
 from rlhf_recipes.generation import Sampling, sample
 from rlhf_recipes.models import (
@@ -19,15 +17,11 @@ from rlhf_recipes.models import (
     build_lora_config,
     check_left_padding,
     check_packing,
-    context_length,
     load_causal_lm,
     refuse_left_padding,
     refuse_packing,
-    text_config,
-    vocabulary_size,
 )
-from rlhf_recipes.models.lora import GPT2_LORA_TARGETS
-from rlhf_recipes.optimizations import UpperLayers, fuse_kernels_, freeze_lower_layers_, lower_layers
+from rlhf_recipes.optimizations import UpperLayers, freeze_lower_layers_, fuse_kernels_, lower_layers
 from rlhf_recipes.ppo.roles.outputs import check_head, policy_outputs
 from rlhf_recipes.ppo.rollout.rollout import pad_episodes
 from rlhf_recipes.scoring import load_reward

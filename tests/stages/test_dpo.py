@@ -237,9 +237,12 @@ def test_pairs_that_are_too_long_are_dropped_or_cut(ask: Any, caplog: pytest.Log
 
 
 def test_pairs_that_teach_nothing_are_dropped_and_counted(ask: Any) -> None:
-    equal, empty = PLAIN[0] | {"rejected": PLAIN[0]["chosen"]}, PLAIN[0] | {"rejected": ""}
-    trainer = build_dpo_trainer(*ask([*PLAIN, equal, empty]))
-    counts = {"read": len(PLAIN) + 2, "empty_answers": 1, "equal_pairs": 1, "used": len(PLAIN)}
+    """A pair with an empty rejected answer is kept: it teaches that silence is worse."""
+    equal, empty = PLAIN[0] | {"rejected": PLAIN[0]["chosen"]}, PLAIN[0] | {"chosen": ""}
+    silent = PLAIN[0] | {"rejected": ""}
+    trainer = build_dpo_trainer(*ask([*PLAIN[1:], equal, empty, silent]))
+    dropped = {"empty_answers": 1, "equal_pairs": 1, "empty_rejected": 1}
+    counts = {"read": len(PLAIN) + 2, "used": len(PLAIN)} | dropped
     assert len(trainer.train_dataset) == len(PLAIN) and trainer.row_counts["train"] == counts
 
 
@@ -247,12 +250,12 @@ WRONG = {
     "no model": (CHAT, {"model_name_or_path": None}, "no model; pass --model_name_or_path"),
     "no such model": (CHAT, {"model_name_or_path": "./nowhere"}, "no such folder"),
     "no dataset": (None, {}, "no dataset; pass --dataset_name"),
-    "missing column": ([{"prompt": "a", "chosen": "b"}] * 2, {}, r"prompt\+chosen\+rejected, but has prompt, chosen"),
+    "missing column": ([{"prompt": "a", "chosen": "b"}] * 2, {}, "in the columns prompt, chosen, and this stage"),
     "empty": ([], {}, "no rows"),
     "smaller than a batch": (CHAT, {"per_device_train_batch_size": 5}, "has 4 rows, but one batch takes 5"),
-    "numbers": ([PLAIN[0] | {"chosen": 3}] * 2, {}, "row 0: the column chosen holds 3, which is no text"),
-    "mixed forms": ([CHAT[0] | {"prompt": "a"}] * 2, {}, "prompt holds text, chosen holds messages"),
-    "empty prompt": ([PLAIN[0], PLAIN[1] | {"prompt": ""}], {}, "row 1: the prompt is empty"),
+    "numbers": ([PLAIN[0] | {"chosen": 3}] * 2, {}, "the column chosen holds 3, which is no text"),
+    "no prompts": ([{"chosen": "a", "rejected": "b"}] * 2, {}, "--columns prompt=NAME"),
+    "empty prompts": ([PLAIN[0] | {"prompt": ""}] * 2, {}, "the pairs have no prompts"),
     "long prompt": ([PLAIN[0] | {"prompt": "x" * 128}] * 2, {}, "all 2 rows are longer than 128 tokens"),
     "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
     "quantized without LoRA": (CHAT, {"load_in_4bit": True}, "add --use_peft true"),
@@ -271,7 +274,7 @@ def test_invalid_input_is_refused_before_weights_are_read(
 
 
 def test_held_out_pairs_are_checked(ask: Any, weightless: Path) -> None:
-    with pytest.raises(UserError, match=r"the held-out split needs the columns .* but has question"):
+    with pytest.raises(UserError, match="in the columns question, and this stage reads preferences"):
         run_dpo(*ask(CHAT, [{"question": "a"}], model_name_or_path=weightless))
 
 
@@ -320,5 +323,5 @@ def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, weightless: Path
     result = forks.run_recipe("dpo", words)
     assert result.returncode == 2
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "but has question" in line and "Traceback" not in result.stderr
+    assert "in the columns question" in line and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

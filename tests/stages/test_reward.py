@@ -363,17 +363,16 @@ WRONG = {
     "no such model": (CHAT, {"model_name_or_path": "./nowhere"}, "no such folder"),
     "no such file": (None, {"dataset_name": "./nowhere.jsonl"}, "no such file or folder"),
     "missing column": (
-        [{"question": "a", "answer": "b"}] * 2, {}, r"chosen\+rejected or text\+label, but has question, answer"
+        [{"question": "a", "answer": "b"}] * 2, {}, "in the columns question, answer, and this stage reads preferences"
     ),
-    "another kind": (LABELLED, {"reward_type": "ranking"}, r"needs the columns chosen\+rejected, but has text, label"),
-    "pairs for a classifier": (CHAT, {"reward_type": "classifier"}, r"text\+label, but has prompt, chosen, rejected"),
+    "another kind": (LABELLED, {"reward_type": "ranking"}, "in the columns text, label, and this stage reads preferences"),
+    "pairs for a classifier": (CHAT, {"reward_type": "classifier"}, "in the columns prompt, chosen, rejected, and this stage reads labelled texts"),
     "empty": ([], {}, "no rows"),
     "smaller than a batch": (CHAT, {"per_device_train_batch_size": 4}, "has 2 rows, but one batch takes 4"),
-    "three labels": ([*LABELLED, {"text": "so so", "label": 2}], {}, "has the label 2"),
-    "labels in words": ([{"text": "a", "label": "pos"}] * 2, {}, "has the label 'pos'"),
+    "three labels": ([*LABELLED, {"text": "so so", "label": 2}], {}, "--label_threshold 2"),
+    "labels in words": ([{"text": "a", "label": "mauve"}, {"text": "b", "label": "ochre"}], {}, "--positive_label ochre"),
     "one label": ([LABELLED[0]] * 4, {}, "every label of the training split is 1"),
-    "no text": ([{"text": None, "label": 1}, {"text": "b", "label": 0}], {}, "holds None, which is no text"),
-    "mixed forms": ([CHAT[0] | {"prompt": "a"}] * 2, {}, "prompt holds text, chosen holds messages"),
+    "no text": ([{"text": None, "label": 1}, {"text": "b", "label": 0}], {}, "every label of the training split is 0"),
     "long prompt": ([PROMPTED[0], PROMPTED[1] | {"prompt": "x" * 128}], {}, "after dropping rows, the training split has 1"),
     "long and refused": ([PROMPTED[0] | {"prompt": "x" * 128}] * 2, {"too_long": "error"}, "row 0: the pair has 138 tokens"),
     "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
@@ -416,20 +415,17 @@ def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, model_folder: Pa
     result = forks.run_recipe("reward", words)
     assert result.returncode == 2
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "has the label 5" in line and "Traceback" not in result.stderr
+    assert "--label_threshold 5" in line and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_metrics_use_the_same_rows_and_columns_as_training(ask: Any, tmp_path: Path) -> None:
-    """A prompt column that only one of two sources has is used for neither."""
+def test_pairs_with_and_without_prompts_are_not_mixed(ask: Any, tmp_path: Path) -> None:
+    """Prompts of one source used to be left out because another source had none."""
     further = write(tmp_path / "further", train=PLAIN * 2)
-    folder = run_reward(*ask(PROMPTED * 2, PROMPTED, extra_dataset_names=further, max_steps=1))
-    without = build_reward_trainer(*ask(PLAIN * 2, PLAIN, output_dir=str(tmp_path / "other")))
-    reward_model = load_reward(load_reward_model(str(folder)), load_tokenizer(str(folder)))
-    texts = [[*row[side].encode(), 256] for side in ("chosen", "rejected") for row in PLAIN]
-    scores = reward_model([""] * 4, [""] * 4, prompt_ids=[[]] * 4, completion_ids=texts)
-    assert [row["prompt_length"] for row in without.test_rows] == [0, 0]
-    assert metrics_of(folder)["score_mean"] == pytest.approx(sum(scores) / 4, rel=1e-4)
+    with pytest.raises(UserError, match="4 of 8 pairs have no prompt"):
+        run_reward(*ask(PROMPTED * 2, PROMPTED, extra_dataset_names=further, max_steps=1))
+    with pytest.raises(UserError, match="the held-out split has prompts and the training split has none"):
+        run_reward(*ask(PLAIN * 2, PROMPTED, max_steps=1))
 
 
 def test_plain_text_is_scored_as_trl_trains_on_it(

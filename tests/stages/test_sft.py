@@ -340,16 +340,15 @@ WRONG = {
     "a Hub id while offline": (CHAT, {"model_name_or_path": "some/model"}, "while HF_HUB_OFFLINE=1"),
     "no dataset": (None, {}, "no dataset; pass --dataset_name"),
     "no such file": (None, {"dataset_name": "./nowhere.jsonl"}, "no such file or folder"),
-    "missing column": ([{"question": "a"}] * 2, {}, r"prompt\+completion or messages or text, but has question"),
+    "missing column": ([{"question": "a"}] * 2, {}, "in the columns question, and this stage reads prompts and answers"),
     "empty": ([], {}, "no rows"),
     "smaller than a batch": (CHAT, {"per_device_train_batch_size": 4}, "has 2 rows, but one batch takes 4"),
     "smaller than accumulated batches": (CHAT, {"gradient_accumulation_steps": 2}, "one batch takes 4"),
-    "numbers": ([{"prompt": "a", "completion": 3}] * 2, {}, "row 0: the column completion holds 3, which is no text"),
-    "mixed forms": ([CHAT[0] | {"prompt": "a"}] * 2, {}, "prompt holds text, completion holds messages"),
-    "empty prompt": ([PLAIN[0], {"prompt": "", "completion": "b"}], {}, "row 1: the prompt is empty"),
-    "unknown role": ([{"messages": [says("robot", "a")]}] * 2, {"template": True}, "row 0: .* not robot"),
-    "nobody answers": ([{"messages": [says("user", "a")]}] * 2, {}, "row 0: no assistant turn"),
-    "no content": ([{"messages": [{"role": "user"}, {"role": "assistant"}]}] * 2, {}, "whose content is no text"),
+    "numbers": ([{"prompt": "a", "completion": 3}] * 2, {}, "the column completion holds 3, which is no text"),
+    "no prompts": ([{"prompt": "", "completion": "b"}] * 2, {}, "2 have no prompt and are dropped"),
+    "unknown role": ([{"messages": [says("robot", "a")]}] * 2, {"template": True}, "--roles user=robot"),
+    "nobody answers": ([{"messages": [says("user", "a")]}] * 2, {}, "2 have an empty answer"),
+    "no content": ([{"messages": [{"role": "user"}, {"role": "assistant"}]}] * 2, {}, "no list of messages"),
     "long prompt": ([{"prompt": "x" * 128, "completion": "y"}] * 2, {}, "all 2 rows are longer than 128 tokens"),
     "beyond the context": (CHAT, {"max_length": 129}, "max_length 129 exceeds the 128 tokens"),
     "nothing held out": (CHAT, {"eval_strategy": "epoch"}, "eval_strategy is epoch, but the dataset has no split 'test'"),
@@ -487,7 +486,7 @@ def test_the_recipe_prints_one_line_and_exits_2(tmp_path: Path, model_folder: Pa
     result = forks.run_recipe("sft", words)
     assert result.returncode == 2
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "but has question" in line and "Traceback" not in result.stderr
+    assert "in the columns question" in line and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 

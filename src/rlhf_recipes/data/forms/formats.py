@@ -189,7 +189,10 @@ def _no_format(
     complete = [each for each in complete if each.name != "chosen_answer"] or complete
     if complete:
         found = complete[0]
-        return f"{name} holds {WHAT[found.form]}, and this stage reads {wanted}{_hint(found.form, forms)}"
+        return (
+            f"{name} holds {WHAT[found.form]}, in the columns {columns}, and this stage reads {wanted}"
+            f"{_hint(found.form, forms)}"
+        )
     return f"{name} has the columns {columns}, and this stage reads {wanted}; say what they mean: {EXAMPLE[forms[0]]}"
 
 

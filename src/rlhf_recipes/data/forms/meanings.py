@@ -97,7 +97,7 @@ def assign_meanings(
 
     Args:
         present: the columns, and the dotted paths into columns of objects.
-        kinds: what each column holds: text, messages, number, bool, list, object, mixed or none.
+        kinds: what each column holds: text, messages, number, bool, integers, list, object, mixed or none.
         requested: meanings that the user gave; they leave their columns no other meaning.
         ignored: columns that are left out.
         name: the source in messages.
@@ -127,7 +127,7 @@ ALLOWED = {
     "messages": {"messages"},
     "history": {"list"},
     "answers": {"list"},
-    "scores": {"list"},
+    "scores": {"list", "integers"},
     "context": {"text"},
     "system": {"text"},
     "text": {"text", "messages"},
@@ -137,7 +137,8 @@ ALLOWED = {
     "weight": {"number", "bool", "text"},
     "label": {"number", "bool", "text"},
     "vote": {"number", "bool", "text"},
-    "input_ids": {"list"},
+    "input_ids": {"integers"},
+    "prompt": {"text", "messages", "integers"},
     "images": {"text", "list", "object", "mixed", "messages"},
 }
 TEXTS = {"text", "messages"}

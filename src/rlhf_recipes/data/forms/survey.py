@@ -17,7 +17,7 @@ STREAM_ROWS = 1000  # rows of a stream that are looked at before it is read
 class Column:
     """What a column holds, over all rows.
 
-    kinds: counts of text, messages, number, bool, list, object, other; rows without a value are not among them.
+    kinds: counts of text, messages, number, bool, integers, list, object, other; rows without a value are not among them.
     values: distinct short values, at most `MOST_VALUES` and one. sample: the first value. filled: a value is not empty.
     whole: all numbers are integers.
     """
@@ -34,8 +34,8 @@ class Column:
         if not self.kinds:
             return "none"
         kinds = set(self.kinds)
-        if kinds == {"messages", "list"}:  # a conversation without turns
-            return "messages"
+        if kinds == {"integers", "list"}:
+            return "list"
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
     @property
@@ -97,5 +97,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, (int, float)):
         return "number"
     if isinstance(value, (list, tuple)):
-        return "list"
+        whole = bool(value) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
+        return "integers" if whole else "list"
     return "object" if isinstance(value, Mapping) else "other"

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # Names that say that a row is an instruction and its answer, so a turn of a chat and not a text to continue.
 INSTRUCTIONS = {"instruction", "instructions", "question", "query", "problem", "input", "user_input"}
-PLAINLY_NAMED = ("text", "messages", "completion", "chosen", "rejected")
+PLAINLY_NAMED = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 SPOKEN = ("prompt", "completion", "chosen", "rejected", "answer_a", "answer_b", "messages", "answers", "text")
 
 
