@@ -237,10 +237,11 @@ def test_pairs_that_are_too_long_are_dropped_or_cut(ask: Any, caplog: pytest.Log
 
 
 def test_pairs_that_teach_nothing_are_dropped_and_counted(ask: Any) -> None:
-    equal, empty = PLAIN[0] | {"rejected": PLAIN[0]["chosen"]}, PLAIN[0] | {"rejected": ""}
-    trainer = build_dpo_trainer(*ask([*PLAIN, equal, empty]))
-    counts = {"read": len(PLAIN) + 2, "empty_answers": 1, "equal_pairs": 1, "used": len(PLAIN)}
-    assert len(trainer.train_dataset) == len(PLAIN) and trainer.row_counts["train"] == counts
+    equal, empty = PLAIN[0] | {"rejected": PLAIN[0]["chosen"]}, PLAIN[0] | {"chosen": ""}
+    useful = [*PLAIN, PLAIN[0] | {"rejected": ""}]
+    trainer = build_dpo_trainer(*ask([*useful, equal, empty]))
+    counts = {"read": len(useful) + 2, "empty_answers": 1, "equal_pairs": 1, "used": len(useful)}
+    assert len(trainer.train_dataset) == len(useful) and trainer.row_counts["train"] == counts
 
 
 WRONG = {
