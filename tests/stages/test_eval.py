@@ -215,6 +215,16 @@ def test_limited_prompts_are_spread_and_truncated(ask: Callable[..., EvalArgumen
     assert len({row["completion"] for row in rows[:3]}) > 1, "each answer draws its own random numbers"
 
 
+def test_long_prompts_are_dropped_for_all_models_or_cut(ask: Callable[..., EvalArguments], tmp_path: Path) -> None:
+    """The longest of the four prompts leaves no room for an answer of 105 tokens in the context of 128."""
+    for too_long, kept in (("drop", 3), ("cut", 4)):
+        options = {"max_new_tokens": 105, "too_long": too_long, "output_dir": str(tmp_path / too_long)}
+        report = run_eval(ask("first", "second", **options))
+        counts = json.loads((report / "metrics.json").read_text(encoding="utf-8"))["rows"]["test"]
+        assert counts["read"] == 4 and counts["used"] == kept
+        assert all(len(rows_of(report, name)) == kept for name in ("first", "second"))
+
+
 def test_the_report_folder_records_the_request(pair_report: Path) -> None:
     card = (pair_report / "README.md").read_text(encoding="utf-8")
     table = card.split("```yaml")[0]

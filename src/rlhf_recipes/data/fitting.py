@@ -114,13 +114,16 @@ def drop_rows(
 
 
 def drop_unhelpful_pairs(pairs: Any, is_empty: Callable[[Sequence[int]], bool], counts: RowCounts) -> Any:
-    """Return a `Dataset` of encoded pairs without those whose chosen answer is empty, or equal to the rejected one."""
+    """Return a `Dataset` of encoded pairs without those whose chosen answer is empty, and those of two equal answers.
+
+    An empty rejected answer is kept: that an answer should say something is learned from it.
+    """
     advice = "leave them out of the dataset"
-    chosen, rejected = ANSWERS
-    empty = "have an empty chosen answer"
-    pairs = drop_rows(pairs, lambda row: is_empty(row[chosen]), counts, "empty_answers", empty, advice)
+    pairs = drop_rows(
+        pairs, lambda row: is_empty(row["chosen_ids"]), counts, "empty_answers", "have an empty chosen answer", advice
+    )
     equal = "have equal chosen and rejected answers"
-    return drop_rows(pairs, lambda row: row[chosen] == row[rejected], counts, "equal_pairs", equal, advice)
+    return drop_rows(pairs, lambda row: row["chosen_ids"] == row["rejected_ids"], counts, "equal_pairs", equal, advice)
 
 
 def encode_rows(rows: Any, encode: Callable[[Row], Mapping[str, Any]], processes: int | None = None) -> Any:

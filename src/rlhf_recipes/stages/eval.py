@@ -160,7 +160,7 @@ def run_eval(arguments: EvalArguments) -> Path:
     keys = [key for key in PLOTTED_METRICS if any(key in metrics for metrics in measured.values())]
     plot_bars(measured, keys, folder / "models.png", title="Models side by side")
     facts = {
-        "rows": {"prompts": dict(inputs.counts)},
+        "rows": {"test": dict(inputs.counts)},
         "prompts": len(inputs.prompts),
         "seconds": round(time.perf_counter() - start, 1),
     }
