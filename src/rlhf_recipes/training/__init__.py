@@ -12,7 +12,7 @@ from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOu
 from rlhf_recipes.training.options import check_model_options, check_options, require_causal
 from rlhf_recipes.training.pretrain import PretrainTrainer, SampleContinuations, collate_blocks
 from rlhf_recipes.training.reference import SyncedReference, check_synced_reference
-from rlhf_recipes.training.rloo import SampledBatches
+from rlhf_recipes.training.rloo import UNSUPPORTED_BY_RLOO, SampledBatches, check_sampling
 from rlhf_recipes.training.run import Measured, measures_model, prepare_process_, run_training, training_inputs
 from rlhf_recipes.training.trainer import SafeTrainer
 
@@ -22,6 +22,7 @@ __all__ = [
     "NO_TEMPLATE_PATH",
     "ROWS",
     "SPREAD",
+    "UNSUPPORTED_BY_RLOO",
     "ClassifierTrainer",
     "FineTuningDefaults",
     "HeldOutMeans",
@@ -35,6 +36,7 @@ __all__ = [
     "check_best_metric",
     "check_model_options",
     "check_options",
+    "check_sampling",
     "check_synced_reference",
     "collate_blocks",
     "collate_labelled_texts",
