@@ -63,6 +63,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"auto_find_batch_size": True}, "auto_find_batch_size would change the run"),
     ("pretrain", {"do_train": True}, "do_train has no effect: a stage trains"),
     ("reward", {"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
+    ("reward", {"train_sampling_strategy": "group_by_length"}, "does not fit pairs; choose random or sequential"),
+    ("ppo", {"neftune_noise_alpha": 5}, "neftune_noise_alpha does not fit PPO"),
+    ("ppo", {"dataloader_num_workers": 2}, "rollouts are made in the training process"),
     ("ppo", {"reward_model_path": "x"}, "reward_model_path is for scripts that load the model themselves"),
     ("sft", {"lora_r": 4}, "lora_r has no effect without an adapter"),
     ("sft", BEST | {"metric_for_best_model": "accuracy"}, "accuracy, which no evaluation of this stage logs; choose one of"),
@@ -205,7 +208,7 @@ def test_only_what_a_library_refuses_becomes_one_line() -> None:
         assert type(caught.value) is kind
 
 
-def test_the_optimizer_is_tried_on_a_weight_of_its_own() -> None:
+def test_the_optimizer_is_tried_on_a_separate_weight() -> None:
     from rlhf_recipes.training.options import _check_optimizer
 
     training = types_of("sft")[-1](output_dir="out", report_to="none", optim="adamw_torch")

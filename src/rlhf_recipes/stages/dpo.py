@@ -23,6 +23,7 @@ from rlhf_recipes.training import (
     SafeTrainer,
     SyncedReference,
     check_model_options,
+    check_order_of_pairs,
     check_synced_reference,
     learning_rate_field,
     mask_total,
@@ -99,6 +100,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     require_held_out(test_pairs, training, arguments.dataset_test_split)
     check_model_options(training, model_config, start.config, LOGGED)
     check_loss_options(training)
+    check_order_of_pairs(training)
     check_synced_reference(training, model_config.use_peft)
     training = prepare_process_(
         training, start.config.hidden_size, adapter=model_config.use_peft, max_length=start.max_length

@@ -9,7 +9,7 @@ from rlhf_recipes.training.classifier import (
 )
 from rlhf_recipes.training.defaults import NO_TEMPLATE_PATH, FineTuningDefaults, TrainingDefaults, learning_rate_field
 from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
-from rlhf_recipes.training.options import check_model_options, check_options, require_causal
+from rlhf_recipes.training.options import check_model_options, check_options, check_order_of_pairs, require_causal
 from rlhf_recipes.training.pretrain import PretrainTrainer, SampleContinuations, collate_blocks
 from rlhf_recipes.training.reference import SyncedReference, check_synced_reference
 from rlhf_recipes.training.rloo import UNSUPPORTED_BY_RLOO, SampledBatches, check_sampling
@@ -36,6 +36,7 @@ __all__ = [
     "check_best_metric",
     "check_model_options",
     "check_options",
+    "check_order_of_pairs",
     "check_sampling",
     "check_synced_reference",
     "collate_blocks",

@@ -1,4 +1,4 @@
-"""Options of transformers, TRL and peft that this machine, model or installation cannot honour: told before weights load."""
+"""Options of transformers, TRL and peft that this machine, model or installation cannot honour, found before weights load."""
 
 import copy
 import importlib.util
@@ -72,6 +72,17 @@ def check_model_options(
             attn_implementation=model_config.attn_implementation,
             trust_remote_code=getattr(training, "trust_remote_code", False),
         )
+
+
+def check_order_of_pairs(training: Any) -> None:
+    """Refuse to sort pairs by length: transformers measures a row's `input_ids`, and a pair has two answers.
+
+    Raises:
+        UserError: names the option.
+    """
+    strategy = getattr(training, "train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential"):
+        raise UserError(f"train_sampling_strategy {strategy} does not fit pairs; choose random or sequential")
 
 
 def require_causal(config: Any, name: str) -> None:
@@ -174,7 +185,7 @@ def _check_kernels(training: Any) -> None:
 
 
 def _check_optimizer(training: Any) -> None:
-    """Make the optimizer for a weight of its own and take a step of zero."""
+    """Make the optimizer for a separate weight and take a step of zero."""
     option = f"optim {getattr(training.optim, 'value', training.optim)}"
     if getattr(training, "deepspeed_plugin", None) is not None:
         return  # DeepSpeed makes its own

@@ -75,7 +75,7 @@ class SampledBatches(HeldOutMeans):
     def save_progress(self, folder: Path) -> None:
         trainer: Any = super()
         trainer.save_progress(folder)
-        if self._step % (self.args.steps_per_generation * self.num_iterations):  # else the next step samples anew
+        if self._step % (self.args.steps_per_generation * self.num_iterations):  # else the next step samples again
             parts = enumerate(self._buffered_inputs)
             tensors = {f"{number}.{name}": each.contiguous() for number, part in parts for name, each in part.items()}
             save_file(tensors, folder / f"answers_{self.args.process_index}.safetensors")
