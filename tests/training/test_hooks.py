@@ -14,13 +14,14 @@ def draws() -> tuple[float, float, float]:
 
 
 def test_measuring_draws_no_random_number_of_the_training() -> None:
+    model = nn.Linear(1, 1)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(3)
     expected = [draws(), draws()]
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(3)
     found = [draws()]
-    with unchanged_by_measuring(nn.Linear(1, 1)):
+    with unchanged_by_measuring(model):
         draws()
     assert [*found, draws()] == expected
 
