@@ -1,4 +1,4 @@
-"""Held-out numbers from before the first step stand beside those from after, and measuring them changes nothing else."""
+"""Held-out numbers from before the first step are reported beside those from after, and measuring them changes nothing else."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def training_log(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_numbers_from_before_stand_beside_those_from_after(stage: str, runs: Path) -> None:
+def test_numbers_from_before_are_reported_beside_those_from_after(stage: str, runs: Path) -> None:
     changes = {"lr_scheduler_type": "constant", "bf16": True} if stage == "pretrain" else {}
     plain = small_runs.run(stage, runs, f"{stage} plain", eval_before_training=False, **changes)
     both = small_runs.run(stage, runs, f"{stage} both", save_total_limit=9, **changes)

@@ -151,12 +151,12 @@ def test_held_out_means_do_not_depend_on_the_batch_size(folder: Path, kind: str)
     found = [evaluated(folder, kind, batch) for batch in (2, 4, 8)]
     for each in found:
         check(each, expected)
-    if kind != "rloo":  # whose answers are drawn anew
+    if kind != "rloo":  # whose answers are drawn again
         assert found[1] == pytest.approx(found[0], abs=2e-6) and found[2] == pytest.approx(found[0], abs=2e-6)
 
 
 def test_held_out_means_do_not_depend_on_the_number_of_processes(folder: Path) -> None:
-    """Two processes; in the last round the second has no row of its own."""
+    """Two processes; in the last round the second has no row left."""
 
     def measure() -> None:
         for kind in KINDS:

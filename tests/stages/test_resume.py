@@ -97,7 +97,7 @@ def test_checkpoints_hold_the_reference_and_the_answers_with_checksums(uninterru
     policy = load_file(synced / "checkpoint-2" / "model.safetensors")
     assert any(not torch.equal(reference[name], policy[name]) for name in reference)
     kept = [(sampled / f"checkpoint-{step}" / "answers_0.safetensors").is_file() for step in (1, 2, 3, 4, 5)]
-    assert kept == [True, True, True, False, True], "after step 4 answers are sampled anew"
+    assert kept == [True, True, True, False, True], "after step 4 answers are sampled again"
     sums = (sampled / "checkpoint-1" / "SHA256SUMS").read_text()
     assert (
         "answers_0.safetensors" in sums
@@ -108,7 +108,7 @@ def test_checkpoints_hold_the_reference_and_the_answers_with_checksums(uninterru
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_peft": True}, "sync_ref_model needs a reference model of its own"),
+        ({"use_peft": True}, "sync_ref_model needs a separate reference model"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs needs a fixed reference"),
     ],
 )

@@ -9,11 +9,11 @@ import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from rlhf_recipes.core.config_file import known_names, nearest, yaml_as_flags
+from rlhf_recipes.core.conversion import without_enums
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.secrets import SECRET_ARGUMENTS
 from rlhf_recipes.core.unsupported import unsupported_options
@@ -161,8 +161,8 @@ def requested_values(*instances: Any) -> dict[str, Any]:
     for instance in instances:
         remembered = instance.__dict__.get("_requested")
         requested |= remembered if remembered is not None else _differences(instance)
-    plain = {key: value.value if isinstance(value, Enum) else value for key, value in requested.items()}
-    return {key: value for key, value in plain.items() if _is_plain(value) and key not in SECRET_ARGUMENTS}
+    plain = {key: without_enums(value) for key, value in requested.items() if key not in SECRET_ARGUMENTS}
+    return {key: value for key, value in plain.items() if _is_plain(value)}
 
 
 def _differences(instance: Any) -> dict[str, Any]:
@@ -212,8 +212,8 @@ def _parser(dataclass_types: Sequence[type]) -> Any:
             if item.init:
                 item.type = hints[item.name]
                 parser._parse_dataclass_field(group, item)  # type: ignore[arg-type]
-                if item.name in hidden:
-                    parser._actions[-1].help = SUPPRESS
+        for action in parser._actions:
+            action.help = SUPPRESS if action.dest in hidden else action.help
     return parser
 
 

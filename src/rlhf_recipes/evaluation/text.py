@@ -22,8 +22,8 @@ UNSPACED = re.compile(
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Compute the share of different n-grams among all n-grams of the texts, in [0, 1].
 
-    Words are split at whitespace, and each character of a script without spaces (Chinese, Japanese, Thai ...) is a word of
-    its own. No n-gram spans two texts. Without any n-gram the result is 0. The share falls as
+    Words are split at whitespace, and each character of a script without spaces (Chinese, Japanese, Thai ...) is one
+    word. No n-gram spans two texts. Without any n-gram the result is 0. The share falls as
     the number of texts grows, so compare sets of equal size only. After Li et al. 2016, arXiv:1510.03055.
 
     Raises:

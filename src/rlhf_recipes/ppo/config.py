@@ -8,6 +8,10 @@ from transformers import TrainingArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.training import TrainingDefaults, learning_rate_field
 
+LOADER_OPTIONS = (
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_in_order",
+    "dataloader_multiprocessing_context", "dataloader_drop_last",
+)  # fmt: skip
 SAMPLING = ("top_k", "top_p", "min_p", "min_new_tokens")  # the keys of generation_kwargs
 
 
@@ -32,7 +36,9 @@ class PPOConfig(TrainingDefaults, TrainingArguments):
         "label_smoothing_factor": "has no effect: PPO has no labels",
         "train_sampling_strategy": "has no effect: each update takes the next prompts of a shuffled epoch",
         "remove_unused_columns": "has no effect: reward functions receive every column",
-    }
+        "debug": "does not fit PPO, whose masks are not numbers; leave it out",
+        "neftune_noise_alpha": "does not fit PPO: the noise would change the probabilities that are compared",
+    } | dict.fromkeys(LOADER_OPTIONS, "has no effect: rollouts are made in the training process")
 
     learning_rate: float | None = learning_rate_field(3e-6)
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the episodes of each update."})

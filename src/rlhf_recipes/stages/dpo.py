@@ -37,6 +37,7 @@ from rlhf_recipes.training import (
     SafeTrainer,
     SyncedReference,
     check_model_options,
+    check_order_of_pairs,
     check_synced_reference,
     encode_dpo_pairs,
     learning_rate_field,
@@ -122,6 +123,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     require_held_out(pairs.test, training, arguments.dataset_test_split)
     check_model_options(training, model_config, start.config, LOGGED)
     check_loss_options(training)
+    check_order_of_pairs(training)
     check_synced_reference(training, model_config.use_peft)
     if training.padding_free:
         refuse_packing(start.config, start.name)

@@ -44,6 +44,7 @@ from rlhf_recipes.training import (
     Measured,
     SafeTrainer,
     check_model_options,
+    check_order_of_pairs,
     encode_labels,
     encode_pairs,
     learning_rate_field,
@@ -111,10 +112,7 @@ class RewardConfig(FineTuningDefaults, trl.RewardConfig):
 
 
 class RankingTrainer(HeldOutMeans, SafeTrainer, RewardTrainer):
-    """TRL's `RewardTrainer` with the guarantees of `SafeTrainer`; held-out means are over pairs.
-
-    test_rows: the test split before it is tokenized.
-    """
+    """TRL's `RewardTrainer` with the guarantees of `SafeTrainer`. test_rows: the test split before it is tokenized."""
 
     kinds = {"min_reward": LEAST, "max_reward": GREATEST}
 
@@ -136,7 +134,9 @@ def build_reward_trainer(
     require_batch(len(rows.train), training)
     require_held_out(rows.test, training, arguments.dataset_test_split)
     check_model_options(training, model_config, start.config, LOGGED[kind])
-    if kind == "classifier" and training.center_rewards_coefficient is not None:
+    if kind == "ranking":
+        check_order_of_pairs(training)
+    elif training.center_rewards_coefficient is not None:
         raise UserError("center_rewards_coefficient has no effect on labelled texts; leave it out")
     lora = build_lora_config(model_config, start.config, "SEQ_CLS", **code)
     rows = rows.each_split(partial(encode, start=start, too_long=arguments.too_long, training=training))

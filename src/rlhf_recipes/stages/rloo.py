@@ -43,6 +43,7 @@ from rlhf_recipes.models import (
 )
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
 from rlhf_recipes.training import (
+    UNSUPPORTED_BY_RLOO,
     FineTuningDefaults,
     Measured,
     OwnTokenization,
@@ -50,6 +51,7 @@ from rlhf_recipes.training import (
     SampledBatches,
     SyncedReference,
     check_model_options,
+    check_sampling,
     check_synced_reference,
     learning_rate_field,
     prepare_process_,
@@ -92,11 +94,7 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
     prompt; each answer is trained on ``num_iterations`` times.
     """
 
-    unsupported = {
-        "label_smoothing_factor": "has no effect: RLOO has no labels",
-        "log_multimodal": "has no effect: prompts are text",
-        "train_sampling_strategy": "has no effect: prompts are repeated for each group of answers",
-    }
+    unsupported = UNSUPPORTED_BY_RLOO
     best_metric = "eval_reward"
     usual_learning_rate = 1e-6
     learning_rate: float | None = learning_rate_field(1e-6)  # type: ignore[assignment]
@@ -142,13 +140,12 @@ class RLOOConfig(FineTuningDefaults, trl.RLOOConfig):
                 f"num_generations_eval {compared} does not divide the {self.per_device_eval_batch_size} answers of an "
                 "evaluation batch (per_device_eval_batch_size); change one of them"
             )
-        if self.temperature <= 0:
-            raise UserError(
-                f"temperature is {self.temperature}; it must be above 0, since RLOO learns from what it samples"
-            )
-        if self.max_completion_length < 1:
-            raise UserError(f"max_completion_length is {self.max_completion_length}; it must be at least 1")
+        check_sampling(self)
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches:
+            raise UserError(
+                "dispatch_batches cannot share out prompts, which are text; leave it out of accelerator_config"
+            )
 
     @property
     def answers(self) -> int:
@@ -294,6 +291,7 @@ def answer_metrics(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
     if f"{prefix}reward" not in entry:
         return {}
     length = entry[f"{prefix}completions/mean_length"]
-    kl = {f"{prefix}kl": entry[f"{prefix}kl"] * length} if f"{prefix}kl" in entry else {}
+    per_token = entry.get(f"{prefix}kl")  # None where every answer was left out
+    kl = {} if per_token is None else {f"{prefix}kl": per_token * length}
     ended = 1.0 - entry[f"{prefix}completions/clipped_ratio"]
     return {f"{prefix}score": entry[f"{prefix}reward"]} | kl | {f"{prefix}length": length, f"{prefix}eos_share": ended}

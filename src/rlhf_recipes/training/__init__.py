@@ -10,7 +10,7 @@ from rlhf_recipes.training.classifier import (
 from rlhf_recipes.training.defaults import NO_TEMPLATE_PATH, FineTuningDefaults, TrainingDefaults, learning_rate_field
 from rlhf_recipes.training.demonstrations import encode_demonstrations, load_demonstrations, loss_spans
 from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
-from rlhf_recipes.training.options import check_model_options, check_options, require_causal
+from rlhf_recipes.training.options import check_model_options, check_options, check_order_of_pairs, require_causal
 from rlhf_recipes.training.preferences import (
     PAIR,
     encode_dpo_pairs,
@@ -21,7 +21,7 @@ from rlhf_recipes.training.preferences import (
 )
 from rlhf_recipes.training.pretrain import PretrainTrainer, SampleContinuations, collate_blocks
 from rlhf_recipes.training.reference import SyncedReference, check_synced_reference
-from rlhf_recipes.training.rloo import OwnTokenization, SampledBatches
+from rlhf_recipes.training.rloo import UNSUPPORTED_BY_RLOO, OwnTokenization, SampledBatches, check_sampling
 from rlhf_recipes.training.run import Measured, measures_model, prepare_process_, run_training, training_inputs
 from rlhf_recipes.training.trainer import SafeTrainer
 
@@ -32,6 +32,7 @@ __all__ = [
     "PAIR",
     "ROWS",
     "SPREAD",
+    "UNSUPPORTED_BY_RLOO",
     "ClassifierTrainer",
     "FineTuningDefaults",
     "HeldOutMeans",
@@ -46,6 +47,8 @@ __all__ = [
     "check_best_metric",
     "check_model_options",
     "check_options",
+    "check_order_of_pairs",
+    "check_sampling",
     "check_synced_reference",
     "collate_blocks",
     "collate_labelled_texts",

@@ -42,3 +42,14 @@ def drop_last(args: Any, enabled: bool) -> Iterator[None]:
         yield
     finally:
         args.dataloader_drop_last = configured
+
+
+@contextmanager
+def keep_last(args: Any) -> Iterator[None]:
+    """Within this block, `args.dataloader_drop_last` is False: an evaluation reads every row."""
+    configured = args.dataloader_drop_last
+    args.dataloader_drop_last = False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = configured

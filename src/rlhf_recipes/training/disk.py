@@ -55,6 +55,6 @@ def warn_of_lost_state(checkpoint: str | None) -> None:
     if not any(path for pattern in ("optimizer*", "global_step*") for path in Path(checkpoint).glob(pattern)):
         logger.warning(
             "%s holds no optimizer (save_only_model): the optimizer's state, the learning rate's schedule and the random "
-            "numbers start anew, so the run goes on from these weights but differs from one that was not interrupted",
+            "numbers start again, so the run goes on from these weights but differs from one that was not interrupted",
             checkpoint,
         )

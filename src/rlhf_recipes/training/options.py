@@ -1,5 +1,6 @@
-"""Options of transformers, TRL and peft that this machine, model or installation cannot honour: told before weights load."""
+"""Options of transformers, TRL and peft that this machine, model or installation cannot honour, found before weights load."""
 
+import copy
 import importlib.util
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,17 @@ def check_model_options(
             attn_implementation=model_config.attn_implementation,
             trust_remote_code=getattr(training, "trust_remote_code", False),
         )
+
+
+def check_order_of_pairs(training: Any) -> None:
+    """Refuse to sort pairs by length: transformers measures a row's `input_ids`, and a pair has two answers.
+
+    Raises:
+        UserError: names the option.
+    """
+    strategy = getattr(training, "train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential"):
+        raise UserError(f"train_sampling_strategy {strategy} does not fit pairs; choose random or sequential")
 
 
 def require_causal(config: Any, name: str) -> None:
@@ -165,18 +177,26 @@ def _check_kernels(training: Any) -> None:
             )
     if getattr(training, "use_liger_kernel", False) and training.use_cpu:
         raise UserError("use_liger_kernel needs a GPU; leave it out")
+    for option in ("use_transformers_continuous_batching", "use_transformers_paged"):
+        if getattr(training, option, False) and training.use_cpu:
+            raise UserError(f"{option} needs a GPU; leave it out")
     if getattr(training, "activation_offloading", False) and training.use_cpu:
         raise UserError("activation_offloading moves activations from a GPU to the CPU; leave it out on a CPU")
 
 
 def _check_optimizer(training: Any) -> None:
-    """Make the optimizer for a weight of its own and take a step of zero."""
+    """Make the optimizer for a separate weight and take a step of zero."""
     option = f"optim {getattr(training.optim, 'value', training.optim)}"
     if getattr(training, "deepspeed_plugin", None) is not None:
         return  # DeepSpeed makes its own
     weight = torch.nn.Parameter(torch.zeros(64, 64, device="cpu" if training.use_cpu else training.device))
     with _refusing(option, "check --optim_args, or use adamw_torch"):
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training, torch.nn.ParameterList([weight]))
+        if training.optim_args:
+            plain = copy.copy(training)
+            plain.optim_args = None
+            if Trainer.get_optimizer_cls_and_kwargs(plain, torch.nn.ParameterList([weight]))[1] == options:
+                raise UserError(f"optim_args {training.optim_args} has no effect with {option}; leave it out")
         if "optimizer_dict" in options or "params" in options or "model" in options:
             return  # made from a model's layers
         optimizer = kind([weight], **options)

@@ -42,7 +42,7 @@ def check_synced_reference(training: Any, uses_adapter: bool) -> None:
         return
     if uses_adapter:
         raise UserError(
-            "sync_ref_model needs a reference model of its own, and an adapter has none; leave one of them out"
+            "sync_ref_model needs a separate reference model, and an adapter has none; leave one of them out"
         )
     if getattr(training, "precompute_ref_log_probs", False):
         raise UserError("precompute_ref_log_probs needs a fixed reference; leave it or sync_ref_model out")

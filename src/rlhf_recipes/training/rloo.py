@@ -6,10 +6,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
+from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.files import files_by_rank
 from rlhf_recipes.data import column_prompt_ids, decode_answers, is_conversation
 from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
+
+COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+UNSUPPORTED_BY_RLOO = {
+    "label_smoothing_factor": "has no effect: RLOO has no labels",
+    "log_multimodal": "has no effect: prompts are text",
+    "train_sampling_strategy": "has no effect: prompts are repeated for each group of answers",
+    "dataloader_drop_last": "has no effect: an epoch holds complete batches of answers only",
+} | dict.fromkeys(COMPILE, "does not fit answers of changing length; leave it out")
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +76,7 @@ class SampledBatches(HeldOutMeans):
     def save_progress(self, folder: Path) -> None:
         trainer: Any = super()
         trainer.save_progress(folder)
-        if self._step % (self.args.steps_per_generation * self.num_iterations):  # else the next step samples anew
+        if self._step % (self.args.steps_per_generation * self.num_iterations):  # else the next step samples again
             parts = enumerate(self._buffered_inputs)
             tensors = {f"{number}.{name}": each.contiguous() for number, part in parts for name, each in part.items()}
             save_file(tensors, folder / f"answers_{self.args.process_index}.safetensors")
@@ -129,3 +139,31 @@ class OwnTokenization:
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         return prompt_ids, completion_ids, completions, *others
+
+
+def check_sampling(training: Any) -> None:
+    """Check how answers are sampled; transformers and TRL would refuse these values at the first batch.
+
+    Raises:
+        UserError: names the option and its range.
+    """
+    if training.temperature <= 0:
+        raise UserError(
+            f"temperature is {training.temperature}; it must be above 0, since RLOO learns from what it samples"
+        )
+    if training.max_completion_length < 1:
+        raise UserError(f"max_completion_length is {training.max_completion_length}; it must be at least 1")
+    if training.top_k is not None and training.top_k < 0:
+        raise UserError(f"top_k is {training.top_k}; give 1 or more, or 0 to draw from all tokens")
+    if not 0 < training.top_p <= 1:
+        raise UserError(f"top_p is {training.top_p}; give a share above 0, up to 1")
+    if training.min_p is not None and not 0 <= training.min_p <= 1:
+        raise UserError(f"min_p is {training.min_p}; give a share from 0 to 1")
+    if training.repetition_penalty <= 0:
+        raise UserError(f"repetition_penalty is {training.repetition_penalty}; it must be above 0, and 1 is none")
+    options = training.generation_kwargs
+    known = vars(GenerationConfig())
+    if isinstance(options, dict) and (unknown := sorted(set(options) - set(known))):
+        raise UserError(
+            f"generation_kwargs has the unknown key {unknown[0]}; give fields of transformers' GenerationConfig"
+        )

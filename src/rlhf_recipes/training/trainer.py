@@ -41,7 +41,7 @@ from rlhf_recipes.system import (
     restore_ties_,
     safe_deepspeed_loading,
 )
-from rlhf_recipes.training.batches import complete_batch_size, complete_batches_sampler, drop_last
+from rlhf_recipes.training.batches import complete_batch_size, complete_batches_sampler, drop_last, keep_last
 from rlhf_recipes.training.disk import warn_of_lost_state
 from rlhf_recipes.training.finite import all_finite, nonfinite_error
 from rlhf_recipes.training.hooks import StepHooks
@@ -126,6 +126,10 @@ class SafeTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         with drop_last(self.args, complete_batch_size(self.args, self.train_dataset) is not None):
             return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with keep_last(self.args):
+            return super().get_eval_dataloader(*args, **kwargs)
 
     # What is saved and restored besides what Trainer does.
 
