@@ -149,7 +149,7 @@ def test_instructions_become_turns_or_stay_text():
     assert first("ppo", INSTRUCTION)["prompt"] == [user("Sort.\n\n3, 1")]
 
 
-def test_plain_prompts_stay_plain_unless_asked():
+def test_plain_prompts_stay_plain_by_default():
     row = {"prompt": Q, "completion": A}
     assert first("sft", row) == row
     assert first("sft", row, as_chat=True) == {"prompt": [user()], "completion": [said()]}
@@ -267,7 +267,7 @@ MEANINGFUL = [
 @pytest.mark.parametrize(
     ("stage", "row", "column"), MEANINGFUL, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_a_column_that_carries_meaning_is_never_left_out_silently(stage, row, column):
+def test_a_column_that_carries_meaning_is_never_left_out_without_a_word(stage, row, column):
     with pytest.raises(UserError, match=rf"--ignore_columns .*{column}"):
         first(stage, row)
     assert column not in first(stage, row, ignore_columns=[column])

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from programs.tiny_models import ATTENTION, STATE, build_model
+from programs.tiny_models import ATTENTION, STATE, build_config, build_model, save_model
 from torch import Tensor
 from trl import ModelConfig
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.evaluation.language_model import perplexity
 from rlhf_recipes.evaluation.models import completion_log_probs
 from rlhf_recipes.generation import Sampling, sample
 from rlhf_recipes.models import (
@@ -17,10 +18,14 @@ from rlhf_recipes.models import (
     build_lora_config,
     check_left_padding,
     check_packing,
+    context_length,
     load_causal_lm,
     refuse_left_padding,
     refuse_packing,
+    text_config,
+    vocabulary_size,
 )
+from rlhf_recipes.models.lora import GPT2_LORA_TARGETS
 from rlhf_recipes.optimizations import UpperLayers, freeze_lower_layers_, fuse_kernels_, lower_layers
 from rlhf_recipes.ppo.roles.outputs import check_head, policy_outputs
 from rlhf_recipes.ppo.rollout.rollout import pad_episodes
@@ -196,3 +201,129 @@ def test_a_reward_model_scores_a_batch_as_each_row_alone(name: str, tokenizer: A
         plain = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
     assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
     assert torch.allclose(torch.tensor(together), torch.tensor(plain), atol=1e-5)
+
+
+def test_lora_targets_by_default_are_those_of_the_architecture() -> None:
+    def targets(name: str, **options: Any) -> Any:
+        config = build_lora_config(ModelConfig(use_peft=True, **options), build_config(name))
+        assert config is not None
+        return config.target_modules
+
+    assert set(targets("gpt2")) == set(GPT2_LORA_TARGETS)
+    assert set(targets("llama")) == {"q_proj", "v_proj"}
+    assert targets("olmo2") == "all-linear"
+    assert targets("gpt2", lora_target_modules=["c_attn"]) == {"c_attn"}, "one name is a name, not a pattern"
+    assert (
+        targets("llama", lora_target_modules=[r".*layers\.1\.self_attn\.q_proj"]) == r".*layers\.1\.self_attn\.q_proj"
+    )
+
+
+def test_lora_on_experts_has_no_dropout(caplog: pytest.LogCaptureFixture) -> None:
+    """peft adapts fused experts by their parameters, and refuses dropout there."""
+    options = ModelConfig(use_peft=True, lora_target_modules=["all-linear"], lora_dropout=0.1)
+    assert build_lora_config(options, build_config("mixtral")).lora_dropout == 0.0
+    assert "cannot have dropout" in caplog.text
+    assert build_lora_config(options, build_config("llama")).lora_dropout == 0.1
+    named = ModelConfig(use_peft=True, lora_target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    adapted = attach_adapter(build_model("mixtral"), build_lora_config(named, build_config("mixtral")))
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert trained and all("experts" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"lora_target_modules": ["c_attn"]}),
+        ("llama", {"lora_target_parameters": ["experts.gate_up_proj"]}),
+        ("llama", {"lora_target_modules": ["norm"]}),
+        ("mixtral", {"lora_target_modules": ["all-linear"], "use_dora": True}),
+        ("mamba2", {"lora_target_modules": ["out_proj"]}),
+        ("jamba", {"lora_target_modules": ["dt_proj", "q_proj"]}),
+    ],
+)
+def test_lora_that_does_not_fit_is_refused_without_weights(name: str, options: Any) -> None:
+    state = torch.random.get_rng_state()
+    with pytest.raises(UserError) as caught:
+        build_lora_config(ModelConfig(use_peft=True, **options), build_config(name))
+    assert "\n" not in str(caught.value)
+    assert torch.equal(torch.random.get_rng_state(), state), "the check draws no random numbers"
+
+
+def test_numbers_of_a_multimodal_config_are_those_of_its_text_model() -> None:
+    from transformers import Gemma3Config
+
+    config = Gemma3Config(text_config=build_config("gemma3").to_dict())
+    assert (context_length(config), vocabulary_size(config), text_config(config).hidden_size) == (128, 262, 32)
+    assert context_length(build_config("mpt")) == 128, "MPT's ALiBi is built up to max_seq_len"
+    assert context_length(build_config("bloom")) is None
+    assert context_length(build_config("mamba")) is None
+
+
+@pytest.mark.parametrize("max_length", [None, 16])
+def test_perplexity_of_a_model_without_a_context_length(max_length: int | None, model_of: Any, tokenizer: Any) -> None:
+    model, text = model_of("bloom"), "a text of some length for a model that has no limit"
+    ids = [256, *text.encode()]
+    measured = perplexity(model, tokenizer, [text], max_length=max_length)
+    if max_length is None:
+        assert measured["loss"] == pytest.approx(-log_probs_alone(model, ids[:1], ids[1:]).mean().item(), abs=1e-5)
+    assert measured["tokens"] == len(text)
+
+
+def test_ids_without_a_token_are_never_sampled_and_have_no_probability() -> None:
+    """Of 262 embeddings 200 are tokens: the distribution over those is the model's, normalized."""
+    model = build_model("qwen2", seed=1)
+    sampling = Sampling(NEW_TOKENS, 1.0, vocabulary=200)
+    answers = sample(model, PROMPTS * 8, sampling, list(range(40)))
+    assert max(token for row in answers.ids for token in row) < 200
+    everything = sample(model, PROMPTS * 8, Sampling(NEW_TOKENS, 1.0), list(range(40)))
+    assert max(token for row in everything.ids for token in row) >= 200, "without the limit some are"
+    episodes = pad_episodes(PROMPTS, ANSWERS)
+    with torch.no_grad():
+        _, log_probs, entropies = policy_outputs(model, **episodes, vocabulary=200)
+    evaluated, _ = completion_log_probs(model, PROMPTS, ANSWERS, vocabulary=200)
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        logits = logits_alone(model, [*prompt, *answer])[len(prompt) - 1 : -1, :200].double()
+        expected = torch.log_softmax(logits, dim=-1)
+        chosen = expected.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1).float()
+        assert torch.allclose(log_probs[row, : len(answer)], chosen, atol=1e-5)
+        assert torch.allclose(evaluated[row, : len(answer)], chosen, atol=1e-5)
+        entropy = -(expected.exp() * expected).sum(-1).float()
+        assert torch.allclose(entropies[row, : len(answer)], entropy, atol=1e-4)
+
+
+def test_a_generation_config_that_cannot_be_saved_is_repaired_as_it_is_loaded(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Llama 2's has a temperature without do_sample; transformers reads it, and does not write it once it is changed."""
+    folder = save_model(tmp_path / "model", "llama", tokenizer)
+    Path(folder, "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": 256}')
+    model = load_causal_lm(folder)
+    assert "do_sample" in caplog.text
+    model.generation_config.pad_token_id = 257
+    model.save_pretrained(tmp_path / "again")
+    assert load_causal_lm(str(tmp_path / "again")).generation_config.temperature == 0.9
+    Path(folder, "generation_config.json").write_text('{"length_penalty": 0.5, "eos_token_id": 256}')
+    model = load_causal_lm(folder)
+    assert "keeps its special tokens only" in caplog.text
+    model.generation_config.pad_token_id = 257
+    model.save_pretrained(tmp_path / "again")
+    assert load_causal_lm(str(tmp_path / "again")).generation_config.eos_token_id == 256
+
+
+def test_ids_beyond_the_embedding_are_named() -> None:
+    from rlhf_recipes.models import check_stop_id, check_token_ids
+
+    check_token_ids([[0, 5], [9]], 10, "row")
+    with pytest.raises(UserError, match="row 1 has the id 10, and the model has 10 token embeddings"):
+        check_token_ids([[0], [3, 10]], 10, "row")
+    with pytest.raises(UserError, match="stop_token_id is -1"):
+        check_stop_id(-1, 10)
+
+
+def test_rwkv_keeps_its_weights_in_eval_mode(tokenizer: Any, tmp_path: Path) -> None:
+    """transformers halves weights of every sixth layer for inference in place, and would save them so."""
+    folder = save_model(tmp_path / "model", "rwkv", tokenizer, num_hidden_layers=7)
+    model = load_causal_lm(folder).eval()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    logits_alone(model, PROMPTS[0])
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

@@ -239,8 +239,8 @@ def test_pairs_that_are_too_long_are_dropped_or_cut(ask: Any, caplog: pytest.Log
 def test_pairs_that_teach_nothing_are_dropped_and_counted(ask: Any) -> None:
     """A pair with an empty rejected answer is kept: it teaches that silence is worse."""
     equal, empty = PLAIN[0] | {"rejected": PLAIN[0]["chosen"]}, PLAIN[0] | {"chosen": ""}
-    silent = PLAIN[0] | {"rejected": ""}
-    trainer = build_dpo_trainer(*ask([*PLAIN[1:], equal, empty, silent]))
+    wordless = PLAIN[0] | {"rejected": ""}
+    trainer = build_dpo_trainer(*ask([*PLAIN[1:], equal, empty, wordless]))
     dropped = {"empty_answers": 1, "equal_pairs": 1, "empty_rejected": 1}
     counts = {"read": len(PLAIN) + 2, "used": len(PLAIN)} | dropped
     assert len(trainer.train_dataset) == len(PLAIN) and trainer.row_counts["train"] == counts

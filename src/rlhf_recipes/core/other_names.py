@@ -50,7 +50,6 @@ OTHER_NAMES = {
     "subset": "--dataset_config NAME",
     "template": "--as_chat true (the model's own chat template)",
     "role_mapping": "--roles user=NAME assistant=NAME",
-    "judge": "--reward_type ranking or classifier",
 }
 
 

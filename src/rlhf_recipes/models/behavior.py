@@ -78,7 +78,7 @@ def _states(model: Any, **inputs: Tensor) -> Tensor:
 
 
 def _equal(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether the states of every token agree up to the rounding of the model's precision."""
+    """Return whether the states of every token are equal up to the rounding of the model's precision."""
     error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
     return bool(error.max() <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.1))
 

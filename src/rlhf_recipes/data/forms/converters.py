@@ -39,7 +39,7 @@ def row_converter(
         )  # fmt: skip
         return partial(_label_rows, context, reader), form, [f"labels: {reader}"]
     if shape.name == "chosen_answer":
-        return partial(_chosen_rows, context), form, ["the chosen answers are learnt"]
+        return partial(_chosen_rows, context), form, ["training on the chosen answers"]
     if shape.form == COMPLETION:
         plain = not context.chat or all(
             convert.is_one_turn(each)

@@ -7,7 +7,7 @@ from rlhf_recipes.data.forms.formats import COMPLETION, LABEL, MESSAGES, PREFERE
 from rlhf_recipes.data.forms.meanings import ABOUT_ROWS, possible_meanings
 from rlhf_recipes.data.forms.survey import Column
 
-# Meanings that change what a row teaches; a column of another meaning may stand beside.
+# Meanings that change what a row teaches; a column of another meaning may be left out.
 CARRYING = {
     "messages", "chosen", "rejected", "prompt", "completion", "context", "history", "system", "answers", "margin", "tools",
     "chat_template_kwargs", "weight", "text", "images", "answer_a", "answer_b",

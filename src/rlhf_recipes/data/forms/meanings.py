@@ -43,7 +43,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 # Columns about a row, not of it; they may be left out without a word from the user.
 ABOUT_ROWS = re.compile(
     r"(^|.*_)(id|ids|idx|index|uuid|hash|sha|md5|source|dataset|origin|split|subset|categor(y|ies)|task|type|topic|tags?|lang|"
-    r"language|licen[cs]e|url|time|timestamp|date|created|worker|annotator|judge|model|domain|confidence|version|meta|"
+    r"language|licen[cs]e|url|time|timestamp|date|created|worker|annotator|model|domain|confidence|version|meta|"
     r"metadata|info|extra|kind|policy|path|file|filename|name|turn|score|ratio|length|tokens)(_.*|$)",
     re.IGNORECASE,
 )

@@ -37,7 +37,7 @@ Row = dict[str, Any]
 # Names that say that a row is an instruction and its answer, so a turn of a chat and not a text to continue.
 INSTRUCTIONS = {"instruction", "instructions", "question", "query", "problem", "input", "user_input"}
 PLAINLY_NAMED = ("text", "messages", "prompt", "completion", "chosen", "rejected")
-SPOKEN = ("prompt", "completion", "chosen", "rejected", "answer_a", "answer_b", "messages", "answers", "text")
+CONTENT = ("prompt", "completion", "chosen", "rejected", "answer_a", "answer_b", "messages", "answers", "text")
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def _fields(
     elif "completion" in columns:
         fields = {"prompt": said, "completion": said, "label": "label"}
     else:
-        spoken = "messages" in columns or "messages" in facts[columns["text"]].kinds
-        fields = {"messages": "messages", "label": "label"} if spoken else {"text": "text", "label": "label"}
+        content = "messages" in columns or "messages" in facts[columns["text"]].kinds
+        fields = {"messages": "messages", "label": "label"} if content else {"text": "text", "label": "label"}
     for name in TEMPLATE_COLUMNS:
         if name in columns or (name == "tools" and isinstance(sample, Mapping) and sample.get("tools")):
             fields[name] = "json"
@@ -195,14 +195,14 @@ def _with_values(columns: dict[str, str], shape: Format, facts: Mapping[str, Col
 
 
 def _is_chat(columns: Mapping[str, str], facts: Mapping[str, Column], as_chat: bool | None, name: str) -> bool:
-    spoken = [facts[columns[meaning]] for meaning in SPOKEN if meaning in columns]
-    has_messages = any("messages" in column.kinds or _lists_messages(column.sample) for column in spoken)
+    content = [facts[columns[meaning]] for meaning in CONTENT if meaning in columns]
+    has_messages = any("messages" in column.kinds or _lists_messages(column.sample) for column in content)
     if as_chat is False and has_messages:
         raise UserError(f"{name} holds messages, which --as_chat false cannot make text of; leave it out")
     if as_chat is not None:
         return as_chat
     beside = any(meaning in columns for meaning in ("system", "history", *TEMPLATE_COLUMNS))
-    transcripts = any(is_transcript(column.sample) for column in spoken) and "text" not in columns
+    transcripts = any(is_transcript(column.sample) for column in content) and "text" not in columns
     return has_messages or beside or transcripts or columns.get("prompt") in INSTRUCTIONS
 
 
