@@ -62,7 +62,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 def prepare(options: Any, folder: Path) -> None:
     """Save policy, reward model, prompts and settings in a form that every trainer can load."""
     from rlhf_recipes.core.arguments import DatasetArguments
-    from rlhf_recipes.data import load_train_and_test, prompt_ids
+    from rlhf_recipes.data import PROMPT, TEXT, FormOptions, load_rows, prompt_ids
     from rlhf_recipes.models import load_causal_lm, load_reward_model, load_tokenizer
     from rlhf_recipes.stages.ppo import with_prompts
 
@@ -79,8 +79,9 @@ def prepare(options: Any, folder: Path) -> None:
     reward_model.config.num_labels = 1
     reward_model.save_pretrained(folder / "reward_model")
     name = options.dataset_name or str(options.run / "world" / "prompts")
-    splits = load_train_and_test(DatasetArguments(dataset_name=name, max_train_samples=4000, max_test_samples=300))
-    for split, rows in zip(("train", "test"), splits, strict=True):
+    options = FormOptions((TEXT if world["prompt_tokens"] else PROMPT,), keep_columns=True)
+    loaded = load_rows(DatasetArguments(dataset_name=name, max_train_samples=4000, max_test_samples=300), options)
+    for split, rows in (("train", loaded.train), ("test", loaded.test)):
         rows = with_prompts(rows, tokenizer, world["prompt_tokens"])
         encoded = [{**row, "input_ids": prompt_ids(row["prompt"], tokenizer)} for row in rows]
         (folder / f"{split}.json").write_text(json.dumps(encoded))

@@ -365,8 +365,7 @@ WRONG = {
     "missing column": (
         [{"question": "a", "answer": "b"}] * 2, {}, "in the columns question, answer, and this stage reads preferences"
     ),
-    "another kind": (LABELLED, {"reward_type": "ranking"}, "in the columns text, label, and this stage reads preferences"),
-    "pairs for a classifier": (CHAT, {"reward_type": "classifier"}, "in the columns prompt, chosen, rejected, and this stage reads labelled texts"),
+    "another kind": (LABELLED, {"reward_type": "ranking"}, "in the columns text, label, and this stage"),
     "empty": ([], {}, "no rows"),
     "smaller than a batch": (CHAT, {"per_device_train_batch_size": 4}, "has 2 rows, but one batch takes 4"),
     "three labels": ([*LABELLED, {"text": "so so", "label": 2}], {}, "--label_threshold 2"),

@@ -18,7 +18,6 @@ from rlhf_recipes.data.checks import (
     check_rows,
     require_batch,
     require_held_out,
-    require_text,
     require_texts,
 )
 from rlhf_recipes.data.conversations import (
@@ -63,9 +62,6 @@ from rlhf_recipes.data.rows import first_row, require_columns, write_rows
 from rlhf_recipes.data.show import ShownRow, log_first_row, show_rows
 from rlhf_recipes.data.sources import (
     load_split,
-    load_test_split,
-    load_train_and_test,
-    load_training_sources,
 )
 from rlhf_recipes.data.special_tokens import begin_with, bos_prefix, document_start, special_tokens_around_text
 
@@ -116,10 +112,7 @@ __all__ = [
     "load_rows",
     "load_split",
     "load_split_rows",
-    "load_test_split",
     "load_texts",
-    "load_train_and_test",
-    "load_training_sources",
     "log_first_row",
     "open_source",
     "open_test_source",
@@ -135,7 +128,6 @@ __all__ = [
     "require_batch",
     "require_columns",
     "require_held_out",
-    "require_text",
     "require_texts",
     "require_turn_end",
     "row_length",

@@ -70,18 +70,6 @@ def require_texts(
             raise UserError(f"{name}, row {index}: the prompt is empty; drop the row")
 
 
-def require_text(dataset: Any, column: str, name: str = "dataset") -> None:
-    """Check that the column exists and its first value is text; rows without a value are allowed.
-
-    Raises:
-        UserError: the column is missing or holds something else.
-    """
-    require_columns(dataset, (column,), role=name)
-    value = next((row[column] for row in dataset if row[column] is not None), "")
-    if not isinstance(value, str):
-        raise UserError(f"{name}: the column {column} holds {_shortened(value)}, which is no text; give strings")
-
-
 def _text_problem(value: Any) -> str | None:
     """Say what is wrong with a text, or return None."""
     return None if isinstance(value, str) else f"holds {_shortened(value)}, which is no text; give strings"

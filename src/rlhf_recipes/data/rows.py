@@ -31,39 +31,9 @@ def matches_filter(value: Any, allowed: set[str], label_names: Sequence[str] | N
     return str(value) in allowed or bool(named and label_names is not None and label_names[value] in allowed)
 
 
-def filter_rows(dataset: Any, rules: Mapping[str, set[str]], name: str = "dataset") -> Any:
-    """Return the rows whose columns hold one of the allowed values, compared as text; absent columns are ignored.
-
-    Raises:
-        UserError: no row is left.
-    """
-    present = first_row(dataset) or {}
-    for column, allowed in rules.items():
-        if column in present:
-            dataset = dataset.filter(lambda value, allowed=allowed: str(value) in allowed, input_columns=[column])
-    if first_row(dataset) is None:
-        conditions = ", ".join(f"{column} in {sorted(allowed)}" for column, allowed in rules.items())
-        raise UserError(f"{name} has no row with {conditions}; change --row_filter")
-    return dataset
-
-
-def require_filtered_columns(datasets: Sequence[Any], rules: Mapping[str, set[str]]) -> None:
-    """Raise UserError if a filtered column is in none of the datasets."""
-    for column in rules:
-        if not any(has_columns(dataset, column) for dataset in datasets):
-            present = ", ".join(first_row(datasets[0]) or {})
-            raise UserError(f"row_filter names the column {column}, but the dataset has {present}; name one of these")
-
-
 def first_row(dataset: Any) -> dict[str, Any] | None:
     """Return the first row, or None without rows."""
     return next(iter(dataset), None)
-
-
-def has_columns(dataset: Any, *columns: str) -> bool:
-    """Whether the dataset has rows and all of these columns."""
-    row = first_row(dataset)
-    return row is not None and all(column in row for column in columns)
 
 
 def require_columns(dataset: Any, *choices: Sequence[str], role: str = "dataset") -> Sequence[str]:
@@ -73,7 +43,7 @@ def require_columns(dataset: Any, *choices: Sequence[str], role: str = "dataset"
         UserError: it has none of them; the message lists the columns that exist.
     """
     for columns in choices:
-        if has_columns(dataset, *columns):
+        if all(column in (first_row(dataset) or {}) for column in columns) and first_row(dataset) is not None:
             return columns
     needed = " or ".join("+".join(columns) for columns in choices)
     present = ", ".join(first_row(dataset) or {})

@@ -14,7 +14,7 @@ from rlhf_recipes.data.forms.formats import check_format
 from rlhf_recipes.data.forms.meanings import parse_columns
 from rlhf_recipes.data.forms.options import FormOptions
 from rlhf_recipes.data.forms.understand import Understood, understand
-from rlhf_recipes.data.reading import Source, open_source, open_test_source
+from rlhf_recipes.data.reading import Source, local_path, open_source, open_test_source
 from rlhf_recipes.data.rows import matches_filter, parse_row_filter
 
 Row = dict[str, Any]
@@ -49,7 +49,10 @@ def understand_sources(
     if not names[0]:
         raise UserError("no dataset; pass --dataset_name with a folder, a data file or a Hub id")
     split, reading = arguments.dataset_train_split, _reading_options(arguments) | {"streaming": streaming}
-    sources = [open_source(str(name), split, **reading) for name in names]
+    sources = [open_source(str(names[0]), split, **reading)]
+    for name in names[1:]:  # a subset is one of the first dataset, or of a repo
+        own = reading if local_path(str(name)) is None else reading | {"config": None}
+        sources.append(open_source(str(name), split, **own))
     held_out = open_test_source(str(names[0]), arguments.dataset_test_split, **reading)
     columns = _requested_columns(arguments, options, [*sources, *([held_out] if held_out else [])])
     rules = parse_row_filter(arguments.row_filter or [])

@@ -9,8 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.data.forms.survey import Column, survey
+from rlhf_recipes.data.reading import Source
+
 if TYPE_CHECKING:
-    from rlhf_recipes.data.forms.survey import Column
     from rlhf_recipes.data.forms.understand import Understood
 
 Row = dict[str, Any]
@@ -42,15 +44,24 @@ def canonical_features(form: str, sources: "Sequence[Understood]") -> Any:
     return Features(features | {name: types[kind] for name, kind in fields.items()})
 
 
-def _type_of(columns: "Sequence[Column]") -> Any:
+def raw_features(source: Source) -> Any:
+    """Return the features of a source's own columns."""
+    from datasets import Features
+
+    return Features({name: _type_of([column]) for name, column in survey(source).items()})
+
+
+def _type_of(columns: Sequence[Column]) -> Any:
     """Return the type of a column that is passed on: that of its values, JSON where they differ."""
-    from datasets import Json, Value
+    from datasets import Json, List, Value
 
     kinds = {kind for column in columns for kind in column.kinds}
     if kinds == {"text"} or not kinds:
         return Value("string")
     if kinds == {"bool"}:
         return Value("bool")
+    if kinds == {"integers"}:
+        return List(Value("int64"))
     if kinds == {"number"}:
         return Value("int64") if all(column.whole for column in columns) else Value("float64")
     return Json()
