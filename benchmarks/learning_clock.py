@@ -79,8 +79,8 @@ def prepare(options: Any, folder: Path) -> None:
     reward_model.config.num_labels = 1
     reward_model.save_pretrained(folder / "reward_model")
     name = options.dataset_name or str(options.run / "world" / "prompts")
-    options = FormOptions((TEXT if world["prompt_tokens"] else PROMPT,), keep_columns=True)
-    loaded = load_rows(DatasetArguments(dataset_name=name, max_train_samples=4000, max_test_samples=300), options)
+    form = FormOptions((TEXT if world["prompt_tokens"] else PROMPT,), keep_columns=True)
+    loaded = load_rows(DatasetArguments(dataset_name=name, max_train_samples=4000, max_test_samples=300), form)
     for split, rows in (("train", loaded.train), ("test", loaded.test)):
         rows = with_prompts(rows, tokenizer, world["prompt_tokens"])
         encoded = [{**row, "input_ids": prompt_ids(row["prompt"], tokenizer)} for row in rows]
