@@ -28,7 +28,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 STARTS = ("python ", "accelerate launch ", "torchrun ", "make ", "rlhf-recipes ")
 RECIPE = re.compile(
     r"^(?:(?:\S+/)?(?:python|torchrun.*?|accelerate launch.*?) (?:recipes/(\w+)\.py|-m rlhf_recipes (\w+))"
-    r"|rlhf-recipes (\w+))(?: (.*))?$"
+    r"|rlhf-recipes (?:show )?(\w+))(?: (.*))?$"
 )
 OLD_NAMES = {"CHANGELOG.md"}  # names packages and modules that no longer exist
 OTHER_LIBRARY = "# needs trl=="  # the first line of a block that shows another library

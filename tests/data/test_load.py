@@ -77,7 +77,9 @@ def test_filters_select_raw_rows_and_account_for_their_column(tmp_path: Path) ->
 
 
 def test_limits_count_rows_of_all_sources(tmp_path: Path) -> None:
-    rows = load(tmp_path, train=[PLAIN] * 3, test=[PLAIN] * 3, extra=[PLAIN] * 3, max_train_samples=4, max_test_samples=2)
+    rows = load(
+        tmp_path, train=[PLAIN] * 3, test=[PLAIN] * 3, extra=[PLAIN] * 3, max_train_samples=4, max_test_samples=2
+    )
     assert (len(rows.train), len(rows.test)) == (4, 2)
 
 

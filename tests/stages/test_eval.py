@@ -250,8 +250,8 @@ BAD: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "hub id offline": ((), {"models": ["someone/model"]}, "HF_HUB_OFFLINE"),
     "a reward model as model": (("ranker",), {}, "is a reward model"),
     "no prompts": (("first",), {"dataset_name": None}, "pass --dataset_name"),
-    "no such column": (("first",), {"prompt_column": "question"}, "has prompt, answer"),
-    "no text column": (("first",), {"text_column": "story"}, "has text"),
+    "no such column": (("first",), {"prompt_column": "question"}, "has no column 'question' but prompt, answer"),
+    "no text column": (("first",), {"text_column": "story"}, "has no column 'story' but text"),
     "no such split": (("first",), {"dataset_split": "validation"}, "no split"),
     "prompt too long": (("first",), {"max_new_tokens": 128}, "do not fit the context"),
     "no such reward model": (("first",), {"reward_model": "./nowhere"}, "no such folder"),
@@ -312,7 +312,7 @@ def test_the_recipe_in_a_new_interpreter_prints_one_line_and_exits_2(world: Path
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "src"})
     assert answer.returncode == 2
     [line] = [line for line in answer.stderr.splitlines() if line.startswith("error:")]
-    assert "needs the columns question, but has prompt, answer" in line
+    assert "has no column 'question' but prompt, answer" in line
     assert not (tmp_path / "report").exists()
 
 
@@ -335,10 +335,17 @@ def test_columns_named_like_reward_arguments_are_ignored(ask: Callable[..., Eval
     assert metrics["first"] == measured(run_eval(ask("first")))["first"]
 
 
-@pytest.mark.parametrize("bad", [None, [{"from": "human", "value": "Hi"}], [{"role": "user", "content": None}], []])
-def test_invalid_prompts_are_named(bad: Any, ask: Callable[..., EvalArguments], tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [None, "", []])
+def test_rows_without_a_prompt_are_dropped(bad: Any, ask: Callable[..., EvalArguments], tmp_path: Path) -> None:
     good = [{"role": "user", "content": "Hi"}] if isinstance(bad, list) else "Hi"
     rows = [{"prompt": prompt, "answer": "a"} for prompt in (good, bad)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.raises(UserError, match=r"row 1 has (the|an empty) prompt"):
+    folder = run_eval(ask("first", dataset_name=str(tmp_path / "test.jsonl"), output_dir=str(tmp_path / "out")))
+    assert json.loads((folder / "metrics.json").read_text())["prompts"] == 1
+
+
+def test_a_prompt_without_content_is_named(ask: Callable[..., EvalArguments], tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": content}], "answer": "a"} for content in ("Hi", None)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(UserError, match="row 1: the column prompt holds a message without content"):
         run_eval(ask("first", dataset_name=str(tmp_path / "test.jsonl")))

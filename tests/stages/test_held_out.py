@@ -12,7 +12,7 @@ import torch
 from programs import forks
 
 from rlhf_recipes.core.arguments import parse_arguments
-from rlhf_recipes.data import prompt_and_completion_ids
+from rlhf_recipes.data import encode_completion
 from rlhf_recipes.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 
 ROWS = 9  # fills no batch of 2 or 4, and leaves a process without a row in its last round
@@ -106,12 +106,11 @@ def reference(folder: Path, kind: str) -> Reference:
         return {"eval_loss": torch.nn.functional.cross_entropy(logits, labels).item()}
     if kind == "sft":
         model = load_causal_lm(str(folder / "model")).double().eval()
-        pairs = [prompt_and_completion_ids(row["prompt"], row["completion"], tokenizer) for row in rows]
+        pairs = [encode_completion(row["prompt"], row["completion"], tokenizer) for row in rows]
         tokens = torch.cat([log_probs(model, *pair) for pair in pairs])
         return {"eval_loss": -tokens.mean().item()}
     sides = [
-        [prompt_and_completion_ids(row["prompt"], row[side], tokenizer) for row in rows]
-        for side in ("chosen", "rejected")
+        [encode_completion(row["prompt"], row[side], tokenizer) for row in rows] for side in ("chosen", "rejected")
     ]
     if kind == "reward":
         model = load_reward_model(str(folder / "ranking"), labels=1).double().eval()

@@ -138,7 +138,7 @@ def _long_prompt(place: Path) -> None:
 
 
 def _other_column(place: Path) -> None:
-    (place / "prompts" / "train.jsonl").write_text(json.dumps({"question": "why?", "wanted": "y"}) + "\n")
+    (place / "prompts" / "train.jsonl").write_text(json.dumps({"riddle": "why?", "wanted": "y"}) + "\n")
 
 
 def _nothing(place: Path) -> None:
@@ -170,7 +170,7 @@ BAD: list[tuple[Callable[[Path], None], dict[str, Any], str]] = [
     (_three_labels, {}, "3 labels"),
     (_no_pad, {}, "no pad token"),
     (_long_prompt, {}, "does not fit the model's context of 128"),
-    (_other_column, {}, "but has question, wanted"),
+    (_other_column, {}, "--columns prompt=NAME"),
     (_full_folder, {}, "not empty"),
     (_full_folder, {"overwrite": "true"}, "no stage wrote"),
 ]

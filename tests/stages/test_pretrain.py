@@ -344,7 +344,7 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"gradient_accumulation_steps": 50}, "one batch takes 200"),
     ({"dataset_name": "{others}/numbers"}, "column text holds 1, which is no text"),
     ({"dataset_name": "{others}/nowhere"}, "no such file or folder"),
-    ({"text_column": "words"}, "needs the columns words, but has text"),
+    ({"text_column": "words"}, "has no column 'words' but text"),
     ({"dataset_streaming": True, "max_steps": -1}, "--max_steps"),
     ({"eval_strategy": "steps", "eval_steps": 1, "max_test_samples": 1}, "at least 32 tokens"),
     ({"sample_prompts": ["a" * 30], "sample_tokens": 9}, "has 30 tokens, and with 9 sampled ones"),

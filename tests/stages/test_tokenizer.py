@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data import load_texts
 from rlhf_recipes.data.chat import chat_template
 from rlhf_recipes.data.rows import write_rows
-from rlhf_recipes.stages.tokenizer import TokenizerArguments, _load_texts, _texts, run_tokenizer
+from rlhf_recipes.stages.tokenizer import TokenizerArguments, run_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -165,7 +166,7 @@ def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"vocab_size": 261, "special_tokens": ["<|tool|>"]}, "6 special tokens; give at least 262"),
         ({"min_frequency": 0}, "min_frequency"),
         ({"special_tokens": [" "]}, "empty token"),
-        ({"text_column": "words"}, "needs the columns words or messages .*but has number, text"),
+        ({"text_column": "words"}, "has no column 'words' but number, text"),
         ({"text_column": "number"}, "holds 1, which is no text"),
         ({"dataset_name": None}, "--dataset_name"),
         ({"dataset_name": "runs/nowhere/at/all"}, "no such file or folder"),
@@ -202,8 +203,7 @@ def test_a_row_limit_counts_all_training_sources_together(tmp_path: Path) -> Non
         dataset_name=str(tmp_path / "data"), extra_dataset_names=[str(tmp_path / "more")], max_train_samples=4,
         output_dir=str(tmp_path / "out"), vocab_size=300,
     )  # fmt: skip
-    train_rows, _ = _load_texts(arguments)
-    assert list(_texts(train_rows, arguments, 4)) == ["aa", "aa", "aa", "bb bb"]
+    assert list(load_texts(arguments)[0]) == ["aa", "aa", "aa", "bb bb"]
     run_tokenizer(arguments)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["bytes"] == 15
 
@@ -214,4 +214,4 @@ def test_a_row_filter_may_use_a_column_of_one_source(tmp_path: Path) -> None:
     arguments = TokenizerArguments(
         dataset_name=str(tmp_path / "data"), extra_dataset_names=[str(tmp_path / "more")], row_filter=["source=cc"],
     )  # fmt: skip
-    assert list(_texts(_load_texts(arguments)[0], arguments)) == ["aa", "cc"]
+    assert list(load_texts(arguments)[0]) == ["aa", "cc"]

@@ -123,6 +123,9 @@ class RowLengthArguments(DatasetArguments):
     )
 
     def __post_init__(self) -> None:
+        check_others = getattr(super(), "__post_init__", None)  # of a further base of a stage's arguments
+        if check_others is not None:
+            check_others()
         if self.too_long not in (None, *TOO_LONG):
             raise UserError(f"too_long is {self.too_long!r}; choose one of {', '.join(TOO_LONG)}")
 

@@ -104,7 +104,7 @@ def evaluate_model(
         raise UserError("no prompts to answer; give at least one")
     repeated = [index for index in range(len(prompts)) for _ in range(completions_per_prompt)]
     encoded = column_prompt_ids(prompts, columns or {}, tokenizer, max_prompt_tokens)
-    ids = [encoded[index] for index in repeated]
+    ids, given = ([each[index] for index in repeated] for each in (encoded, prompts))
     answers = _sample_answers(model, ids, sampling, seed, batch_size, progress)
     values = (repeated, answers.texts(tokenizer, ids), answers.ids, answers.stopped)
     shown = readable_prompts(prompts, tokenizer)
@@ -112,7 +112,6 @@ def evaluate_model(
         {"index": index, "prompt": shown[index], "completion": text, "tokens": len(answer), "stopped": stopped}
         for index, text, answer, stopped in zip(*values, strict=True)
     ]
-    given = [prompts[index] for index in repeated]
     aligned = {name: [values[index] for index in repeated] for name, values in (columns or {}).items()}
     metrics = _text_metrics(rows)
     for scorer in (reward_model, gold):

@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.tensors import Reduce, identity
-from rlhf_recipes.data import Prompts, readable_prompts
+from rlhf_recipes.data import Prompts
 from rlhf_recipes.generation import Completions, row_seed
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rollout.collect import Generate, RolloutCollector, Score
@@ -43,8 +43,7 @@ class HeldOutEvaluator:
             if prompts is None:
                 raise UserError("there are no held-out prompts to answer; pass eval_dataset")
             rows, completions, scores = self._answer(prompts, min(len(prompts), count or len(prompts)))
-            texts = completions.texts(tokenizer, rows["prompt_ids"])
-            samples += as_samples(readable_prompts(rows["prompts"], tokenizer), texts, scores, completions)
+            samples += as_samples(rows, scores, completions, tokenizer)
         return samples
 
     def _answer(self, prompts: Prompts, count: int) -> tuple[dict[str, Any], Completions, dict[str, Any]]:

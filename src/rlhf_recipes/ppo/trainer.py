@@ -19,7 +19,6 @@ from transformers.integrations.deepspeed import deepspeed_init
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.progress import Advance, progress_bar
 from rlhf_recipes.core.unwrapping import base_model
-from rlhf_recipes.data import readable_prompts
 from rlhf_recipes.generation import Completions, row_seed, sample
 from rlhf_recipes.models import has_adapter, hidden_size_of, token_count
 from rlhf_recipes.optimizations import cached_casts, fuse_kernels_
@@ -236,9 +235,7 @@ class PPOTrainer(SafeTrainer):
         seeds = [row_seed(args.seed, first_episode + offset + index) for index in range(count)]
         completions, scores = self.collector.answer(prompts, seeds, self.generate, self.score)
         rollout = self._begin_update(update, prompts["prompt_ids"], completions, scores, args.reward_weights)
-        texts = completions.texts(self.processing_class, prompts["prompt_ids"])
-        shown = readable_prompts(prompts["prompts"], self.processing_class)
-        self.last_samples = as_samples(shown, texts, scores, completions)
+        self.last_samples = as_samples(prompts, scores, completions, self.processing_class)
         if self.completions_file is not None:
             samples = gather_object(self.last_samples) if args.world_size > 1 else self.last_samples
             if args.should_save:

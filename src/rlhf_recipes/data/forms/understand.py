@@ -86,23 +86,15 @@ def understand(
     Raises:
         UserError: no format fits or two do, a column that carries meaning would be left out.
     """
-    ignored = [name for name in arguments.ignore_columns or [] if name in source.columns]
-    source = _without_columns(source, ignored)
+    source, ignored = _without_columns(source, arguments.ignore_columns or [])
     dotted = [name for name in (*requested.values(), *NAMES["prompt"]) if "." in name]
     facts = survey(source, dotted, STREAM_ROWS if streaming else None)
     kinds = {name: column.kind for name, column in facts.items()}
     meanings = assign_meanings(list(facts), kinds, requested, ignored, source.name)
     _refuse_misfits(facts, requested, source.name)
     first = options.any_text or options.forms[0] == PROMPT
-    shape = choose_format(
-        meanings,
-        options.forms,
-        arguments.dataset_format,
-        source.name,
-        list(source.columns),
-        first=first,
-        text_prompts=options.text_prompts,
-    )
+    wanted = (options.forms, arguments.dataset_format, source.name, list(source.columns))
+    shape = choose_format(meanings, *wanted, first=first, text_prompts=options.text_prompts)
     shape = shape if options.margin else replace(shape, uses=tuple(use for use in shape.uses if use != "margin"))
     columns = _with_values(columns_of(shape, meanings), shape, facts)
     chat = _is_chat(columns, facts, arguments.as_chat, source.name)
@@ -175,16 +167,19 @@ def _refuse_misfits(facts: Mapping[str, Column], requested: Mapping[str, str], n
             )
 
 
-def _without_columns(source: Source, ignored: Sequence[str]) -> Source:
+def _without_columns(source: Source, names: Sequence[str]) -> tuple[Source, list[str]]:
+    """Return the source without the named columns that it has, and their names."""
+    ignored = [name for name in names if name in source.columns]
     if not ignored:
-        return source
+        return source, []
     left_out, read = set(ignored), source.read
 
     def rows() -> Iterator[Row]:
         for row in read():
             yield {name: value for name, value in row.items() if name not in left_out}
 
-    return replace(source, read=rows, columns=tuple(name for name in source.columns if name not in left_out))
+    columns = tuple(name for name in source.columns if name not in left_out)
+    return replace(source, read=rows, columns=columns), ignored
 
 
 def _with_values(columns: dict[str, str], shape: Format, facts: Mapping[str, Column]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.core.tensors import Reduce, identity, length_mask, masked_mean, masked_whiten, pad
+from rlhf_recipes.data import readable_prompts
 from rlhf_recipes.generation import Completions
 from rlhf_recipes.optimizations import TILE
 from rlhf_recipes.ppo.rollout.advantages import generalized_advantages
@@ -111,15 +112,19 @@ def _widened(tensor: Tensor, width: int | None) -> Tensor:
 
 
 def as_samples(
-    prompts: Sequence[Any], texts: Sequence[str], scores: Mapping[str, Sequence[Any]], completions: Completions
+    prompts: Mapping[str, Any], scores: Mapping[str, Sequence[Any]], completions: Completions, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Return one row per episode: prompt, completion as text, number of tokens, whether it stopped, score by reward."""
+    """Return one row per episode: prompt, completion as text, number of tokens, whether it stopped, score by reward.
+
+    prompts: `prompts` and their `prompt_ids`.
+    """
+    texts = completions.texts(tokenizer, prompts["prompt_ids"])
     lengths = [len(ids) for ids in completions.ids]
     return [
         {"prompt": prompt, "completion": text, "tokens": length, "stopped": stopped}
         | {name: values[row] for name, values in scores.items()}
         for row, (prompt, text, length, stopped) in enumerate(
-            zip(prompts, texts, lengths, completions.stopped, strict=True)
+            zip(readable_prompts(prompts["prompts"], tokenizer), texts, lengths, completions.stopped, strict=True)
         )
     ]
 
