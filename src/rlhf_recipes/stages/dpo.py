@@ -22,6 +22,7 @@ from rlhf_recipes.models import (
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
+    refuse_logits_unknown_to_trl,
     refuse_packing,
 )
 from rlhf_recipes.training import (
@@ -76,6 +77,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     require_held_out(test_pairs, training, arguments.dataset_test_split)
     if training.padding_free:
         refuse_packing(start.config, start.name)
+    refuse_logits_unknown_to_trl(start.config, start.name)
     lora = build_lora_config(model_config, start.config, **code)
     training = prepare_process_(training, hidden_size_of(start.config), max_length=start.max_length)
     model = load_causal_lm(start.name, model_config, **code)

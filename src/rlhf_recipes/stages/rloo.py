@@ -31,6 +31,7 @@ from rlhf_recipes.models import (
     load_causal_lm,
     prepare_for_lora_,
     refuse_left_padding,
+    refuse_logits_unknown_to_trl,
 )
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
 from rlhf_recipes.training import (
@@ -149,6 +150,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     require_held_out(test_prompts, training, arguments.dataset_test_split)
     sources = check_rewards(arguments, training, prompts.column_names)
     refuse_left_padding(start.config, start.name)
+    refuse_logits_unknown_to_trl(start.config, start.name)
     lora = build_lora_config(model_config, start.config, **code)
     functions = load_trl_reward_functions(
         sources,

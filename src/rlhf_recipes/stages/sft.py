@@ -32,6 +32,7 @@ from rlhf_recipes.models import (
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
+    refuse_logits_unknown_to_trl,
     refuse_packing,
 )
 from rlhf_recipes.training import (
@@ -92,6 +93,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     packs = training.packing or training.eval_packing or training.padding_free
     if packs:
         refuse_packing(start.config, start.name)
+    refuse_logits_unknown_to_trl(start.config, start.name)
     lora = build_lora_config(model_config, start.config, **code)
     options = {"max_length": start.max_length, "assistant_only_loss": assistant_only}
     training = prepare_process_(training, hidden_size_of(start.config), **options)
