@@ -56,16 +56,21 @@ class Cells:
     """The runs of one architecture, each a method that returns the largest difference to plain transformers."""
 
     def __init__(self, name: str, place: Path) -> None:
-        self.place, self.tokenizer, self.data = place, learning_matrix.byte_tokenizer(), str(place / "data")
+        self.place, self.tokenizer = place, learning_matrix.byte_tokenizer()
         self.base = save_model(place / "base", name, self.tokenizer, vocab_size=len(self.tokenizer))
-        rows = [
+        self.rows = [
             {"text": f"{line}.", "prompt": f"{line}?", "completion": f" {line[4:]}", "chosen": f" {line[4:]}",
              "rejected": " no" * (1 + index % 3)} for index, line in enumerate(LINES)
         ]  # fmt: skip
-        (place / "data").mkdir()
+
+    def data(self, *columns: str) -> str:
+        """Write the rows with these columns only, and return their folder."""
+        folder = self.place / "-".join(columns)
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps({name: row[name] for name in columns}) + "\n" for row in self.rows]
         for split in ("train", "test"):
-            (place / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.rows = rows
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+        return str(folder)
 
     def runs(self) -> dict[str, Callable[[], float]]:
         """Return the run of each column."""
@@ -107,7 +112,9 @@ class Cells:
     def pretrain(self) -> float:
         out = self.folder("pretrain")
         rr.run_pretrain(
-            rr.PretrainArguments(dataset_name=self.data, max_length=32, sample_prompts=["the"], sample_tokens=8),
+            rr.PretrainArguments(
+                dataset_name=self.data("text"), max_length=32, sample_prompts=["the"], sample_tokens=8
+            ),
             ModelConfig(self.base),
             rr.PretrainConfig(out, eval_strategy="no", **STEPS | {"per_device_train_batch_size": 4}),
         )
@@ -117,7 +124,7 @@ class Cells:
         out, rows = self.folder("sft"), self.rows[:PACKED_ROWS] if packing else self.rows
         batch = {"per_device_train_batch_size": 1} if packing else {}
         rr.run_sft(
-            rr.SFTArguments(dataset_name=self.data, max_train_samples=len(rows)),
+            rr.SFTArguments(dataset_name=self.data("prompt", "completion"), max_train_samples=len(rows)),
             ModelConfig(self.base),
             rr.SFTConfig(out, packing=packing, max_length=120, **STEPS | batch),
         )
@@ -131,7 +138,9 @@ class Cells:
     def reward(self) -> float:
         out = self.folder("reward")
         rr.run_reward(
-            rr.RewardArguments(dataset_name=self.data), ModelConfig(self.base), rr.RewardConfig(out, **STEPS)
+            rr.RewardArguments(dataset_name=self.data("prompt", "chosen", "rejected")),
+            ModelConfig(self.base),
+            rr.RewardConfig(out, **STEPS),
         )
         rows = [self.ids(row["prompt"] + row["chosen"]) for row in self.rows]
         scores = rr.load_reward(out, self.tokenizer).score_ids(rows)
@@ -142,7 +151,7 @@ class Cells:
 
     def ppo(self, options: dict[str, Any], **lora: Any) -> float:
         training = rr.PPOConfig(self.folder("ppo"), response_length=8, temperature=0.7, hints=False, **STEPS | options)
-        arguments = rr.PPOArguments(dataset_name=self.data, reward=[REWARD])
+        arguments = rr.PPOArguments(dataset_name=self.data("prompt"), reward=[REWARD])
         trainer = build_ppo_trainer(arguments, ModelConfig(self.base, **lora), training)
         trainer.add_callback(first := FirstRollout(trainer))
         trainer.train()
@@ -157,7 +166,9 @@ class Cells:
 
     def dpo(self) -> float:
         training = rr.DPOConfig(self.folder("dpo"), **STEPS)
-        trainer = build_dpo_trainer(rr.DPOArguments(dataset_name=self.data), ModelConfig(self.base), training)
+        trainer = build_dpo_trainer(
+            rr.DPOArguments(dataset_name=self.data("prompt", "chosen", "rejected")), ModelConfig(self.base), training
+        )
         trainer.train()
         trainer.save_model(training.output_dir)
         model, sums = self.plain(self.base), []
@@ -168,7 +179,7 @@ class Cells:
 
     def rloo(self) -> float:
         training = rr.RLOOConfig(self.folder("rloo"), max_completion_length=8, temperature=0.7, beta=0.1, **STEPS)
-        arguments = rr.RLOOArguments(dataset_name=self.data, reward=[REWARD])
+        arguments = rr.RLOOArguments(dataset_name=self.data("prompt"), reward=[REWARD])
         trainer = build_rloo_trainer(arguments, ModelConfig(self.base), training)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         model, plain = self.plain(self.base), []
@@ -187,7 +198,7 @@ class Cells:
             self.folder("eval"),
             {"max_new_tokens": 8, "temperature": 0.0, "use_cpu": True, "overwrite": True},
         )
-        data = {"dataset_name": self.data, "text_dataset_name": self.data}
+        data = {"dataset_name": self.data("prompt"), "text_dataset_name": self.data("text")}
         rr.run_eval(rr.EvalArguments(models=[self.base], output_dir=out, **data, **options))
         model, stop = self.plain(self.base), self.tokenizer.eos_token_id
         lines = Path(out, "completions.jsonl").read_text().splitlines()
