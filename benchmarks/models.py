@@ -11,12 +11,13 @@ import argparse
 import datetime
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ COLUMNS = (
     "pretrain", "sft", "sft packed", "reward", "ppo full", "ppo LoRA", "ppo upper layers", "dpo", "rloo", "eval",
 )  # fmt: skip
 LIMIT_S = 900  # of one architecture
-LINES = [f"the {beast} {deed} at {hour}" for hour in (1, 2) for beast, deed in (("cat", "sleeps"), ("old dog", "barks"),
-         ("bird", "sings a song"), ("king", "eats"))]  # fmt: skip
+LINES = [f"{who} {what} {when}" for when in ("at 1", "at 2", "now", "then")
+         for who, what in (("the cat", "naps"), ("an owl", "sings"), ("a king", "eats"), ("the dog", "barks"))]  # fmt: skip
+ROWS = len(LINES)  # one batch, so that the first loss is that of all rows, in any order
+PACKED_ROWS = 2  # fit one packed row
 STEPS = {
-    "max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True,
+    "max_steps": 2, "per_device_train_batch_size": ROWS, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True,
     "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "warmup_steps": 0,
 }  # fmt: skip
 REWARD = "learning_matrix:low_share"
@@ -53,16 +56,21 @@ class Cells:
     """The runs of one architecture, each a method that returns the largest difference to plain transformers."""
 
     def __init__(self, name: str, place: Path) -> None:
-        self.place, self.tokenizer, self.data = place, learning_matrix.byte_tokenizer(), str(place / "data")
+        self.place, self.tokenizer = place, learning_matrix.byte_tokenizer()
         self.base = save_model(place / "base", name, self.tokenizer, vocab_size=len(self.tokenizer))
-        rows = [
-            {"text": f"{line}. " * 9, "prompt": f"{line}?", "completion": f" {line[4:]}", "chosen": f" {line[4:]}",
+        self.rows = [
+            {"text": f"{line}.", "prompt": f"{line}?", "completion": f" {line[4:]}", "chosen": f" {line[4:]}",
              "rejected": " no" * (1 + index % 3)} for index, line in enumerate(LINES)
         ]  # fmt: skip
-        (place / "data").mkdir()
+
+    def data(self, *columns: str) -> str:
+        """Write the rows with these columns only, and return their folder."""
+        folder = self.place / "-".join(columns)
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps({name: row[name] for name in columns}) + "\n" for row in self.rows]
         for split in ("train", "test"):
-            (place / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.rows = rows
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+        return str(folder)
 
     def runs(self) -> dict[str, Callable[[], float]]:
         """Return the run of each column."""
@@ -96,122 +104,122 @@ class Cells:
         return -cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")[-answer:]
 
     def text_loss(self, folder: str) -> float:
-        """Return the mean loss over the tokens of the texts, each after EOS."""
-        model, texts = self.plain(folder), [self.ids(row["text"])[:127] for row in self.rows]
-        return (
-            -torch.cat([self.log_probs(model, [self.tokenizer.eos_token_id, *ids], len(ids)) for ids in texts])
-            .mean()
-            .item()
-        )
+        """Return the mean loss over the tokens of the texts, each after EOS; each fits one window."""
+        model, texts = self.plain(folder), [self.ids(row["text"]) for row in self.rows]
+        start = self.tokenizer.eos_token_id
+        return -torch.cat([self.log_probs(model, [start, *ids], len(ids)) for ids in texts]).mean().item()
 
     def pretrain(self) -> float:
         out = self.folder("pretrain")
-        for row in self.rows:  # fits one window, whatever the architecture's context
-            assert len(self.ids(row["text"])) < 400
         rr.run_pretrain(
-            rr.PretrainArguments(dataset_name=self.data, max_length=64, sample_prompts=["the"], sample_tokens=8),
+            rr.PretrainArguments(
+                dataset_name=self.data("text"), max_length=32, sample_prompts=["the"], sample_tokens=8
+            ),
             ModelConfig(self.base),
-            rr.PretrainConfig(out, eval_strategy="no", **STEPS),
+            rr.PretrainConfig(out, eval_strategy="no", **STEPS | {"per_device_train_batch_size": 4}),
         )
-        return self.held_out(out, json.loads(Path(out, "metrics.json").read_text()))
-
-    def held_out(self, folder: str, metrics: dict[str, Any]) -> float:
-        """Return how far the loss of the held-out texts is from plain transformers', in windows that overlap by half."""
-        from rlhf_recipes.evaluation.language_model import _windows
-        from rlhf_recipes.models import context_length
-
-        model, nats, tokens = self.plain(folder), 0.0, 0
-        limit = context_length(model.config) or 64
-        for row in self.rows:
-            for window in _windows([self.tokenizer.eos_token_id, *self.ids(row["text"])], 1, limit):
-                scored = len(window.ids) - window.first_scored
-                nats, tokens = nats - self.log_probs(model, window.ids, scored).sum().item(), tokens + scored
-        return abs(metrics["loss"] - nats / tokens)
+        return difference([json.loads(Path(out, "metrics.json").read_text())["loss"]], [self.text_loss(out)])
 
     def sft(self, packing: bool) -> float:
-        out = self.folder("sft")
-        training = rr.SFTConfig(out, packing=packing, max_length=120, **STEPS)
-        rr.run_sft(rr.SFTArguments(dataset_name=self.data), ModelConfig(self.base), training)
-        loss = json.loads(Path(out, "trainer_state.json").read_text())["log_history"][0]["loss"]
+        out, rows = self.folder("sft"), self.rows[:PACKED_ROWS] if packing else self.rows
+        batch = {"per_device_train_batch_size": 1} if packing else {}
+        rr.run_sft(
+            rr.SFTArguments(dataset_name=self.data("prompt", "completion"), max_train_samples=len(rows)),
+            ModelConfig(self.base),
+            rr.SFTConfig(out, packing=packing, max_length=120, **STEPS | batch),
+        )
+        log = json.loads(Path(out, "trainer_state.json").read_text())["log_history"][0]
         model, terms = self.plain(self.base), []
-        for row in self.rows:
+        for row in rows:
             answer = [*self.ids(row["completion"]), self.tokenizer.eos_token_id]
             terms.append(self.log_probs(model, [*self.ids(row["prompt"]), *answer], len(answer)))
-        return abs(loss + torch.cat(terms).mean().item())
+        return difference([log["loss"]], [-torch.cat(terms).mean().item()])
 
     def reward(self) -> float:
         out = self.folder("reward")
         rr.run_reward(
-            rr.RewardArguments(dataset_name=self.data), ModelConfig(self.base), rr.RewardConfig(out, **STEPS)
+            rr.RewardArguments(dataset_name=self.data("prompt", "chosen", "rejected")),
+            ModelConfig(self.base),
+            rr.RewardConfig(out, **STEPS),
         )
         rows = [self.ids(row["prompt"] + row["chosen"]) for row in self.rows]
         scores = rr.load_reward(out, self.tokenizer).score_ids(rows)
         model = AutoModelForSequenceClassification.from_pretrained(out, dtype="float32").eval()
         with torch.no_grad():
             alone = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
-        return max(abs(one - two) for one, two in zip(scores, alone, strict=True))
+        return difference(scores, alone)
 
     def ppo(self, options: dict[str, Any], **lora: Any) -> float:
         training = rr.PPOConfig(self.folder("ppo"), response_length=8, temperature=0.7, hints=False, **STEPS | options)
-        arguments = rr.PPOArguments(dataset_name=self.data, reward=[REWARD])
+        arguments = rr.PPOArguments(dataset_name=self.data("prompt"), reward=[REWARD])
         trainer = build_ppo_trainer(arguments, ModelConfig(self.base, **lora), training)
         trainer.add_callback(first := FirstRollout(trainer))
         trainer.train()
         trainer.save_model(training.output_dir)
-        model, rollout, worst = self.plain(self.base), first.rollout, 0.0
-        for index in range(len(rollout)):
+        model, rollout = self.plain(self.base), first.rollout
+        ours, plain = [], []
+        for index, mask in enumerate(rollout.response_mask):
             ids = rollout.input_ids[index][rollout.attention_mask[index].bool()].tolist()
-            mask = rollout.response_mask[index]
-            plain = self.log_probs(model, ids, int(mask.sum()), 0.7)
-            worst = max(worst, (rollout.log_probs[index][mask] - plain).abs().max().item())
-        return worst
+            ours += rollout.log_probs[index][mask].tolist()
+            plain += self.log_probs(model, ids, int(mask.sum()), 0.7).tolist()
+        return difference(ours, plain)
 
     def dpo(self) -> float:
         training = rr.DPOConfig(self.folder("dpo"), **STEPS)
-        trainer = build_dpo_trainer(rr.DPOArguments(dataset_name=self.data), ModelConfig(self.base), training)
+        trainer = build_dpo_trainer(
+            rr.DPOArguments(dataset_name=self.data("prompt", "chosen", "rejected")), ModelConfig(self.base), training
+        )
         trainer.train()
         trainer.save_model(training.output_dir)
         model, sums = self.plain(self.base), []
         for row in self.rows:
             answer = [*self.ids(row["chosen"]), self.tokenizer.eos_token_id]
             sums.append(self.log_probs(model, [*self.ids(row["prompt"]), *answer], len(answer)).sum().item())
-        return abs(trainer.state.log_history[0]["logps/chosen"] - sum(sums) / len(sums))
+        return difference([trainer.state.log_history[0]["logps/chosen"]], [sum(sums) / len(sums)])
 
     def rloo(self) -> float:
         training = rr.RLOOConfig(self.folder("rloo"), max_completion_length=8, temperature=0.7, beta=0.1, **STEPS)
-        arguments = rr.RLOOArguments(dataset_name=self.data, reward=[REWARD])
+        arguments = rr.RLOOArguments(dataset_name=self.data("prompt"), reward=[REWARD])
         trainer = build_rloo_trainer(arguments, ModelConfig(self.base), training)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        model, worst = self.plain(self.base), 0.0
-        for index, expected in enumerate(batch["old_logps"].tolist()):
-            parts = [
+        model, plain = self.plain(self.base), []
+        for index in range(len(batch["prompt_ids"])):
+            prompt, answer = (
                 batch[f"{part}_ids"][index][batch[f"{part}_mask"][index].bool()].tolist()
                 for part in ("prompt", "completion")
-            ]
-            plain = self.log_probs(model, [*parts[0], *parts[1]], len(parts[1]), 0.7).sum().item()
-            worst = max(worst, abs(plain - expected))
+            )
+            plain.append(self.log_probs(model, [*prompt, *answer], len(answer), 0.7).sum().item())
         trainer.train()
         trainer.save_model(training.output_dir)
-        return worst
+        return difference(batch["old_logps"].tolist(), plain)
 
     def eval(self) -> float:
-        out = self.folder("eval")
-        rr.run_eval(
-            rr.EvalArguments(
-                models=[self.base], dataset_name=self.data, max_new_tokens=8, temperature=0.0, output_dir=out, use_cpu=True,
-                overwrite=True,
-            )
-        )  # fmt: skip
+        out, options = (
+            self.folder("eval"),
+            {"max_new_tokens": 8, "temperature": 0.0, "use_cpu": True, "overwrite": True},
+        )
+        data = {"dataset_name": self.data("prompt"), "text_dataset_name": self.data("text")}
+        rr.run_eval(rr.EvalArguments(models=[self.base], output_dir=out, **data, **options))
         model, stop = self.plain(self.base), self.tokenizer.eos_token_id
-        for line in Path(out, "completions.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        lines = Path(out, "completions.jsonl").read_text().splitlines()
+        for row in map(json.loads, lines):
             ids = prompt = self.ids(row["prompt"])
             while len(ids) < len(prompt) + 8 and (ids is prompt or ids[-1] != stop):
                 with torch.no_grad():
                     ids = [*ids, int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
             if self.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) != row["completion"]:
                 raise AssertionError(f"eval answers {row['completion']!r}, which is not the model's own answer")
-        return 0.0
+        if len(lines) != ROWS:
+            raise AssertionError(f"eval left {len(lines)} answers to {ROWS} prompts")
+        perplexity = json.loads(Path(out, "metrics.json").read_text())["perplexity"]
+        return difference([math.log(perplexity)], [self.text_loss(self.base)])
+
+
+def difference(ours: Sequence[float], plain: Sequence[float]) -> float:
+    """Return the largest difference; nothing to compare, or a number that is not finite, is an error."""
+    if not plain or not all(map(math.isfinite, [*ours, *plain])):
+        raise AssertionError(f"not comparable: {list(ours)[:4]} and {list(plain)[:4]}")
+    return max(abs(one - two) for one, two in zip(ours, plain, strict=True))
 
 
 class FirstRollout(TrainerCallback):

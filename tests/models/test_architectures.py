@@ -16,11 +16,13 @@ from rlhf_recipes.generation import Sampling, sample
 from rlhf_recipes.models import (
     attach_adapter,
     build_lora_config,
+    check_fused_head,
     check_left_padding,
     check_packing,
     context_length,
     load_causal_lm,
     refuse_left_padding,
+    refuse_logits_unknown_to_trl,
     refuse_packing,
     text_config,
     vocabulary_size,
@@ -201,6 +203,22 @@ def test_a_reward_model_scores_a_batch_as_each_row_alone(name: str, tokenizer: A
         plain = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
     assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
     assert torch.allclose(torch.tensor(together), torch.tensor(plain), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere", "falcon_h1", "recurrent_gemma"])
+def test_logits_that_a_trl_trainer_computes_otherwise_are_refused(name: str) -> None:
+    """TRL multiplies with the head itself. It knows most caps and scales, and not RecurrentGemma's."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = build_model(name)
+    add_fused_lm_head(model)
+    if name == "recurrent_gemma":
+        for check in (lambda: refuse_logits_unknown_to_trl(model.config, name), lambda: check_fused_head(model, name)):
+            with pytest.raises(UserError, match="TRL"):
+                check()
+        return
+    refuse_logits_unknown_to_trl(model.config, name)
+    check_fused_head(model, name)
 
 
 def test_lora_targets_by_default_are_those_of_the_architecture() -> None:

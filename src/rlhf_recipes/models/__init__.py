@@ -37,7 +37,7 @@ from rlhf_recipes.models.loading import (
     save_reward_model_config,
     saved_eos_ids,
 )
-from rlhf_recipes.models.logits import transform_logits
+from rlhf_recipes.models.logits import refuse_logits_unknown_to_trl, transform_logits
 from rlhf_recipes.models.lora import attach_adapter, build_lora_config, prepare_for_lora_, trainable_to_float32_
 from rlhf_recipes.models.padding import count_positions_from_mask_
 from rlhf_recipes.models.quantization import (
@@ -89,6 +89,7 @@ __all__ = [
     "prepare_for_lora_",
     "quantization_kwargs",
     "refuse_left_padding",
+    "refuse_logits_unknown_to_trl",
     "refuse_packing",
     "reward_label_count",
     "save_adapter",

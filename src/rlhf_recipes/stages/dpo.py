@@ -27,6 +27,7 @@ from rlhf_recipes.models import (
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
+    refuse_logits_unknown_to_trl,
     refuse_packing,
 )
 from rlhf_recipes.training import (
@@ -127,6 +128,7 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
     check_synced_reference(training, model_config.use_peft)
     if training.padding_free:
         refuse_packing(start.config, start.name)
+    refuse_logits_unknown_to_trl(start.config, start.name)
     lora = build_lora_config(model_config, start.config, **code)
     encode = partial(encode_dpo_pairs, start=start, too_long=arguments.too_long or "drop", training=training)
     pairs = pairs.each_split(encode)

@@ -39,6 +39,7 @@ from rlhf_recipes.models import (
     load_causal_lm,
     prepare_for_lora_,
     refuse_left_padding,
+    refuse_logits_unknown_to_trl,
     saved_eos_ids,
 )
 from rlhf_recipes.scoring import check_reward, load_trl_reward_functions, missing_eos
@@ -173,6 +174,7 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
     check_synced_reference(training, model_config.use_peft)
     sources = check_rewards(arguments, training, rows.train.column_names)
     refuse_left_padding(start.config, start.name)
+    refuse_logits_unknown_to_trl(start.config, start.name)
     lora = build_lora_config(model_config, start.config, **code)
     context = context_length(start.config)
     limit = None if context is None else context - training.max_completion_length

@@ -29,6 +29,7 @@ from rlhf_recipes.models import (
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
+    refuse_logits_unknown_to_trl,
     refuse_packing,
 )
 from rlhf_recipes.training import (
@@ -110,6 +111,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     packs = training.packing or training.eval_packing or training.padding_free
     if packs:
         refuse_packing(start.config, start.name)
+    refuse_logits_unknown_to_trl(start.config, start.name)
     lora = build_lora_config(model_config, start.config, **code)
     encode = partial(encode_demonstrations, start=start, too_long=arguments.too_long or "drop", training=training)
     rows = rows.each_split(encode)
