@@ -12,7 +12,16 @@ from trl import ModelConfig
 
 from rlhf_recipes.core.arguments import DatasetArguments
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data import TEXT, FormOptions, LoadedRows, load_rows, pack_documents, require_batch, text_options
+from rlhf_recipes.data import (
+    TEXT,
+    FormOptions,
+    LoadedRows,
+    load_rows,
+    log_first_row,
+    pack_documents,
+    require_batch,
+    text_options,
+)
 from rlhf_recipes.evaluation import perplexity
 from rlhf_recipes.models import (
     SIZES,
@@ -119,6 +128,7 @@ def build_pretrain_trainer(
     samples = SampleContinuations(prompts, tokenizer, arguments.sample_tokens, context, training.seed)
     blocks = pack_documents(rows.train, tokenizer, context)
     _require_one_step(blocks, training, context)
+    log_first_row(next(iter(blocks))["input_ids"], tokenizer, "first block")
     texts = list(rows.test["text"]) if rows.test is not None else []
     test_blocks = pack_documents(rows.test, tokenizer, context) if texts else None
     if training.eval_strategy != "no" and not test_blocks:
@@ -128,7 +138,7 @@ def build_pretrain_trainer(
         )
     check_best_metric(training, ["loss"])
     model = _make_model(arguments, model_config, tokenizer, context, training)
-    return PretrainTrainer(
+    trainer = PretrainTrainer(
         model=model,
         args=prepare_process_(training, hidden_size_of(model.config)),
         train_dataset=blocks,
@@ -139,6 +149,8 @@ def build_pretrain_trainer(
         l1_penalty=arguments.l1_penalty,
         held_out_texts=texts,
     )
+    trainer.row_counts = rows.counts
+    return trainer
 
 
 def run_pretrain(arguments: PretrainArguments, model_config: ModelConfig, training: PretrainConfig) -> Path:
