@@ -19,6 +19,7 @@ from rlhf_recipes.models import (
     check_fused_head,
     check_packing,
     check_policy,
+    disable_dropout_,
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
@@ -94,6 +95,9 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
         processing_class=start.tokenizer,
         peft_config=lora,
     )
+    if training.disable_dropout:  # TRL's own leaves rates that are plain numbers
+        for module in (trainer.model, trainer.ref_model):
+            disable_dropout_(module)
     check_fused_head(trainer.model, start.name)
     _warn_of_cut_answers(trainer.train_dataset, training.max_length)
     return trainer

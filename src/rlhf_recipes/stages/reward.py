@@ -29,6 +29,7 @@ from rlhf_recipes.models import (
     attach_adapter,
     build_lora_config,
     check_starting_model,
+    disable_dropout_,
     hidden_size_of,
     load_reward_model,
     prepare_for_lora_,
@@ -227,6 +228,8 @@ def _ranking_trainer(
         peft_config=lora,
         test_rows=test,
     )
+    if training.disable_dropout:  # TRL's own leaves rates that are plain numbers
+        disable_dropout_(trainer.model)
     for rows, kept, name in ((train, trainer.train_dataset, "training"), (test, trainer.eval_dataset, "held-out")):
         if rows is not None and len(kept) < len(rows):
             logger.warning(
@@ -247,13 +250,11 @@ def _classifier_trainer(
     train: Any,
     test: Any,
 ) -> ClassifierTrainer:
-    from trl.trainer.utils import disable_dropout_in_model
-
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
     if lora is not None:
         model = attach_adapter(model, lora)
     if training.disable_dropout:
-        disable_dropout_in_model(model)
+        disable_dropout_(model)
     encode = partial(encode_labelled_texts, tokenizer=start.tokenizer, max_length=start.max_length)
     return ClassifierTrainer(
         model=model,

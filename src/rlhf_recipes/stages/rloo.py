@@ -27,6 +27,7 @@ from rlhf_recipes.models import (
     check_policy,
     context_length,
     count_positions_from_mask_,
+    disable_dropout_,
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
@@ -184,6 +185,8 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
     for module in (trainer.model, trainer.ref_model):
         count_positions_from_mask_(module)
+        if training.disable_dropout:  # TRL's own leaves rates that are plain numbers
+            disable_dropout_(module)
     return trainer
 
 
