@@ -16,6 +16,7 @@ HEADS = GROUPED | {"head_dim": 8}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 NO_DROPOUT = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+NO_RATES = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
 LINEAR = {
     "linear_num_value_heads": 4,
@@ -69,8 +70,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4Config", HEADS),
     "exaone4": ("Exaone4Config", GROUPED | SLIDING),
     "nemotron": ("NemotronConfig", GROUPED),
-    "xglm": ("XGLMConfig", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64, "dropout": 0.0}),
-    "biogpt": ("BioGptConfig", SHAPE | {"hidden_dropout_prob": 0.0}),
+    "xglm": ("XGLMConfig", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64} | NO_RATES),
+    "biogpt": ("BioGptConfig", SHAPE | NO_RATES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "openai_gpt": ("OpenAIGPTConfig", GPT | NO_DROPOUT),
     "hunyuan": ("HunYuanDenseV1Config", HEADS),
     "arcee": ("ArceeConfig", GROUPED),
@@ -125,6 +126,8 @@ def build_config(name: str, **values: Any) -> Any:
 
     kind, own = ARCHITECTURES[name]
     config = getattr(transformers, kind)(**(IDS | own | values))
+    if "router_aux_loss_coef" in dir(config):
+        config.router_aux_loss_coef = 0.0  # TRL adds this loss of the experts to sft's
     for part in ("initializer_range", "init_std"):
         if part in dir(config):
             setattr(config, part, 0.2)  # large weights: answers differ, and so do logits that are capped

@@ -26,6 +26,7 @@ from rlhf_recipes.models.architectures import (
     vocabulary_size,
 )
 from rlhf_recipes.models.behavior import check_fused_head, check_left_padding, check_packing
+from rlhf_recipes.models.dropout import disable_dropout_
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
 from rlhf_recipes.models.loading import (
     is_reward_model,
@@ -76,6 +77,7 @@ __all__ = [
     "copy_adapter",
     "count_positions_from_mask_",
     "disable_adapters",
+    "disable_dropout_",
     "has_adapter",
     "hidden_size_of",
     "is_adapter",

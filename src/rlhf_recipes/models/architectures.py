@@ -15,6 +15,7 @@ CONTEXT_NAMES = ("n_positions", "max_position_embeddings", "max_seq_len")  # max
 MIXES_PACKED_ROWS = {
     "biogpt", "bloom", "ctrl", "falcon", "gpt_oss", "mpt", "openai-gpt", "opt", "rwkv", "xglm", "xlstm",
 }  # fmt: skip
+FIXED_MASKS = {"gpt_neo"}  # their mask ends at the context; a packed batch is one row that may be longer
 RECURRENT_LAYERS = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "gated_deltanet", "kda")
 MIXES_LEFT_PADDING = {"minimax", "rwkv"}  # their state reads the padding before a prompt
 
@@ -109,13 +110,18 @@ def has_recurrent_layers(config: "PretrainedConfig") -> bool:
 
 
 def refuse_packing(config: "PretrainedConfig", name: str) -> None:
-    """Refuse a model whose packed rows would read each other, as far as its config tells.
+    """Refuse a model whose packed rows would read each other, or not fit its mask, as far as its config tells.
 
     Raises:
         UserError: names the model.
     """
     if text_config(config).model_type in MIXES_PACKED_ROWS or has_recurrent_layers(config):
         raise packing_error(name, text_config(config).model_type)
+    if text_config(config).model_type in FIXED_MASKS:
+        raise UserError(
+            f"model {name} has a mask for {context_length(config)} tokens, and a packed batch is one longer row; leave out "
+            "--packing and --padding_free"
+        )
 
 
 def packing_error(name: str, kind: str) -> UserError:

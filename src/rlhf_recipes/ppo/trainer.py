@@ -20,7 +20,7 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.progress import Advance, progress_bar
 from rlhf_recipes.core.unwrapping import base_model
 from rlhf_recipes.generation import Completions, row_seed, sample
-from rlhf_recipes.models import has_adapter, hidden_size_of, token_count
+from rlhf_recipes.models import disable_dropout_, has_adapter, hidden_size_of, token_count
 from rlhf_recipes.optimizations import cached_casts, fuse_kernels_
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.evaluate import HeldOutEvaluator, prompts_by_set
@@ -43,7 +43,6 @@ from rlhf_recipes.ppo.roles.build import (
     build_policy_and_value,
     build_reference,
     build_sampling,
-    disable_dropout_,
     load_policy,
 )
 from rlhf_recipes.ppo.roles.checks import check_prompts, evaluation_prompts

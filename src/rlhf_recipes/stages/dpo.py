@@ -24,6 +24,7 @@ from rlhf_recipes.models import (
     check_fused_head,
     check_packing,
     check_policy,
+    disable_dropout_,
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
@@ -152,6 +153,9 @@ def build_dpo_trainer(arguments: DPOArguments, model_config: ModelConfig, traini
         peft_config=lora,
     )
     trainer.row_counts = pairs.counts
+    if training.disable_dropout:  # TRL's own leaves rates that are plain numbers
+        for module in (trainer.model, trainer.ref_model):
+            disable_dropout_(module)
     check_fused_head(trainer.model, start.name)
     return trainer
 

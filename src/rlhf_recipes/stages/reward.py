@@ -26,6 +26,7 @@ from rlhf_recipes.models import (
     attach_adapter,
     build_lora_config,
     check_starting_model,
+    disable_dropout_,
     hidden_size_of,
     load_reward_model,
     prepare_for_lora_,
@@ -151,6 +152,8 @@ def build_reward_trainer(
     make = _ranking_trainer if kind == "ranking" else _classifier_trainer
     trainer = make(model, start, lora, training, rows.train, rows.test)
     trainer.row_counts = rows.counts
+    if training.disable_dropout:  # TRL's own leaves rates that are plain numbers
+        disable_dropout_(trainer.model)
     return trainer
 
 
@@ -223,13 +226,9 @@ def _classifier_trainer(
     train: Any,
     test: Any,
 ) -> ClassifierTrainer:
-    from trl.trainer.utils import disable_dropout_in_model
-
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
     if lora is not None:
         model = attach_adapter(model, lora)
-    if training.disable_dropout:
-        disable_dropout_in_model(model)
     return ClassifierTrainer(
         model=model,
         args=training,

@@ -35,6 +35,7 @@ from rlhf_recipes.models import (
     check_policy,
     context_length,
     count_positions_from_mask_,
+    disable_dropout_,
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
@@ -70,7 +71,6 @@ PANELS = [
     ("Prompts whose answers all score the same", ["frac_reward_zero_std"]),
     ("Learning rate", ["learning_rate"]),
 ]
-
 LOGGED = ("reward", "rewards/", "reward_std", "kl", "entropy", "completions/", "frac_reward_zero_std", "loss")
 USELESS = {"loss": "is 0 in every evaluation, whose answers are compared with one another"}
 
@@ -209,6 +209,8 @@ def build_rloo_trainer(arguments: RLOOArguments, model_config: ModelConfig, trai
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
     for module in (trainer.model, trainer.ref_model):
         count_positions_from_mask_(module)
+        if training.disable_dropout:  # TRL's own leaves rates that are plain numbers
+            disable_dropout_(module)
     return trainer
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import trl
 from trl import ModelConfig, SFTTrainer
-from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
@@ -26,6 +25,7 @@ from rlhf_recipes.models import (
     check_packing,
     check_policy,
     context_length,
+    disable_dropout_,
     hidden_size_of,
     load_causal_lm,
     prepare_for_lora_,
@@ -124,7 +124,7 @@ def build_sft_trainer(arguments: SFTArguments, model_config: ModelConfig, traini
     if packs:
         check_packing(model, start.name)
     if training.disable_dropout:
-        disable_dropout_in_model(model)
+        disable_dropout_(model)
     trainer = SafeSFTTrainer(
         model=prepare_for_lora_(model, training.gradient_checkpointing),
         args=training,

@@ -16,6 +16,7 @@ from rlhf_recipes.models import (
     adapter_parameters,
     copy_adapter,
     disable_adapters,
+    disable_dropout_,
     has_adapter,
     is_quantized,
     load_causal_lm,
@@ -141,14 +142,3 @@ def build_sampling(model: nn.Module, tokenizer: Any, args: PPOConfig) -> Samplin
     options: Any = args.generation_kwargs or {}
     vocabulary = token_count(tokenizer)
     return Sampling(args.response_length, args.temperature, stop_ids=stops, vocabulary=vocabulary, **options)
-
-
-def disable_dropout_(module: nn.Module | None) -> None:
-    """Set every dropout rate to 0: with dropout, the probability ratio of an update would not start at 1."""
-    for part in module.modules() if module is not None else ():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
-        # Some models keep rates as plain numbers: attention_dropout, attn_dropout, layerdrop.
-        for name, value in list(vars(part).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
