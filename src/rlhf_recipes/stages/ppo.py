@@ -6,7 +6,6 @@ from typing import Any
 
 from trl import ModelConfig
 
-from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data import (
     PROMPT,
@@ -22,7 +21,6 @@ from rlhf_recipes.data import (
 )
 from rlhf_recipes.generation import check_turn_end
 from rlhf_recipes.models import (
-    FrozenQuantizationArguments,
     attach_adapter,
     build_lora_config,
     check_quantization,
@@ -43,7 +41,14 @@ from rlhf_recipes.models import (
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, check_prompts
 from rlhf_recipes.scoring import check_reward
 from rlhf_recipes.system import load_unsharded
-from rlhf_recipes.training import Measured, check_model_options, prepare_process_, run_training, training_inputs
+from rlhf_recipes.training import (
+    Measured,
+    RewardedPromptsArguments,
+    check_model_options,
+    prepare_process_,
+    run_training,
+    training_inputs,
+)
 
 PANELS = [
     ("Score", ["objective/scores", "objective/rlhf_reward", "eval_objective/scores"]),
@@ -69,15 +74,9 @@ LOGGED = (
 
 
 @dataclass
-class PPOArguments(RowLengthArguments, FrozenQuantizationArguments):
+class PPOArguments(RewardedPromptsArguments):
     """Prompts (column `prompt`: text, messages or ids) and the rewards of their answers."""
 
-    reward: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Rewards of the answers: folders or Hub ids of reward models, or package.module:function; several are summed."
-        },
-    )
     reference_model: str | None = field(
         default=None, metadata={"help": "Reference model of the KL penalty. Unset: the model as it starts."}
     )

@@ -13,7 +13,6 @@ from typing import Any
 import trl
 from trl import ModelConfig, RLOOTrainer
 
-from rlhf_recipes.core.arguments import RowLengthArguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.processes import world_size
 from rlhf_recipes.data import (
@@ -27,7 +26,6 @@ from rlhf_recipes.data import (
 )
 from rlhf_recipes.generation import check_turn_end, reset_generation_config_, stop_ids
 from rlhf_recipes.models import (
-    FrozenQuantizationArguments,
     StartingModel,
     build_lora_config,
     check_fused_head,
@@ -49,6 +47,7 @@ from rlhf_recipes.training import (
     FineTuningDefaults,
     Measured,
     OwnTokenization,
+    RewardedPromptsArguments,
     SafeTrainer,
     SampledBatches,
     SyncedReference,
@@ -76,15 +75,8 @@ USELESS = {"loss": "is 0 in every evaluation, whose answers are compared with on
 
 
 @dataclass
-class RLOOArguments(RowLengthArguments, FrozenQuantizationArguments):
+class RLOOArguments(RewardedPromptsArguments):
     """Prompts (column `prompt`: text or messages) and the rewards of their answers."""
-
-    reward: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Rewards of the answers: folders or Hub ids of reward models, or package.module:function; several are summed."
-        },
-    )
 
 
 @dataclass

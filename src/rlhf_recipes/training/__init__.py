@@ -1,5 +1,6 @@
 """What every trainer shares: a trainer whose runs can be resumed, the run around it, its defaults."""
 
+from rlhf_recipes.training.arguments import RewardedPromptsArguments
 from rlhf_recipes.training.best_model import check_best_metric
 from rlhf_recipes.training.classifier import (
     ClassifierTrainer,
@@ -39,6 +40,7 @@ __all__ = [
     "Measured",
     "OwnTokenization",
     "PretrainTrainer",
+    "RewardedPromptsArguments",
     "SafeTrainer",
     "SampleContinuations",
     "SampledBatches",
