@@ -257,7 +257,8 @@ MEANINGFUL = [
     ("sft", {"prompt": Q, "completion": A, "label": True}, "label"),
     ("sft", {"prompt": Q, "completion": A, "answer": "7"}, "answer"),
     ("sft", {"prompt": Q, "completion": A, "weight": 0.5}, "weight"),
-    ("sft", {"prompt": Q, "completion": A, "text": Q + A}, "text"),
+    ("sft", {"prompt": Q, "completion": A, "document": Q + A}, "document"),
+    ("reward", {"chosen": A, "rejected": B, "text": Q}, "text"),
     ("sft", {"messages": [user(), said()], "rejected": [said()]}, "rejected"),
     ("sft", {"text": Q, "images": ["a.jpg"]}, "images"),
     ("ppo", {"prompt": Q, "image": "a.jpg"}, "image"),
@@ -332,11 +333,18 @@ def test_an_empty_rejected_answer_is_kept():
     assert counts["empty_rejected"] == 1
 
 
+def test_rows_with_the_columns_of_several_stages_serve_each():
+    row = {"prompt": Q, "completion": A, "chosen": A, "rejected": B, "text": Q + A}
+    assert first("sft", row) == {"prompt": Q, "completion": A}
+    assert first("dpo", row) == {"prompt": Q, "chosen": A, "rejected": B}
+    assert first("pretrain", row) == {"text": Q + A}
+
+
 def test_two_readings_are_an_error_and_the_named_one_is_taken():
-    row = {"text": Q + A, "messages": [user(), said()]}
+    row = {"document": Q + A, "messages": [user(), said()]}
     with pytest.raises(UserError, match="two ways"):
         first("sft", row)
-    assert first("sft", row, ignore_columns=["text"]) == {"messages": [user(), said()]}
+    assert first("sft", row, ignore_columns=["document"]) == {"messages": [user(), said()]}
     uf = {"prompt": Q, "chosen": [user(), said()], "rejected": [user(), said(B)], "messages": [user(), said()]}
     assert first("reward", uf) == PAIR
     kept = {"prompt": [user()], "completion": [said()]}

@@ -105,6 +105,8 @@ def choose_format(
     """
     known = FORMATS if requested == "auto" else [BY_NAME[each] for each in REQUESTED[requested]]
     complete = [each for each in known if _has(each, meanings)]
+    if "rejected" in meanings:  # only a user who leaves the rejected answers out learns from the chosen ones alone
+        complete = [each for each in complete if each.name != "chosen_answer"]
     fitting = [each for form in forms for each in complete if _serves(each, form, text_prompts)]
     fitting = [each for each in fitting if not any(_says_more(other, each, meanings) for other in fitting)]
     if not fitting:
@@ -112,6 +114,8 @@ def choose_format(
     best = fitting[0]
     columns = set(_taken(best, meanings).values())
     others = [each for each in fitting[1:] if not set(_needed(each, meanings)) <= columns]
+    if _plainly_named(best, meanings):
+        others = [each for each in others if not _plainly_named(each, meanings)]
     if requested == "auto" and others and not first:
         one, other = (", ".join(_needed(each, meanings)) for each in (best, others[0]))
         raise UserError(
@@ -126,6 +130,23 @@ def _serves(each: Format, form: str, text_prompts: bool) -> bool:
     if form == PROMPT and each.needs[0] == "text":
         return text_prompts
     return each.form in SERVES[form]
+
+
+def columns_of_other_stages(each: Format, meanings: Mapping[str, str]) -> set[str]:
+    """Return the columns that other shapes in the same rows need, if all columns have the names of their meanings.
+
+    Such rows serve several stages: ``prompt, completion, chosen, rejected, text``. A shape that adds to this one, such as
+    a label to prompt and completion, is not among them.
+    """
+    own = set(_needed(each, meanings))
+    others = [other for other in FORMATS if _has(other, meanings) and _plainly_named(other, meanings)]
+    if not _plainly_named(each, meanings):
+        return set()
+    return {name for other in others for name in _needed(other, meanings) if not set(_needed(other, meanings)) > own}
+
+
+def _plainly_named(each: Format, meanings: Mapping[str, str]) -> bool:
+    return all(meanings[meaning] == meaning for meaning in each.needs)
 
 
 def columns_of(each: Format, meanings: Mapping[str, str]) -> dict[str, str]:
@@ -186,7 +207,6 @@ def _no_format(
             f"({EXAMPLE[known[0].form]}) or give another --dataset_format"
         )
     wanted = " or ".join(WHAT[form] for form in forms)
-    complete = [each for each in complete if each.name != "chosen_answer"] or complete
     if complete:
         found = complete[0]
         return (

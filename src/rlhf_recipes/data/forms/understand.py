@@ -21,6 +21,7 @@ from rlhf_recipes.data.forms.formats import (
     Format,
     choose_format,
     columns_of,
+    columns_of_other_stages,
 )  # fmt: skip
 from rlhf_recipes.data.forms.leftover import check_leftover
 from rlhf_recipes.data.forms.meanings import NAMES, assign_meanings, misfit
@@ -105,7 +106,8 @@ def understand(
     accounted = keeps or options.any_text
     used = {name.split(".")[0] for name in columns.values()}
     left = {name: column for name, column in facts.items() if name in source.columns and name not in used}
-    unread = {name: column for name, column in left.items() if name not in filtered}
+    elsewhere = columns_of_other_stages(shape, meanings) if form != PREFERENCE or "prompt" in columns else set()
+    unread = {name: column for name, column in left.items() if name not in filtered and name not in elsewhere}
     check_leftover(form, unread, meanings, source.name, kept=accounted)
     convert_row, form, notes = row_converter(shape, form, context, facts, source, arguments, options)
     kept: dict[str, Column] = {}
