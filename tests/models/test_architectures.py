@@ -22,6 +22,7 @@ from rlhf_recipes.models import (
     context_length,
     disable_dropout_,
     load_causal_lm,
+    refuse_encoder,
     refuse_left_padding,
     refuse_logits_unknown_to_trl,
     refuse_packing,
@@ -369,3 +370,17 @@ def test_dropout_is_off_also_where_a_rate_is_a_plain_number(name: str) -> None:
         assert not torch.allclose(expected, noisy, atol=1e-3), "dropout is on"
         disable_dropout_(model)
         assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+
+
+def test_an_encoder_is_refused_as_a_reward_model_before_its_weights_are_read(make_tokenizer: Any) -> None:
+    """Its classifier reads a row at the first token, and an answer ends at its last."""
+    from transformers import RobertaConfig
+
+    tokenizer = make_tokenizer()
+    refuse_encoder(build_config("llama"), tokenizer, "m")
+    tokenizer.cls_token = tokenizer.bos_token
+    refuse_encoder(build_config("llama"), tokenizer, "m")
+    with pytest.raises(UserError, match="RobertaForSequenceClassification, which reads a row at its first token"):
+        refuse_encoder(RobertaConfig(vocab_size=262, hidden_size=32, num_attention_heads=4), tokenizer, "m")
+    with pytest.raises(UserError, match="no sequence classifier for a mamba2"):
+        refuse_encoder(build_config("mamba2"), tokenizer, "m")

@@ -33,6 +33,7 @@ from rlhf_recipes.models import (
     hidden_size_of,
     load_reward_model,
     prepare_for_lora_,
+    refuse_encoder,
     save_reward_model_config,
     text_config,
 )
@@ -118,6 +119,7 @@ def build_reward_trainer(
     tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_starting_model(model_config, training.max_length, **tokens, **code)
+    refuse_encoder(start.config, start.tokenizer, start.name, **code)
     kind, train, test = load_reward_data(arguments, start)
     require_batch(len(train), training)
     require_held_out(test, training, arguments.dataset_test_split)
