@@ -35,8 +35,16 @@ from rlhf_recipes.ppo.roles.outputs import check_head, policy_outputs
 from rlhf_recipes.ppo.rollout.rollout import pad_episodes
 from rlhf_recipes.scoring import load_reward
 
-PROMPTS = [[5, 9], [3, 250, 7, 8, 100], [77], [1, 2, 3, 4, 5, 6, 7, 8, 9], [200, 31, 4]]
-ANSWERS = [[11, 12, 13], [14], [15, 16, 17, 18], [19, 20], [21, 22, 23, 24, 25]]
+PROMPTS = [
+    [5, 9],
+    [3, 250, 7, 8, 100],
+    [77],
+    [1, 2, 3, 4, 5, 6, 7, 8, 9],
+    [200, 31, 4],
+    [6, 10],
+    [40, 41, 42],
+]  # some of one length
+ANSWERS = [[11, 12, 13], [14], [15, 16, 17, 18], [19, 20], [21, 22, 23, 24, 25], [26, 27], [28]]
 NEW_TOKENS = 8
 EVERY = [*ATTENTION, *STATE]
 PACKS = set(ATTENTION) - {"opt", "bloom", "mpt", "falcon", "gpt_neo"}
@@ -302,9 +310,9 @@ def test_ids_without_a_token_are_never_sampled_and_have_no_probability() -> None
     """Of 262 embeddings 200 are tokens: the distribution over those is the model's, normalized."""
     model = build_model("qwen2", seed=1)
     sampling = Sampling(NEW_TOKENS, 1.0, vocabulary=200)
-    answers = sample(model, PROMPTS * 8, sampling, list(range(40)))
+    answers = sample(model, PROMPTS * 8, sampling, list(range(56)))
     assert max(token for row in answers.ids for token in row) < 200
-    everything = sample(model, PROMPTS * 8, Sampling(NEW_TOKENS, 1.0), list(range(40)))
+    everything = sample(model, PROMPTS * 8, Sampling(NEW_TOKENS, 1.0), list(range(56)))
     assert max(token for row in everything.ids for token in row) >= 200, "without the limit some are"
     episodes = pad_episodes(PROMPTS, ANSWERS)
     with torch.no_grad():

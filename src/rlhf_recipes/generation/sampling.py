@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_recipes.core.tensors import batches_by_length, pad, position_ids
 from rlhf_recipes.data import prompt_ids
-from rlhf_recipes.generation.own_cache import batches_of_equal_length, generate_equal_rows
+from rlhf_recipes.generation.own_cache import batches_of_equal_length, generate_equal_rows, rows_at_once
 from rlhf_recipes.models import token_count
 from rlhf_recipes.optimizations import (
     preallocated_cache,
@@ -124,7 +124,8 @@ def sample(
     continue_batch = _sample_batch if has_plain_cache else _sample_equal_rows
     try:
         with prepacked_weights(model), without_cudnn_attention():
-            for rows in (batches_by_length if has_plain_cache else batches_of_equal_length)(lengths, batch_size):
+            batches = batches_by_length if has_plain_cache else batches_of_equal_length
+            for rows in batches(lengths, rows_at_once(model, batch_size)):
                 answers = continue_batch(model, [prompts[row] for row in rows], sampling, [seeds[row] for row in rows])
                 for row, answer in zip(rows, answers, strict=True):
                     ids[row] = answer
