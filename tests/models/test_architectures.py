@@ -22,6 +22,7 @@ from rlhf_recipes.models import (
     context_length,
     disable_dropout_,
     load_causal_lm,
+    refuse_encoder,
     refuse_left_padding,
     refuse_logits_unknown_to_trl,
     refuse_packing,
@@ -34,8 +35,16 @@ from rlhf_recipes.ppo.roles.outputs import check_head, policy_outputs
 from rlhf_recipes.ppo.rollout.rollout import pad_episodes
 from rlhf_recipes.scoring import load_reward
 
-PROMPTS = [[5, 9], [3, 250, 7, 8, 100], [77], [1, 2, 3, 4, 5, 6, 7, 8, 9], [200, 31, 4]]
-ANSWERS = [[11, 12, 13], [14], [15, 16, 17, 18], [19, 20], [21, 22, 23, 24, 25]]
+PROMPTS = [
+    [5, 9],
+    [3, 250, 7, 8, 100],
+    [77],
+    [1, 2, 3, 4, 5, 6, 7, 8, 9],
+    [200, 31, 4],
+    [6, 10],
+    [40, 41, 42],
+]  # some of one length
+ANSWERS = [[11, 12, 13], [14], [15, 16, 17, 18], [19, 20], [21, 22, 23, 24, 25], [26, 27], [28]]
 NEW_TOKENS = 8
 EVERY = [*ATTENTION, *STATE]
 PACKS = set(ATTENTION) - {"opt", "bloom", "mpt", "falcon", "gpt_neo"}
@@ -301,9 +310,9 @@ def test_ids_without_a_token_are_never_sampled_and_have_no_probability() -> None
     """Of 262 embeddings 200 are tokens: the distribution over those is the model's, normalized."""
     model = build_model("qwen2", seed=1)
     sampling = Sampling(NEW_TOKENS, 1.0, vocabulary=200)
-    answers = sample(model, PROMPTS * 8, sampling, list(range(40)))
+    answers = sample(model, PROMPTS * 8, sampling, list(range(56)))
     assert max(token for row in answers.ids for token in row) < 200
-    everything = sample(model, PROMPTS * 8, Sampling(NEW_TOKENS, 1.0), list(range(40)))
+    everything = sample(model, PROMPTS * 8, Sampling(NEW_TOKENS, 1.0), list(range(56)))
     assert max(token for row in everything.ids for token in row) >= 200, "without the limit some are"
     episodes = pad_episodes(PROMPTS, ANSWERS)
     with torch.no_grad():
@@ -369,3 +378,17 @@ def test_dropout_is_off_also_where_a_rate_is_a_plain_number(name: str) -> None:
         assert not torch.allclose(expected, noisy, atol=1e-3), "dropout is on"
         disable_dropout_(model)
         assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+
+
+def test_an_encoder_is_refused_as_a_reward_model_before_its_weights_are_read(make_tokenizer: Any) -> None:
+    """Its classifier reads a row at the first token, and an answer ends at its last."""
+    from transformers import RobertaConfig
+
+    tokenizer = make_tokenizer()
+    refuse_encoder(build_config("llama"), tokenizer, "m")
+    tokenizer.cls_token = tokenizer.bos_token
+    refuse_encoder(build_config("llama"), tokenizer, "m")
+    with pytest.raises(UserError, match="RobertaForSequenceClassification, which reads a row at its first token"):
+        refuse_encoder(RobertaConfig(vocab_size=262, hidden_size=32, num_attention_heads=4), tokenizer, "m")
+    with pytest.raises(UserError, match="no sequence classifier for a mamba2"):
+        refuse_encoder(build_config("mamba2"), tokenizer, "m")

@@ -15,7 +15,7 @@ from programs.small_runs import STAGES
 from rlhf_recipes.core.arguments import parse_arguments
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.core.unsupported import unsupported_options
-from rlhf_recipes.training.options import check_options, library_errors_as_user_errors, require_causal
+from rlhf_recipes.training.options import check_options, library_errors_as_user_errors
 
 ALL_STAGES = (*STAGES, "dpo", "rloo")
 
@@ -173,16 +173,6 @@ def test_less_kl_is_better_unless_the_caller_says_otherwise() -> None:
     shared = {"output_dir": "out", "report_to": "none", "metric_for_best_model": "eval_objective/kl"}
     assert config(**shared).greater_is_better is False
     assert config(**shared, greater_is_better=True).greater_is_better is True
-
-
-def test_encoders_are_refused_as_reward_models() -> None:
-    from transformers import AutoConfig
-
-    for kind in ("roberta", "bert", "deberta-v2", "distilbert", "modernbert", "t5"):
-        with pytest.raises(UserError, match=rf"model x is an encoder \({kind}\)"):
-            require_causal(AutoConfig.for_model(kind), "x")
-    for kind in ("gpt2", "llama", "qwen2", "opt", "bloom"):
-        require_causal(AutoConfig.for_model(kind), "x")
 
 
 def test_only_what_a_library_refuses_becomes_one_line() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rlhf_recipes.core.unwrapping import base_model
 
+MIXES_ROWS = {"rwkv"}  # transformers' one-token step adds the states of all rows of a batch to each
+
 Draw = Callable[[Tensor, int], Tensor]  # (logits, step) -> the next token of each row
 
 
@@ -24,6 +26,11 @@ def batches_of_equal_length(lengths: Sequence[int], max_rows: int) -> list[list[
             batches.append([])
         batches[-1].append(row)
     return batches
+
+
+def rows_at_once(model: Any, batch_size: int) -> int:
+    """Return how many rows the model can continue in one batch: `batch_size`, or 1 where its rows would mix."""
+    return 1 if base_model(model).config.model_type in MIXES_ROWS else batch_size
 
 
 def generate_equal_rows(

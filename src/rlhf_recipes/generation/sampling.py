@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_recipes.core.progress import Advance
 from rlhf_recipes.core.tensors import batches_by_length, pad, position_ids
 from rlhf_recipes.data import decode_answers, is_conversation, prompt_ids, require_turn_end, turn_end
-from rlhf_recipes.generation.own_cache import batches_of_equal_length, generate_equal_rows
+from rlhf_recipes.generation.own_cache import batches_of_equal_length, generate_equal_rows, rows_at_once
 from rlhf_recipes.models import token_count
 from rlhf_recipes.optimizations import (
     preallocated_cache,
@@ -176,7 +176,8 @@ def sample(
     continue_batch = _sample_batch if has_plain_cache else _sample_equal_rows
     try:
         with prepacked_weights(model), without_cudnn_attention():
-            for rows in (batches_by_length if has_plain_cache else batches_of_equal_length)(lengths, batch_size):
+            batches = batches_by_length if has_plain_cache else batches_of_equal_length
+            for rows in batches(lengths, rows_at_once(model, batch_size)):
                 part = [prompts[row] for row in rows], sampling, [seeds[row] for row in rows]
                 answers = continue_batch(model, *part, advance or _ignore)
                 for row, answer in zip(rows, answers, strict=True):

@@ -27,6 +27,7 @@ from rlhf_recipes.models.architectures import (
 )
 from rlhf_recipes.models.behavior import check_fused_head, check_left_padding, check_packing
 from rlhf_recipes.models.dropout import disable_dropout_
+from rlhf_recipes.models.empty import build_empty_model, refuse_encoder
 from rlhf_recipes.models.gpt2 import SIZES, build_gpt2
 from rlhf_recipes.models.loading import (
     is_reward_model,
@@ -62,6 +63,7 @@ __all__ = [
     "adapter_parameters",
     "add_adapter_from",
     "attach_adapter",
+    "build_empty_model",
     "build_gpt2",
     "build_lora_config",
     "check_fused_head",
@@ -90,6 +92,7 @@ __all__ = [
     "load_tokenizer",
     "prepare_for_lora_",
     "quantization_kwargs",
+    "refuse_encoder",
     "refuse_left_padding",
     "refuse_logits_unknown_to_trl",
     "refuse_packing",

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.models.empty import build_empty_model
 from rlhf_recipes.models.quantization import is_quantized
 
 if TYPE_CHECKING:
@@ -108,14 +109,8 @@ def _tried_on_empty_model(lora: Any, config: "PretrainedConfig", trust_remote_co
     import torch
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer, ParamWrapper
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    auto_class: Any = AutoModelForSequenceClassification if lora.task_type == "SEQ_CLS" else AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            empty = auto_class.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError, OSError) as error:
-        raise UserError(f"no model can be made of this configuration: {_first_line(error)}") from None
+    empty = build_empty_model(config, lora.task_type, trust_remote_code)
     lora.exclude_modules = _excluded_modules(empty, lora.target_modules)
     name, without_dropout = type(empty).__name__, copy.deepcopy(lora)
     without_dropout.lora_dropout = 0.0

@@ -10,7 +10,13 @@ from rlhf_recipes.optimizations.attention import (
     fuse_kernels_,
     without_cudnn_attention,
 )
-from rlhf_recipes.optimizations.frozen_trunk import UpperLayers, check_layer_count, freeze_lower_layers_, lower_layers
+from rlhf_recipes.optimizations.frozen_trunk import (
+    UpperLayers,
+    check_layer_count,
+    check_layer_names,
+    freeze_lower_layers_,
+    lower_layers,
+)
 from rlhf_recipes.optimizations.kv_cache import preallocated_cache, supports_preallocated_cache
 from rlhf_recipes.optimizations.packing import SHORT_ATTENTION, TILE, hidden_states_at, hidden_states_of, pad_to_tile
 from rlhf_recipes.optimizations.prepacking import prepacked_weights
@@ -23,6 +29,7 @@ __all__ = [
     "UpperLayers",
     "cached_casts",
     "check_layer_count",
+    "check_layer_names",
     "freeze_lower_layers_",
     "fuse_kernels_",
     "hidden_states_at",

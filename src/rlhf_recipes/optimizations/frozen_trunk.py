@@ -75,6 +75,21 @@ def check_layer_count(count: int, total: int) -> None:
         raise UserError(f"num_layers_unfrozen is {count}; the policy has {total} layers: take 1 to {total - 1}")
 
 
+def check_layer_names(model: Any) -> None:
+    """Check that a model can be split into lower and upper layers, as far as its modules tell; it may be without weights.
+
+    Raises:
+        UserError: it cannot.
+    """
+    _layer_names(trunk_of(model))
+    if len(set(getattr(model.config.get_text_config(), "layer_types", None) or ["one"])) > 1:
+        raise _unknown_split(model)
+
+
+def _unknown_split(model: Any) -> UserError:
+    return UserError(f"num_layers_unfrozen does not know how to split a {type(model).__name__}; leave it out")
+
+
 @torch.no_grad()
 def freeze_lower_layers_(model: Any, count: int) -> None:
     """Freeze all but the last `count` layers of the model and its final norm; an untied head stays trainable too.
@@ -111,8 +126,9 @@ def _check_split(base: Any, count: int) -> None:
     lower = lower_layers(base, count)(input_ids=ids, use_cache=False).last_hidden_state
     equal = torch.allclose(UpperLayers(base, count)(lower), expected, atol=1e-3, rtol=1e-3)
     base.train(was_training)
-    if not equal or len(set(getattr(base.config.get_text_config(), "layer_types", None) or ["one"])) > 1:
-        raise UserError(f"num_layers_unfrozen does not know how to split a {type(base).__name__}; leave it out")
+    check_layer_names(base)
+    if not equal:
+        raise _unknown_split(base)
 
 
 def _layer_names(trunk: nn.Module) -> tuple[str, str]:

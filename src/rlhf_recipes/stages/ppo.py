@@ -22,6 +22,7 @@ from rlhf_recipes.data import (
 from rlhf_recipes.generation import check_turn_end
 from rlhf_recipes.models import (
     attach_adapter,
+    build_empty_model,
     build_lora_config,
     check_quantization,
     context_length,
@@ -38,6 +39,7 @@ from rlhf_recipes.models import (
     reward_label_count,
     saved_eos_ids,
 )
+from rlhf_recipes.optimizations import check_layer_names
 from rlhf_recipes.ppo import PPOConfig, PPOTrainer, check_parallelism, check_prompts
 from rlhf_recipes.scoring import check_reward
 from rlhf_recipes.system import load_unsharded
@@ -127,6 +129,8 @@ def build_ppo_trainer(arguments: PPOArguments, model_config: ModelConfig, traini
     room = (context_length(config), training.response_length)
     train, test = prompts_by_split(rows, tokenizer, room, arguments.too_long)
     check_prompts(config, tokenizer, train, test, training)
+    if training.num_layers_unfrozen is not None:
+        check_layer_names(build_empty_model(config, **remote_code))
     check_model_options(training, model_config, config, LOGGED)
     lora = build_lora_config(model_config, config, **remote_code)
     frozen_kwargs, reference_name = arguments.frozen_model_kwargs(model_config), arguments.reference_model

@@ -30,6 +30,7 @@ from rlhf_recipes.models import (
     hidden_size_of,
     load_reward_model,
     prepare_for_lora_,
+    refuse_encoder,
     save_reward_model_config,
     text_config,
 )
@@ -52,7 +53,6 @@ from rlhf_recipes.training import (
     load_reward_rows,
     measures_model,
     prepare_process_,
-    require_causal,
     run_training,
     training_inputs,
 )
@@ -129,7 +129,7 @@ def build_reward_trainer(
     tokens: dict[str, Any] = {"eos_token": training.eos_token, "pad_token": training.pad_token}
     code: dict[str, Any] = {"trust_remote_code": training.trust_remote_code}
     start = check_starting_model(model_config, training.max_length, **tokens, **code)
-    require_causal(start.config, start.name)
+    refuse_encoder(start.config, start.tokenizer, start.name, **code)
     rows = load_reward_rows(arguments, start)
     kind, encode = ("ranking", encode_pairs) if rows.form == PREFERENCE else ("classifier", encode_labels)
     require_batch(len(rows.train), training)

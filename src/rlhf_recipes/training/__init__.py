@@ -11,7 +11,7 @@ from rlhf_recipes.training.classifier import (
 from rlhf_recipes.training.defaults import NO_TEMPLATE_PATH, FineTuningDefaults, TrainingDefaults, learning_rate_field
 from rlhf_recipes.training.demonstrations import encode_demonstrations, load_demonstrations, loss_spans
 from rlhf_recipes.training.held_out import GREATEST, LEAST, ROWS, SPREAD, HeldOutMeans, mask_total
-from rlhf_recipes.training.options import check_model_options, check_options, check_order_of_pairs, require_causal
+from rlhf_recipes.training.options import check_model_options, check_options, check_order_of_pairs
 from rlhf_recipes.training.preferences import (
     PAIR,
     encode_dpo_pairs,
@@ -68,7 +68,6 @@ __all__ = [
     "mean_cross_entropy",
     "measures_model",
     "prepare_process_",
-    "require_causal",
     "run_training",
     "training_inputs",
 ]

@@ -85,27 +85,6 @@ def check_order_of_pairs(training: Any) -> None:
         raise UserError(f"train_sampling_strategy {strategy} does not fit pairs; choose random or sequential")
 
 
-def require_causal(config: Any, name: str) -> None:
-    """Refuse an encoder as a reward model: it reads a row at its first token, and scores no answer in progress.
-
-    Raises:
-        UserError: names the model and its type.
-    """
-    from transformers.models.auto import modeling_auto
-
-    kind = config.model_type
-    encoders, decoders = (
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    )
-    own_code = kind not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    if not own_code and (kind not in decoders or kind in encoders):
-        raise UserError(
-            f"model {name} is an encoder ({kind}), which reads a row at its first token; start from a causal language "
-            "model, which reads it at its last"
-        )
-
-
 @contextmanager
 def library_errors_as_user_errors() -> Iterator[None]:
     """Within this block, what a library refuses becomes one line. Errors of our own code, and crashes, stay as they are.
