@@ -44,6 +44,10 @@ class Mutation:
     files: tuple[str, ...] = tuple(TRAINER)
 
 
+DATA = ("tests/data/test_forms.py", "tests/data/test_load.py")
+ENCODING = ("tests/data/test_encoding.py",)
+HELD_OUT = ("tests/training/test_held_out.py",)
+ARCHITECTURES = ("tests/models/test_architectures.py",)
 ADAPTERS, CONTROLS, RESUME = ((f"tests/ppo/test_{name}.py",) for name in ("adapters", "controls", "resume"))
 
 MUTATIONS = [
@@ -323,6 +327,89 @@ MUTATIONS = [
         "first = 0",
         "killed",
         RESUME,
+    ),
+    Mutation(
+        "a column that carries meaning is left out",
+        "data/forms/leftover.py",
+        "    if not carrying:",
+        "    if True:",
+        "",
+        DATA,
+    ),
+    Mutation(
+        "SHP's label is read the other way", "data/forms/pairs.py", "return 1 - number", "return number", "votes", DATA
+    ),
+    Mutation(
+        "a rank of 1 is the worst",
+        "data/forms/pairs.py",
+        "[-float(score) if falls else",
+        "[float(score) if falls else",
+        "every_shape",
+        DATA,
+    ),
+    Mutation(
+        "the prompt stays in the answers",
+        "data/forms/pairs.py",
+        "first, second = first[len(shared) :], second[len(shared) :]",
+        "first, second = first, second",
+        "every_shape",
+        DATA,
+    ),
+    Mutation(
+        "weights of turns are forgotten",
+        "data/forms/messages.py",
+        '        result["train"] = trained',
+        "        pass",
+        "weights",
+        DATA,
+    ),
+    Mutation(
+        "a column named toxic is good at 1",
+        "data/forms/labels.py",
+        "!= bad_column)",
+        "!= False)",
+        "named_for_the_bad",
+        DATA,
+    ),
+    Mutation(
+        "a completion of several turns has loss on all",
+        "data/forms/convert.py",
+        'turn | {"train": False}',
+        "turn",
+        "several_turns",
+        DATA,
+    ),
+    Mutation(
+        "rows dropped are not counted",
+        "data/forms/convert.py",
+        "        context.counts[EMPTY_ANSWERS] += 1",
+        "        pass",
+        "counted",
+        DATA,
+    ),
+    Mutation(
+        "what a template writes after an answer is trained",
+        "data/encoding.py",
+        "plain_ids(without_tail(text, tokenizer), tokenizer)",
+        "plain_ids(text, tokenizer)",
+        "",
+        ENCODING,
+    ),
+    Mutation(
+        "logits are not capped",
+        "models/logits.py",
+        "torch.tanh(logits / cap) * cap",
+        "logits",
+        "transformers",
+        ARCHITECTURES,
+    ),
+    Mutation(
+        "batches of one row weigh as much as full ones",
+        "training/held_out.py",
+        "weights = [batch.counts[kinds[name]] for batch in measured]",
+        "weights = [1.0 for batch in measured]",
+        "",
+        HELD_OUT,
     ),
 ]
 
