@@ -52,6 +52,11 @@ STEPS = {
 REWARD = "learning_matrix:low_share"
 
 
+def first_logged(log_history: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return the first entry of a log that holds a number; held-out numbers from before training come earlier."""
+    return next(entry for entry in log_history if name in entry)
+
+
 class Cells:
     """The runs of one architecture, each a method that returns the largest difference to plain transformers."""
 
@@ -128,7 +133,7 @@ class Cells:
             ModelConfig(self.base),
             rr.SFTConfig(out, packing=packing, max_length=120, **STEPS | batch),
         )
-        log = json.loads(Path(out, "trainer_state.json").read_text())["log_history"][0]
+        log = first_logged(json.loads(Path(out, "trainer_state.json").read_text())["log_history"], "loss")
         model, terms = self.plain(self.base), []
         for row in rows:
             answer = [*self.ids(row["completion"]), self.tokenizer.eos_token_id]
@@ -175,7 +180,7 @@ class Cells:
         for row in self.rows:
             answer = [*self.ids(row["chosen"]), self.tokenizer.eos_token_id]
             sums.append(self.log_probs(model, [*self.ids(row["prompt"]), *answer], len(answer)).sum().item())
-        return difference([trainer.state.log_history[0]["logps/chosen"]], [sum(sums) / len(sums)])
+        return difference([first_logged(trainer.state.log_history, "logps/chosen")["logps/chosen"]], [sum(sums) / len(sums)])
 
     def rloo(self) -> float:
         training = rr.RLOOConfig(self.folder("rloo"), max_completion_length=8, temperature=0.7, beta=0.1, **STEPS)
