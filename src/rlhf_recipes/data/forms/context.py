@@ -59,7 +59,7 @@ class Context:
     def messages(self, row: Mapping[str, Any], meaning: str, index: int) -> list[Message]:
         """Return a list of messages; empty without a value."""
         value = self.value(row, meaning)
-        return [] if value is None or value == [] else to_messages(value, self.roles, self.place(index, meaning))
+        return [] if value is None or value == [] or value == "" else to_messages(value, self.roles, self.place(index, meaning))
 
     def answer(self, row: Mapping[str, Any], meaning: str, index: int) -> list[Message]:
         """Return an answer as messages: messages, a conversation in one string, or one assistant turn."""
@@ -113,8 +113,10 @@ class Context:
         return prompt if alone else "\n\n".join(parts) + "\n\n"
 
     def _history(self, row: Mapping[str, Any], index: int) -> list[Message]:
-        """Return earlier turns: a list of (user, assistant) pairs."""
-        pairs = self.value(row, "history") or []
+        """Return earlier turns: messages, or a list of (user, assistant) pairs."""
+        pairs = parsed_json(self.value(row, "history")) or []
+        if holds_messages(pairs):
+            return self.messages(row, "history", index)
         if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
             raise UserError(
                 f"{self.place(index, 'history')} holds {shortened(pairs)}; give a list of pairs [user, assistant]"

@@ -30,6 +30,8 @@ REASONS = {
     "empty_prompts": "have no prompt and are dropped",
     "without_label": "have no label and are dropped",
     "ties": "pairs are ties and are dropped",
+    "few_answers": "have fewer than two answers with a score and are dropped",
+    "unscored_answers": "answers have no score and are left out",
     "foreign_ends": "end with the end token of another model (such as </s>), which is taken away",
     "unequal_prompts": "compare answers to different prompts and are dropped",
 }
@@ -158,12 +160,15 @@ def _stored(
 ) -> Any:
     """Return the canonical rows of all sources, one after the other, and fill in their counts."""
 
+    features = canonical_features(form, sources)
+
     def rows() -> Iterator[Row]:
         for source in sources:
             for row in source:
+                if "margin" in features and "margin" not in row:
+                    row = row | {"margin": 0.0}  # the loss without a margin
                 yield as_conversation(row) if form == MESSAGES and "completion" in row else row
 
-    features = canonical_features(form, sources)
     if streaming:
         return stream_rows(lambda: islice(rows(), limit), features)
     counts.clear()  # looking at the rows has counted some

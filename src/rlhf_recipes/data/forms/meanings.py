@@ -11,31 +11,38 @@ from rlhf_recipes.core.errors import UserError
 # Meaning -> names of columns, the likeliest first. A column has one meaning; a meaning has one column.
 NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "msgs"),
-    "chosen": ("chosen", "preferred_output", "preferred", "chosen_response", "response_chosen", "win", "better"),
+    "chosen": ("chosen", "preferred_output", "preferred", "chosen_response", "response_chosen", "win", "better",
+        "better_response", "preferred_response", "chosen_answer", "response_j", "pos_resp", "accepted", "positive_response"),
     "rejected": (
         "rejected", "non_preferred_output", "dispreferred", "rejected_response", "response_rejected", "lose", "worse",
+        "worse_response", "dispreferred_response", "rejected_answer", "response_k", "neg_resp", "reject", "negative_response",
     ),
     "prompt": (
         "prompt", "instruction", "question", "query", "problem", "input", "user_input", "instructions", "history",
-        "info.post", "post",
+        "info.post", "post", "user_prompt", "inputs",
     ),
     "completion": (
         "completion", "output", "response", "answer", "answers", "target", "reply", "assistant", "solution", "responses",
+        "targets", "model_output", "canonical_solution",
     ),
     "context": ("context", "input", "passage"),
     "history": ("history",),
     "system": ("system", "system_prompt", "system_message", "system_instruction"),
     "answers": ("responses", "completions", "answers", "outputs", "output", "candidates", "generations", "summaries"),
     "scores": ("scores", "ranks", "ranking", "rank", "rewards", "ratings"),
-    "answer_a": ("conversation_a", "response_a", "answer_a", "output_a", "completion_a", "human_ref_A", "response_0"),
-    "answer_b": ("conversation_b", "response_b", "answer_b", "output_b", "completion_b", "human_ref_B", "response_1"),
-    "vote": ("winner", "choice", "preference", "vote", "preferred_answer", "labels", "label", "better_response_id"),
-    "label": ("label", "labels", "kto_tag", "sentiment", "stars", "rating", "score", "target", "class", "toxic", "toxicity"),
+    "answer_a": ("conversation_a", "response_a", "answer_a", "output_a", "completion_a", "human_ref_A", "response_0",
+        "answer_0", "output_0", "response_1", "response1", "answer_1", "output_1", "output1", "answer1"),
+    "answer_b": ("conversation_b", "response_b", "answer_b", "output_b", "completion_b", "human_ref_B", "response_1",
+        "answer_1", "output_1", "response_2", "response2", "answer_2", "output_2", "output2", "answer2"),
+    "vote": ("winner", "choice", "preference", "vote", "preferred_answer", "labels", "label", "better_response_id",
+        "preference_strength", "overall_preference", "safer_response_id"),
+    "label": ("label", "labels", "kto_tag", "sentiment", "stars", "rating", "score", "target", "class", "toxic", "toxicity",
+        "is_toxic", "is_safe", "is_helpful", "is_correct", "non_toxic"),
     "margin": ("margin",),
     "tools": ("tools", "functions"),
     "chat_template_kwargs": ("chat_template_kwargs",),
     "weight": ("weight", "sample_weight"),
-    "text": ("text", "content", "document", "raw_content"),
+    "text": ("text", "content", "document", "raw_content", "sentence", "review", "comment_text"),
     "images": ("images", "image", "videos", "video", "audio", "audios"),
     "input_ids": ("input_ids",),
 }  # fmt: skip
@@ -44,7 +51,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 ABOUT_ROWS = re.compile(
     r"(^|.*_)(id|ids|idx|index|uuid|hash|sha|md5|source|dataset|origin|split|subset|categor(y|ies)|task|type|topic|tags?|lang|"
     r"language|licen[cs]e|url|time|timestamp|date|created|worker|annotator|model|domain|confidence|version|meta|"
-    r"metadata|info|extra|kind|policy|path|file|filename|name|turn|score|ratio|length|tokens)(_.*|$)",
+    r"metadata|info|extra|kind|policy|path|file|filename|name|turn|score|ratio|length|tokens|sha\d+|judge|batch|status|"
+    r"subreddit|difficulty|level|author|rating)(_.*|$)",
     re.IGNORECASE,
 )
 
@@ -82,12 +90,19 @@ def parse_columns(values: Sequence[str] | None) -> dict[str, str]:
 
 
 def read_path(row: Mapping[str, Any], path: str) -> Any:
-    """Return a column's value; ``info.post`` is the key `post` of the column `info`. None where it is absent."""
+    """Return a column's value; ``info.post`` is the key `post` of the column `info`, ``answers.0`` the first of a list.
+
+    None where it is absent.
+    """
     if path in row or "." not in path:
         return row.get(path)
-    first, _, rest = path.partition(".")
-    value = row.get(first)
-    return read_path(value, rest) if isinstance(value, Mapping) else None
+    value: Any = row
+    for key in path.split("."):
+        if isinstance(value, (list, tuple)) and key.isdigit():
+            value = value[int(key)] if int(key) < len(value) else None
+        else:
+            value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def assign_meanings(
@@ -116,7 +131,8 @@ def assign_meanings(
         if meaning not in meanings:
             by_lower = {column.lower(): column for column in reversed(free)}
             candidates = [by_lower[each.lower()] for each in names if each.lower() in by_lower]
-            column = next((each for each in candidates if _fits(meaning, kinds[each])), None)
+            taken = meanings.get("answer_a") if meaning == "answer_b" else None  # response_1 is the first of two or the second
+            column = next((each for each in candidates if each != taken and _fits(meaning, kinds[each], each)), None)
             if column is not None:
                 meanings[meaning] = column
     return meanings
@@ -125,7 +141,7 @@ def assign_meanings(
 # What a column of a meaning may hold. `none`: no row has a value.
 ALLOWED = {
     "messages": {"messages"},
-    "history": {"list"},
+    "history": {"list", "messages"},
     "answers": {"list"},
     "scores": {"list", "integers"},
     "context": {"text"},
@@ -133,7 +149,7 @@ ALLOWED = {
     "text": {"text", "messages"},
     "tools": {"list", "text", "object"},
     "chat_template_kwargs": {"object", "text"},
-    "margin": {"number"},
+    "margin": {"number", "text"},
     "weight": {"number", "bool", "text"},
     "label": {"number", "bool", "text"},
     "vote": {"number", "bool", "text"},
@@ -146,7 +162,7 @@ TEXTS = {"text", "messages"}
 
 def misfit(meaning: str, kind: str) -> str | None:
     """Say what a column of this kind is not, if it cannot have the meaning; None if it can, or is empty."""
-    if kind == "none" or _fits(meaning, kind) or (meaning == "completion" and kind == "list"):
+    if kind == "none" or _fits(meaning, kind, meaning) or (meaning == "completion" and kind == "list"):
         return None
     if kind == "mixed":
         return "not of one kind in all rows"
@@ -158,9 +174,16 @@ def possible_meanings(column: str, kind: str) -> set[str]:
     return {
         meaning
         for meaning, names in NAMES.items()
-        if column.lower() in (name.lower() for name in names) and _fits(meaning, kind)
+        if column.lower() in (name.lower() for name in names) and _fits(meaning, kind, column)
     }
 
 
-def _fits(meaning: str, kind: str) -> bool:
+def _fits(meaning: str, kind: str, column: str) -> bool:
+    if kind == "integers" and meaning == "prompt":
+        return column.lower() == "prompt"  # other lists of numbers may be ids of any tokenizer
     return kind in ALLOWED.get(meaning, TEXTS)
+
+
+def named_after(column: str) -> set[str]:
+    """Return the meanings that a column's name allows, whatever it holds."""
+    return {meaning for meaning, names in NAMES.items() if column.lower() in (name.lower() for name in names)}

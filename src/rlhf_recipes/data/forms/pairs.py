@@ -1,5 +1,6 @@
 """Preferences in every common shape as ``{"prompt", "chosen", "rejected"}``."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -14,6 +15,13 @@ from rlhf_recipes.data.forms.transcripts import is_transcript, split_transcript
 ANSWER_KEYS = ("response", "text", "content", "output", "answer", "completion", "generation", "value")
 SCORE_KEYS = ("overall_score", "score", "rating", "reward")
 RANK_NAMES = ("rank", "ranks", "ranking")  # 1 is the best
+VOTES = (
+    ("a", "model_a", "response_a", "answer_a", "output_a", "assistant_a", "left", "first"),
+    ("b", "model_b", "response_b", "answer_b", "output_b", "assistant_b", "right", "second"),
+)
+NO_SCORE = ("", "n/a", "na", "nan", "none", "null")
+# From "the first is much better" (negative) to "the second is" (positive); HelpSteer2-Preference (Wang et al. 2024).
+STRENGTHS = ("preference_strength", "overall_preference")
 
 
 def preference_rows(
@@ -23,8 +31,7 @@ def preference_rows(
     chosen, rejected = context.value(row, "chosen"), context.value(row, "rejected")
     pair = _pair(context, row, index, chosen, rejected, repeats_prompt)
     if pair is not None:
-        margin = context.value(row, "margin")
-        yield pair | ({} if margin is None else {"margin": float(margin)})
+        yield pair | ({"margin": _margin(context, row, index)} if "margin" in context.columns else {})
 
 
 def vote_rows(context: Context, row: Mapping[str, Any], index: int) -> Iterator[Row]:
@@ -53,7 +60,11 @@ def ranked_rows(
     """
     answers = context.value(row, "answers") or []
     scores = _scores(context, row, index, answers, best_first)
-    for (one, first), (two, second) in combinations(zip(answers, scores, strict=True), 2):
+    scored = [(answer, score) for answer, score in zip(answers, scores, strict=True) if score is not None]
+    context.counts["unscored_answers"] += len(answers) - len(scored)
+    if len(scored) < 2:
+        context.counts["few_answers"] += 1
+    for (one, first), (two, second) in combinations(scored, 2):
         if first == second:
             context.counts["ties"] += 1
             continue
@@ -71,9 +82,10 @@ def _pair(
         return _text_pair(context, row, index, chosen, rejected, repeats_prompt)
     places = [f"{context.name}, row {index}: the {side} answer" for side in ("chosen", "rejected")]
     first, second = (context.as_answer(value, place) for value, place in zip((chosen, rejected), places, strict=True))
-    prompt = context.prompt_messages(row, index)
-    if not prompt and "messages" in context.columns:
-        prompt = context.messages(row, "messages", index)
+    if context.value(row, "prompt") is None and "messages" in context.columns:
+        prompt = context.with_system(row, index, context.messages(row, "messages", index))
+    else:
+        prompt = context.prompt_messages(row, index)
     begins = [_begins_with(answer, prompt) for answer in (first, second)]
     shared = shared_prefix(first, second)
     if prompt and all(begins):
@@ -156,18 +168,31 @@ def _answer_text(answer: Any) -> Any:
     return answer
 
 
-def _scores(context: Context, row: Mapping[str, Any], index: int, answers: Any, best_first: bool) -> list[float]:
-    """Return a score of each answer; higher is better."""
+def _margin(context: Context, row: Mapping[str, Any], index: int) -> float:
+    """Return the margin of a pair; 0 without one, which is the loss without a margin."""
+    value = context.value(row, "margin")
+    if value is None or value == "":
+        return 0.0
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{context.place(index, 'margin')} holds {value!r}, which is no number; give numbers") from None
+
+
+def _scores(
+    context: Context, row: Mapping[str, Any], index: int, answers: Any, best_first: bool
+) -> list[float | None]:
+    """Return a score of each answer, higher is better; None for an answer without one."""
     place = context.place(index, "answers")
-    if not isinstance(answers, (list, tuple)) or len(answers) < 2:
+    if not isinstance(answers, (list, tuple)):
         raise UserError(f"{place} holds {shortened(answers)}; a ranking needs a list of two answers or more")
     given = context.value(row, "scores")
     falls = "scores" in context.columns and context.columns["scores"].lower() in RANK_NAMES
     if given is None and all(isinstance(answer, Mapping) for answer in answers):
-        keys = [key for key in (*SCORE_KEYS, *RANK_NAMES) if all(not is_missing(each.get(key)) for each in answers)]
+        keys = [key for key in (*SCORE_KEYS, *RANK_NAMES) if any(not is_missing(each.get(key)) for each in answers)]
         if keys:
-            given, falls = [each[keys[0]] for each in answers], keys[0] in RANK_NAMES
-    if given is None and best_first:
+            given, falls = [each.get(keys[0]) for each in answers], keys[0] in RANK_NAMES
+    if given is None and (best_first or len(answers) < 2):
         return [float(-place) for place in range(len(answers))]
     if given is None:
         raise UserError(
@@ -176,31 +201,50 @@ def _scores(context: Context, row: Mapping[str, Any], index: int, answers: Any, 
     if len(given) != len(answers):
         raise UserError(f"{place} holds {len(answers)} answers, and there are {len(given)} scores")
     try:
-        return [-float(score) if falls else float(score) for score in given]
+        numbers = [None if _has_no_score(score) else float(score) for score in given]
+        return [-number if falls and number is not None else number for number in numbers]
     except (TypeError, ValueError):
         raise UserError(f"{context.name}, row {index}: the scores {shortened(given)} are no numbers") from None
+
+
+def _has_no_score(score: Any) -> bool:
+    return is_missing(score) or (isinstance(score, str) and score.strip().lower() in NO_SCORE)
 
 
 def _winner(context: Context, row: Mapping[str, Any], index: int) -> int | None:
     """Return 0 or 1 for the winner of a vote, None for a tie."""
     column, value = context.columns["vote"], context.value(row, "vote")
     word = str(value).strip().lower()
+    number = _number(word)
+    if column.lower() in STRENGTHS and number is not None:
+        return None if number == 0 else int(number > 0)
     if word.startswith("tie") or word in ("both", "neither", "equal", "draw", "none"):
         return None
-    if word in ("a", "model_a", "response_a", "answer_a", "output_a", "assistant_a", "left", "first"):
-        return 0
-    if word in ("b", "model_b", "response_b", "answer_b", "output_b", "assistant_b", "right", "second"):
-        return 1
-    number = int(float(word)) if word.replace(".0", "") in ("0", "1") else None
-    if number is not None and column in ("choice", "better_response_id"):
-        return number  # the place of the better answer
-    if number is not None and context.columns.get("answer_a") == "human_ref_A":
-        _check_scores(context, row, index, number)
-        return 1 - number  # SHP: 1 means that A is preferred (Ethayarajh et al. 2022)
+    sides = [str(context.columns.get(side)).lower() for side in ("answer_a", "answer_b")]
+    if word in sides:
+        return sides.index(word)
+    for side, words in enumerate(VOTES):
+        if word in words:
+            return side
+    if number in (0, 1) and column == "choice" and "answers" in context.columns:
+        return int(number)  # the place of the better answer
+    if number in (0, 1) and context.columns.get("answer_a") == "human_ref_A":
+        _check_scores(context, row, index, int(number))
+        return 1 - int(number)  # SHP: 1 means that A is preferred (Ethayarajh et al. 2022)
+    ends = [re.sub(r".*?(\d*)$", r"\1", context.columns.get(side, "")) for side in ("answer_a", "answer_b")]
+    if number is not None and f"{number:g}" in ends and not column.lower().startswith("label"):
+        return ends.index(f"{number:g}")  # the number in the name of the better answer's column
     raise UserError(
         f"{context.place(index, 'vote')} holds {value!r}, which names no answer; give model_a, model_b or tie, or leave it "
         f"out (--ignore_columns {column}) where there are chosen and rejected"
     )
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def _check_scores(context: Context, row: Mapping[str, Any], index: int, label: int) -> None:
