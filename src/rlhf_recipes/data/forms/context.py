@@ -25,6 +25,7 @@ class Context:
         roles: names of roles that the user gave -> role.
         counts: what is dropped and why.
         separated: the prompt is an instruction, so an empty line follows it in plain text.
+        written: meanings whose numbers are read as text.
     """
 
     name: str
@@ -33,11 +34,15 @@ class Context:
     roles: Mapping[str, str]
     counts: RowCounts
     separated: bool = False
+    written: frozenset[str] = frozenset()
 
     def value(self, row: Mapping[str, Any], meaning: str) -> Any:
         """Return the value of a meaning in a row; None without the column or without a value."""
         value = read_path(row, self.columns[meaning]) if meaning in self.columns else None
-        return None if is_missing(value) else value
+        if is_missing(value):
+            return None
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return str(value) if is_number and meaning in self.written else value
 
     def place(self, index: int, meaning: str) -> str:
         """Return how an error about a value begins."""
@@ -59,7 +64,11 @@ class Context:
     def messages(self, row: Mapping[str, Any], meaning: str, index: int) -> list[Message]:
         """Return a list of messages; empty without a value."""
         value = self.value(row, meaning)
-        return [] if value is None or value == [] or value == "" else to_messages(value, self.roles, self.place(index, meaning))
+        return (
+            []
+            if value is None or value == [] or value == ""
+            else to_messages(value, self.roles, self.place(index, meaning))
+        )
 
     def answer(self, row: Mapping[str, Any], meaning: str, index: int) -> list[Message]:
         """Return an answer as messages: messages, a conversation in one string, or one assistant turn."""

@@ -18,7 +18,8 @@ BAD = {
     "n", "undesirable", "thumbs_down", "thumbs down", "downvote", "负面", "消极", "差评",
 }  # fmt: skip
 BAD_COLUMN = re.compile(
-    r"(?<!non_)(?<!not_)(?<!no_)(?<![a-z])(toxic|toxicity|spam|hate|hateful|unsafe|offensive|harmful|insult|obscene|threat)(_|$)", re.IGNORECASE
+    r"(?<!non_)(?<!not_)(?<!no_)(?<![a-z])(toxic|toxicity|spam|hate|hateful|unsafe|offensive|harmful|insult|obscene|threat)(_|$)",
+    re.IGNORECASE,
 )
 
 
@@ -116,9 +117,11 @@ class LabelReader:
         numbers = all(_number(each) is not None for each in shown)
         some = sorted(shown, key=lambda each: (_number(each) or 0.0, each))
         listed = ", ".join(some[:8]) + (", ..." if len(some) > 8 else "")
+        is_bad = bool(BAD_COLUMN.search(self.column))
         example = some[-1] if some else "1"
-        quoted = f"'{example}'" if " " in example else example
-        side = "bad" if BAD_COLUMN.search(self.column) else "good"
+        best = some[0] if some and is_bad else example
+        quoted = f"'{best}'" if " " in best else best
+        side = "bad" if is_bad else "good"
         flags = f"--label_threshold {example} (labels from {example} on are {side}) or " if numbers else ""
         if shown == {"-1"}:
             return (

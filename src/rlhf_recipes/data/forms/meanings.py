@@ -57,6 +57,11 @@ ABOUT_ROWS = re.compile(
 )
 
 
+def is_about_rows(column: str) -> bool:
+    """Return whether a column's name says that it is about a row: ``prompt_id``, ``chosen-model``."""
+    return bool(ABOUT_ROWS.fullmatch(re.sub(r"[-. ]", "_", column)))
+
+
 def parse_columns(values: Sequence[str] | None) -> dict[str, str]:
     """Return meaning -> column of ``["prompt=question", ...]``, or of one JSON object.
 
@@ -131,7 +136,9 @@ def assign_meanings(
         if meaning not in meanings:
             by_lower = {column.lower(): column for column in reversed(free)}
             candidates = [by_lower[each.lower()] for each in names if each.lower() in by_lower]
-            taken = meanings.get("answer_a") if meaning == "answer_b" else None  # response_1 is the first of two or the second
+            taken = (
+                meanings.get("answer_a") if meaning == "answer_b" else None
+            )  # response_1 is the first of two or the second
             column = next((each for each in candidates if each != taken and _fits(meaning, kinds[each], each)), None)
             if column is not None:
                 meanings[meaning] = column

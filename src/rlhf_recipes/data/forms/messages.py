@@ -92,7 +92,11 @@ def is_message(value: Any) -> bool:
 
 def is_exchange(value: Any) -> bool:
     """Return whether a value is one question with its answer, under the names of who says them."""
-    texts = {str(key).lower() for key, text in value.items() if isinstance(text, str)} if isinstance(value, Mapping) else ()
+    texts = (
+        {str(key).lower() for key, text in value.items() if isinstance(text, str)}
+        if isinstance(value, Mapping)
+        else ()
+    )
     return any(set(pair) <= set(texts) for pair in EXCHANGES)
 
 

@@ -176,7 +176,9 @@ def _margin(context: Context, row: Mapping[str, Any], index: int) -> float:
     try:
         return float(value)
     except ValueError:
-        raise UserError(f"{context.place(index, 'margin')} holds {value!r}, which is no number; give numbers") from None
+        raise UserError(
+            f"{context.place(index, 'margin')} holds {value!r}, which is no number; give numbers"
+        ) from None
 
 
 def _scores(
