@@ -126,9 +126,10 @@ class Context:
         pairs = parsed_json(self.value(row, "history")) or []
         if holds_messages(pairs):
             return self.messages(row, "history", index)
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        if isinstance(pairs, str) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
             raise UserError(
-                f"{self.place(index, 'history')} holds {shortened(pairs)}; give a list of pairs [user, assistant]"
+                f"{self.place(index, 'history')} holds {shortened(pairs)}; give a list of pairs [user, assistant] "
+                f"or messages, or pass --ignore_columns {self.columns['history']}"
             )
         return [
             {"role": role, "content": str(text)}

@@ -32,6 +32,7 @@ class Format:
 FORMATS = (
     Format("ranked", ("prompt", "answers"), ("scores", *BEFORE_ANSWER), PREFERENCE),
     Format("votes", ("answer_a", "answer_b", "vote"), ("prompt", *BEFORE_ANSWER), PREFERENCE),
+    Format("scored_pair", ("answer_a", "answer_b", "score_a", "score_b"), ("prompt", *BEFORE_ANSWER), PREFERENCE),
     Format("pair_votes", ("prompt", "answers", "vote"), BEFORE_ANSWER, PREFERENCE),
     Format("preference", ("chosen", "rejected"), ("prompt", "messages", "margin", *BEFORE_ANSWER), PREFERENCE),
     Format("kto", ("prompt", "completion", "label"), BEFORE_ANSWER, LABEL),
@@ -60,7 +61,7 @@ REQUESTED = {
     "orca": ("preference", "prompt_completion"),
     "kto": ("kto", "labelled_messages"),
     "ranked": ("ranked",),
-    "votes": ("votes", "pair_votes"),
+    "votes": ("votes", "pair_votes", "scored_pair"),
     "classification": ("classification", "labelled_messages"),
     "prompt": ("prompt",),
 }

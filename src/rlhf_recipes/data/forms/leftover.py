@@ -27,7 +27,8 @@ PARTS = {
     "cot",
 }
 # Names of what is learnt from a text beside it, and of who says it.
-BESIDE_TEXT = {"summary", "highlights", "headline", "code", "role", "abstract"}
+ANSWERS = {"summary", "highlights", "headline", "code", "abstract"}
+BESIDE_TEXT = {*ANSWERS, "role"}
 SUPERVISED = (COMPLETION, MESSAGES, PREFERENCE, LABEL)
 
 
@@ -59,6 +60,12 @@ def check_leftover(
     )
     if first.lower() in LABELS and form in (COMPLETION, MESSAGES, TEXT):
         use = f", or keep the good rows with --row_filter {first}=VALUE"
+    if form == TEXT and taught and first.lower() not in LABELS and "text" in meanings:
+        named = named_after(first)
+        if "prompt" in named:
+            use = f", or learn to answer it with --columns completion={meanings['text']}"
+        elif "completion" in named or first.lower() in ANSWERS:
+            use = f", or learn to write it with --columns prompt={meanings['text']} completion={first}"
     raise UserError(
         f"{name}: nothing reads the column{'s' if len(carrying) > 1 else ''} {', '.join(carrying)}; pass --ignore_columns "
         f"{' '.join(carrying)} to train without {'them' if len(carrying) > 1 else 'it'}{use}"

@@ -34,6 +34,8 @@ NAMES: dict[str, tuple[str, ...]] = {
         "answer_0", "output_0", "response_1", "response1", "answer_1", "output_1", "output1", "answer1"),
     "answer_b": ("conversation_b", "response_b", "answer_b", "output_b", "completion_b", "human_ref_B", "response_1",
         "answer_1", "output_1", "response_2", "response2", "answer_2", "output_2", "output2", "answer2"),
+    "score_a": ("score_0", "score_1"),
+    "score_b": ("score_1", "score_2"),
     "vote": ("winner", "choice", "preference", "vote", "preferred_answer", "labels", "label", "better_response_id",
         "preference_strength", "overall_preference", "safer_response_id"),
     "label": ("label", "labels", "kto_tag", "sentiment", "stars", "rating", "score", "target", "class", "toxic", "toxicity",
@@ -136,9 +138,8 @@ def assign_meanings(
         if meaning not in meanings:
             by_lower = {column.lower(): column for column in reversed(free)}
             candidates = [by_lower[each.lower()] for each in names if each.lower() in by_lower]
-            taken = (
-                meanings.get("answer_a") if meaning == "answer_b" else None
-            )  # response_1 is the first of two or the second
+            # response_1 is the first of two or the second
+            taken = meanings.get(meaning.removesuffix("b") + "a") if meaning.endswith("_b") else None
             column = next((each for each in candidates if each != taken and _fits(meaning, kinds[each], each)), None)
             if column is not None:
                 meanings[meaning] = column
@@ -148,7 +149,7 @@ def assign_meanings(
 # What a column of a meaning may hold. `none`: no row has a value.
 ALLOWED = {
     "messages": {"messages"},
-    "history": {"list", "messages"},
+    "history": {"list", "messages", "text"},
     "answers": {"list"},
     "scores": {"list", "integers"},
     "context": {"text"},
@@ -157,6 +158,8 @@ ALLOWED = {
     "tools": {"list", "text", "object"},
     "chat_template_kwargs": {"object", "text"},
     "margin": {"number", "text"},
+    "score_a": {"number", "text"},
+    "score_b": {"number", "text"},
     "weight": {"number", "bool", "text"},
     "label": {"number", "bool", "text"},
     "vote": {"number", "bool", "text"},

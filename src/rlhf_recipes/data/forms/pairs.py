@@ -83,7 +83,7 @@ def _pair(
     places = [f"{context.name}, row {index}: the {side} answer" for side in ("chosen", "rejected")]
     first, second = (context.as_answer(value, place) for value, place in zip((chosen, rejected), places, strict=True))
     if context.value(row, "prompt") is None and "messages" in context.columns:
-        prompt = context.with_system(row, index, context.messages(row, "messages", index))
+        prompt = _conversation_before(context, row, index, first, second)
     else:
         prompt = context.prompt_messages(row, index)
     begins = [_begins_with(answer, prompt) for answer in (first, second)]
@@ -110,6 +110,27 @@ def _pair(
                 "can be compared; end the row with the last assistant turn"
             )
     return {"prompt": prompt, "chosen": first, "rejected": second} | context.template_values(row)
+
+
+def _conversation_before(
+    context: Context, row: Mapping[str, Any], index: int, first: Sequence[Message], second: Sequence[Message]
+) -> list[Message]:
+    """Return the turns of the column of messages that come before the answers.
+
+    Raises:
+        UserError: the turns end with another answer of the assistant.
+    """
+    turns = context.with_system(row, index, context.messages(row, "messages", index))
+    if not turns or turns[-1]["role"] != "assistant":
+        return turns
+    if all(answer and answer[0]["role"] != "assistant" for answer in (first, second)):
+        return []  # the answers hold the whole conversation themselves
+    if any(answer and answer[-1]["content"] == turns[-1]["content"] for answer in (first, second)):
+        return turns[:-1]
+    raise UserError(
+        f"{context.place(index, 'messages')} ends with a turn of the assistant, which is neither of the two answers; end it "
+        f"with the user's turn, or pass --ignore_columns {context.columns['messages']}"
+    )
 
 
 def _text_pair(
@@ -214,17 +235,31 @@ def _has_no_score(score: Any) -> bool:
 
 
 def _winner(context: Context, row: Mapping[str, Any], index: int) -> int | None:
-    """Return 0 or 1 for the winner of a vote, None for a tie."""
+    """Return 0 or 1 for the winner of a vote or of two scores, None for a tie."""
+    if "score_a" in context.columns:
+        first, second = (_score(context, row, index, side) for side in ("score_a", "score_b"))
+        return None if first == second else int(second > first)
     column, value = context.columns["vote"], context.value(row, "vote")
     word = str(value).strip().lower()
     number = _number(word)
     if column.lower() in STRENGTHS and number is not None:
         return None if number == 0 else int(number > 0)
-    if word.startswith("tie") or word in ("both", "neither", "equal", "draw", "none"):
+    if word.startswith("tie") or word in (
+        "both",
+        "neither",
+        "equal",
+        "draw",
+        "none",
+        "bothbad",
+        "both_bad",
+        "both bad",
+    ):
         return None
     sides = [str(context.columns.get(side)).lower() for side in ("answer_a", "answer_b")]
-    if word in sides:
-        return sides.index(word)
+    models = [str(row.get(name, "")).strip().lower() for name in ("model_a", "model_b")]
+    for names in (sides, models):
+        if word in names and names[0] != names[1]:
+            return names.index(word)
     for side, words in enumerate(VOTES):
         if word in words:
             return side
@@ -247,6 +282,14 @@ def _number(word: str) -> float | None:
         return float(word)
     except ValueError:
         return None
+
+
+def _score(context: Context, row: Mapping[str, Any], index: int, meaning: str) -> float:
+    value = context.value(row, meaning)
+    number = _number(str(value))
+    if number is None or _has_no_score(value):
+        raise UserError(f"{context.place(index, meaning)} holds {value!r}, which is no number; drop the row")
+    return number
 
 
 def _check_scores(context: Context, row: Mapping[str, Any], index: int, label: int) -> None:

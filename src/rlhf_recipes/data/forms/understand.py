@@ -94,7 +94,7 @@ def understand(
     meanings = assign_meanings(list(facts), kinds, requested, ignored, source.name)
     refuse_misfits(facts, requested, source.name)
     first = options.any_text or options.forms[0] == PROMPT
-    wanted = (options.forms, arguments.dataset_format, source.name, list(source.columns))
+    wanted = (options.forms, arguments.dataset_format, source.name, _shown_columns(source, facts))
     shape = choose_format(
         meanings, *wanted, first=first, text_prompts=options.text_prompts, hints=misfit_hints(facts, meanings)
     )
@@ -188,6 +188,16 @@ def _is_chat(columns: Mapping[str, str], facts: Mapping[str, Column], as_chat: b
     beside = any(meaning in columns for meaning in ("system", "history", *TEMPLATE_COLUMNS))
     transcripts = any(is_transcript(column.sample) for column in content) and "text" not in columns
     return has_messages or beside or transcripts or _is_instruction(columns)
+
+
+def _shown_columns(source: Source, facts: Mapping[str, Column]) -> list[str]:
+    """Return the columns as an error lists them, objects with the paths to what they hold."""
+    shown = []
+    for name in source.columns:
+        sample = facts[name].sample
+        paths = [f"{name}.{key}" for key in sample][:6] if isinstance(sample, Mapping) else []
+        shown.append(f"{name} ({', '.join(paths)})" if paths else name)
+    return shown
 
 
 def _is_instruction(columns: Mapping[str, str]) -> bool:
