@@ -35,6 +35,7 @@ REASONS = {
     "foreign_ends": "end with the end token of another model (such as </s>), which is taken away",
     "unequal_prompts": "compare answers to different prompts and are dropped",
 }
+PARTS_OF_ROWS = ("ties", "unscored_answers")
 
 
 @dataclass
@@ -179,7 +180,7 @@ def _stored(
         raise UserError(f"{sources[0].source.name} has no rows left: {reasons or 'it is empty'}; give another dataset")
     counts["used"] = len(dataset)
     for kind, message in dropped:
-        counts.report(kind, counts.pop(kind), message)
+        counts.report(kind, counts.pop(kind), message, of_rows=kind not in PARTS_OF_ROWS)
     return dataset
 
 
