@@ -219,7 +219,7 @@ def _hint(form: str, forms: Sequence[str], meanings: Mapping[str, str]) -> str:
 
 def _example(forms: Sequence[str], meanings: Mapping[str, str]) -> str:
     """Return the flag for the meanings that are missing; of labels where there is one."""
-    labelled = LABEL in forms and "label" in meanings and "chosen" not in meanings
+    labelled = LABEL in forms and {"label", "text"} & set(meanings) and "chosen" not in meanings
     form = LABEL if labelled else forms[0]
     pairs = EXAMPLE[form].removeprefix("--columns ").split()
     missing = [pair for pair in pairs if pair.partition("=")[0] not in meanings]

@@ -97,6 +97,8 @@ class LabelReader:
         bad_column = bool(BAD_COLUMN.search(self.column))
         if set(lower.values()) <= {"0", "1", "true", "false"}:
             return {each: int((value in ("1", "true")) != bad_column) for each, value in lower.items()}
+        if bad_column and set(lower.values()) <= {"yes", "no", "y", "n"}:
+            return {each: int(value in ("no", "n")) for each, value in lower.items()}
         if set(lower.values()) == {"-1", "1"} and not bad_column:
             return {each: int(value == "1") for each, value in lower.items()}
         sides = {each: 1 if value in GOOD else 0 if value in BAD else None for each, value in lower.items()}

@@ -39,7 +39,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vote": ("winner", "choice", "preference", "vote", "preferred_answer", "labels", "label", "better_response_id",
         "preference_strength", "overall_preference", "safer_response_id"),
     "label": ("label", "labels", "kto_tag", "sentiment", "stars", "rating", "score", "target", "class", "toxic", "toxicity",
-        "is_toxic", "is_safe", "is_helpful", "is_correct", "non_toxic"),
+        "is_toxic", "is_safe", "is_helpful", "is_correct", "non_toxic", "hate", "hateful",
+        "offensive", "spam", "is_hate", "is_spam"),
     "margin": ("margin",),
     "tools": ("tools", "functions"),
     "chat_template_kwargs": ("chat_template_kwargs",),
@@ -57,6 +58,11 @@ ABOUT_ROWS = re.compile(
     r"subreddit|difficulty|level|author|rating)(_.*|$)",
     re.IGNORECASE,
 )
+
+
+def plain_name(column: str) -> str:
+    """Return a column's name as names are compared: ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
+    return re.sub(r"[- ]+", "_", column.strip().lower())
 
 
 def is_about_rows(column: str) -> bool:
@@ -136,7 +142,7 @@ def assign_meanings(
     free = [column for column in present if column not in ignored and column not in requested.values()]
     for meaning, names in NAMES.items():
         if meaning not in meanings:
-            by_lower = {column.lower(): column for column in reversed(free)}
+            by_lower = {plain_name(column): column for column in reversed(free)}
             candidates = [by_lower[each.lower()] for each in names if each.lower() in by_lower]
             # response_1 is the first of two or the second
             taken = meanings.get(meaning.removesuffix("b") + "a") if meaning.endswith("_b") else None
@@ -184,7 +190,7 @@ def possible_meanings(column: str, kind: str) -> set[str]:
     return {
         meaning
         for meaning, names in NAMES.items()
-        if column.lower() in (name.lower() for name in names) and _fits(meaning, kind, column)
+        if plain_name(column) in (name.lower() for name in names) and _fits(meaning, kind, column)
     }
 
 
@@ -196,4 +202,4 @@ def _fits(meaning: str, kind: str, column: str) -> bool:
 
 def named_after(column: str) -> set[str]:
     """Return the meanings that a column's name allows, whatever it holds."""
-    return {meaning for meaning, names in NAMES.items() if column.lower() in (name.lower() for name in names)}
+    return {meaning for meaning, names in NAMES.items() if plain_name(column) in (name.lower() for name in names)}

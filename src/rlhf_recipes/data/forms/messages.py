@@ -9,11 +9,12 @@ from rlhf_recipes.core.errors import UserError
 
 Message = dict[str, Any]
 
-ROLE_KEYS = ("role", "from", "speaker", "author")
-CONTENT_KEYS = ("content", "value", "text", "message")
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
 TRAIN_KEYS = ("train", "weight", "loss", "loss_mask", "trainable", "training")
 # Keys that chat templates read, kept as they are.
-TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking")
+TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking")
+MEDIA_KEYS = ("images", "image", "audio", "audios", "video", "videos")
 # Names of a question and its answer, in lists of such pairs.
 EXCHANGES = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"), ("input", "output"))
 ROLES = {
@@ -155,6 +156,8 @@ def _message(message: Mapping[str, Any], roles: Mapping[str, str], place: str) -
             f"{place} holds a message of the role {name!r}; say which role it is: --roles user={_quoted(name)} or "
             f"--roles assistant={_quoted(name)}"
         )
+    if media := [key for key in MEDIA_KEYS if message.get(key)]:
+        raise UserError(f"{place} holds a message with {media[0]}, and only text is read; drop the row, or the key")
     content = next((message[key] for key in CONTENT_KEYS if key in message), None)
     result: Message = {"role": role, "content": _content(content, place)}
     result |= {key: message[key] for key in TEMPLATE_KEYS if message.get(key) is not None}

@@ -13,7 +13,7 @@ from rlhf_recipes.data.forms.transcripts import is_transcript, split_transcript
 from rlhf_recipes.data.forms.votes import has_no_score, winner
 
 ANSWER_KEYS = ("response", "text", "content", "output", "answer", "completion", "generation", "value")
-SCORE_KEYS = ("overall_score", "score", "rating", "reward")
+SCORE_KEYS = ("overall_score", "score", "pm_score", "rating", "reward")
 RANK_NAMES = ("rank", "ranks", "ranking")  # 1 is the best
 
 
@@ -30,7 +30,7 @@ def preference_rows(
 def vote_rows(context: Context, row: Mapping[str, Any], index: int) -> Iterator[Row]:
     """Yield the pair of a vote between two answers; a tie is dropped and counted."""
     if "answers" in context.columns:
-        answers = [_answer_text(each) for each in context.value(row, "answers") or []]
+        answers = [_answer_text(each, context.place(index, "answers")) for each in context.value(row, "answers") or []]
         if len(answers) != 2:
             raise UserError(f"{context.place(index, 'answers')} holds {len(answers)} answers; a vote is between two")
     else:
@@ -54,7 +54,8 @@ def ranked_rows(
     answers = context.value(row, "answers") or []
     scores = _scores(context, row, index, answers, best_first)
     scored = [(answer, score) for answer, score in zip(answers, scores, strict=True) if score is not None]
-    context.counts["unscored_answers"] += len(answers) - len(scored)
+    if len(scored) < len(answers):
+        context.counts["unscored_answers"] += len(answers) - len(scored)
     if len(scored) < 2:
         context.counts["few_answers"] += 1
     for (one, first), (two, second) in combinations(scored, 2):
@@ -62,7 +63,8 @@ def ranked_rows(
             context.counts["ties"] += 1
             continue
         better, worse = (one, two) if first > second else (two, one)
-        pair = _pair(context, row, index, _answer_text(better), _answer_text(worse))
+        texts = [_answer_text(each, context.place(index, "answers")) for each in (better, worse)]
+        pair = _pair(context, row, index, *texts)
         if pair is not None:
             yield pair | ({"margin": abs(first - second)} if with_margin else {})
 
@@ -175,9 +177,14 @@ def _count_empty_rejected(context: Context, answered: Any) -> None:
         context.counts["empty_rejected"] += 1
 
 
-def _answer_text(answer: Any) -> Any:
+def _answer_text(answer: Any, place: str) -> Any:
     """Return the answer of a list's item: text, messages, or an object with the text under a known key."""
     if isinstance(answer, Mapping) and "role" not in answer:
+        if not any(key in answer for key in ANSWER_KEYS):
+            raise UserError(
+                f"{place} holds the answer {shortened(dict(answer))}, in which its text is not found; name it one of "
+                f"{', '.join(ANSWER_KEYS)}"
+            )
         return next((answer[key] for key in ANSWER_KEYS if answer.get(key) is not None), None)
     return answer
 

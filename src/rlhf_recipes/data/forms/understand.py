@@ -23,7 +23,7 @@ from rlhf_recipes.data.forms.formats import (
     columns_of,
 )  # fmt: skip
 from rlhf_recipes.data.forms.leftover import check_leftover
-from rlhf_recipes.data.forms.meanings import NAMES, assign_meanings
+from rlhf_recipes.data.forms.meanings import NAMES, assign_meanings, plain_name
 from rlhf_recipes.data.forms.messages import holds_messages, parse_roles
 from rlhf_recipes.data.forms.misfits import SAID, as_requested, misfit_hints, refuse_misfits
 from rlhf_recipes.data.forms.options import FormOptions
@@ -201,7 +201,7 @@ def _shown_columns(source: Source, facts: Mapping[str, Column]) -> list[str]:
 
 
 def _is_instruction(columns: Mapping[str, str]) -> bool:
-    return columns.get("prompt", "").lower() in INSTRUCTIONS
+    return plain_name(columns.get("prompt", "")) in INSTRUCTIONS
 
 
 def _lists_messages(sample: Any) -> bool:

@@ -12,6 +12,7 @@ VOTES = (
     ("a", "model_a", "response_a", "answer_a", "output_a", "assistant_a", "left", "first"),
     ("b", "model_b", "response_b", "answer_b", "output_b", "assistant_b", "right", "second"),
 )
+TIES = ("both", "neither", "equal", "draw", "none", "bothbad", "both_bad", "both bad")
 NO_SCORE = ("", "n/a", "na", "nan", "none", "null")
 # From "the first is much better" (negative) to "the second is" (positive); HelpSteer2-Preference (Wang et al. 2024).
 STRENGTHS = ("preference_strength", "overall_preference")
@@ -36,16 +37,7 @@ def winner(context: Context, row: Mapping[str, Any], index: int) -> int | None:
     number = _number(word)
     if column.lower() in STRENGTHS and number is not None:
         return None if number == 0 else int(number > 0)
-    if word.startswith("tie") or word in (
-        "both",
-        "neither",
-        "equal",
-        "draw",
-        "none",
-        "bothbad",
-        "both_bad",
-        "both bad",
-    ):
+    if word.startswith("tie") or word in TIES:
         return None
     sides = [str(context.columns.get(side)).lower() for side in ("answer_a", "answer_b")]
     models = [str(row.get(name, "")).strip().lower() for name in ("model_a", "model_b")]
