@@ -176,8 +176,10 @@ def _stored(
     dataset = store_rows(lambda: islice(rows(), limit), features)
     dropped = [(kind, message) for kind, message in REASONS.items() if counts[kind]]
     if dataset is None:
+        other = form == MESSAGES and counts["empty_answers"]
+        fix = "say who answers with --roles assistant=NAME" if other else "give another dataset"
         reasons = "; ".join(f"{counts[kind]} {message}" for kind, message in dropped)
-        raise UserError(f"{sources[0].source.name} has no rows left: {reasons or 'it is empty'}; give another dataset")
+        raise UserError(f"{sources[0].source.name} has no rows left: {reasons or 'it is empty'}; {fix}")
     counts["used"] = len(dataset)
     for kind, message in dropped:
         counts.report(kind, counts.pop(kind), message, of_rows=kind not in PARTS_OF_ROWS)
