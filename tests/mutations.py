@@ -337,13 +337,18 @@ MUTATIONS = [
         DATA,
     ),
     Mutation(
-        "SHP's label is read the other way", "data/forms/pairs.py", "return 1 - number", "return number", "votes", DATA
+        "SHP's label is read the other way",
+        "data/forms/votes.py",
+        "return 1 - int(number)",
+        "return int(number)",
+        "votes",
+        DATA,
     ),
     Mutation(
         "a rank of 1 is the worst",
         "data/forms/pairs.py",
-        "[-float(score) if falls else",
-        "[float(score) if falls else",
+        "[-number if falls and",
+        "[number if falls and",
         "every_shape",
         DATA,
     ),

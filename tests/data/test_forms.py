@@ -67,6 +67,12 @@ CHAT_PAIRS = {
         "input": {"messages": [user()], "tools": []}, "preferred_output": [said()], "non_preferred_output": [said(B)],
     },
     "question": {"question": Q, "chosen": A, "rejected": B},
+    "conversation with a system": {"conversations": [human()], "system": "", "chosen": gpt(), "rejected": gpt(B)},
+    "conversation with its answer": {"messages": [user(), said()], "chosen": said(), "rejected": said(B)},
+    "conversation in all three": {
+        "messages": [user(), said()], "chosen": [user(), said()], "rejected": [user(), said(B)],
+    },
+    "stack exchange": {"qid": 1, "question": Q, "response_j": A, "response_k": B},
     "json strings": {name: str(value).replace("'", '"') for name, value in PAIR.items()},
     "python strings": {name: str(value) for name, value in PAIR.items()},
     "arena": {"winner": "model_b", "conversation_a": [user(), said(B)], "conversation_b": [user(), said()]},
@@ -81,7 +87,9 @@ def test_preferences_of_every_shape_are_one_pair(shape):
         assert first(stage, CHAT_PAIRS[shape]) == PAIR
 
 
-@pytest.mark.parametrize("shape", [shape for shape in CHAT_PAIRS if shape not in ("arena", "best score", "best rank")])
+@pytest.mark.parametrize(
+    "shape", [shape for shape in CHAT_PAIRS if not shape.startswith(("arena", "best", "conversation"))]
+)
 def test_a_prompt_is_found_in_preferences(shape):
     row = first("ppo", CHAT_PAIRS[shape])
     assert row.pop("prompt") == [user()]
@@ -93,6 +101,9 @@ CONVERSATIONS = {
     "openai": {"messages": [user(), said()]},
     "sharegpt": {"conversations": [human(), gpt()]},
     "sharegpt under another name": {"messages": [human(), gpt()]},
+    "questions and answers": {"conversation": [{"human": Q, "assistant": A}]},
+    "inputs and outputs": {"conversation": [{"input": Q, "output": A}]},
+    "other names": {"Messages": [{"sender": "用户", "text": Q}, {"sender": "助手", "text": A}]},
     "content parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": Q}]}, said()]},
     "json string": {
         "messages": '[{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]'
@@ -121,6 +132,10 @@ def test_a_system_column_is_the_first_message():
 def test_weights_of_turns_say_which_are_trained():
     row = {"messages": [user(), said(B, weight=0), user("Again."), said(A, weight=1)]}
     assert [turn.get("train") for turn in first("sft", row)["messages"]] == [None, False, None, True]
+    lost = {"messages": [user(), said(B, loss=False), user("Again."), said(A, loss=True)]}
+    assert first("sft", lost) == first(
+        "sft", row | {"messages": [user(), said(B, train=False), *lost["messages"][2:]]}
+    )
     with pytest.raises(UserError, match="weight 0\\.5"):
         first("sft", {"messages": [user(), said(A, weight=0.5)]})
 
@@ -185,6 +200,11 @@ def test_rankings_give_every_pair_and_ties_none():
     assert counts["ties"] == 1
     pairs, _ = read("reward", [row], options={"score_margin": True})
     assert [pair["margin"] for pair in pairs] == [2, 2]
+    partly = row | {"scores": ["2", "N/A", None]}
+    pairs, counts = read("dpo", [row, partly, {"prompt": "p", "responses": [], "scores": []}])
+    assert (len(pairs), counts["unscored_answers"], counts["few_answers"]) == (2, 2, 2)
+    with pytest.raises(UserError, match="name it one of response"):
+        read("dpo", [{"prompt": "p", "responses": [{"body": "a", "score": 1}, {"body": "b", "score": 2}]}])
     ordered = {"prompt": "p", "output": ["best", "worst"]}
     with pytest.raises(UserError, match="--dataset_format ranked"):
         read("dpo", [ordered])
@@ -200,6 +220,18 @@ def test_votes():
     assert first("reward", shp) == {"prompt": Q, "chosen": A, "rejected": B}
     with pytest.raises(UserError, match="--ignore_columns score_A score_B"):
         first("reward", shp | {"labels": 0})
+    numbered = {"prompt": Q, "response_1": B, "response_2": A}
+    zero = {"prompt": Q, "response_0": B, "response_1": A, "better_response_id": 1, "safer_response_id": 0}
+    best = {"prompt": Q, "chosen": A, "rejected": B}
+    assert first("dpo", numbered | {"preference": 2}) == first("dpo", numbered | {"preference": "response_2"}) == best
+    assert first("dpo", numbered | {"preference_strength": 3}) == first("dpo", zero) == best
+    assert first("dpo", zero, columns=["vote=safer_response_id"])["chosen"] == B
+    named = {"model_a": "x-1", "model_b": "y-2", "response_a": B, "response_b": A, "prompt": Q}
+    assert first("dpo", named | {"winner": "y-2"}) == best
+    scored = {"question": {"full_text": Q}, "answer_0": B, "answer_1": A, "score_0": -0.5, "score_1": "0.5"}
+    assert first("dpo", scored, columns=["prompt=question.full_text"]) == best
+    with pytest.raises(UserError, match="names no answer"):  # 0 may mean the first
+        first("dpo", numbered | {"preference": 0})
     tie = {"winner": "tie (bothbad)", "response_a": A, "response_b": B}
     assert read("reward", [tie, tie | {"winner": "a"}])[1]["ties"] == 1
     with pytest.raises(UserError, match="names no answer"):
@@ -229,6 +261,16 @@ def test_labels_of_every_kind(values, names, flags, good):
     assert [row["text"] for row in read_rows if row["label"] == 1] == [str(value) for value in good]
 
 
+@pytest.mark.parametrize("values", [(1, -1), ("Y", "N"), ("thumbs_up", "thumbs_down"), ("正面", "负面"), (True, 0)])
+def test_labels_whose_names_leave_no_doubt(values):
+    assert [row["label"] for row in read("reward", [{"text": "a", "label": each} for each in values])[0]] == [1, 0]
+
+
+def test_a_split_without_labels_is_named():
+    with pytest.raises(UserError, match="--dataset_test_split validation"):
+        read("reward", [{"text": "a", "label": -1}])
+
+
 @pytest.mark.parametrize(("values", "flag"), [([1, 2], "--label_threshold 2"), (["happy", "sad"], "--positive_label")])
 def test_unknown_labels_name_the_flag(values, flag):
     with pytest.raises(UserError, match=flag):
@@ -236,8 +278,18 @@ def test_unknown_labels_name_the_flag(values, flag):
 
 
 def test_a_column_named_for_the_bad_means_that_one_is_bad():
-    rows = [{"text": "a", "toxic": 1}, {"text": "b", "toxic": 0}]
-    assert [row["label"] for row in read("reward", rows)[0]] == [0, 1]
+    for name, values, good in (
+        ("toxic", (1, 0), [0, 1]),
+        ("is_hate", ("yes", "no"), [0, 1]),
+        ("non_toxic", (1, 0), [1, 0]),
+        ("is_safe", (True, False), [1, 0]),
+    ):
+        rows = [{"text": "a", name: values[0]}, {"text": "b", name: values[1]}]
+        assert [row["label"] for row in read("reward", rows)[0]] == good
+    rows = [{"text": "a", "toxicity": 0.8}, {"text": "b", "toxicity": 0.1}]
+    with pytest.raises(UserError, match=r"from 0\.8 on are bad"):
+        read("reward", rows)
+    assert [row["label"] for row in read("reward", rows, options={"label_threshold": 0.5})[0]] == [0, 1]
 
 
 def test_labelled_answers_and_conversations():
@@ -262,6 +314,15 @@ MEANINGFUL = [
     ("sft", {"messages": [user(), said()], "rejected": [said()]}, "rejected"),
     ("sft", {"text": Q, "images": ["a.jpg"]}, "images"),
     ("ppo", {"prompt": Q, "image": "a.jpg"}, "image"),
+    ("sft", {"text": Q, "label": 1}, "label"),
+    ("sft", {"prompt": Q, "text": A}, "prompt"),
+    ("sft", {"document": Q, "summary": A}, "summary"),
+    ("sft", {"text": Q, "role": "prompter"}, "role"),
+    ("sft", {"question": Q, "answer": "A", "options": [A, B]}, "options"),
+    ("sft", {"question": Q, "answer": A, "reasoning": "because"}, "reasoning"),
+    ("sft", {"question": Q, "answer": A, "context": {"sentences": ["x"]}}, "context"),
+    ("sft", {"prompt": Q, "completion": A, "is_safe": False}, "is_safe"),
+    ("pretrain", {"text": "https://example.org", "content": Q}, "content"),
 ]
 
 
@@ -272,6 +333,69 @@ def test_a_column_that_carries_meaning_is_never_left_out_without_a_word(stage, r
     with pytest.raises(UserError, match=rf"--ignore_columns .*{column}"):
         first(stage, row)
     assert column not in first(stage, row, ignore_columns=[column])
+
+
+READ_BY_A_FLAG = [
+    ("sft", {"question": Q, "answer": 7}, "completion=answer", "7"),
+    ("sft", {"prompt": Q, "completion": 7}, "completion=completion", "7"),
+    ("sft", {"question": Q, "answers": {"text": [A, B], "answer_start": [1, 2]}}, "completion=answers.text.0", A),
+    ("sft", {"question": Q, "answer": [A, B]}, "completion=answer.0", A),
+    ("sft", {"prompt": Q, "completion": {"text": A}}, "completion=completion.text", A),
+    ("sft", {"document": Q, "summary": A}, "prompt=document completion=summary", A),
+    ("sft", {"prompt": Q, "text": A}, "completion=text", A),
+]
+
+
+@pytest.mark.parametrize(("stage", "row", "columns", "answer"), READ_BY_A_FLAG, ids=lambda value: str(value)[:30])
+def test_the_flag_that_an_error_names_reads_the_column(stage, row, columns, answer):
+    with pytest.raises(UserError, match=rf"--columns {columns}( |$|,)"):
+        first(stage, row)
+    read_answer = first(stage, row, columns=columns.split())["completion"]
+    assert read_answer in (answer, [said(answer)])
+
+
+def test_texts_that_two_say_in_turn_are_turns_by_a_flag():
+    row = {"conversations": [Q, A]}
+    with pytest.raises(UserError, match="--columns messages=conversations if"):
+        first("sft", row)
+    assert first("sft", row, columns=["messages=conversations"]) == {"messages": [user(), said()]}
+    assert first("ppo", row, columns=["messages=conversations"])["prompt"] == [user()]
+
+
+def test_names_are_compared_without_case_spaces_and_dashes():
+    row = {"System Prompt": "s", "INSTRUCTION": Q, "Response": A}
+    assert first("sft", row) == {"prompt": [{"role": "system", "content": "s"}, user()], "completion": [said()]}
+    assert first("dpo", {"User-Prompt": Q, "chosen": A, "rejected": B, "chosen-model": "x"})["prompt"] == Q
+
+
+def test_history_of_every_kind():
+    turns = [user("a"), said("b"), user()]
+    for history in ([["a", "b"]], "[['a', 'b']]", [user("a"), said("b")]):
+        assert first("sft", {"instruction": Q, "output": A, "history": history})["prompt"] == turns
+    with pytest.raises(UserError, match="--ignore_columns history"):
+        first("sft", {"instruction": Q, "output": A, "history": "a and b spoke"})
+
+
+def test_cells_of_a_table_without_a_value():
+    chat = str([user(), said()])
+    rows, counts = read("sft", [{"messages": chat}, {"messages": ""}])
+    assert (rows, counts["empty_rows"]) == ([{"messages": [user(), said()]}], 1)
+    pairs = [{"prompt": Q, "chosen": A, "rejected": B, "margin": margin} for margin in ("1.5", "", None)]
+    assert [row["margin"] for row in read("reward", pairs, options={"margin": True})[0]] == [1.5, 0.0, 0.0]
+
+
+def test_transcripts_after_hashes_become_turns_by_a_flag():
+    for text in (
+        f"### Human: {Q}### Assistant: {A}",
+        f"### Human: {Q}\n### Assistant: {A}",
+        f"USER: {Q}\n\nASSISTANT: {A}",
+    ):
+        assert first("sft", {"text": text}, as_chat=True) == {"messages": [user(), said()]}
+
+
+def test_media_in_messages_are_refused():
+    with pytest.raises(UserError, match="only text is read"):
+        first("sft", {"messages": [user() | {"images": ["a.jpg"]}, said()]})
 
 
 def test_a_margin_reaches_the_loss_that_reads_it():
@@ -300,7 +424,7 @@ def test_meanings_given_by_the_user():
 
 def test_unknown_roles_name_the_flag():
     row = {"messages": [{"role": "Customer", "content": Q}, {"role": "Agent", "content": A}]}
-    with pytest.raises(UserError, match="--roles user=Customer"):
+    with pytest.raises(UserError, match="--roles user=Customer or --roles assistant=Customer"):
         first("sft", row)
     roles = ["user=Customer", "assistant=Agent"]
     assert first("sft", row, roles=roles) == {"messages": [user(), said()]}

@@ -67,6 +67,17 @@ def test_text_and_turns_are_joined_by_a_flag(tmp_path: Path) -> None:
     assert rows.train[0] == rows.train[1]
 
 
+def test_margins_of_one_source_only(tmp_path: Path) -> None:
+    pair = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "No."}
+    rows = load(tmp_path, FormOptions((PREFERENCE,), margin=True), train=[pair | {"margin": 2.0}], extra=[pair])
+    assert rows.train["margin"] == [2.0, 0.0]
+
+
+def test_errors_name_the_held_out_split(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data \(test\) holds messages"):
+        load(tmp_path, train=[PLAIN], test=[CHAT])
+
+
 def test_filters_select_raw_rows_and_account_for_their_column(tmp_path: Path) -> None:
     labelled = [PLAIN | {"label": index % 2 == 0, "source": "web"} for index in range(4)]
     with pytest.raises(UserError, match="--row_filter label"):

@@ -16,8 +16,12 @@ class RowCounts(Counter[str]):
         super().__init__()
         self.name = name
 
-    def report(self, kind: str, count: int, message: str) -> None:
-        """Add `count` to `kind` and log it as a warning: "<name>: <count> of <read> rows <message>". 0 says nothing."""
+    def report(self, kind: str, count: int, message: str, *, of_rows: bool = True) -> None:
+        """Add `count` to `kind` and log it as a warning: "<name>: <count> of <read> rows <message>". 0 says nothing.
+
+        of_rows: what is counted are rows; otherwise the message names it.
+        """
         if count:
             self[kind] += count
-            logger.warning("%s: %d of %d rows %s", self.name, count, self["read"], message)
+            counted = f"{count} of {self['read']} rows" if of_rows else str(count)
+            logger.warning("%s: %s %s", self.name, counted, message)

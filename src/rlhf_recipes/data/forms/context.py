@@ -25,6 +25,7 @@ class Context:
         roles: names of roles that the user gave -> role.
         counts: what is dropped and why.
         separated: the prompt is an instruction, so an empty line follows it in plain text.
+        written: meanings whose numbers are read as text.
     """
 
     name: str
@@ -33,11 +34,15 @@ class Context:
     roles: Mapping[str, str]
     counts: RowCounts
     separated: bool = False
+    written: frozenset[str] = frozenset()
 
     def value(self, row: Mapping[str, Any], meaning: str) -> Any:
         """Return the value of a meaning in a row; None without the column or without a value."""
         value = read_path(row, self.columns[meaning]) if meaning in self.columns else None
-        return None if is_missing(value) else value
+        if is_missing(value):
+            return None
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return str(value) if is_number and meaning in self.written else value
 
     def place(self, index: int, meaning: str) -> str:
         """Return how an error about a value begins."""
@@ -59,7 +64,11 @@ class Context:
     def messages(self, row: Mapping[str, Any], meaning: str, index: int) -> list[Message]:
         """Return a list of messages; empty without a value."""
         value = self.value(row, meaning)
-        return [] if value is None or value == [] else to_messages(value, self.roles, self.place(index, meaning))
+        return (
+            []
+            if value is None or value == [] or value == ""
+            else to_messages(value, self.roles, self.place(index, meaning))
+        )
 
     def answer(self, row: Mapping[str, Any], meaning: str, index: int) -> list[Message]:
         """Return an answer as messages: messages, a conversation in one string, or one assistant turn."""
@@ -113,11 +122,14 @@ class Context:
         return prompt if alone else "\n\n".join(parts) + "\n\n"
 
     def _history(self, row: Mapping[str, Any], index: int) -> list[Message]:
-        """Return earlier turns: a list of (user, assistant) pairs."""
-        pairs = self.value(row, "history") or []
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        """Return earlier turns: messages, or a list of (user, assistant) pairs."""
+        pairs = parsed_json(self.value(row, "history")) or []
+        if holds_messages(pairs):
+            return self.messages(row, "history", index)
+        if isinstance(pairs, str) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
             raise UserError(
-                f"{self.place(index, 'history')} holds {shortened(pairs)}; give a list of pairs [user, assistant]"
+                f"{self.place(index, 'history')} holds {shortened(pairs)}; give a list of pairs [user, assistant] "
+                f"or messages, or pass --ignore_columns {self.columns['history']}"
             )
         return [
             {"role": role, "content": str(text)}

@@ -32,6 +32,7 @@ class Format:
 FORMATS = (
     Format("ranked", ("prompt", "answers"), ("scores", *BEFORE_ANSWER), PREFERENCE),
     Format("votes", ("answer_a", "answer_b", "vote"), ("prompt", *BEFORE_ANSWER), PREFERENCE),
+    Format("scored_pair", ("answer_a", "answer_b", "score_a", "score_b"), ("prompt", *BEFORE_ANSWER), PREFERENCE),
     Format("pair_votes", ("prompt", "answers", "vote"), BEFORE_ANSWER, PREFERENCE),
     Format("preference", ("chosen", "rejected"), ("prompt", "messages", "margin", *BEFORE_ANSWER), PREFERENCE),
     Format("kto", ("prompt", "completion", "label"), BEFORE_ANSWER, LABEL),
@@ -60,7 +61,7 @@ REQUESTED = {
     "orca": ("preference", "prompt_completion"),
     "kto": ("kto", "labelled_messages"),
     "ranked": ("ranked",),
-    "votes": ("votes", "pair_votes"),
+    "votes": ("votes", "pair_votes", "scored_pair"),
     "classification": ("classification", "labelled_messages"),
     "prompt": ("prompt",),
 }
@@ -91,6 +92,7 @@ def choose_format(
     *,
     first: bool = False,
     text_prompts: bool = False,
+    hints: Sequence[str] = (),
 ) -> Format:
     """Return the shape of a source for a stage that reads `forms`, the preferred one first.
 
@@ -99,6 +101,7 @@ def choose_format(
         requested: a key of `REQUESTED`, or auto.
         name: the source in messages. present: its columns.
         first: of two shapes that fit, take the first. text_prompts: a text serves as a prompt.
+        hints: what is said of columns that could not be read, if no shape fits.
 
     Raises:
         UserError: no shape fits, or two do and `first` is False.
@@ -110,7 +113,7 @@ def choose_format(
     fitting = [each for form in forms for each in complete if _serves(each, form, text_prompts)]
     fitting = [each for each in fitting if not any(_says_more(other, each, meanings) for other in fitting)]
     if not fitting:
-        raise UserError(_no_format(known, complete, forms, requested, name, present))
+        raise UserError(_no_format(known, complete, forms, requested, name, present, meanings, hints))
     best = fitting[0]
     columns = set(_taken(best, meanings).values())
     others = [each for each in fitting[1:] if not set(_needed(each, meanings)) <= columns]
@@ -139,7 +142,8 @@ def columns_of_other_stages(each: Format, meanings: Mapping[str, str]) -> set[st
     a label to prompt and completion, is not among them.
     """
     own = set(_needed(each, meanings))
-    others = [other for other in FORMATS if _has(other, meanings) and _plainly_named(other, meanings)]
+    others = [other for other in FORMATS if other.form != PROMPT and _has(other, meanings)]
+    others = [other for other in others if _plainly_named(other, meanings)]
     if not _plainly_named(each, meanings):
         return set()
     return {name for other in others for name in _needed(other, meanings) if not set(_needed(other, meanings)) > own}
@@ -197,7 +201,7 @@ EXAMPLE = {
 
 def _no_format(
     known: Sequence[Format], complete: Sequence[Format], forms: Sequence[str], requested: str, name: str,
-    present: Sequence[str],
+    present: Sequence[str], meanings: Mapping[str, str], hints: Sequence[str],
 ) -> str:  # fmt: skip
     columns = ", ".join(present) or "no columns"
     if requested != "auto" and not complete:
@@ -211,19 +215,33 @@ def _no_format(
         found = complete[0]
         return (
             f"{name} holds {WHAT[found.form]}, in the columns {columns}, and this stage reads {wanted}"
-            f"{_hint(found.form, forms)}"
+            f"; {'; '.join(hints) or _hint(found.form, forms, meanings)}"
         )
-    return f"{name} has the columns {columns}, and this stage reads {wanted}; say what they mean: {EXAMPLE[forms[0]]}"
+    rest = "; ".join(hints) or f"say what they mean: {_example(forms, meanings)}"
+    return f"{name} has the columns {columns}, and this stage reads {wanted}; {rest}"
 
 
-def _hint(form: str, forms: Sequence[str]) -> str:
+def _hint(form: str, forms: Sequence[str], meanings: Mapping[str, str]) -> str:
     """Return what to do with rows of one form in a stage that reads others."""
-    if form == PREFERENCE and COMPLETION in forms:
-        return "; to learn the chosen answers pass --ignore_columns rejected"
-    if form in (TEXT, LABEL) and PROMPT in forms:
-        return "; pass --prompt_tokens N to use the first tokens of each text as a prompt, or --columns prompt=text"
+    if form == PREFERENCE and COMPLETION in forms and "rejected" in meanings:
+        return f"to learn the chosen answers pass --ignore_columns {meanings['rejected']}"
+    if form in (TEXT, LABEL) and PROMPT in forms and "text" in meanings:
+        return (
+            "pass --prompt_tokens N to use the first tokens of each text as a prompt, or --columns "
+            f"prompt={meanings['text']}"
+        )
     if form == LABEL and PREFERENCE in forms:
-        return "; the reward stage learns from labelled answers (--reward_type classifier)"
+        return "the reward stage learns from labelled answers (--reward_type classifier)"
     if form == LABEL and COMPLETION in forms:
-        return "; keep the good rows (--row_filter label=true) or pass --ignore_columns label"
-    return f"; give another dataset, or say what the columns mean: {EXAMPLE[forms[0]]}"
+        label = meanings["label"]
+        return f"keep the good rows (--row_filter {label}=true) or pass --ignore_columns {label}"
+    return f"give another dataset, or say what the columns mean: {_example(forms, meanings)}"
+
+
+def _example(forms: Sequence[str], meanings: Mapping[str, str]) -> str:
+    """Return the flag for the meanings that are missing; of labels where there is one."""
+    labelled = LABEL in forms and {"label", "text"} & set(meanings) and "chosen" not in meanings
+    form = LABEL if labelled else forms[0]
+    pairs = EXAMPLE[form].removeprefix("--columns ").split()
+    missing = [pair for pair in pairs if pair.partition("=")[0] not in meanings]
+    return f"--columns {' '.join(missing or pairs)}"

@@ -10,13 +10,16 @@ from rlhf_recipes.data.forms.survey import MOST_VALUES, is_missing
 GOOD = {
     "positive", "pos", "good", "yes", "true", "safe", "non-toxic", "nontoxic", "not toxic", "non_toxic", "helpful", "ham",
     "not spam", "correct", "acceptable", "preferred", "like", "clean", "harmless", "fresh", "entailment",
+    "y", "desirable", "thumbs_up", "thumbs up", "upvote", "chosen", "accepted", "正面", "积极", "好评",
 }  # fmt: skip
 BAD = {
     "negative", "neg", "bad", "no", "false", "unsafe", "toxic", "hate", "hateful", "spam", "offensive", "insult", "harmful",
     "incorrect", "unacceptable", "dislike", "obscene", "threat", "rejected", "rotten", "abusive", "unhelpful",
+    "n", "undesirable", "thumbs_down", "thumbs down", "downvote", "负面", "消极", "差评",
 }  # fmt: skip
 BAD_COLUMN = re.compile(
-    r"(^|_)(toxic|toxicity|spam|hate|hateful|unsafe|offensive|harmful|insult|obscene|threat)(_|$)", re.IGNORECASE
+    r"(?<!non_)(?<!not_)(?<!no_)(?<![a-z])(toxic|toxicity|spam|hate|hateful|unsafe|offensive|harmful|insult|obscene|threat)(_|$)",
+    re.IGNORECASE,
 )
 
 
@@ -28,7 +31,7 @@ class LabelReader:
         values: the distinct labels.
         names: the class names of a ClassLabel column.
         positive: the labels that are good, as the user gave them.
-        threshold: numbers from here on are good.
+        threshold: numbers from here on are good, or bad in a column named for the bad.
         name: the source in messages.
 
     Raises:
@@ -92,8 +95,12 @@ class LabelReader:
             return {each: int(each.lower() in wanted) for each in shown}
         lower = {each: each.lower() for each in shown}
         bad_column = bool(BAD_COLUMN.search(self.column))
-        if set(lower.values()) <= {"0", "1"} or set(lower.values()) <= {"true", "false"}:
+        if set(lower.values()) <= {"0", "1", "true", "false"}:
             return {each: int((value in ("1", "true")) != bad_column) for each, value in lower.items()}
+        if bad_column and set(lower.values()) <= {"yes", "no", "y", "n"}:
+            return {each: int(value in ("no", "n")) for each, value in lower.items()}
+        if set(lower.values()) == {"-1", "1"} and not bad_column:
+            return {each: int(value == "1") for each, value in lower.items()}
         sides = {each: 1 if value in GOOD else 0 if value in BAD else None for each, value in lower.items()}
         known = {side for side in sides.values() if side is not None}
         if None not in sides.values() and len(sides) <= 2:
@@ -106,15 +113,23 @@ class LabelReader:
         number = _number(shown)
         if number is None:
             raise UserError(f"label_threshold compares numbers, and {self.name} has the label {shown!r}")
-        return number >= (self.threshold or 0.0)
+        return (number >= (self.threshold or 0.0)) != bool(BAD_COLUMN.search(self.column))
 
     def _unknown(self, shown: set[str]) -> str:
         numbers = all(_number(each) is not None for each in shown)
         some = sorted(shown, key=lambda each: (_number(each) or 0.0, each))
         listed = ", ".join(some[:8]) + (", ..." if len(some) > 8 else "")
+        is_bad = bool(BAD_COLUMN.search(self.column))
         example = some[-1] if some else "1"
-        quoted = f"'{example}'" if " " in example else example
-        flags = f"--label_threshold {example} (labels from {example} on are good) or " if numbers else ""
+        best = some[0] if some and is_bad else example
+        quoted = f"'{best}'" if " " in best else best
+        side = "bad" if is_bad else "good"
+        flags = f"--label_threshold {example} (labels from {example} on are {side}) or " if numbers else ""
+        if shown == {"-1"}:
+            return (
+                f"{self.name} has the label -1 in every row, as splits without labels have; give another split, for example "
+                "--dataset_test_split validation"
+            )
         return (
             f"{self.name}: which labels of the column {self.column} are good is not known (it has {listed}); pass {flags}"
             f"--positive_label {quoted}"

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.forms.formats import COMPLETION, LABEL, MESSAGES, PREFERENCE
-from rlhf_recipes.data.forms.meanings import ABOUT_ROWS, possible_meanings
+from rlhf_recipes.data.forms.formats import COMPLETION, LABEL, MESSAGES, PREFERENCE, TEXT
+from rlhf_recipes.data.forms.meanings import is_about_rows, named_after, possible_meanings
 from rlhf_recipes.data.forms.survey import Column
 
 # Meanings that change what a row teaches; a column of another meaning may be left out.
@@ -12,12 +12,32 @@ CARRYING = {
     "messages", "chosen", "rejected", "prompt", "completion", "context", "history", "system", "answers", "margin", "tools",
     "chat_template_kwargs", "weight", "text", "images", "answer_a", "answer_b",
 }  # fmt: skip
-LABELS = {"label", "labels", "kto_tag"}
+LABELS = {"label", "labels", "kto_tag", "is_safe", "is_toxic", "is_helpful", "is_correct"}
+# Names of what comes before an answer, whatever the column holds, and of what an answer depends on or begins with.
+BEFORE = {"system", "context", "history", "tools"}
+PARTS = {
+    "options",
+    "choices",
+    "endings",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+    "rationale",
+    "chain_of_thought",
+    "cot",
+}
+# Names of what is learnt from a text beside it, and of who says it.
+ANSWERS = {"summary", "highlights", "headline", "code", "abstract"}
+BESIDE_TEXT = {*ANSWERS, "role"}
 SUPERVISED = (COMPLETION, MESSAGES, PREFERENCE, LABEL)
 
 
-def check_leftover(form: str, left: Mapping[str, Column], meanings: Mapping[str, str], name: str, kept: bool) -> None:
-    """Refuse to leave out a column that carries meaning. kept: the columns are passed on to rewards.
+def check_leftover(
+    form: str, left: Mapping[str, Column], meanings: Mapping[str, str], name: str, *, kept: bool, taught: bool
+) -> None:
+    """Refuse to leave out a column that carries meaning.
+
+    kept: the columns are passed on to rewards. taught: the stage learns answers from prompts, where it finds them.
 
     Raises:
         UserError: names the columns and the flags.
@@ -25,7 +45,7 @@ def check_leftover(form: str, left: Mapping[str, Column], meanings: Mapping[str,
     carrying = [
         column
         for column, facts in left.items()
-        if not facts.is_blank and _carries(column, facts, form, meanings, kept)
+        if not facts.is_blank and _carries(column, facts, form, meanings, kept, taught)
     ]
     if not carrying:
         return
@@ -38,23 +58,36 @@ def check_leftover(form: str, left: Mapping[str, Column], meanings: Mapping[str,
     use = (
         f", or say what it means (--columns prompt={first})" if form == PREFERENCE and "prompt" not in meanings else ""
     )
-    if first.lower() in LABELS and form in (COMPLETION, MESSAGES):
+    if first.lower() in LABELS and form in (COMPLETION, MESSAGES, TEXT):
         use = f", or keep the good rows with --row_filter {first}=VALUE"
+    if form == TEXT and taught and first.lower() not in LABELS and "text" in meanings:
+        named = named_after(first)
+        if "prompt" in named:
+            use = f", or learn to answer it with --columns completion={meanings['text']}"
+        elif "completion" in named or first.lower() in ANSWERS:
+            use = f", or learn to write it with --columns prompt={meanings['text']} completion={first}"
     raise UserError(
         f"{name}: nothing reads the column{'s' if len(carrying) > 1 else ''} {', '.join(carrying)}; pass --ignore_columns "
         f"{' '.join(carrying)} to train without {'them' if len(carrying) > 1 else 'it'}{use}"
     )
 
 
-def _carries(column: str, facts: Column, form: str, meanings: Mapping[str, str], kept: bool) -> bool:
+def _carries(column: str, facts: Column, form: str, meanings: Mapping[str, str], kept: bool, taught: bool) -> bool:
+    named, lower = named_after(column), column.lower()
     meant = {meaning for meaning, name in meanings.items() if name == column} | possible_meanings(column, facts.kind)
     if "images" in meant:
         return True
-    if kept or form not in SUPERVISED:
+    if kept or (form not in SUPERVISED and form != TEXT):
         return False
+    if form == TEXT and not taught:
+        return "text" in meant
+    if form == TEXT and (named & {"prompt", "completion"} or lower in BESIDE_TEXT):
+        return True
+    if named & BEFORE or lower in PARTS:
+        return True
     if form == PREFERENCE and column.lower() == "labels" and facts.kind == "list":
         return False  # refused with its own message
     if meant & CARRYING or (column.lower() in LABELS and form != LABEL):
         return True
     text = bool({"text", "messages", "mixed"} & {facts.kind, *facts.kinds})
-    return form in (PREFERENCE, LABEL) and text and not ABOUT_ROWS.fullmatch(column)
+    return form in (PREFERENCE, LABEL) and text and not is_about_rows(column)

@@ -30,9 +30,12 @@ REASONS = {
     "empty_prompts": "have no prompt and are dropped",
     "without_label": "have no label and are dropped",
     "ties": "pairs are ties and are dropped",
+    "few_answers": "have fewer than two answers with a score and are dropped",
+    "unscored_answers": "answers have no score and are left out",
     "foreign_ends": "end with the end token of another model (such as </s>), which is taken away",
     "unequal_prompts": "compare answers to different prompts and are dropped",
 }
+PARTS_OF_ROWS = ("ties", "unscored_answers")
 
 
 @dataclass
@@ -158,23 +161,28 @@ def _stored(
 ) -> Any:
     """Return the canonical rows of all sources, one after the other, and fill in their counts."""
 
+    features = canonical_features(form, sources)
+
     def rows() -> Iterator[Row]:
         for source in sources:
             for row in source:
+                if "margin" in features and "margin" not in row:
+                    row = row | {"margin": 0.0}  # the loss without a margin
                 yield as_conversation(row) if form == MESSAGES and "completion" in row else row
 
-    features = canonical_features(form, sources)
     if streaming:
         return stream_rows(lambda: islice(rows(), limit), features)
     counts.clear()  # looking at the rows has counted some
     dataset = store_rows(lambda: islice(rows(), limit), features)
     dropped = [(kind, message) for kind, message in REASONS.items() if counts[kind]]
     if dataset is None:
+        other = form == MESSAGES and counts["empty_answers"]
+        fix = "say who answers with --roles assistant=NAME" if other else "give another dataset"
         reasons = "; ".join(f"{counts[kind]} {message}" for kind, message in dropped)
-        raise UserError(f"{sources[0].source.name} has no rows left: {reasons or 'it is empty'}; give another dataset")
+        raise UserError(f"{sources[0].source.name} has no rows left: {reasons or 'it is empty'}; {fix}")
     counts["used"] = len(dataset)
     for kind, message in dropped:
-        counts.report(kind, counts.pop(kind), message)
+        counts.report(kind, counts.pop(kind), message, of_rows=kind not in PARTS_OF_ROWS)
     return dataset
 
 

@@ -9,10 +9,14 @@ from rlhf_recipes.core.errors import UserError
 
 Message = dict[str, Any]
 
-ROLE_KEYS = ("role", "from", "speaker", "author")
-CONTENT_KEYS = ("content", "value", "text", "message")
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
+TRAIN_KEYS = ("train", "weight", "loss", "loss_mask", "trainable", "training")
 # Keys that chat templates read, kept as they are.
-TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking")
+TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking")
+MEDIA_KEYS = ("images", "image", "audio", "audios", "video", "videos")
+# Names of a question and its answer, in lists of such pairs.
+EXCHANGES = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"), ("input", "output"))
 ROLES = {
     "system": "system",
     "developer": "developer",
@@ -25,6 +29,15 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
     "ai": "assistant",
+    "chatbot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "llm": "assistant",
+    "用户": "user",
+    "人类": "user",
+    "助手": "assistant",
+    "助理": "assistant",
+    "系统": "system",
     "tool": "tool",
     "observation": "tool",
     "function": "tool",
@@ -78,19 +91,40 @@ def is_message(value: Any) -> bool:
     )
 
 
+def is_exchange(value: Any) -> bool:
+    """Return whether a value is one question with its answer, under the names of who says them."""
+    texts = (
+        {str(key).lower() for key, text in value.items() if isinstance(text, str)}
+        if isinstance(value, Mapping)
+        else ()
+    )
+    return any(set(pair) <= set(texts) for pair in EXCHANGES)
+
+
+def _exchange(value: Mapping[str, Any], place: str) -> list[Message]:
+    by_lower = {str(key).lower(): text for key, text in value.items() if text is not None}
+    asked, answered = next(pair for pair in EXCHANGES if set(pair) <= set(by_lower))
+    if others := set(by_lower) - {asked, answered}:
+        raise UserError(f"{place} holds turns with {', '.join(sorted(others))}, which nothing reads; take them out")
+    return [{"role": "user", "content": by_lower[asked]}, {"role": "assistant", "content": by_lower[answered]}]
+
+
 def holds_messages(value: Any) -> bool:
     """Return whether a value is a message, or a list that begins with one; also as a JSON string."""
     value = parsed_json(value)
     if isinstance(value, Mapping) and "messages" in value:
         value = value["messages"]
-    return is_message(value) or (isinstance(value, (list, tuple)) and bool(value) and is_message(value[0]))
+    if is_message(value):
+        return True
+    return isinstance(value, (list, tuple)) and bool(value) and (is_message(value[0]) or is_exchange(value[0]))
 
 
 def to_messages(value: Any, roles: Mapping[str, str], place: str) -> list[Message]:
     """Return a list of messages with the keys role and content, and `train` where the data say it.
 
     Args:
-        value: a message, a list of messages or a JSON string of either.
+        value: a message, a list of messages, of questions with their answers, or of texts that the user and the assistant
+            say in turn; also as a JSON string.
         roles: names of roles that the user gave, beside those that are known.
         place: how messages of errors begin, such as ``train.jsonl, row 3: the column messages``.
 
@@ -102,6 +136,10 @@ def to_messages(value: Any, roles: Mapping[str, str], place: str) -> list[Messag
         value = value["messages"]
     if is_message(value):
         value = [value]
+    if isinstance(value, (list, tuple)) and value and all(is_exchange(each) for each in value):
+        return [turn for each in value for turn in _exchange(each, place)]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, str) for each in value):
+        return [{"role": ("user", "assistant")[at % 2], "content": each} for at, each in enumerate(value)]
     if not isinstance(value, (list, tuple)) or not all(is_message(each) for each in value):
         raise UserError(
             f"{place} holds {shortened(value)}, which is no list of messages; give "
@@ -115,8 +153,11 @@ def _message(message: Mapping[str, Any], roles: Mapping[str, str], place: str) -
     role = roles.get(name) or ROLES.get(name.strip().lower())
     if role is None:
         raise UserError(
-            f"{place} holds a message of the role {name!r}; say which role it is, for example --roles user={_quoted(name)}"
+            f"{place} holds a message of the role {name!r}; say which role it is: --roles user={_quoted(name)} or "
+            f"--roles assistant={_quoted(name)}"
         )
+    if media := [key for key in MEDIA_KEYS if message.get(key)]:
+        raise UserError(f"{place} holds a message with {media[0]}, and only text is read; drop the row, or the key")
     content = next((message[key] for key in CONTENT_KEYS if key in message), None)
     result: Message = {"role": role, "content": _content(content, place)}
     result |= {key: message[key] for key in TEMPLATE_KEYS if message.get(key) is not None}
@@ -150,8 +191,8 @@ def _part(part: Any) -> str | None:
 
 
 def _trained(message: Mapping[str, Any], place: str) -> bool | None:
-    """Return whether a message is trained on, by its key `weight` or `train`; None without one."""
-    for key in ("train", "weight"):
+    """Return whether a message is trained on, by a key of `TRAIN_KEYS`; None without one."""
+    for key in TRAIN_KEYS:
         value = message.get(key)
         if value is None:
             continue

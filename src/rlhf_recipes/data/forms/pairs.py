@@ -10,9 +10,10 @@ from rlhf_recipes.data.forms.convert import EMPTY_ANSWERS, Row
 from rlhf_recipes.data.forms.messages import Message, shared_prefix, shortened
 from rlhf_recipes.data.forms.survey import is_missing
 from rlhf_recipes.data.forms.transcripts import is_transcript, split_transcript
+from rlhf_recipes.data.forms.votes import has_no_score, winner
 
 ANSWER_KEYS = ("response", "text", "content", "output", "answer", "completion", "generation", "value")
-SCORE_KEYS = ("overall_score", "score", "rating", "reward")
+SCORE_KEYS = ("overall_score", "score", "pm_score", "rating", "reward")
 RANK_NAMES = ("rank", "ranks", "ranking")  # 1 is the best
 
 
@@ -23,23 +24,22 @@ def preference_rows(
     chosen, rejected = context.value(row, "chosen"), context.value(row, "rejected")
     pair = _pair(context, row, index, chosen, rejected, repeats_prompt)
     if pair is not None:
-        margin = context.value(row, "margin")
-        yield pair | ({} if margin is None else {"margin": float(margin)})
+        yield pair | ({"margin": _margin(context, row, index)} if "margin" in context.columns else {})
 
 
 def vote_rows(context: Context, row: Mapping[str, Any], index: int) -> Iterator[Row]:
     """Yield the pair of a vote between two answers; a tie is dropped and counted."""
     if "answers" in context.columns:
-        answers = [_answer_text(each) for each in context.value(row, "answers") or []]
+        answers = [_answer_text(each, context.place(index, "answers")) for each in context.value(row, "answers") or []]
         if len(answers) != 2:
             raise UserError(f"{context.place(index, 'answers')} holds {len(answers)} answers; a vote is between two")
     else:
         answers = [context.value(row, "answer_a"), context.value(row, "answer_b")]
-    winner = _winner(context, row, index)
-    if winner is None:
+    better = winner(context, row, index)
+    if better is None:
         context.counts["ties"] += 1
         return
-    pair = _pair(context, row, index, answers[winner], answers[1 - winner])
+    pair = _pair(context, row, index, answers[better], answers[1 - better])
     if pair is not None:
         yield pair
 
@@ -53,12 +53,18 @@ def ranked_rows(
     """
     answers = context.value(row, "answers") or []
     scores = _scores(context, row, index, answers, best_first)
-    for (one, first), (two, second) in combinations(zip(answers, scores, strict=True), 2):
+    scored = [(answer, score) for answer, score in zip(answers, scores, strict=True) if score is not None]
+    if len(scored) < len(answers):
+        context.counts["unscored_answers"] += len(answers) - len(scored)
+    if len(scored) < 2:
+        context.counts["few_answers"] += 1
+    for (one, first), (two, second) in combinations(scored, 2):
         if first == second:
             context.counts["ties"] += 1
             continue
         better, worse = (one, two) if first > second else (two, one)
-        pair = _pair(context, row, index, _answer_text(better), _answer_text(worse))
+        texts = [_answer_text(each, context.place(index, "answers")) for each in (better, worse)]
+        pair = _pair(context, row, index, *texts)
         if pair is not None:
             yield pair | ({"margin": abs(first - second)} if with_margin else {})
 
@@ -71,9 +77,10 @@ def _pair(
         return _text_pair(context, row, index, chosen, rejected, repeats_prompt)
     places = [f"{context.name}, row {index}: the {side} answer" for side in ("chosen", "rejected")]
     first, second = (context.as_answer(value, place) for value, place in zip((chosen, rejected), places, strict=True))
-    prompt = context.prompt_messages(row, index)
-    if not prompt and "messages" in context.columns:
-        prompt = context.messages(row, "messages", index)
+    if context.value(row, "prompt") is None and "messages" in context.columns:
+        prompt = _conversation_before(context, row, index, first, second)
+    else:
+        prompt = context.prompt_messages(row, index)
     begins = [_begins_with(answer, prompt) for answer in (first, second)]
     shared = shared_prefix(first, second)
     if prompt and all(begins):
@@ -98,6 +105,27 @@ def _pair(
                 "can be compared; end the row with the last assistant turn"
             )
     return {"prompt": prompt, "chosen": first, "rejected": second} | context.template_values(row)
+
+
+def _conversation_before(
+    context: Context, row: Mapping[str, Any], index: int, first: Sequence[Message], second: Sequence[Message]
+) -> list[Message]:
+    """Return the turns of the column of messages that come before the answers.
+
+    Raises:
+        UserError: the turns end with another answer of the assistant.
+    """
+    turns = context.with_system(row, index, context.messages(row, "messages", index))
+    if not turns or turns[-1]["role"] != "assistant":
+        return turns
+    if all(answer and answer[0]["role"] != "assistant" for answer in (first, second)):
+        return []  # the answers hold the whole conversation themselves
+    if any(answer and answer[-1]["content"] == turns[-1]["content"] for answer in (first, second)):
+        return turns[:-1]
+    raise UserError(
+        f"{context.place(index, 'messages')} ends with a turn of the assistant, which is neither of the two answers; end it "
+        f"with the user's turn, or pass --ignore_columns {context.columns['messages']}"
+    )
 
 
 def _text_pair(
@@ -149,25 +177,45 @@ def _count_empty_rejected(context: Context, answered: Any) -> None:
         context.counts["empty_rejected"] += 1
 
 
-def _answer_text(answer: Any) -> Any:
+def _answer_text(answer: Any, place: str) -> Any:
     """Return the answer of a list's item: text, messages, or an object with the text under a known key."""
     if isinstance(answer, Mapping) and "role" not in answer:
+        if not any(key in answer for key in ANSWER_KEYS):
+            raise UserError(
+                f"{place} holds the answer {shortened(dict(answer))}, in which its text is not found; name it one of "
+                f"{', '.join(ANSWER_KEYS)}"
+            )
         return next((answer[key] for key in ANSWER_KEYS if answer.get(key) is not None), None)
     return answer
 
 
-def _scores(context: Context, row: Mapping[str, Any], index: int, answers: Any, best_first: bool) -> list[float]:
-    """Return a score of each answer; higher is better."""
+def _margin(context: Context, row: Mapping[str, Any], index: int) -> float:
+    """Return the margin of a pair; 0 without one, which is the loss without a margin."""
+    value = context.value(row, "margin")
+    if value is None or value == "":
+        return 0.0
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(
+            f"{context.place(index, 'margin')} holds {value!r}, which is no number; give numbers"
+        ) from None
+
+
+def _scores(
+    context: Context, row: Mapping[str, Any], index: int, answers: Any, best_first: bool
+) -> list[float | None]:
+    """Return a score of each answer, higher is better; None for an answer without one."""
     place = context.place(index, "answers")
-    if not isinstance(answers, (list, tuple)) or len(answers) < 2:
+    if not isinstance(answers, (list, tuple)):
         raise UserError(f"{place} holds {shortened(answers)}; a ranking needs a list of two answers or more")
     given = context.value(row, "scores")
     falls = "scores" in context.columns and context.columns["scores"].lower() in RANK_NAMES
     if given is None and all(isinstance(answer, Mapping) for answer in answers):
-        keys = [key for key in (*SCORE_KEYS, *RANK_NAMES) if all(not is_missing(each.get(key)) for each in answers)]
+        keys = [key for key in (*SCORE_KEYS, *RANK_NAMES) if any(not is_missing(each.get(key)) for each in answers)]
         if keys:
-            given, falls = [each[keys[0]] for each in answers], keys[0] in RANK_NAMES
-    if given is None and best_first:
+            given, falls = [each.get(keys[0]) for each in answers], keys[0] in RANK_NAMES
+    if given is None and (best_first or len(answers) < 2):
         return [float(-place) for place in range(len(answers))]
     if given is None:
         raise UserError(
@@ -176,39 +224,7 @@ def _scores(context: Context, row: Mapping[str, Any], index: int, answers: Any, 
     if len(given) != len(answers):
         raise UserError(f"{place} holds {len(answers)} answers, and there are {len(given)} scores")
     try:
-        return [-float(score) if falls else float(score) for score in given]
+        numbers = [None if has_no_score(score) else float(score) for score in given]
+        return [-number if falls and number is not None else number for number in numbers]
     except (TypeError, ValueError):
         raise UserError(f"{context.name}, row {index}: the scores {shortened(given)} are no numbers") from None
-
-
-def _winner(context: Context, row: Mapping[str, Any], index: int) -> int | None:
-    """Return 0 or 1 for the winner of a vote, None for a tie."""
-    column, value = context.columns["vote"], context.value(row, "vote")
-    word = str(value).strip().lower()
-    if word.startswith("tie") or word in ("both", "neither", "equal", "draw", "none"):
-        return None
-    if word in ("a", "model_a", "response_a", "answer_a", "output_a", "assistant_a", "left", "first"):
-        return 0
-    if word in ("b", "model_b", "response_b", "answer_b", "output_b", "assistant_b", "right", "second"):
-        return 1
-    number = int(float(word)) if word.replace(".0", "") in ("0", "1") else None
-    if number is not None and column in ("choice", "better_response_id"):
-        return number  # the place of the better answer
-    if number is not None and context.columns.get("answer_a") == "human_ref_A":
-        _check_scores(context, row, index, number)
-        return 1 - number  # SHP: 1 means that A is preferred (Ethayarajh et al. 2022)
-    raise UserError(
-        f"{context.place(index, 'vote')} holds {value!r}, which names no answer; give model_a, model_b or tie, or leave it "
-        f"out (--ignore_columns {column}) where there are chosen and rejected"
-    )
-
-
-def _check_scores(context: Context, row: Mapping[str, Any], index: int, label: int) -> None:
-    first, second = row.get("score_A"), row.get("score_B")
-    if first is None or second is None or first == second:
-        return
-    if (first > second) != bool(label):
-        raise UserError(
-            f"{context.place(index, 'vote')} prefers {'AB'[1 - label]}, but score_A is {first} and score_B "
-            f"{second}; pass --ignore_columns score_A score_B to go by the label"
-        )

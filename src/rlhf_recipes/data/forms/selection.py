@@ -54,6 +54,8 @@ def understand_sources(
         own = reading if local_path(str(name)) is None else reading | {"config": None}
         sources.append(open_source(str(name), split, **own))
     held_out = open_test_source(str(names[0]), arguments.dataset_test_split, **reading)
+    if held_out is not None and held_out.name in [source.name for source in sources]:
+        held_out = replace(held_out, name=f"{held_out.name} ({arguments.dataset_test_split})")
     columns = _requested_columns(arguments, options, [*sources, *([held_out] if held_out else [])])
     rules = parse_row_filter(arguments.row_filter or [])
     require_filter_columns(sources, rules)
@@ -63,9 +65,11 @@ def understand_sources(
         selected.append((_limited(_filtered(held_out, rules), limits[1]), test))
     read = partial(understand, arguments=arguments, options=options, filtered=list(rules), streaming=streaming)
     understood = [read(source, requested=columns(source), counts=counts) for source, counts in selected]
-    splits = [split] * len(sources) + [arguments.dataset_test_split]
-    for each, name in zip(understood, splits, strict=False):
-        log_line(f"{each.source.name} ({name}): {each.description}")
+    for each in understood[: len(sources)]:
+        log_line(f"{each.source.name} ({split}): {each.description}")
+    for each in understood[len(sources) :]:
+        shown = each.source.name.removesuffix(f" ({arguments.dataset_test_split})")
+        log_line(f"{shown} ({arguments.dataset_test_split}): {each.description}")
     return understood[: len(sources)], understood[len(sources) :]
 
 

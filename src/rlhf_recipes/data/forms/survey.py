@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from rlhf_recipes.data.forms.meanings import read_path
 from rlhf_recipes.data.forms.messages import holds_messages
 from rlhf_recipes.data.reading import Source
 
@@ -19,7 +20,7 @@ class Column:
 
     kinds: counts of text, messages, number, bool, integers, list, object, other; rows without a value are not among them.
     values: distinct short values, at most `MOST_VALUES` and one. sample: the first value. filled: a value is not empty.
-    whole: all numbers are integers.
+    whole: all numbers are integers. blank_texts: how many values are text without a character.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -27,6 +28,7 @@ class Column:
     sample: Any = None
     filled: bool = False
     whole: bool = True
+    blank_texts: int = 0
 
     @property
     def kind(self) -> str:
@@ -34,6 +36,10 @@ class Column:
         if not self.kinds:
             return "none"
         kinds = set(self.kinds)
+        if self.blank_texts == self.kinds["text"]:  # cells of a table without a value
+            kinds = kinds - {"text"} or kinds
+        if kinds == {"bool", "number"} and self.whole:
+            return "number"
         if kinds == {"integers", "list"}:
             return "list"
         return kinds.pop() if len(kinds) == 1 else "mixed"
@@ -50,6 +56,7 @@ class Column:
         if not self.kinds:
             self.sample = value
         self.kinds[_kind(value)] += 1
+        self.blank_texts += isinstance(value, str) and not value.strip()
         self.whole = self.whole and not isinstance(value, float)
         self.filled = self.filled or bool(value.strip() if isinstance(value, str) else value not in ([], {}, ()))
         if len(self.values) <= MOST_VALUES and isinstance(value, (str, int, float)) and len(str(value)) <= 40:
@@ -65,21 +72,14 @@ def survey(source: Source, dotted: Iterable[str] = (), limit: int | None = None)
     dotted: paths into columns of objects (``info.post``) that are wanted as well.
     """
     columns = {name: Column() for name in source.columns}
-    paths = {path: path.split(".") for path in dotted if path not in columns}
+    paths = [path for path in dotted if path not in columns]
     inner = {path: Column() for path in paths}
     for row in islice(source, limit):
         for name, value in row.items():
             columns.setdefault(name, Column()).add(value)
-        for path, keys in paths.items():
-            inner[path].add(_inner(row, keys))
+        for path in paths:
+            inner[path].add(read_path(row, path))
     return columns | {path: column for path, column in inner.items() if column.kinds}
-
-
-def _inner(row: Mapping[str, Any], keys: list[str]) -> Any:
-    value: Any = row
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def is_missing(value: Any) -> bool:

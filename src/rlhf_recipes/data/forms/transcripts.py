@@ -6,7 +6,10 @@ from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.forms.messages import Message, shortened
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
-_NAMED = re.compile(r"(?:^|\n)\s*(Human|User|System|Assistant|AI|Bot): ?")
+# At the beginning of a line; after ### also within one, as openassistant-guanaco writes.
+_NAMED = re.compile(
+    r"(?:(?:^|\n)\s*(?:###? ?)?|\s*### ?)(Human|User|System|Assistant|AI|Bot|HUMAN|USER|SYSTEM|ASSISTANT): ?"
+)
 _ROLE = {
     "Human": "user",
     "User": "user",
@@ -47,7 +50,7 @@ def dialogue_messages(text: str, place: str) -> list[Message]:
     """
     before, *pieces = _NAMED.split(text)
     turns: list[Message] = [
-        {"role": _ROLE[name], "content": content.strip()}
+        {"role": _ROLE[name if name == "AI" else name.capitalize()], "content": content.strip()}
         for name, content in zip(pieces[::2], pieces[1::2], strict=True)
     ]
     if before.strip() or not any(turn["role"] == "assistant" and turn["content"] for turn in turns):

@@ -24,8 +24,9 @@ from rlhf_recipes.data.forms.formats import (
     columns_of_other_stages,
 )  # fmt: skip
 from rlhf_recipes.data.forms.leftover import check_leftover
-from rlhf_recipes.data.forms.meanings import NAMES, assign_meanings, misfit
-from rlhf_recipes.data.forms.messages import holds_messages, parse_roles, shortened
+from rlhf_recipes.data.forms.meanings import NAMES, assign_meanings, plain_name
+from rlhf_recipes.data.forms.messages import holds_messages, parse_roles
+from rlhf_recipes.data.forms.misfits import SAID, as_requested, misfit_hints, refuse_misfits
 from rlhf_recipes.data.forms.options import FormOptions
 from rlhf_recipes.data.forms.survey import STREAM_ROWS, Column, survey
 from rlhf_recipes.data.forms.transcripts import is_transcript
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # Names that say that a row is an instruction and its answer, so a turn of a chat and not a text to continue.
 INSTRUCTIONS = {"instruction", "instructions", "question", "query", "problem", "input", "user_input"}
-PLAINLY_NAMED = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 CONTENT = ("prompt", "completion", "chosen", "rejected", "answer_a", "answer_b", "messages", "answers", "text")
 
 
@@ -90,17 +90,21 @@ def understand(
     source, ignored = _without_columns(source, arguments.ignore_columns or [])
     dotted = [name for name in (*requested.values(), *NAMES["prompt"]) if "." in name]
     facts = survey(source, dotted, STREAM_ROWS if streaming else None)
+    facts = as_requested(facts, requested)
     kinds = {name: column.kind for name, column in facts.items()}
     meanings = assign_meanings(list(facts), kinds, requested, ignored, source.name)
-    _refuse_misfits(facts, requested, source.name)
+    refuse_misfits(facts, requested, source.name)
     first = options.any_text or options.forms[0] == PROMPT
-    wanted = (options.forms, arguments.dataset_format, source.name, list(source.columns))
-    shape = choose_format(meanings, *wanted, first=first, text_prompts=options.text_prompts)
+    wanted = (options.forms, arguments.dataset_format, source.name, _shown_columns(source, facts))
+    shape = choose_format(
+        meanings, *wanted, first=first, text_prompts=options.text_prompts, hints=misfit_hints(facts, meanings)
+    )
     shape = shape if options.margin else replace(shape, uses=tuple(use for use in shape.uses if use != "margin"))
     columns = _with_values(columns_of(shape, meanings), shape, facts)
     chat = _is_chat(columns, facts, arguments.as_chat, source.name)
-    separated = columns.get("prompt") in INSTRUCTIONS
-    context = Context(source.name, columns, chat, parse_roles(arguments.roles), counts, separated)
+    separated = _is_instruction(columns)
+    written = SAID & set(requested)
+    context = Context(source.name, columns, chat, parse_roles(arguments.roles), counts, separated, written)
     form = PROMPT if options.forms[0] == PROMPT else shape.form
     keeps = options.keep_columns or form == PROMPT
     accounted = keeps or options.any_text
@@ -108,7 +112,7 @@ def understand(
     left = {name: column for name, column in facts.items() if name in source.columns and name not in used}
     elsewhere = columns_of_other_stages(shape, meanings) if form != PREFERENCE or "prompt" in columns else set()
     unread = {name: column for name, column in left.items() if name not in filtered and name not in elsewhere}
-    check_leftover(form, unread, meanings, source.name, kept=accounted)
+    check_leftover(form, unread, meanings, source.name, kept=accounted, taught=COMPLETION in options.forms)
     convert_row, form, notes = row_converter(shape, form, context, facts, source, arguments, options)
     kept: dict[str, Column] = {}
     if keeps:
@@ -154,21 +158,6 @@ def _fields(
     return fields
 
 
-def _refuse_misfits(facts: Mapping[str, Column], requested: Mapping[str, str], name: str) -> None:
-    """Refuse columns that are named after a meaning and hold something else.
-
-    Raises:
-        UserError: names the column and its first value.
-    """
-    named = {meaning: meaning for meaning in PLAINLY_NAMED if meaning in facts} | dict(requested)
-    for meaning, column in named.items():
-        if column in facts and (problem := misfit(meaning, facts[column].kind)):
-            raise UserError(
-                f"{name}: the column {column} holds {shortened(facts[column].sample)}, which is {problem}; change it, or leave "
-                f"it out with --ignore_columns {column}"
-            )
-
-
 def _without_columns(source: Source, names: Sequence[str]) -> tuple[Source, list[str]]:
     """Return the source without the named columns that it has, and their names."""
     ignored = [name for name in names if name in source.columns]
@@ -200,7 +189,21 @@ def _is_chat(columns: Mapping[str, str], facts: Mapping[str, Column], as_chat: b
         return as_chat
     beside = any(meaning in columns for meaning in ("system", "history", *TEMPLATE_COLUMNS))
     transcripts = any(is_transcript(column.sample) for column in content) and "text" not in columns
-    return has_messages or beside or transcripts or columns.get("prompt") in INSTRUCTIONS
+    return has_messages or beside or transcripts or _is_instruction(columns)
+
+
+def _shown_columns(source: Source, facts: Mapping[str, Column]) -> list[str]:
+    """Return the columns as an error lists them, objects with the paths to what they hold."""
+    shown = []
+    for name in source.columns:
+        sample = facts[name].sample
+        paths = [f"{name}.{key}" for key in sample][:6] if isinstance(sample, Mapping) else []
+        shown.append(f"{name} ({', '.join(paths)})" if paths else name)
+    return shown
+
+
+def _is_instruction(columns: Mapping[str, str]) -> bool:
+    return plain_name(columns.get("prompt", "")) in INSTRUCTIONS
 
 
 def _lists_messages(sample: Any) -> bool:
