@@ -321,6 +321,7 @@ MEANINGFUL = [
     ("sft", {"question": Q, "answer": A, "reasoning": "because"}, "reasoning"),
     ("sft", {"question": Q, "answer": A, "context": {"sentences": ["x"]}}, "context"),
     ("sft", {"prompt": Q, "completion": A, "is_safe": False}, "is_safe"),
+    ("sft", {"inputs": Q, "targets": A, "definition": "Answer."}, "definition"),
     ("pretrain", {"text": "https://example.org", "content": Q}, "content"),
 ]
 
@@ -386,7 +387,7 @@ def test_history_of_every_kind():
     for history in ([["a", "b"]], "[['a', 'b']]", [user("a"), said("b")]):
         assert first("sft", {"instruction": Q, "output": A, "history": history})["prompt"] == turns
     with pytest.raises(UserError, match="--ignore_columns history"):
-        first("sft", {"instruction": Q, "output": A, "history": "a and b spoke"})
+        first("sft", {"instruction": Q, "output": A, "history": "a and b"})
 
 
 def test_cells_of_a_table_without_a_value():

@@ -16,6 +16,7 @@ CARRYING = {
 LABELS = {"label", "labels", "kto_tag", "is_safe", "is_toxic", "is_helpful", "is_correct"}
 # Names of what comes before an answer, whatever the column holds, and of what an answer depends on or begins with.
 BEFORE = {"system", "context", "history", "tools"}
+TASKS = {"definition", "task_definition", "task_description"}
 PARTS = {
     "options",
     "choices",
@@ -27,7 +28,7 @@ PARTS = {
     "chain_of_thought",
     "cot",
 }
-# Names of what is learnt from a text beside it, and of who says it.
+# Names of the answer to a text beside it, and of who says it.
 ANSWERS = {"summary", "highlights", "headline", "code", "abstract"}
 BESIDE_TEXT = {*ANSWERS, "role"}
 SUPERVISED = (COMPLETION, MESSAGES, PREFERENCE, LABEL)
@@ -68,6 +69,8 @@ def _other_use(form: str, column: str, meanings: Mapping[str, str]) -> str:
         return f", or say what it means (--columns {quoted(f'prompt={column}')})"
     if column.lower() in LABELS and form in (COMPLETION, MESSAGES, TEXT):
         return f", or keep the good rows with --row_filter {quoted(f'{column}=VALUE')}"
+    if column.lower() in TASKS and "system" not in meanings:
+        return f", or begin each prompt with it by --columns {quoted(f'system={column}')}"
     if form == TEXT and "text" in meanings:
         named, text = named_after(column), meanings["text"]
         if "prompt" in named:
@@ -89,7 +92,7 @@ def _carries(column: str, facts: Column, form: str, meanings: Mapping[str, str],
         return "text" in meant
     if form == TEXT and (named & {"prompt", "completion"} or lower in BESIDE_TEXT):
         return True
-    if named & BEFORE or lower in PARTS:
+    if named & BEFORE or lower in PARTS | TASKS:
         return True
     if form == PREFERENCE and column.lower() == "labels" and facts.kind == "list":
         return False  # refused with its own message

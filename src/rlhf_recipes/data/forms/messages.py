@@ -105,10 +105,10 @@ def is_exchange(value: Any) -> bool:
 
 def _exchange(value: Mapping[str, Any], place: str) -> list[Message]:
     by_lower = {str(key).lower(): text for key, text in value.items()}
-    asked, answered = next(pair for pair in EXCHANGES if set(pair) <= set(by_lower))
-    if others := {key for key, text in by_lower.items() if text is not None} - {asked, answered}:
+    question, answer = next(pair for pair in EXCHANGES if set(pair) <= set(by_lower))
+    if others := {key for key, text in by_lower.items() if text is not None} - {question, answer}:
         raise UserError(f"{place} holds turns with {', '.join(sorted(others))}, which nothing reads; take them out")
-    turns = [{"role": "user", "content": by_lower[asked]}, {"role": "assistant", "content": by_lower[answered]}]
+    turns = [{"role": "user", "content": by_lower[question]}, {"role": "assistant", "content": by_lower[answer]}]
     return [turn for turn in turns if turn["content"] is not None]
 
 
