@@ -68,6 +68,7 @@ PHRASES: tuple[tuple[str, tuple[str, ...]], ...] = (
 # (file pattern, pattern of the phrase, pattern of the whole line as it is written, reason).
 EXCEPTIONS: tuple[tuple[str, str, str, str], ...] = (
     ("*", r"judge", r"[Gg]old[ _*-]+judge", "the quickstart's gold judge is a term, defined in README"),
+    ("*data/forms/meanings.py", r"judge", r"\|judge\|", "a column of chatbot_arena_conversations"),
     ("*", r"judges?", r"[Pp]airwise judge|trl\.\S*judges|TRL's judges|PairRMJudge|BasePairwiseJudge", "TRL's name"),
     ("src/rlhf_recipes/quickstart/world/*", r".*", r"^\s+f?['\"](?!\"\")", "text of the stories is data"),
     (

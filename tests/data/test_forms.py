@@ -322,6 +322,7 @@ MEANINGFUL = [
     ("sft", {"question": Q, "answer": A, "reasoning": "because"}, "reasoning"),
     ("sft", {"question": Q, "answer": A, "context": {"sentences": ["x"]}}, "context"),
     ("sft", {"prompt": Q, "completion": A, "is_safe": False}, "is_safe"),
+    ("sft", {"inputs": Q, "targets": A, "definition": "Answer."}, "definition"),
     ("pretrain", {"text": "https://example.org", "content": Q}, "content"),
 ]
 
@@ -362,6 +363,20 @@ def test_texts_that_two_say_in_turn_are_turns_by_a_flag():
     assert first("ppo", row, columns=["messages=conversations"])["prompt"] == [user()]
 
 
+def test_a_flag_is_shown_as_it_is_typed():
+    with pytest.raises(UserError, match="--ignore_columns 'System Prompt'"):
+        first("sft", {"prompt": Q, "completion": A, "system": "a", "System Prompt": "b"})
+    with pytest.raises(UserError, match="--roles 'user=a customer'"):
+        first("sft", {"messages": [{"role": "a customer", "content": Q}, said()]})
+
+
+def test_one_of_two_labels_is_chosen_by_the_user():
+    row = {"prompt": Q, "completion": A, "is_safe": True, "is_helpful": False}
+    with pytest.raises(UserError, match="--ignore_columns is_helpful"):
+        first("reward", row)
+    assert first("reward", row, ignore_columns=["is_safe"])["label"] == 0
+
+
 def test_names_are_compared_without_case_spaces_and_dashes():
     row = {"System Prompt": "s", "INSTRUCTION": Q, "Response": A}
     assert first("sft", row) == {"prompt": [{"role": "system", "content": "s"}, user()], "completion": [said()]}
@@ -373,7 +388,7 @@ def test_history_of_every_kind():
     for history in ([["a", "b"]], "[['a', 'b']]", [user("a"), said("b")]):
         assert first("sft", {"instruction": Q, "output": A, "history": history})["prompt"] == turns
     with pytest.raises(UserError, match="--ignore_columns history"):
-        first("sft", {"instruction": Q, "output": A, "history": "a and b spoke"})
+        first("sft", {"instruction": Q, "output": A, "history": "a and b"})
 
 
 def test_cells_of_a_table_without_a_value():

@@ -73,6 +73,18 @@ def test_margins_of_one_source_only(tmp_path: Path) -> None:
     assert rows.train["margin"] == [2.0, 0.0]
 
 
+def test_a_conversation_without_an_assistant_names_the_flag(tmp_path: Path) -> None:
+    turns = {"turns": [{"speaker": "USER", "text": "Name a colour."}, {"speaker": "SYSTEM", "text": "Blue."}]}
+    with pytest.raises(UserError, match="--roles assistant=NAME"):
+        load(tmp_path, train=[turns])
+    assert load(tmp_path, train=[turns], roles=["assistant=SYSTEM"]).train[0] == CHAT
+
+
+def test_a_list_beside_a_prompt_is_of_its_row(tmp_path: Path) -> None:
+    row = PLAIN | {"examples": [{"prompt": "Name a tree.", "completion": " Oak."}]}
+    assert load(tmp_path, train=[row]).train[0] == PLAIN
+
+
 def test_errors_name_the_held_out_split(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data \(test\) holds messages"):
         load(tmp_path, train=[PLAIN], test=[CHAT])

@@ -83,7 +83,11 @@ class RewardArguments(RowLengthArguments):
         default=None, metadata={"help": "Labels that are good; all others are bad. Unset: known from their names."}
     )
     label_threshold: float | None = field(
-        default=None, metadata={"help": "Labels that are numbers are good from here on, such as 4 of 5 stars."}
+        default=None,
+        metadata={
+            "help": "Labels that are numbers are good from here on, such as 4 of 5 stars; in a column named toxicity, spam "
+            "or the like they are bad from here on."
+        },
     )
     score_margin: bool = field(
         default=False,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.data.forms.messages import quoted
 
 # What a row is turned into.
 TEXT, MESSAGES, COMPLETION, PREFERENCE, LABEL, PROMPT = (
@@ -123,7 +124,7 @@ def choose_format(
         one, other = (", ".join(_needed(each, meanings)) for each in (best, others[0]))
         raise UserError(
             f"{name} can be read in two ways: by {one}, or by {other}; leave one of them out, for example "
-            f"--ignore_columns {' '.join(column for column in _needed(others[0], meanings) if column not in columns)}"
+            f"--ignore_columns {' '.join(quoted(column) for column in _needed(others[0], meanings) if column not in columns)}"
         )
     return best
 
@@ -224,16 +225,16 @@ def _no_format(
 def _hint(form: str, forms: Sequence[str], meanings: Mapping[str, str]) -> str:
     """Return what to do with rows of one form in a stage that reads others."""
     if form == PREFERENCE and COMPLETION in forms and "rejected" in meanings:
-        return f"to learn the chosen answers pass --ignore_columns {meanings['rejected']}"
+        return f"to learn the chosen answers pass --ignore_columns {quoted(meanings['rejected'])}"
     if form in (TEXT, LABEL) and PROMPT in forms and "text" in meanings:
         return (
             "pass --prompt_tokens N to use the first tokens of each text as a prompt, or --columns "
-            f"prompt={meanings['text']}"
+            f"{quoted('prompt=' + meanings['text'])}"
         )
     if form == LABEL and PREFERENCE in forms:
         return "the reward stage learns from labelled answers (--reward_type classifier)"
     if form == LABEL and COMPLETION in forms:
-        label = meanings["label"]
+        label = quoted(meanings["label"])
         return f"keep the good rows (--row_filter {label}=true) or pass --ignore_columns {label}"
     return f"give another dataset, or say what the columns mean: {_example(forms, meanings)}"
 

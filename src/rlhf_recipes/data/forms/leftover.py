@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.forms.formats import COMPLETION, LABEL, MESSAGES, PREFERENCE, TEXT
 from rlhf_recipes.data.forms.meanings import is_about_rows, named_after, possible_meanings
+from rlhf_recipes.data.forms.messages import quoted
 from rlhf_recipes.data.forms.survey import Column
 
 # Meanings that change what a row teaches; a column of another meaning may be left out.
@@ -15,6 +16,7 @@ CARRYING = {
 LABELS = {"label", "labels", "kto_tag", "is_safe", "is_toxic", "is_helpful", "is_correct"}
 # Names of what comes before an answer, whatever the column holds, and of what an answer depends on or begins with.
 BEFORE = {"system", "context", "history", "tools"}
+TASKS = {"definition", "task_definition", "task_description"}
 PARTS = {
     "options",
     "choices",
@@ -26,7 +28,7 @@ PARTS = {
     "chain_of_thought",
     "cot",
 }
-# Names of what is learnt from a text beside it, and of who says it.
+# Names of the answer to a text beside it, and of who says it.
 ANSWERS = {"summary", "highlights", "headline", "code", "abstract"}
 BESIDE_TEXT = {*ANSWERS, "role"}
 SUPERVISED = (COMPLETION, MESSAGES, PREFERENCE, LABEL)
@@ -49,27 +51,34 @@ def check_leftover(
     ]
     if not carrying:
         return
-    first = carrying[0]
+    first, flag = carrying[0], f"--ignore_columns {' '.join(map(quoted, carrying))}"
     if meanings.get("images") in carrying:
         raise UserError(
-            f"{name} has the column {meanings['images']}, and only text is read; pass --ignore_columns {' '.join(carrying)} to "
-            "train without it"
+            f"{name} has the column {meanings['images']}, and only text is read; pass {flag} to train without it"
         )
-    use = (
-        f", or say what it means (--columns prompt={first})" if form == PREFERENCE and "prompt" not in meanings else ""
-    )
-    if first.lower() in LABELS and form in (COMPLETION, MESSAGES, TEXT):
-        use = f", or keep the good rows with --row_filter {first}=VALUE"
-    if form == TEXT and taught and first.lower() not in LABELS and "text" in meanings:
-        named = named_after(first)
-        if "prompt" in named:
-            use = f", or learn to answer it with --columns completion={meanings['text']}"
-        elif "completion" in named or first.lower() in ANSWERS:
-            use = f", or learn to write it with --columns prompt={meanings['text']} completion={first}"
+    many = len(carrying) > 1
     raise UserError(
-        f"{name}: nothing reads the column{'s' if len(carrying) > 1 else ''} {', '.join(carrying)}; pass --ignore_columns "
-        f"{' '.join(carrying)} to train without {'them' if len(carrying) > 1 else 'it'}{use}"
+        f"{name}: nothing reads the column{'s' if many else ''} {', '.join(carrying)}; pass {flag} to train without "
+        f"{'them' if many else 'it'}{_other_use(form, first, meanings)}"
     )
+
+
+def _other_use(form: str, column: str, meanings: Mapping[str, str]) -> str:
+    """Return what else can be done with a column than to leave it out."""
+    if form == PREFERENCE and "prompt" not in meanings:
+        return f", or say what it means (--columns {quoted(f'prompt={column}')})"
+    if column.lower() in LABELS and form in (COMPLETION, MESSAGES, TEXT):
+        return f", or keep the good rows with --row_filter {quoted(f'{column}=VALUE')}"
+    if column.lower() in TASKS and "system" not in meanings:
+        return f", or begin each prompt with it by --columns {quoted(f'system={column}')}"
+    if form == TEXT and "text" in meanings:
+        named, text = named_after(column), meanings["text"]
+        if "prompt" in named:
+            return f", or learn to answer it with --columns {quoted(f'completion={text}')}"
+        if "completion" in named or column.lower() in ANSWERS:
+            answer = quoted(f"completion={column}")
+            return f", or learn to write it with --columns {quoted(f'prompt={text}')} {answer}"
+    return ""
 
 
 def _carries(column: str, facts: Column, form: str, meanings: Mapping[str, str], kept: bool, taught: bool) -> bool:
@@ -83,11 +92,11 @@ def _carries(column: str, facts: Column, form: str, meanings: Mapping[str, str],
         return "text" in meant
     if form == TEXT and (named & {"prompt", "completion"} or lower in BESIDE_TEXT):
         return True
-    if named & BEFORE or lower in PARTS:
+    if named & BEFORE or lower in PARTS | TASKS:
         return True
     if form == PREFERENCE and column.lower() == "labels" and facts.kind == "list":
         return False  # refused with its own message
-    if meant & CARRYING or (column.lower() in LABELS and form != LABEL):
+    if meant & CARRYING or lower in LABELS:
         return True
     text = bool({"text", "messages", "mixed"} & {facts.kind, *facts.kinds})
     return form in (PREFERENCE, LABEL) and text and not is_about_rows(column)

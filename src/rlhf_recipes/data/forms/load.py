@@ -177,7 +177,7 @@ def _stored(
     dropped = [(kind, message) for kind, message in REASONS.items() if counts[kind]]
     if dataset is None:
         other = form == MESSAGES and counts["empty_answers"]
-        fix = "say who answers with --roles assistant=NAME" if other else "give another dataset"
+        fix = "give another dataset" + (", or say who answers with --roles assistant=NAME" if other else "")
         reasons = "; ".join(f"{counts[kind]} {message}" for kind, message in dropped)
         raise UserError(f"{sources[0].source.name} has no rows left: {reasons or 'it is empty'}; {fix}")
     counts["used"] = len(dataset)

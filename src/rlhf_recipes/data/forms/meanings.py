@@ -12,7 +12,7 @@ from rlhf_recipes.core.errors import UserError
 NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "msgs"),
     "chosen": ("chosen", "preferred_output", "preferred", "chosen_response", "response_chosen", "win", "better",
-        "better_response", "preferred_response", "chosen_answer", "response_j", "pos_resp", "accepted", "positive_response"),
+        "better_response", "preferred_response", "chosen_answer", "response_j", "pos_resp", "positive_response"),
     "rejected": (
         "rejected", "non_preferred_output", "dispreferred", "rejected_response", "response_rejected", "lose", "worse",
         "worse_response", "dispreferred_response", "rejected_answer", "response_k", "neg_resp", "reject", "negative_response",

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,11 +104,12 @@ def is_exchange(value: Any) -> bool:
 
 
 def _exchange(value: Mapping[str, Any], place: str) -> list[Message]:
-    by_lower = {str(key).lower(): text for key, text in value.items() if text is not None}
-    asked, answered = next(pair for pair in EXCHANGES if set(pair) <= set(by_lower))
-    if others := set(by_lower) - {asked, answered}:
+    by_lower = {str(key).lower(): text for key, text in value.items()}
+    question, answer = next(pair for pair in EXCHANGES if set(pair) <= set(by_lower))
+    if others := {key for key, text in by_lower.items() if text is not None} - {question, answer}:
         raise UserError(f"{place} holds turns with {', '.join(sorted(others))}, which nothing reads; take them out")
-    return [{"role": "user", "content": by_lower[asked]}, {"role": "assistant", "content": by_lower[answered]}]
+    turns = [{"role": "user", "content": by_lower[question]}, {"role": "assistant", "content": by_lower[answer]}]
+    return [turn for turn in turns if turn["content"] is not None]
 
 
 def holds_messages(value: Any) -> bool:
@@ -153,8 +156,8 @@ def _message(message: Mapping[str, Any], roles: Mapping[str, str], place: str) -
     role = roles.get(name) or ROLES.get(name.strip().lower())
     if role is None:
         raise UserError(
-            f"{place} holds a message of the role {name!r}; say which role it is: --roles user={_quoted(name)} or "
-            f"--roles assistant={_quoted(name)}"
+            f"{place} holds a message of the role {name!r}; say which role it is: --roles {quoted(f'user={name}')} or "
+            f"--roles {quoted(f'assistant={name}')}"
         )
     if media := [key for key in MEDIA_KEYS if message.get(key)]:
         raise UserError(f"{place} holds a message with {media[0]}, and only text is read; drop the row, or the key")
@@ -225,5 +228,6 @@ def shortened(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def _quoted(name: str) -> str:
-    return f"'{name}'" if " " in name else name
+def quoted(name: str) -> str:
+    """Return a name or a pair as it is typed in a shell."""
+    return shlex.quote(name) if re.search(r"[^\w@%+=:,./-]", name) else name

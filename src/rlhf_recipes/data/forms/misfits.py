@@ -7,13 +7,13 @@ from typing import Any
 
 from rlhf_recipes.core.errors import UserError
 from rlhf_recipes.data.forms.meanings import misfit, named_after
-from rlhf_recipes.data.forms.messages import shortened
+from rlhf_recipes.data.forms.messages import quoted, shortened
 from rlhf_recipes.data.forms.survey import Column
 
 PLAINLY_NAMED = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 # Meanings of text; numbers in a column that the user gave one of them are read as they are written.
 SAID = frozenset({"prompt", "completion", "chosen", "rejected", "text", "context", "system", "answer_a", "answer_b"})
-ASKED_FOR = ("messages", "chosen", "rejected", "prompt", "completion", "text", "label")
+HINTED = ("messages", "chosen", "rejected", "prompt", "completion", "text", "label")
 INNER_KEYS = ("full_text", "text", "content", "value", "post", "body", "answer", "response")
 
 
@@ -43,14 +43,14 @@ def refuse_misfits(facts: Mapping[str, Column], requested: Mapping[str, str], na
                 flag = "change it"
             raise UserError(
                 f"{name}: the column {column} holds {shortened(facts[column].sample)}, which is {problem}; {flag}, or leave "
-                f"it out with --ignore_columns {column}"
+                f"it out with --ignore_columns {quoted(column)}"
             )
 
 
 def misfit_hints(facts: Mapping[str, Column], meanings: Mapping[str, str]) -> list[str]:
     """Return, for each missing meaning, the column that is named after it, what it holds, and the flag that reads it."""
     hints = []
-    for meaning in ASKED_FOR:
+    for meaning in HINTED:
         for column, found in facts.items():
             fits = meaning in meanings or found.is_blank or meaning not in named_after(column)
             flag = None if fits else _flag(meaning, column, found)
@@ -64,14 +64,16 @@ def _flag(meaning: str, column: str, found: Column) -> str | None:
     """Return what to pass so that a column is read, if it can be."""
     kinds, sample = set(found.kinds), found.sample
     if meaning in SAID and {"number"} <= kinds <= {"number", "text"}:
-        return f"pass --columns {meaning}={column} to read numbers as text"
+        return f"pass --columns {quoted(f'{meaning}={column}')} to read numbers as text"
     if isinstance(sample, Mapping) and meaning in SAID and (path := _text_path(sample)):
-        return f"pass --columns {meaning}={column}.{path} to read that part of it"
+        return f"pass --columns {quoted(f'{meaning}={column}.{path}')} to read that part of it"
     if kinds == {"list"} and _all_texts(sample):
         if meaning == "messages":
-            return f"pass --columns messages={column} if the user and the assistant speak in turn"
+            return (
+                f"pass --columns {quoted(f'messages={column}')} if its texts are of the user and the assistant in turn"
+            )
         if meaning in SAID:
-            return f"pass --columns {meaning}={column}.0 to read the first of its texts"
+            return f"pass --columns {quoted(f'{meaning}={column}.0')} to read the first of its texts"
     return None
 
 

@@ -9,6 +9,19 @@ from rlhf_recipes.data.reading.source import Row
 from rlhf_recipes.data.reading.splits import looks_like_split
 
 WRAPPERS = {"data", "rows", "examples", "instances", "records", "items", "samples", "dataset", "results", "entries"}
+# Names of columns: beside one of them, a list under another key belongs to the row.
+OF_ROWS = {
+    "instruction",
+    "output",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "chosen",
+    "rejected",
+    "messages",
+    "text",
+}
 MESSAGE_KEYS = {"role", "from", "speaker"}
 
 
@@ -33,7 +46,8 @@ def document_rows(document: Mapping[str, Any], file: DataFile, split: str) -> It
     if len(lists) == 1:
         (key,) = lists
         others = [other for other, value in document.items() if other != key and isinstance(value, list)]
-        if key.lower() in WRAPPERS and not others:
+        is_row = bool(OF_ROWS & set(document)) or _is_conversation(document[key])
+        if key.lower() in WRAPPERS and not others and not is_row:
             return iter(document[key])
         if not _is_conversation(document[key]) and _ending(file) == ".json":
             raise UserError(
