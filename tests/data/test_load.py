@@ -169,7 +169,7 @@ def test_tools_that_the_chat_template_does_not_read_are_refused(tmp_path: Path, 
     assert json.loads(json.dumps(kept)) == row
 
 
-def test_plain_text_beside_a_chat_template_is_told(
+def test_plain_text_beside_a_chat_template_is_logged(
     tmp_path: Path, make_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = FormOptions((COMPLETION,), tokenizer=make_tokenizer())
