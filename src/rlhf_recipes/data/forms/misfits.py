@@ -35,8 +35,7 @@ def refuse_misfits(facts: Mapping[str, Column], requested: Mapping[str, str], na
     Raises:
         UserError: names the column, its first value and the flag.
     """
-    given = {column for meaning, column in requested.items() if meaning in SAID}
-    named = {meaning: meaning for meaning in PLAINLY_NAMED if meaning in facts and meaning not in given}
+    named = {meaning: meaning for meaning in PLAINLY_NAMED if meaning in facts and meaning not in requested.values()}
     for meaning, column in (named | dict(requested)).items():
         if column in facts and (problem := misfit(meaning, facts[column].kind)):
             if not (flag := _flag(meaning, column, facts[column])):

@@ -90,7 +90,8 @@ def understand(
     source, ignored = _without_columns(source, arguments.ignore_columns or [])
     dotted = [name for name in (*requested.values(), *NAMES["prompt"]) if "." in name]
     facts = survey(source, dotted, STREAM_ROWS if streaming else None)
-    facts = as_requested(facts, requested)
+    by_meaning = {ours: theirs for ours, theirs in requested.items() if ours not in options.columns}
+    facts = as_requested(facts, by_meaning)
     kinds = {name: column.kind for name, column in facts.items()}
     meanings = assign_meanings(list(facts), kinds, requested, ignored, source.name)
     refuse_misfits(facts, requested, source.name)
@@ -103,7 +104,7 @@ def understand(
     columns = _with_values(columns_of(shape, meanings), shape, facts)
     chat = _is_chat(columns, facts, arguments.as_chat, source.name)
     separated = _is_instruction(columns)
-    written = SAID & set(requested)
+    written = SAID & set(by_meaning)
     context = Context(source.name, columns, chat, parse_roles(arguments.roles), counts, separated, written)
     form = PROMPT if options.forms[0] == PROMPT else shape.form
     keeps = options.keep_columns or form == PROMPT
