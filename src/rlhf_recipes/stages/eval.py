@@ -232,7 +232,7 @@ def load_inputs(arguments: EvalArguments, tokenizers: "Sequence[PreTrainedTokeni
             check_reward(source, list(columns), role)
     texts: list[str] = []
     if arguments.text_dataset_name:
-        text_form = text_options(FormOptions((TEXT,)), arguments.text_column)
+        text_form = text_options(FormOptions((TEXT,), keep_columns=True), arguments.text_column)
         reading = replace(arguments, columns=None, ignore_columns=None, dataset_format="auto")
         documents = load_split_rows(arguments.text_dataset_name, arguments.dataset_split, reading, text_form)
         texts = list(evenly_spaced(documents.train, arguments.num_texts)["text"])
