@@ -180,7 +180,9 @@ class Cells:
         for row in self.rows:
             answer = [*self.ids(row["chosen"]), self.tokenizer.eos_token_id]
             sums.append(self.log_probs(model, [*self.ids(row["prompt"]), *answer], len(answer)).sum().item())
-        return difference([first_logged(trainer.state.log_history, "logps/chosen")["logps/chosen"]], [sum(sums) / len(sums)])
+        return difference(
+            [first_logged(trainer.state.log_history, "logps/chosen")["logps/chosen"]], [sum(sums) / len(sums)]
+        )
 
     def rloo(self) -> float:
         training = rr.RLOOConfig(self.folder("rloo"), max_completion_length=8, temperature=0.7, beta=0.1, **STEPS)
