@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from rlhf_recipes.core.processes import is_main_process
 from rlhf_recipes.core.secrets import redact
@@ -14,6 +15,12 @@ class UserError(ValueError):
 
 class RankError(UserError):
     """A `UserError` that only this process can report, for example about rows that only this process has."""
+
+
+def shortened(value: Any, length: int = 60) -> str:
+    """Return a value as it is shown in an error message."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.errors import UserError, shortened
 from rlhf_recipes.data.special_tokens import bos_prefix, special_token_texts
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
         parsed = {name: json.loads(value) if isinstance(value, str) else value for name, value in values.items()}
     except ValueError:
         raise UserError(
-            f"the columns {' and '.join(TEMPLATE_COLUMNS)} go to the chat template, but {_shortened(values)} is no JSON; "
+            f"the columns {' and '.join(TEMPLATE_COLUMNS)} go to the chat template, but {shortened(values)} is no JSON; "
             "rename or repair them"
         ) from None
     return {name: value for name, value in parsed.items() if value}
@@ -137,7 +137,7 @@ def render_messages(
         )  # fmt: skip
     except (TemplateError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the chat template cannot render the messages {_shortened(messages)}: {reason}") from None
+        raise UserError(f"the chat template cannot render the messages {shortened(messages)}: {reason}") from None
 
 
 def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,8 +228,3 @@ def require_turn_end(tokenizer: "PreTrainedTokenizerBase", name: str) -> TurnEnd
             "the template write {{ eos_token }} there"
         )
     return end
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.errors import UserError, shortened
 from rlhf_recipes.data.chat import ensure_chat_template_, is_conversation
 from rlhf_recipes.data.rows import first_row, require_columns
 
@@ -72,7 +72,7 @@ def require_texts(
 
 def _text_problem(value: Any) -> str | None:
     """Say what is wrong with a text, or return None."""
-    return None if isinstance(value, str) else f"holds {_shortened(value)}, which is no text; give strings"
+    return None if isinstance(value, str) else f"holds {shortened(value)}, which is no text; give strings"
 
 
 def _messages_problem(
@@ -86,11 +86,11 @@ def _messages_problem(
     from jinja2 import TemplateError
 
     if not is_conversation(value):
-        return f"holds {_shortened(value)}, which is no list of messages; give [{{'role': ..., 'content': ...}}, ...]"
+        return f"holds {shortened(value)}, which is no list of messages; give [{{'role': ..., 'content': ...}}, ...]"
     for message in value:
         calls = isinstance(message, Mapping) and (message.get("tool_calls") or message.get("function_call"))
         if not (isinstance(message, Mapping) and (isinstance(message.get("content"), str) or calls)):
-            return f"holds the message {_shortened(message)}, whose content is no text; give a string"
+            return f"holds the message {shortened(message)}, whose content is no text; give a string"
     messages = [*(prompt if is_conversation(prompt) else []), *value]
     roles = tuple(str(message["role"]) for message in messages)
     if roles in rendered:
@@ -101,11 +101,6 @@ def _messages_problem(
         return f"cannot be rendered by the chat template: {error}"
     rendered.add(roles)
     return None
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_rows(

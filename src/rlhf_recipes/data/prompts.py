@@ -118,7 +118,6 @@ def prompts_by_split(
     prompts = []
     for dataset, counts in zip((rows.train, rows.test), rows.counts.values(), strict=False):
         prompts.append(Prompts(dataset, tokenizer, *room, counts.name, too_long or "error", counts))
-        counts["used"] = len(prompts[-1])
     log_first_row(prompts[0].ids[0], tokenizer, "first prompt")
     return prompts[0], prompts[1] if len(prompts) > 1 else None
 

@@ -42,11 +42,12 @@ def require_columns(dataset: Any, *choices: Sequence[str], role: str = "dataset"
     Raises:
         UserError: it has none of them; the message lists the columns that exist.
     """
+    row = first_row(dataset)
     for columns in choices:
-        if all(column in (first_row(dataset) or {}) for column in columns) and first_row(dataset) is not None:
+        if row is not None and all(column in row for column in columns):
             return columns
     needed = " or ".join("+".join(columns) for columns in choices)
-    present = ", ".join(first_row(dataset) or {})
+    present = ", ".join(row or {})
     raise UserError(f"{role} needs the columns {needed}, but has {present}; rename them or give another dataset")
 
 

@@ -26,13 +26,12 @@ from rlhf_recipes.data import (
 )
 from rlhf_recipes.generation import check_turn_end
 from rlhf_recipes.models import StartingModel, saved_eos_ids
-from rlhf_recipes.training.classifier import encode_labelled
+from rlhf_recipes.training.classifier import LABELLED_COLUMNS, encode_labelled
 
 if TYPE_CHECKING:
     from trl import DPOConfig, RewardConfig
 
 PAIR = ("chosen", "rejected")
-LABELLED_COLUMNS = ("prompt", "completion", "messages", "text")
 
 
 def load_reward_rows(arguments: Any, start: StartingModel) -> LoadedRows:
@@ -54,7 +53,7 @@ def load_reward_rows(arguments: Any, start: StartingModel) -> LoadedRows:
 
 
 def _check_labels(dataset: Any, start: StartingModel, name: str) -> Any:
-    columns = [column for column in LABELLED_COLUMNS if column in dataset.column_names]
+    columns = [column for column in ("prompt", *LABELLED_COLUMNS) if column in dataset.column_names]
     require_texts(dataset, columns, start.tokenizer, name)
     labels = set(dataset["label"])
     if len(labels) == 1:

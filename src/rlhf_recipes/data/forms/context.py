@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.errors import UserError, shortened
 from rlhf_recipes.data.counts import RowCounts
 from rlhf_recipes.data.forms.meanings import read_path
-from rlhf_recipes.data.forms.messages import Message, holds_messages, parsed_json, shortened, to_messages
+from rlhf_recipes.data.forms.messages import Message, holds_messages, parsed_json, to_messages
 from rlhf_recipes.data.forms.survey import is_missing
 from rlhf_recipes.data.forms.transcripts import is_transcript, transcript_messages
 
@@ -64,11 +64,7 @@ class Context:
     def messages(self, row: Mapping[str, Any], meaning: str, index: int) -> list[Message]:
         """Return a list of messages; empty without a value."""
         value = self.value(row, meaning)
-        return (
-            []
-            if value is None or value == [] or value == ""
-            else to_messages(value, self.roles, self.place(index, meaning))
-        )
+        return [] if value is None or value == "" else to_messages(value, self.roles, self.place(index, meaning))
 
     def answer(self, row: Mapping[str, Any], meaning: str, index: int) -> list[Message]:
         """Return an answer as messages: messages, a conversation in one string, or one assistant turn."""

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.errors import UserError, shortened
 from rlhf_recipes.data.forms.context import Context
-from rlhf_recipes.data.forms.messages import Message, holds_messages, shortened
+from rlhf_recipes.data.forms.messages import Message, holds_messages
 
 Row = dict[str, Any]
 EMPTY_ANSWERS = "empty_answers"

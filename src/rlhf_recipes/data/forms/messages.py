@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.errors import UserError, shortened
 
 Message = dict[str, Any]
 
@@ -215,17 +215,6 @@ def shared_prefix(first: Sequence[Message], second: Sequence[Message]) -> list[M
     while count and first[count - 1]["role"] == "assistant":
         count -= 1
     return list(first[:count])
-
-
-def text_of(messages: Sequence[Message]) -> str:
-    """Return the contents of messages, joined."""
-    return "".join(message["content"] or "" for message in messages)
-
-
-def shortened(value: Any, length: int = 60) -> str:
-    """Return a value as it is shown in an error message."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def quoted(name: str) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.errors import UserError, shortened
 from rlhf_recipes.data.forms.meanings import misfit, named_after
-from rlhf_recipes.data.forms.messages import quoted, shortened
+from rlhf_recipes.data.forms.messages import quoted
 from rlhf_recipes.data.forms.survey import Column
 
 PLAINLY_NAMED = ("text", "messages", "prompt", "completion", "chosen", "rejected")

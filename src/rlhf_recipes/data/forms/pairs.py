@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from rlhf_recipes.core.errors import UserError
+from rlhf_recipes.core.errors import UserError, shortened
 from rlhf_recipes.data.forms.context import Context
 from rlhf_recipes.data.forms.convert import EMPTY_ANSWERS, Row
-from rlhf_recipes.data.forms.messages import Message, shared_prefix, shortened
+from rlhf_recipes.data.forms.messages import Message, shared_prefix
 from rlhf_recipes.data.forms.survey import is_missing
 from rlhf_recipes.data.forms.transcripts import is_transcript, split_transcript
 from rlhf_recipes.data.forms.votes import has_no_score, winner

@@ -2,8 +2,8 @@
 
 import re
 
-from rlhf_recipes.core.errors import UserError
-from rlhf_recipes.data.forms.messages import Message, shortened
+from rlhf_recipes.core.errors import UserError, shortened
+from rlhf_recipes.data.forms.messages import Message
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 # At the beginning of a line; after ### also within one, as openassistant-guanaco writes.
